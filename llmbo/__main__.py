@@ -1,0 +1,3 @@
+from llmbo.cli import app
+
+app()

@@ -1,0 +1,275 @@
+"""Choose q points by qLogNEHVI over a discrete pool around the front, then improve each by local search.
+
+Assumes maximisation inside BoTorch; `objectives.to_maximize` fixed the signs. Size is an exact function of the
+architecture and enters as a deterministic model (Daulton et al. 2021, arXiv:2105.08195; Ament et al. 2023,
+arXiv:2310.20708); only quality has a GP.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
+from botorch.models import ModelList
+from botorch.models.model import Model
+from botorch.models.deterministic import GenericDeterministicModel
+from botorch.sampling.get_sampler import get_sampler
+from torch import Tensor
+
+from llmbo.baselines import ThresholdProposer
+from llmbo.errors import ConfigError
+from llmbo.family import ThresholdFamily
+from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.pareto import pareto_front
+from llmbo.space import SearchSpace
+from llmbo.surrogate import EPSILON, SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.types import Proposal, Trial
+
+NUM_INITIAL = 12
+MC_SAMPLES = 64
+POOL_SIZE = 1024
+SHORTLIST = 24  # candidates that qLogNEHVI chooses from
+LOCAL_ROUNDS = 3
+LOCAL_STARTS = 4
+LOCAL_NEIGHBOURS = 96
+CHUNK = 256  # candidates in one posterior: it holds their joint covariance
+
+AcquisitionValue = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class QNehviProposer:
+    """Threshold family first, then Bayesian optimisation of the hypervolume.
+
+    Args:
+        family: The threshold family: initial design and prior mean.
+        objectives: One measured, one known.
+        dense: The dense model's values by objective name.
+        num_initial: Members of the family evaluated before the first GP.
+    """
+
+    family: ThresholdFamily
+    objectives: Sequence[Objective]
+    dense: Mapping[str, float]
+    num_initial: int = NUM_INITIAL
+    _features: Features = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        measured = [objective.name for objective in self.objectives if not objective.known]
+        if len(measured) != 1 or len(self.objectives) != 2:
+            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {','.join(o.name for o in self.objectives)}.")
+        object.__setattr__(self, "_features", Features(self.family))
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        design = sum(trial.origin == "threshold" for trial in trials)
+        complete = [trial for trial in trials if trial.complete]
+        if design < self.num_initial or len(complete) < 3:
+            return ThresholdProposer(self.family).propose(trials, min(q, max(1, self.num_initial - design)), seed)
+        with _one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
+            torch.manual_seed(seed)
+            return self._optimize(trials, complete, q, torch.Generator().manual_seed(seed))
+
+    def _optimize(self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, generator: torch.Generator) -> list[Proposal]:
+        space = self.family.space
+        belief = self._belief(complete)
+        train_X = _points(complete, space.d)
+        front = train_X[pareto_front(to_maximize([trial.values for trial in complete], self.objectives))]
+        pending = _points([trial for trial in trials if not trial.complete], space.d)
+        seen = {trial.x for trial in trials} | {space.max_levels}
+        pool = _legal(candidate_pool(self.family, front, generator), space, seen)
+        proposals: list[Proposal] = []
+        while len(proposals) < q and len(pool):
+            # The closed form is cheap enough for every candidate; qLogNEHVI, which integrates over noise and pending
+            # points jointly, decides among the best.
+            improvement = belief.expected_improvement(torch.cat([front, pending]))
+            shortlist = _improve(improvement, pool, space, seen, generator)
+            best = shortlist[belief.log_nehvi(shortlist, front, pending).argmax()]
+            x = tuple(best.int().tolist())
+            seen.add(x)
+            proposals.append(Proposal(x, "qnehvi"))
+            pending = torch.cat([pending, best[None]])
+            pool = pool[(pool != best).any(-1)]
+        return proposals
+
+    def _belief(self, complete: Sequence[Trial]) -> "_Belief":
+        quality = next(objective for objective in self.objectives if not objective.known)
+        size = next(objective for objective in self.objectives if objective.known)
+        train_Z = self._features(_points(complete, self.family.space.d))
+        shares = train_Z[:, SHARE]
+        values = torch.tensor([trial.values[quality.name] for trial in complete], dtype=torch.float64)
+        sizes = torch.tensor([trial.values[size.name] for trial in complete], dtype=torch.float64)
+        dense = self.dense[quality.name]
+        family = torch.tensor([trial.origin == "threshold" for trial in complete])
+        curve = FamilyCurve.through(shares[family], values[family] - dense)
+        gp = fit_surrogate(train_Z, gains(values, shares, dense, curve).unsqueeze(-1))
+        return _Belief(gp, self._features, curve, dense, self.objectives, quality, size, *_affine(shares, sizes))
+
+
+@dataclass(frozen=True)
+class _Belief:
+    """The fitted surrogate in the objectives' terms. `slope` and `offset` turn a share into the size objective, exactly."""
+
+    gp: Model
+    features: Features
+    curve: FamilyCurve
+    dense: float
+    objectives: Sequence[Objective]
+    quality: Objective
+    size: Objective
+    slope: float
+    offset: float
+
+    def expected_improvement(self, X_front: Tensor) -> AcquisitionValue:
+        """Closed-form expected gain in hypervolume over `X_front`, whose qualities are taken at their posterior mean.
+
+        Quality + eps is log-normal and size is known, so the gain is a sum of log-normal put options (Black and Scholes),
+        one for each step of the front's staircase to the right of the candidate.
+        """
+        height, share = self._mean_quality(X_front), self.features.space.share(X_front)
+        order = share.argsort()
+        left = torch.cat([torch.zeros(1, dtype=torch.float64), share[order]])
+        right = torch.cat([share[order], torch.full((1,), (self.size.reference - self.offset) / self.slope, dtype=torch.float64)])
+        staircase = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), height[order]]).cummin(0).values
+        strike = staircase.clamp_max(self.quality.reference) - self.dense + EPSILON  # of the excess, like everything below
+
+        @torch.no_grad()
+        def value(X: Tensor) -> Tensor:
+            Z = self.features(X)
+            posteriors = [self.gp.posterior(chunk) for chunk in Z.split(CHUNK)]
+            mean = self.curve(Z[:, SHARE]) - torch.cat([posterior.mean.squeeze(-1) for posterior in posteriors])
+            deviation = torch.cat([posterior.variance.squeeze(-1) for posterior in posteriors]).clamp_min(1e-12).sqrt()
+            width = (right - torch.maximum(left, Z[:, SHARE, None])).clamp_min(0)  # n x steps
+            d2 = (strike.clamp_min(1e-12).log() - mean[:, None]) / deviation[:, None]
+            expected = (mean + deviation**2 / 2).exp()[:, None]
+            put = strike * torch.special.ndtr(d2) - expected * torch.special.ndtr(d2 - deviation[:, None])
+            return (width * put.clamp_min(0)).sum(-1)
+
+        return value
+
+    def log_nehvi(self, X: Tensor, X_baseline: Tensor, X_pending: Tensor) -> Tensor:
+        """qLogNEHVI of each of `n` candidates together with the pending points, `n`."""
+        known = GenericDeterministicModel(lambda Z: self.size.sign * (self.slope * Z[..., SHARE, None] + self.offset))
+        model = ModelList(self.gp, known)
+        Z_baseline = self.features(X_baseline)
+        acq_function = qLogNoisyExpectedHypervolumeImprovement(
+            model=model,
+            ref_point=ref_point(self.objectives),
+            X_baseline=Z_baseline,
+            sampler=get_sampler(model.posterior(Z_baseline[:1]), torch.Size([MC_SAMPLES]), seed=0),
+            objective=GenericMCMultiOutputObjective(self._outcome),
+            X_pending=self.features(X_pending) if len(X_pending) else None,
+            cache_root=False,  # there is no joint root with a deterministic model
+        )
+        with torch.no_grad():
+            return acq_function(self.features(X).unsqueeze(1))
+
+    def _outcome(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
+        """Samples of (gain, size) -> samples of the objectives, in their order."""
+        assert X is not None
+        value = self.quality.sign * quality_from_gain(samples[..., 0], X[..., SHARE].expand(samples.shape[:-1]), self.dense, self.curve)
+        columns = [value, samples[..., 1]]
+        return torch.stack(columns if self.objectives[0] is self.quality else columns[::-1], dim=-1)
+
+    @torch.no_grad()
+    def _mean_quality(self, X: Tensor) -> Tensor:
+        Z = self.features(X)
+        return quality_from_gain(self.gp.posterior(Z).mean.squeeze(-1), Z[:, SHARE], self.dense, self.curve)
+
+
+def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
+    """Points worth a look around the front, `about size x d`, rounded but neither deduplicated nor checked.
+
+    A quarter each: one front point's deviation from the family carried to another size, with and without a smooth change
+    along depth; a smooth change of a front point; a few single levels of a front point; crossovers of two front points.
+    The whole threshold family is added.
+    """
+    quarter = size // 4
+    levels = family.space.bounds[1]
+    base = front[torch.randint(len(front), (4 * quarter,), generator=generator)]
+    low, high = family.shares[0], family.shares[-1]
+    deviation = base - family.profile(family.space.share(base))
+    target = low + (high - low) * torch.rand(quarter, generator=generator, dtype=torch.float64)
+    changed = torch.rand(quarter, 1, generator=generator) < 0.5
+    carried = family.profile(target) + deviation[:quarter] + changed * smooth_changes(family.space, quarter, generator)
+    smooth = base[quarter : 2 * quarter] + smooth_changes(family.space, quarter, generator)
+    moves = (torch.rand(quarter, family.space.d, generator=generator) < 3 / family.space.d) * (
+        2 * torch.randint(2, (quarter, family.space.d), generator=generator) - 1
+    )
+    single = base[2 * quarter : 3 * quarter] + moves
+    mother = base[3 * quarter :]
+    order = family.space.share(front).argsort()
+    position = torch.searchsorted(family.space.share(front)[order], family.space.share(mother).contiguous()).clamp(max=len(front) - 1)
+    neighbour = (position + 2 * torch.randint(2, (quarter,), generator=generator) - 1).clamp(0, len(front) - 1)
+    father = front[order[neighbour]]
+    crossed = torch.where(torch.rand(quarter, family.space.d, generator=generator) < 0.5, mother, father)
+    return torch.cat([family.path, carried, smooth, single, crossed]).round().clamp(torch.zeros_like(levels), levels)
+
+
+def smooth_changes(space: SearchSpace, n: int, generator: torch.Generator) -> Tensor:
+    """Random depth profiles for attention and MLPs, `n x d` in levels, of random smoothness and size."""
+    layers = space.num_layers
+    depth = torch.arange(layers, dtype=torch.float64)
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)[torch.randint(5, (n, 1, 1), generator=generator)]
+    kernel = torch.exp(-(depth[:, None] - depth[None]) ** 2 / (2 * scale**2))  # n x L x L
+    kernel = kernel / kernel.square().sum(-1, keepdim=True).sqrt()
+    profiles = torch.randn(n, 2, layers, generator=generator, dtype=torch.float64) @ kernel.transpose(-1, -2)
+    amplitude = 0.02 + 0.13 * torch.rand(n, 2, 1, generator=generator, dtype=torch.float64)  # share of a block's units
+    return (profiles * amplitude).flatten(1) * space.bounds[1]
+
+
+def _improve(value: AcquisitionValue, pool: Tensor, space: SearchSpace, seen: set[tuple[int, ...]], generator: torch.Generator) -> Tensor:
+    """The best of the pool after local search by single steps and exchanges of a level between blocks, best first."""
+    best, best_values = _top(pool, value(pool))
+    for _ in range(LOCAL_ROUNDS):
+        base = best[:LOCAL_STARTS].repeat_interleave(LOCAL_NEIGHBOURS, 0)
+        rows = torch.arange(len(base))
+        step = 2 * torch.randint(2, (len(base),), generator=generator).double() - 1
+        neighbours = base.clone()
+        neighbours[rows, torch.randint(space.d, (len(base),), generator=generator)] += step
+        other = torch.randint(space.d, (len(base),), generator=generator)
+        neighbours[rows, other] -= step * (rows % 2)  # every second one is an exchange
+        neighbours = _legal(neighbours, space, seen)
+        known = {tuple(x) for x in best.int().tolist()}
+        fresh = [tuple(x) not in known for x in neighbours.int().tolist()]
+        merged, values = torch.cat([best, neighbours[fresh]]), torch.cat([best_values, value(neighbours[fresh])])
+        best, best_values = _top(merged, values)
+    return best
+
+
+def _top(X: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    order = values.argsort(descending=True, stable=True)[:SHORTLIST]
+    return X[order], values[order]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of a hundred rows lose more to waking threads than they gain: up to ten times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _legal(X: Tensor, space: SearchSpace, seen: set[tuple[int, ...]]) -> Tensor:
+    """Distinct legal rows that are not in `seen`, in their order."""
+    fresh: dict[tuple[int, ...], int] = {}
+    for row, x in enumerate(X.int().tolist()):
+        fresh.setdefault(tuple(x), row)
+    kept = X[[row for x, row in fresh.items() if x not in seen]] if fresh else X
+    return kept[space.legal(kept)]
+
+
+def _points(trials: Sequence[Trial], d: int = 0) -> Tensor:
+    """`n x d` levels of trials."""
+    return torch.tensor([trial.x for trial in trials], dtype=torch.float64).view(len(trials), -1 if trials else d)
+
+
+def _affine(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Slope and offset of the line through measured `x` and `y`."""
+    low, high = int(x.argmin()), int(x.argmax())
+    slope = float((y[high] - y[low]) / (x[high] - x[low])) if x[high] > x[low] else 0.0
+    return slope, float(y[low] - slope * x[low])

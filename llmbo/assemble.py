@@ -1,0 +1,211 @@
+"""The composition root: checked config -> finished parts. The only place where a name becomes an object."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from llmbo.acquisition import QNehviProposer
+from llmbo.baselines import RandomProposer, ThresholdProposer
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError, StorageError
+from llmbo.evaluate import ProxyEvaluator, known_values
+from llmbo.family import ThresholdFamily
+from llmbo.models import LoadedModel, load_config, load_model
+from llmbo.objectives import Objective, build_objectives
+from llmbo.report import DataPart, ModelPart, SplitPart
+from llmbo.space import SearchSpace
+from llmbo.storage import TrialStore, delete_run, differences, stored_run
+from llmbo.types import Phases, Proposer
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
+from pruning.compensation import CompensationTable
+from pruning.cost import cost_of
+from pruning.importance import activation, collect_statistics, fisher
+from pruning.masks import Ranking
+from pruning.supernet import Supernet
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prepared model: everything that search strategies share and none of what tells them apart."""
+
+    space: SearchSpace
+    family: ThresholdFamily
+    supernet: Supernet
+    proxy: ProxyEvaluator
+    windows: TokenWindows
+    dense: Mapping[str, float]
+
+    def heldout(self) -> ProxyEvaluator:
+        """An evaluator on windows that ranking, compensation and search never saw."""
+        return ProxyEvaluator.on(self.windows.heldout, self.space, self.supernet)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one run, ready for `run_search`."""
+
+    config: RunConfig
+    folder: Path
+    problem: Problem
+    objectives: tuple[Objective, ...]
+    proposer: Proposer
+    store: TrialStore
+
+
+def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
+    """The proposer behind a strategy's name."""
+    strategies: dict[str, Callable[[], Proposer]] = {
+        "qnehvi": lambda: QNehviProposer(problem.family, objectives, problem.dense),
+        "threshold": lambda: ThresholdProposer(problem.family),
+        "random": lambda: RandomProposer(problem.space),
+    }
+    return strategies[strategy]()
+
+
+def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
+    """The run's three sets of windows."""
+    if config.text == "self":
+        return sample_windows(loaded.model, loaded.tokenizer, config.windows, config.window, config.seed)
+    return cut_windows(read_text(config.text), loaded.tokenizer, config.windows, config.window, config.seed)
+
+
+@contextmanager
+def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> Iterator[Problem]:
+    """Measure importance, build the compensation table and open the supernet, for as long as the context lasts."""
+    model = loaded.model
+    space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step)
+    with phases.phase("importance", len(windows.calibration)) as advance:
+        statistics = collect_statistics(model, windows.calibration, on_window=advance)
+        ranking: Ranking = activation(model, statistics).ranking()
+        family = ThresholdFamily.from_importance(space, fisher(model, statistics))
+    with phases.phase("compensation"):
+        table = CompensationTable(model, statistics, ranking) if config.compensation else None
+        if table is not None:
+            table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
+    del statistics
+    with Supernet(model, ranking, table) as supernet:
+        with phases.phase("dense model"):
+            proxy = ProxyEvaluator.on(windows.proxy, space, supernet)
+            dense = proxy.evaluate(space.max_levels)
+        yield Problem(space, family, supernet, proxy, windows, dense)
+
+
+@contextmanager
+def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
+    """Everything a run needs, checked in the order of what is cheapest to refuse. Writes nothing before all input is good.
+
+    Raises:
+        LlmboError, PruningError: One line for the user.
+    """
+    folder = RUNS / config.name
+    own_file = None if config.storage else folder / "study.db"
+    url = config.storage or f"sqlite:///{own_file}"
+    stored = None if fresh else _continued(config, url)
+    load_config(config.model)
+    if config.text != "self":
+        read_text(config.text)
+    with _locked(folder):
+        with phases.phase("model"):
+            dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
+            loaded = load_model(config.model, dtype, device)
+            windows = load_windows(config, loaded)
+        facts = {
+            "dtype": loaded.dtype,
+            "device": loaded.device,
+            "model": _model_part(loaded, anatomy_of(loaded.model)),
+            "data": _data_part(windows),
+        }
+        if stored and (changes := [line for key in ("model", "data") for line in differences(stored[key], facts[key])]):
+            raise StorageError(_refusal(config, changes))
+        with prepared(config, loaded, windows, phases) as problem:
+            objectives = build_objectives(config.objectives, problem.dense, _smallest(problem.family), config.reference_point)
+            if fresh:
+                delete_run(url, config.name, own_file)
+            store = TrialStore.create(url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)})
+            yield Run(config, folder, problem, objectives, build_proposer(config.strategy, problem, objectives), store)
+
+
+def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
+    """Facts of the stored run that this command continues, or None."""
+    found = stored_run(url, config.name)
+    if found is None:
+        return None
+    settings, facts, finished = found
+    if changes := differences(settings, config.settings()):
+        raise StorageError(_refusal(config, changes))
+    if finished >= config.budget:
+        raise ConfigError(
+            f"The run '{config.name}' has already spent its budget: {finished} of {config.budget} trials are done. "
+            "Raise --budget to go on, choose another --name, or start over with --fresh."
+        )
+    return facts
+
+
+def _refusal(config: RunConfig, changes: list[str]) -> str:
+    return f"The run '{config.name}' was started with other settings ({'; '.join(changes)}): choose another --name, or start over with --fresh."
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of the run folder; the lock dies with the process that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise StorageError(f"Another process is working on '{folder}': wait for it, or choose another --name.") from error
+    except OSError as error:
+        raise StorageError(f"Cannot write the run folder '{folder}' ({error.strerror or error}): choose another --name or working directory.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _smallest(family: ThresholdFamily) -> dict[str, float]:
+    return known_values(family.space, family.at(0.0))
+
+
+def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:
+    cost = cost_of(anatomy, Architecture.full(anatomy))
+    return ModelPart(
+        name=loaded.name,
+        source=loaded.source,
+        model_type=anatomy.family.model_type,
+        fingerprint=loaded.fingerprint,
+        num_hidden_layers=anatomy.num_hidden_layers,
+        hidden_size=anatomy.hidden_size,
+        num_attention_heads=anatomy.num_attention_heads,
+        num_key_value_heads=anatomy.num_key_value_heads,
+        head_dim=anatomy.head_dim,
+        intermediate_size=anatomy.intermediate_size,
+        vocab_size=anatomy.vocab_size,
+        params=cost.parameters,
+        block_params=cost.block_parameters,
+    ).model_dump()
+
+
+def _data_part(windows: TokenWindows) -> dict[str, Any]:
+    def split(part: torch.Tensor) -> SplitPart:
+        return SplitPart(windows=len(part), tokens=math.prod(part.shape))
+
+    return DataPart(
+        source=windows.source,
+        sha256=windows.sha256,
+        available_tokens=windows.available_tokens,
+        window=windows.length,
+        bos=windows.bos,
+        calibration=split(windows.calibration),
+        proxy=split(windows.proxy),
+        heldout=split(windows.heldout),
+    ).model_dump()

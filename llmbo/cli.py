@@ -1,0 +1,180 @@
+"""Flags, messages, exit codes. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+import shlex
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from llmbo.errors import LlmboError
+
+if TYPE_CHECKING:
+    from llmbo.assemble import Run
+    from llmbo.progress import Display
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Find the Pareto front of smaller models inside a pretrained LLM.")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+@app.callback()
+def main() -> None:
+    """Find the Pareto front of smaller models inside a pretrained LLM."""
+
+
+@app.command()
+def models() -> None:
+    """List the model aliases. Any local folder or Hugging Face hub name works as well."""
+    from llmbo.models import ALIASES
+
+    for alias in ALIASES.values():
+        typer.echo(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
+
+
+@app.command()
+def optimize(
+    model: Annotated[str, typer.Option(help="Alias (see `llmbo models`), local folder or hub name.")],
+    budget: Annotated[int, typer.Option(help="Candidates to evaluate.")] = 60,
+    batch: Annotated[int, typer.Option(help="Candidates proposed at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    strategy: Annotated[str, typer.Option(help="qnehvi, threshold or random.")] = "qnehvi",
+    objectives: Annotated[str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")] = "kl,params_share",
+    reference_point: Annotated[str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")] = None,
+    compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
+    text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
+    min_share: Annotated[float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")] = 0.4,
+    neuron_step: Annotated[int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")] = 0,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 8192,
+    proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
+    heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    dtype: Annotated[str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
+    storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
+) -> None:
+    """Search for smaller models and write runs/NAME/report.json.
+
+    The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
+
+    Example: llmbo optimize --model llama --budget 60
+    """
+    from rich.console import Console
+
+    from llmbo.config import RunConfig
+    from pruning.errors import PruningError
+
+    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config = RunConfig(
+            model=model, budget=budget, batch=batch, seed=seed, strategy=strategy, objectives=tuple(_split(objectives)),
+            reference_point=_numbers("--reference-point", reference_point), compensation=compensation, text=text, min_share=min_share,
+            neuron_step=neuron_step, calibration_tokens=calibration_tokens, proxy_tokens=proxy_tokens, heldout_tokens=heldout_tokens,
+            window=window, dtype=dtype, device=device, name=name, storage=storage,
+        )  # fmt: skip
+        _optimize(config, fresh, console)
+    except (LlmboError, PruningError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on from here.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _optimize(config: Any, fresh: bool, console: Any) -> None:
+    from rich.console import Console
+
+    _quiet()
+    from llmbo.assemble import assemble
+    from llmbo.loop import run_search
+    from llmbo.progress import Display, summary
+
+    with Display(console, config.budget) as display, assemble(config, fresh, display) as run:
+        display.objectives = run.objectives
+        status = "failed"
+        try:
+            with display.phase("search"):
+                run_search(run.proposer, run.problem.proxy, run.store, config.budget, config.batch, config.seed, display)
+            with display.phase("held-out windows"):
+                _measure_heldout(run)
+            status = "complete"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            report = _write(run, display, status)
+    Console().print(summary(report))
+    typer.echo(f"Report: {run.folder / 'report.json'}   Picture: {run.folder / 'front.png'}")
+
+
+def _measure_heldout(run: "Run") -> None:
+    """Measure the finished front, and the dense model, on windows that nothing has seen; skips what is stored."""
+    from llmbo.report import front_of
+
+    stored = run.store.heldout()
+    missing = [trial for trial in front_of(run.store.trials(), run.objectives) if trial.number not in stored]
+    if not missing and "dense_heldout" in run.store.facts:
+        return
+    evaluator = run.problem.heldout()
+    run.store.set_fact("dense_heldout", evaluator.evaluate(run.problem.space.max_levels))
+    for trial in missing:
+        run.store.set_heldout(trial.number, evaluator.evaluate(trial.x))
+
+
+def _write(run: "Run", display: "Display", status: str) -> Any:
+    from llmbo.report import build_report, environment, write_report
+
+    facts = run.store.facts
+    earlier = facts.get("run", {"seconds": {}, "peak_memory_bytes": 0})
+    here = environment()
+    seconds = {name: earlier["seconds"].get(name, 0.0) + spent for name, spent in display.seconds.items()}
+    run_part = {
+        "name": run.config.name,
+        "command": shlex.join(["llmbo", *sys.argv[1:]]),
+        "status": status,
+        "settings": {"budget": run.config.budget, **run.config.settings()},
+        "seed": run.config.seed,
+        "device": facts["device"],
+        "dtype": facts["dtype"],
+        **here,
+        "seconds": {name: round(spent, 3) for name, spent in (earlier["seconds"] | seconds).items()},
+        "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),
+    }
+    run.store.set_fact("run", run_part)
+    report = build_report(run.store.trials(), run.objectives, run.problem.space, run.store.facts, run.store.heldout())
+    write_report(report, run.folder)
+    return report
+
+
+def _quiet() -> None:
+    """Our own progress display is enough."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch|optuna")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    from llmbo.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in _split(text))
+    except ValueError:
+        raise ConfigError(f"{flag} needs numbers separated by commas, got '{text}'.") from None
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

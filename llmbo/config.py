@@ -1,0 +1,89 @@
+"""Flags -> checked config. Everything that can be refused without a model is refused here."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmbo.errors import ConfigError
+from llmbo.objectives import check_objectives
+
+STRATEGIES = ("qnehvi", "threshold", "random")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run.
+
+    Args:
+        model: Alias, local folder or hub name.
+        budget: Candidates to evaluate.
+        batch: Candidates proposed at a time.
+        objectives: Names; exactly one of them a size.
+        reference_point: One number per objective, or None for the defaults.
+        text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
+        min_share: Smallest parameter share a candidate may have.
+        neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
+        calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
+        window: Tokens per window.
+        storage: Database URL, or None for SQLite in the run folder.
+
+    Raises:
+        ConfigError: One line that names the flag, the value and what was expected.
+    """
+
+    model: str
+    budget: int = 60
+    batch: int = 4
+    seed: int = 0
+    strategy: str = "qnehvi"
+    objectives: tuple[str, ...] = ("kl", "params_share")
+    reference_point: tuple[float, ...] | None = None
+    compensation: bool = True
+    text: str = "builtin"
+    min_share: float = 0.4
+    neuron_step: int = 0
+    calibration_tokens: int = 8192
+    proxy_tokens: int = 3072
+    heldout_tokens: int = 8192
+    window: int = 256
+    dtype: str = "auto"
+    device: str = "auto"
+    name: str = ""
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag in ("budget", "batch"):
+            if getattr(self, flag) < 1:
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
+        if self.window < 8:
+            raise ConfigError(f"--window must be at least 8 tokens, got {self.window}.")
+        for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
+            if getattr(self, flag) < self.window:
+                raise ConfigError(f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must not be negative, got {self.seed}.")
+        if not 0 < self.min_share < 1:
+            raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"Unknown strategy '{self.strategy}': expected one of {', '.join(STRATEGIES)}.")
+        if self.dtype not in DTYPE_CHOICES:
+            raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
+        check_objectives(self.objectives, self.reference_point)
+        if not self.name:
+            object.__setattr__(self, "name", re.sub(r"[^\w.-]+", "-", self.model).strip("-.") or "run")
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.strip(".") == "":
+            raise ConfigError(f"--name may hold letters, digits, '.', '_' and '-' only, got '{self.name}'.")
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """Windows in each split."""
+        return {
+            "calibration": self.calibration_tokens // self.window,
+            "proxy": self.proxy_tokens // self.window,
+            "heldout": self.heldout_tokens // self.window,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change when a run is continued. The budget may grow; where trials are kept has no part in it."""
+        return {key: value for key, value in asdict(self).items() if key not in ("budget", "name", "storage")}

@@ -1,0 +1,21 @@
+"""Errors that are shown to the user: one line that names the value, what was expected and the remedy."""
+
+
+class LlmboError(Exception):
+    """Base of everything this package raises on purpose; the command line prints it and exits with 2."""
+
+
+class ConfigError(LlmboError):
+    """A setting is unknown, out of range, or does not fit the others."""
+
+
+class ModelError(LlmboError):
+    """The model cannot be found, loaded or pruned."""
+
+
+class StorageError(LlmboError):
+    """The run folder or its database cannot be used as asked."""
+
+
+class EvaluationError(LlmboError):
+    """Candidates cannot be evaluated on this machine."""

@@ -1,0 +1,33 @@
+"""Non-dominated set and dominated hypervolume. Everything here assumes maximisation (see `objectives.to_maximize`)."""
+
+import torch
+from botorch.utils.multi_objective.hypervolume import Hypervolume
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from torch import Tensor
+
+
+def pareto_front(Y: Tensor) -> list[int]:
+    """Indices of the non-dominated rows of `n x m`; of equal rows the first."""
+    return is_non_dominated(Y, deduplicate=True).nonzero().flatten().tolist() if len(Y) else []
+
+
+def hypervolume(Y: Tensor, ref_point: Tensor) -> float:
+    """Volume dominated by the rows of `n x m` and bounded by `ref_point` (`m`), in the product of the units."""
+    better = Y[(Y > ref_point).all(-1)]
+    if not len(better):
+        return 0.0
+    return float(Hypervolume(ref_point).compute(better[is_non_dominated(better)]))
+
+
+def hypervolume_trace(Y: Tensor, ref_point: Tensor) -> list[float]:
+    """Hypervolume of the first 1, 2, .., n rows. Never falls."""
+    trace: list[float] = []
+    front = Y[:0]
+    for row in Y:
+        dominated = bool((front >= row).all(-1).any())
+        if dominated:
+            trace.append(trace[-1])
+            continue
+        front = torch.cat([front[~(row >= front).all(-1)], row[None]])
+        trace.append(hypervolume(front, ref_point))
+    return trace

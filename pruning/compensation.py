@@ -1,0 +1,111 @@
+"""Least-squares repair of output projections after units are removed.
+
+With z the dense inputs of an output projection W (`hidden_size x C`), keep columns K and refit them to do the work of
+all: V = argmin E|W z - V z_K|^2 + ridge |V - W_K|^2. With G = E[z zT] and M = G + ridge I the solution is
+
+    V^T = M_KK^-1 (G W^T + ridge W^T)_K          (equal to W_K plus a correction for what was removed)
+
+(optimal brain surgeon's update for a whole set, arXiv:2208.11580; no bias, so that stock configs still fit.)
+Sort columns by the ranking, and the kept set of *every* width is a prefix. Then one Cholesky factor M = L L^T serves all
+widths: L_KK is a leading block of L, and L_KK^-1 applied to a prefix is a prefix of L^-1 applied to all. A width costs
+one triangular solve, a few milliseconds at SmolLM2's size.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, Block, BlockKind
+from pruning.importance import Statistics
+from pruning.masks import Ranking
+
+RIDGE = 0.03  # of the mean of diag(G); flat between 0.01 and 0.1 on SmolLM2
+CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """The part of the solution that all widths of one projection share."""
+
+    lower: Tensor  # C x C, L
+    rhs: Tensor  # C x hidden_size, L^-1 (G W^T + ridge W^T)
+
+    def solve(self, columns: int) -> Tensor:
+        """The refitted `hidden_size x columns` weight."""
+        triangle = self.lower[:columns, :columns].T
+        return torch.linalg.solve_triangular(triangle, self.rhs[:columns], upper=True).T
+
+
+class CompensationTable:
+    """Refitted output weights for every (layer, block, width), solved when first asked for and then kept.
+
+    Memory: the factors take as much as the Gram matrices they replace (each is freed once it is factored), and solved
+    weights are kept in the model's dtype up to `cache_bytes`, the least recently used leaving first. Both live where
+    the statistics were collected.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, statistics: Statistics, ranking: Ranking, ridge: float = RIDGE, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """Factor all Gram matrices; `statistics` loses them on the way.
+
+        Args:
+            model: The dense model the statistics were collected on, its units in their original order.
+        """
+        self.anatomy: Anatomy = statistics.anatomy
+        self.ranking = ranking
+        self._dtype = model.dtype
+        self._cache: OrderedDict[tuple[BlockKind, int, int], Tensor] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._factors: dict[BlockKind, list[_Factor]] = {}
+        layers = self.anatomy.layers_of(model)
+        for block in self.anatomy.blocks:
+            grams = statistics.blocks[block.kind].gram
+            factors = []
+            for index in range(len(layers)):
+                gram, grams[index] = grams[index] / statistics.num_tokens, torch.empty(0)
+                order = columns_of(ranking.of(block.kind)[index], block).to(gram.device)
+                factors.append(_factor(gram, block.output_of(layers[index]).weight.detach(), order, ridge))
+            self._factors[block.kind] = factors
+
+    def weight(self, layer: int, block: Block, units: int) -> Tensor:
+        """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking."""
+        key = (block.kind, layer, units)
+        if key not in self._cache:
+            self._cache[key] = self._factors[block.kind][layer].solve(units * block.columns_per_unit).to(self._dtype).contiguous()
+            while sum(weight.nbytes for weight in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def fill(self, widths: dict[BlockKind, list[int]]) -> None:
+        """Solve every listed width of every layer now, so that no candidate waits for it."""
+        for block in self.anatomy.blocks:
+            for layer in range(self.anatomy.num_hidden_layers):
+                for units in widths[block.kind]:
+                    self.weight(layer, block, units)
+
+
+def columns_of(units: Tensor, block: Block) -> Tensor:
+    """The output projection's columns of these units, in their order."""
+    return expand_units(units, block.columns_per_unit)
+
+
+def expand_units(units: Tensor, width: int) -> Tensor:
+    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _factor(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> _Factor:
+    # float64: massive activations spread the eigenvalues over more decades than float32 resolves.
+    damping = ridge * gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    matrix = gram[order][:, order].double()
+    ordered = weight[:, order].T.double()  # C x hidden_size
+    target = matrix @ ordered + damping * ordered
+    matrix.diagonal().add_(damping)
+    lower = torch.linalg.cholesky(matrix)
+    rhs = torch.linalg.solve_triangular(lower, target, upper=False)
+    return _Factor(lower.to(gram.dtype), rhs.to(gram.dtype))

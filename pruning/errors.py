@@ -1,0 +1,25 @@
+"""What can go wrong while cutting a decoder, in the caller's words."""
+
+
+class PruningError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class UnsupportedModel(PruningError):
+    """The model is no decoder of a family listed in `pruning.anatomy.FAMILIES`."""
+
+
+class InvalidArchitecture(PruningError):
+    """The widths do not describe a sub-network of the model."""
+
+
+class InvalidMask(PruningError):
+    """The mask's shape does not fit the model, or does not fit the compensation table's ranking."""
+
+
+class NotEnoughText(PruningError):
+    """The text source holds fewer tokens than the windows asked for."""
+
+
+class UnreadableText(PruningError):
+    """The text source does not exist, is not UTF-8 text, or cannot be reached."""

@@ -1,0 +1,284 @@
+"""Importance of layers, KV groups and neurons from one pass over calibration windows.
+
+L: decoder layers.   U: units of a block (KV groups or neurons).   C: columns of its output projection.
+z: input of the output projection, `tokens x C`; zeroing a unit's columns of z is what removing the unit means.
+g: gradient of a window's mean next-token loss (nats) with respect to z.
+Scores are `L x U`; larger means "hurts more if removed". Only `taylor` and `fisher` are comparable across layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
+from pruning.likelihood import loss_gradient
+from pruning.masks import Ranking
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over calibration tokens for all blocks of one kind, float32 on the model's device.
+
+    Args:
+        total: `L x C` sum of z.
+        square: `L x C` sum of z^2.
+        gram: L matrices `C x C`, the sum of z zT (4 L C^2 bytes: 283 MB for SmolLM2's MLPs, 26 GB for an 8B model's).
+        fisher: `L x U` sum over tokens of (z g)^2, z g summed over the unit's columns first and g scaled to one token's loss.
+        taylor: `L x U` sum over windows, and over the unit's columns, of |sum over tokens of z g|.
+        cosine: `L` sum over tokens of the cosine between the residual stream before and after the block.
+    """
+
+    total: Tensor
+    square: Tensor
+    gram: list[Tensor]
+    taylor: Tensor
+    fisher: Tensor
+    cosine: Tensor
+
+    @classmethod
+    def empty(cls, layers: int, block: Block, device: torch.device) -> "BlockStatistics":
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, device=device)
+
+        return cls(
+            total=zeros(layers, block.columns),
+            square=zeros(layers, block.columns),
+            gram=[zeros(block.columns, block.columns) for _ in range(layers)],
+            taylor=zeros(layers, block.units),
+            fisher=zeros(layers, block.units),
+            cosine=zeros(layers),
+        )
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration windows leaves behind; every score is a function of this and the weights."""
+
+    anatomy: Anatomy
+    blocks: dict[BlockKind, BlockStatistics]
+    layer_cosine: Tensor
+    num_windows: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of one method: `groups` `L x num_key_value_heads`, `neurons` `L x intermediate_size`, `layers` `L`."""
+
+    groups: Tensor
+    neurons: Tensor
+    layers: Tensor
+
+    def of(self, kind: BlockKind) -> Tensor:
+        return self.groups if kind == "attention" else self.neurons
+
+    def ranking(self) -> Ranking:
+        """Most important first; equal scores keep their index order, so the ranking does not depend on the machine."""
+        return Ranking(*(scores.argsort(dim=-1, descending=True, stable=True).cpu() for scores in (self.groups, self.neurons)))
+
+
+def collect_statistics(
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 2, on_window: Callable[[int], None] | None = None
+) -> Statistics:
+    """One forward and backward pass over `windows`; no weight gradients, so it costs about two forward passes.
+
+    Args:
+        windows: `num_windows x length` token ids.
+        batch_size: Windows per pass. Results do not depend on it: the loss is averaged within each window only.
+        on_window: Called with the number of windows done.
+    """
+    anatomy = anatomy_of(model)
+    device = model.device
+    statistics = Statistics(
+        anatomy=anatomy,
+        blocks={block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device) for block in anatomy.blocks},
+        layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
+    )
+    embeddings = model.get_input_embeddings()
+    with _frozen(model), _listening(model, statistics), torch.enable_grad():
+        for batch in windows.split(batch_size):
+            batch = batch.to(device)
+            inputs = embeddings(batch).detach().requires_grad_()  # the only leaf: gradients reach every z, no weight
+            hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            hidden.backward(loss_gradient(hidden, model.get_output_embeddings(), batch))
+            statistics.num_windows += len(batch)
+            statistics.num_tokens += batch.numel()
+            if on_window:
+                on_window(statistics.num_windows)
+    return statistics
+
+
+def taylor(model: PreTrainedModel, statistics: Statistics) -> Importance:
+    """First-order loss change, |dL/dgate| of every column summed over the unit, mean over windows (nats).
+
+    Absolute before summing over columns: the signs inside a KV group cancel, which would make a group look hundreds of
+    times less important per parameter than a neuron. Molchanov et al. 2019, arXiv:1906.10771; LLM-Pruner, arXiv:2305.11627.
+    """
+    scores = {kind: block.taylor / statistics.num_windows for kind, block in statistics.blocks.items()}
+    return _importance(scores)
+
+
+def fisher(model: PreTrainedModel, statistics: Statistics) -> Importance:
+    """Second-order KL divergence of removing a unit from the dense model, E[(dL/dgate)^2] / 2 over tokens (nats).
+
+    The first-order term of that divergence vanishes at the dense model, and the Hessian is the Fisher information.
+    Theis et al. 2018, arXiv:1801.05787. Token by token, an empirical Fisher that ignores the tokens' correlations.
+    Thresholded per parameter it allocates widths better than `taylor`: see experiments/allocation.py.
+    """
+    scores = {kind: block.fisher / (2 * statistics.num_tokens) for kind, block in statistics.blocks.items()}
+    return _importance(scores)
+
+
+def activation(model: PreTrainedModel, statistics: Statistics) -> Importance:
+    """Mean energy a unit sends into the residual stream, E[z^2] |W column|^2: the best ranking *within* a layer under refit.
+
+    Wanda's |W| |x| (arXiv:2306.11695) summed over structures.
+    """
+    return _column_scores(model, statistics, lambda block: block.square / statistics.num_tokens)
+
+
+def fluctuation(model: PreTrainedModel, statistics: Statistics) -> Importance:
+    """Energy around the mean, Var[z] |W column|^2: what a bias could not restore. FLAP, arXiv:2312.11983."""
+
+    def variance(block: BlockStatistics) -> Tensor:
+        mean = block.total / statistics.num_tokens
+        return (block.square / statistics.num_tokens - mean**2).clamp_min(0)
+
+    return _column_scores(model, statistics, variance)
+
+
+def magnitude(model: PreTrainedModel, statistics: Statistics) -> Importance:
+    """Squared norm of all weights of a unit; needs no data. Li et al. 2017, arXiv:1608.08710."""
+    anatomy = statistics.anatomy
+    scores = {}
+    for block in anatomy.blocks:
+        rows = []
+        for layer in anatomy.layers_of(model):
+            score = _per_unit(_column_norms(block, layer), block)
+            for projection, width in block.inputs_of(layer):
+                score = score + projection.weight.detach().float().pow(2).sum(-1).view(block.units, width).sum(-1)
+            rows.append(score)
+        scores[block.kind] = torch.stack(rows)
+    return _importance(scores)
+
+
+def block_influence(statistics: Statistics) -> dict[str, Tensor]:
+    """How much each layer, and each of its blocks, turns the residual stream: 1 - mean cosine, `L` each.
+
+    ShortGPT, arXiv:2403.03853.
+    """
+    scores = {kind: 1 - block.cosine / statistics.num_tokens for kind, block in statistics.blocks.items()}
+    return {"layer": 1 - statistics.layer_cosine / statistics.num_tokens, **scores}
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, Statistics], Importance]] = {
+    "taylor": taylor,
+    "fisher": fisher,
+    "activation": activation,
+    "fluctuation": fluctuation,
+    "magnitude": magnitude,
+}
+
+
+def _importance(scores: dict[BlockKind, Tensor]) -> Importance:
+    return Importance(scores["attention"], scores["mlp"], scores["attention"].sum(-1) + scores["mlp"].sum(-1))
+
+
+def _column_scores(model: PreTrainedModel, statistics: Statistics, energy: Callable[[BlockStatistics], Tensor]) -> Importance:
+    anatomy = statistics.anatomy
+    scores = {}
+    for block in anatomy.blocks:
+        norms = torch.stack([_column_norms(block, layer) for layer in anatomy.layers_of(model)])  # L x C
+        scores[block.kind] = _per_unit(energy(statistics.blocks[block.kind]) * norms, block)
+    return _importance(scores)
+
+
+def _column_norms(block: Block, layer: nn.Module) -> Tensor:
+    return block.output_of(layer).weight.detach().float().pow(2).sum(0)  # C
+
+
+def _per_unit(columns: Tensor, block: Block) -> Tensor:
+    """Sum `... x C` over the columns of each unit, giving `... x U`."""
+    return columns.unflatten(-1, (block.units, block.columns_per_unit)).sum(-1)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no weight gradients inside, and restore every flag afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        model.train(training)
+
+
+@contextmanager
+def _listening(model: PreTrainedModel, statistics: Statistics) -> Iterator[None]:
+    """Fill `statistics` from hooks while the model runs; nothing waits for the device."""
+    anatomy = statistics.anatomy
+    with ExitStack() as stack:
+        for index, layer in enumerate(anatomy.layers_of(model)):
+            stack.callback(layer.register_forward_hook(_layer_listener(statistics.layer_cosine, index), with_kwargs=True).remove)
+            for block in anatomy.blocks:
+                sums = statistics.blocks[block.kind]
+                stack.callback(block.output_of(layer).register_forward_pre_hook(_block_listener(sums, block, index)).remove)
+                keep, compare = _residual_listeners(sums, index)
+                stack.callback(getattr(layer, block.norm).register_forward_pre_hook(keep).remove)
+                stack.callback(block.module_of(layer).register_forward_hook(compare).remove)
+        yield
+
+
+def _block_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def listen(module: nn.Module, args: tuple[Tensor]) -> None:
+        z = args[0].detach()  # B x T x C; a hook that held the live tensor would keep the whole graph in a cycle
+        tokens = z.flatten(0, 1).float()
+        sums.total[index] += tokens.sum(0)
+        sums.gram[index].addmm_(tokens.T, tokens)
+        sums.square[index] = sums.gram[index].diagonal()
+
+        def on_gradient(grad: Tensor) -> None:
+            gate = (z * grad).float()  # B x T x C; share of every column's dL/dgate that arises at this token
+            sums.taylor[index] += _per_unit(gate.sum(1).abs().sum(0), block)
+            predicted = grad.shape[1] - 1
+            sums.fisher[index] += (_per_unit(gate, block) * predicted).pow(2).sum((0, 1))
+
+        args[0].register_hook(on_gradient)
+
+    return listen
+
+
+def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:
+    def listen(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor | tuple[Tensor, ...]) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        cosine[index] += _cosines(before, after)
+
+    return listen
+
+
+def _residual_listeners(sums: BlockStatistics, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A hook before the block's norm that keeps the residual stream, and one after the block that compares."""
+    residual: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+        residual.append(args[0].detach())
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        before = residual.pop()
+        update = output if isinstance(output, Tensor) else output[0]
+        sums.cosine[index] += _cosines(before, before + update.detach())
+
+    return keep, compare
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    return F.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum()

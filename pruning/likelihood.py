@@ -1,0 +1,142 @@
+"""Next-token loss, and KL divergence from the dense model, without ever holding the full logits in float32.
+
+B: windows.   T: tokens per window.   V: vocabulary.   k: tokens kept of the dense model's distribution.
+Everything is in nats and averaged over the T - 1 predicted positions of each window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Rows of logits worked on at once: 256 x 49,152 values fit a CPU's last-level cache in part and keep a GPU busy.
+CHUNK = 256
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class DenseDistribution:
+    """The dense model's next-token distributions, cut to the k likeliest tokens and one bin for all others.
+
+    Merging outcomes can only lower a KL divergence (data-processing inequality), so the result is a lower bound;
+    memory is 8k bytes a token instead of 4V.
+
+    Args:
+        top_ids: `num_windows x (T-1) x k` token ids.
+        top_logprobs: `num_windows x (T-1) x k` log-probabilities, float32.
+        rest_logprobs: `num_windows x (T-1)` log of the remaining mass, float32.
+    """
+
+    top_ids: Tensor
+    top_logprobs: Tensor
+    rest_logprobs: Tensor
+
+    def rows(self, first: int, last: int) -> "DenseDistribution":
+        return DenseDistribution(self.top_ids[first:last], self.top_logprobs[first:last], self.rest_logprobs[first:last])
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts some windows. Nats per token; lower is better. `kl` is None without a dense reference."""
+
+    loss: float
+    kl: float | None
+
+
+@torch.no_grad()
+def loss_gradient(hidden: Tensor, head: nn.Linear, windows: Tensor) -> Tensor:
+    """Gradient of every window's mean next-token loss (nats) with respect to `hidden`, in closed form.
+
+    The loss of a linear head has gradient (softmax - onehot) W; computing it in chunks spares autograd's float32 copies
+    of the logits, which would cost as much as the rest of the backward pass of a small model.
+
+    Args:
+        hidden: `B x T x hidden_size`, after the final norm.
+        windows: `B x T` token ids.
+
+    Returns:
+        A `B x T x hidden_size` tensor; the last position predicts nothing and gets zero.
+    """
+    gradient = torch.zeros_like(hidden)
+    predicted = windows.shape[1] - 1
+    for window, (states, targets) in enumerate(zip(hidden[:, :-1], windows[:, 1:], strict=True)):
+        for start in range(0, predicted, CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = head(states[rows])
+            excess = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+            excess.sub_(excess.amax(-1, keepdim=True)).exp_()
+            excess.div_(excess.sum(-1, keepdim=True))  # softmax
+            excess.scatter_add_(-1, targets[rows, None], excess.new_full((len(excess), 1), -1.0))
+            gradient[window, :-1][rows] = (excess.to(hidden.dtype) @ head.weight) / predicted
+    return gradient
+
+
+@torch.inference_mode()
+def dense_distribution(model: PreTrainedModel, windows: Tensor, batch_size: int = 4, k: int = TOP_K) -> DenseDistribution:
+    """Remember what `model` predicts on `windows` (`num_windows x T` token ids)."""
+    ids, logprobs, rest = [], [], []
+    for batch in windows.split(batch_size):
+        hidden = _hidden(model, batch.to(model.device))[:, :-1]
+        for states in hidden.flatten(0, 1).split(CHUNK):
+            logits = model.get_output_embeddings()(states)
+            normaliser = _log_normaliser(logits)
+            top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
+            logprob = top.float() - normaliser[:, None]
+            ids.append(index)
+            logprobs.append(logprob)
+            rest.append(_log_rest(logprob))
+    shape = (windows.shape[0], windows.shape[1] - 1)
+    return DenseDistribution(torch.cat(ids).unflatten(0, shape), torch.cat(logprobs).unflatten(0, shape), torch.cat(rest).unflatten(0, shape))
+
+
+@torch.inference_mode()
+def quality(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4) -> Quality:
+    """Loss of `model` on `windows`, and its KL divergence from the dense model when `dense` was taken on the same windows.
+
+    One pass gives both. Waits for the device once, at the end.
+    """
+    head = model.get_output_embeddings()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    kl_sum = torch.zeros_like(loss_sum)
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size].to(model.device)
+        states = _hidden(model, batch)[:, :-1].flatten(0, 1)
+        targets = batch[:, 1:].flatten()
+        reference = dense.rows(first, first + batch_size) if dense else None
+        for start in range(0, len(states), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = head(states[rows])
+            normaliser = _log_normaliser(logits)
+            picked = logits.gather(-1, targets[rows, None]).squeeze(-1).float()
+            loss_sum += (normaliser - picked).sum()
+            if reference:
+                kl_sum += _kl_sum(reference, rows, logits, normaliser)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return Quality((loss_sum / predicted).item(), (kl_sum / predicted).item() if dense else None)
+
+
+def _hidden(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    return model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
+
+
+def _log_normaliser(logits: Tensor) -> Tensor:
+    """log sum exp over the vocabulary in float32 (float64 for float64 logits), `rows x V` -> `rows`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    highest = logits.amax(-1, keepdim=True)
+    shifted = logits.to(dtype, copy=True).sub_(highest)  # one buffer, worked on in place: allocation costs more than exp
+    return shifted.exp_().sum(-1).log_() + highest.squeeze(-1).to(dtype)
+
+
+def _log_rest(logprobs: Tensor) -> Tensor:
+    """log(1 - sum exp) of `rows x k` log-probabilities, kept finite when the k tokens hold (nearly) all the mass."""
+    eps = torch.finfo(logprobs.dtype).eps
+    return torch.log((1 - logprobs.exp().sum(-1)).clamp_min(eps))
+
+
+def _kl_sum(reference: DenseDistribution, rows: slice, logits: Tensor, normaliser: Tensor) -> Tensor:
+    top_ids = reference.top_ids.flatten(0, 1)[rows]
+    top = reference.top_logprobs.flatten(0, 1)[rows]
+    rest = reference.rest_logprobs.flatten()[rows]
+    logprobs = logits.gather(-1, top_ids).to(normaliser.dtype) - normaliser[:, None]
+    return (top.exp() * (top - logprobs)).sum() + (rest.exp() * (rest - _log_rest(logprobs))).sum()

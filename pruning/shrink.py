@@ -1,0 +1,80 @@
+"""The physically smaller model, as an ordinary module that shares nothing with the dense one."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Block, anatomy_of
+from pruning.compensation import CompensationTable, expand_units
+from pruning.errors import InvalidMask
+from pruning.masks import PruningMask
+from pruning.supernet import absent
+
+
+def shrink(model: PreTrainedModel, mask: PruningMask, compensation: CompensationTable | None = None) -> PreTrainedModel:
+    """Copy what `mask` keeps of `model` into a smaller model; the dense model is left as it was.
+
+    The config counts the layers that are left; widths of unequal layers show in the modules only. Attention layers are
+    numbered anew, because a KV cache is addressed by `layer_idx`.
+
+    Memory: the result, and one dense layer at a time.
+
+    Raises:
+        InvalidMask: The mask has the wrong shape, or does not keep what the compensation table ranks highest.
+    """
+    anatomy = anatomy_of(model)
+    mask.check(anatomy)
+    architecture = mask.architecture
+    dense_layers = anatomy.layers_of(model)
+    try:
+        anatomy.set_layers(model, nn.ModuleList())
+        small = copy.deepcopy(model)
+    finally:
+        anatomy.set_layers(model, dense_layers)
+    kept = [index for index in range(len(dense_layers)) if architecture.keeps_layer(index)]
+    layers = nn.ModuleList()
+    for index in kept:
+        layer = copy.deepcopy(dense_layers[index])
+        for block in anatomy.blocks:
+            _cut(layer, index, block, mask.kept(block.kind, index), compensation)
+        layers.append(layer)
+    anatomy.set_layers(small, layers)
+    small.config.num_hidden_layers = len(kept)
+    if getattr(small.config, "layer_types", None) is not None:
+        small.config.layer_types = [model.config.layer_types[index] for index in kept]
+    with_attention = [layer for index, layer in zip(kept, layers, strict=True) if architecture.kv_groups[index]]
+    for cache_index, layer in enumerate(with_attention):
+        anatomy.attention.module_of(layer).layer_idx = cache_index
+    return small
+
+
+def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: CompensationTable | None) -> None:
+    """Keep `units` (ascending indices) of one block of a copied layer."""
+    if len(units) == 0:
+        setattr(layer, block.module, absent(block))
+        setattr(layer, block.norm, nn.Identity())
+        return
+    for projection, width in block.inputs_of(layer):
+        rows = expand_units(units, width).to(projection.weight.device)
+        _resize(projection, projection.weight.detach()[rows], None if projection.bias is None else projection.bias.detach()[rows])
+    output = block.output_of(layer)
+    if compensation is None or len(units) == block.units:
+        columns = expand_units(units, block.columns_per_unit).to(output.weight.device)
+        weight = output.weight.detach()[:, columns]
+    else:
+        ranked = compensation.ranking.of(block.kind)[index][: len(units)]
+        ascending = ranked.argsort()
+        if not torch.equal(ranked[ascending], units):
+            raise InvalidMask(f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table.")
+        refitted = compensation.weight(index, block, len(units))
+        weight = refitted[:, expand_units(ascending, block.columns_per_unit).to(refitted.device)].to(output.weight)
+    _resize(output, weight, None if output.bias is None else output.bias.detach())
+
+
+def _resize(projection: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    projection.weight = nn.Parameter(weight.clone().contiguous(), requires_grad=projection.weight.requires_grad)
+    if bias is not None:
+        projection.bias = nn.Parameter(bias.clone(), requires_grad=projection.bias.requires_grad)
+    projection.out_features, projection.in_features = weight.shape

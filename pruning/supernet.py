@@ -1,0 +1,131 @@
+"""Run any sub-network of the resident model without copying it.
+
+Sorting the units of every block by the ranking, best first, changes nothing the model computes, and makes every
+candidate a *prefix*: its input projections are views of the resident weights. With compensation the output projection
+comes from the table's cache, without it it is a view too. So a candidate costs no memory and no copying, on any device.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Block, anatomy_of
+from pruning.architecture import Architecture
+from pruning.compensation import CompensationTable, expand_units
+from pruning.likelihood import DenseDistribution, Quality, quality
+from pruning.masks import Ranking
+
+
+class AbsentAttention(nn.Module):
+    """Attention with no KV group left: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMLP(nn.Module):
+    """An MLP with no neuron left: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def absent(block: Block) -> nn.Module:
+    return AbsentAttention() if block.kind == "attention" else AbsentMLP()
+
+
+class Supernet:
+    """The resident model, its units sorted by `ranking` while the context is open.
+
+        with Supernet(model, ranking, compensation) as supernet:
+            supernet.quality(architecture, windows)
+
+    Memory: nothing beyond the model and the compensation table. On exit, and when the body raises, the units are back
+    in their original order, bit for bit.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranking: Ranking, compensation: CompensationTable | None = None) -> None:
+        self.model = model
+        self.anatomy = anatomy_of(model)
+        self.ranking = ranking
+        self.compensation = compensation
+
+    def __enter__(self) -> Self:
+        self._reorder(inverse=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._reorder(inverse=True)
+
+    def quality(
+        self, architecture: Architecture, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4
+    ) -> Quality:
+        """Loss (and KL from the dense model) of the sub-network on `num_windows x length` token ids."""
+        with self.active(architecture) as model:
+            return quality(model, windows, dense, batch_size)
+
+    def loss(self, architecture: Architecture, windows: Tensor) -> float:
+        """Mean next-token loss of the sub-network, nats per token."""
+        return self.quality(architecture, windows).loss
+
+    @contextmanager
+    def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
+        """The model, computing the sub-network inside the context and the dense network again afterwards."""
+        architecture.check(self.anatomy)
+        layers = self.anatomy.layers_of(self.model)
+        kept = [index for index in range(len(layers)) if architecture.keeps_layer(index)]
+        with ExitStack() as stack:
+            for index in kept:
+                for block in self.anatomy.blocks:
+                    self._narrow(layers[index], index, block, architecture.units(block.kind)[index], stack)
+            stack.callback(self.anatomy.set_layers, self.model, layers)
+            self.anatomy.set_layers(self.model, nn.ModuleList(layers[index] for index in kept))
+            types = getattr(self.model.config, "layer_types", None)
+            if types is not None:  # sliding or full attention is looked up by position
+                stack.callback(setattr, self.model.config, "layer_types", types)
+                self.model.config.layer_types = [types[index] for index in kept]
+            yield self.model
+
+    def _narrow(self, layer: nn.Module, index: int, block: Block, units: int, stack: ExitStack) -> None:
+        if units == 0:
+            stack.callback(setattr, layer, block.module, block.module_of(layer))
+            setattr(layer, block.module, absent(block))
+            return
+        for projection, rows in block.inputs_of(layer):
+            _swap(projection, "weight", projection.weight[: units * rows], stack)
+            if projection.bias is not None:
+                _swap(projection, "bias", projection.bias[: units * rows], stack)
+        output = block.output_of(layer)
+        if units == block.units:
+            return
+        if self.compensation is None:
+            _swap(output, "weight", output.weight[:, : units * block.columns_per_unit], stack)
+        else:
+            _swap(output, "weight", self.compensation.weight(index, block, units), stack)
+
+    @torch.no_grad()
+    def _reorder(self, inverse: bool) -> None:
+        """Permute every block's units in place; one projection is copied at a time."""
+        for index, layer in enumerate(self.anatomy.layers_of(self.model)):
+            for block in self.anatomy.blocks:
+                order = self.ranking.of(block.kind)[index].to(self.model.device)
+                order = order.argsort() if inverse else order
+                for projection, width in block.inputs_of(layer):
+                    rows = expand_units(order, width)
+                    projection.weight.copy_(projection.weight[rows])
+                    if projection.bias is not None:
+                        projection.bias.copy_(projection.bias[rows])
+                output = block.output_of(layer)
+                output.weight.copy_(output.weight[:, expand_units(order, block.columns_per_unit)])
+
+
+def _swap(module: nn.Module, name: str, value: Tensor, stack: ExitStack) -> None:
+    """Stand `value` in for a parameter until `stack` closes. `F.linear` asks only the tensor for its shape."""
+    parameters = module._parameters
+    stack.callback(parameters.__setitem__, name, parameters[name])
+    parameters[name] = value  # type: ignore[assignment]

@@ -1,0 +1,187 @@
+"""Tiny random decoders and seeded sub-networks of them, shared by all tests. Nothing is downloaded.
+
+Everything is a fixture: tests are collected with `--import-mode=importlib` and cannot import from here.
+"""
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.masks import PruningMask, Ranking
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # logits far from uniform, or every law would hold for every mask
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+WINDOW = 6  # of sliding attention, shorter than the test windows
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# One row per family and variant; a row added here joins every test that takes `model`.
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
+    "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-tied": lambda: LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2-sliding": lambda: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING, FULL, SLIDING]
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small to share
+
+
+@functools.cache
+def _template(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[name]()).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # biases start at zero and norms at one: make them matter
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+@pytest.fixture
+def build() -> Callable[[str], PreTrainedModel]:
+    """Row name of `CONFIGS` -> a float64 model of one's own; equal names give equal weights."""
+    return lambda name: copy.deepcopy(_template(name))
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """Every row of `CONFIGS` in turn. `parametrize("model", ["llama"], indirect=True)` narrows it."""
+    return build(request.param)
+
+
+@pytest.fixture
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    return anatomy_of(model)
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    """`5 x 10` token ids."""
+    return torch.randint(SIZES["vocab_size"], (5, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def random_architecture() -> Callable[..., Architecture]:
+    """(anatomy, seed, pattern) -> random widths. The pattern has one letter per layer, shuffled when none is given:
+    B keeps both blocks, A attention alone, M the MLP alone, - nothing."""
+
+    def draw(anatomy: Anatomy, seed: int, pattern: str | None = None) -> Architecture:
+        rng = random.Random(seed)
+        letters = pattern or rng.sample("BBAM-", 5)
+        return Architecture(
+            tuple((letter in "BA") * rng.randint(1, anatomy.num_key_value_heads) for letter in letters),
+            tuple((letter in "BM") * rng.randint(1, anatomy.intermediate_size) for letter in letters),
+        )
+
+    return draw
+
+
+@pytest.fixture
+def random_ranking() -> Callable[[Anatomy, int], Ranking]:
+    """(anatomy, seed) -> random permutations, so that every mask cut from them is scattered."""
+
+    def draw(anatomy: Anatomy, seed: int) -> Ranking:
+        rng = torch.Generator().manual_seed(seed)
+
+        def orders(units: int) -> Tensor:
+            return torch.stack([torch.randperm(units, generator=rng) for _ in range(anatomy.num_hidden_layers)])
+
+        return Ranking(orders(anatomy.num_key_value_heads), orders(anatomy.intermediate_size))
+
+    return draw
+
+
+@pytest.fixture
+def random_mask(
+    random_architecture: Callable[..., Architecture], random_ranking: Callable[[Anatomy, int], Ranking]
+) -> Callable[..., PruningMask]:
+    """(anatomy, seed, pattern) -> a scattered mask of a random architecture."""
+    return lambda anatomy, seed, pattern=None: PruningMask.from_architecture(
+        random_architecture(anatomy, seed, pattern), random_ranking(anatomy, seed)
+    )
+
+
+@pytest.fixture
+def logits() -> Callable[[PreTrainedModel, Tensor], Tensor]:
+    """(model, windows) -> `B x T x V` logits, without gradient or cache."""
+
+    def compute(model: PreTrainedModel, windows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(windows, use_cache=False).logits
+
+    return compute
+
+
+@pytest.fixture
+def unchanged() -> Callable[[PreTrainedModel], AbstractContextManager[None]]:
+    """`with unchanged(model): ...` fails unless the body leaves objects, bits, flags, hooks and config alone."""
+
+    @contextmanager
+    def check(model: PreTrainedModel) -> Iterator[None]:
+        modules, parameters, config = _modules(model), _parameters(model), copy.deepcopy(model.config.to_dict())
+        values = [parameter.detach().clone() for _, parameter, _ in parameters]
+        yield
+        assert _modules(model) == modules
+        after = _parameters(model)
+        assert [(name, id(p), flag) for name, p, flag in after] == [(name, id(p), flag) for name, p, flag in parameters]
+        assert all(torch.equal(p, value) for (_, p, _), value in zip(after, values, strict=True))
+        assert model.config.to_dict() == config
+
+    return check
+
+
+def _modules(model: PreTrainedModel) -> list[tuple[object, ...]]:
+    return [
+        (
+            name,
+            id(module),
+            *(len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)),
+            *((key, value) for key, value in vars(module).items() if isinstance(value, int | float | str)),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def _parameters(model: PreTrainedModel) -> list[tuple[str, Tensor, bool]]:
+    return [(name, p, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]

@@ -1,0 +1,114 @@
+"""Anatomy reads a supported decoder's sizes, and refuses anything else in the user's words."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedModel,
+)
+
+from pruning.anatomy import FAMILIES, Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.errors import UnsupportedModel
+from pruning.masks import PruningMask, Ranking
+from pruning.shrink import shrink
+
+
+def test_sizes_are_the_configs(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        assert getattr(anatomy, name) == getattr(model.config, name)
+    assert anatomy.mlp.units == anatomy.intermediate_size == model.config.intermediate_size
+    assert anatomy.attention.units * anatomy.queries_per_group == model.config.num_attention_heads
+    assert list(anatomy.layers_of(model)) == list(model.model.layers)
+
+
+def test_units_tile_every_projection(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    for layer in anatomy.layers_of(model):
+        for block in anatomy.blocks:
+            assert block.output_of(layer).in_features == block.columns == block.units * block.columns_per_unit
+            for projection, rows in block.inputs_of(layer):
+                assert projection.out_features == block.units * rows
+
+
+def test_fixed_parameters_are_norms_and_output_biases(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    layer = anatomy.layers_of(model)[0]
+    for block in anatomy.blocks:
+        inputs = {id(p) for projection, _ in block.inputs_of(layer) for p in projection.parameters()}
+        cut = inputs | {id(block.output_of(layer).weight)}
+        modules = (block.module_of(layer), getattr(layer, block.norm))
+        stay = sum(p.numel() for module in modules for p in module.parameters() if id(p) not in cut)
+        assert block.fixed_parameters == stay
+
+
+def test_parameters_add_up(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
+    total = anatomy.other_parameters + anatomy.num_hidden_layers * per_layer
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_layers_can_be_replaced(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    layers = nn.ModuleList(list(anatomy.layers_of(model))[:2])
+    anatomy.set_layers(model, layers)
+    assert anatomy.layers_of(model) is layers is model.model.layers
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8)),
+        lambda: BertLMHeadModel(
+            BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        ),
+    ],
+    ids=["gpt2", "bert"],
+)
+def test_other_families_are_refused_by_name(other: Callable[[], PreTrainedModel]) -> None:
+    model = other()
+    with pytest.raises(UnsupportedModel) as error:
+        anatomy_of(model)
+    assert f"'{model.config.model_type}'" in str(error.value)
+    assert all(family in str(error.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize("headless", [LlamaModel, LlamaForSequenceClassification])
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_decoder_without_language_model_head_is_refused(
+    model: PreTrainedModel, headless: type[PreTrainedModel]
+) -> None:
+    with pytest.raises(UnsupportedModel, match="head"):
+        anatomy_of(headless(model.config))
+
+
+def test_unequal_layers_are_refused_with_the_layer(model: PreTrainedModel) -> None:
+    mlp = model.model.layers[3].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(32, 20), nn.Linear(32, 20), nn.Linear(20, 32)
+    with pytest.raises(UnsupportedModel, match=r"Layer 3 .* unequal"):
+        anatomy_of(model)
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        Architecture((1,) * 5, (24,) * 5),
+        Architecture((2,) * 5, (12,) * 5),
+        Architecture((0, 2, 2, 2, 2), (24,) * 5),
+        Architecture((2,) * 5, (0, 24, 24, 24, 24)),
+        Architecture((2, 2, 2, 2, 1), (24,) * 5),
+    ],
+    ids=["fewer groups", "fewer neurons", "no first attention", "no first MLP", "thin last layer"],
+)
+@pytest.mark.parametrize("model", ["llama", "qwen3"], indirect=True)
+def test_a_shrunk_model_is_never_read_with_the_dense_sizes(model: PreTrainedModel, small: Architecture) -> None:
+    """Its config still tells the dense widths: refusing is right, believing the config is not."""
+    ranking = Ranking(torch.arange(2).repeat(5, 1), torch.arange(24).repeat(5, 1))
+    with pytest.raises(UnsupportedModel):
+        anatomy_of(shrink(model, PruningMask.from_architecture(small, ranking)))

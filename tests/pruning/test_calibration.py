@@ -1,0 +1,202 @@
+"""Windows are disjoint, reproducible and complete with their recipe; a bad source is named."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from pruning.calibration import SOURCES, SPLITS, Text, TokenWindows, cut_windows, read_text, sample_windows
+from pruning.errors import NotEnoughText, UnreadableText
+
+COUNTS = {"calibration": 5, "proxy": 4, "heldout": 3}
+ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
+
+
+def build_tokenizer(bos: bool, has_bos_token: bool = True) -> PreTrainedTokenizerFast:
+    """One token per word `w0` ... `w999`, in order from id 3 on; `bos`: starts every text with `<s>` by itself."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": 3 + number for number in range(1000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "eos_token": "</s>"} | ({"bos_token": "<s>"} if has_bos_token else {})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def words(count: int) -> Text:
+    """`count` different words, so that a window tells where it was cut."""
+    return Text("text:words", " ".join(f"w{number}" for number in range(count)))
+
+
+def splits(windows: TokenWindows) -> list[Tensor]:
+    return [getattr(windows, split) for split in SPLITS]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("count", [96, 200])
+def test_windows_are_disjoint_runs_of_the_text(bos: bool, count: int) -> None:
+    found = cut_windows(words(count), build_tokenizer(bos), COUNTS, length=8, seed=0)
+    assert [len(split) for split in splits(found)] == [5, 4, 3]
+    assert (found.length, found.bos, found.available_tokens) == (8, bos, count)
+    everything = torch.cat(splits(found))
+    payload = everything[:, int(bos) :]
+    assert payload.unique().numel() == payload.numel()  # no word twice, so no overlap of any two windows
+    assert torch.all(payload.diff(dim=1) == 1)
+    assert torch.all(everything[:, 0] == 1) if bos else not torch.any(everything == 1)
+    assert found.source == "text:words"
+    assert found.sha256 == words(count).sha256
+
+
+def test_a_bos_token_that_the_tokenizer_does_not_add_is_not_added() -> None:
+    for tokenizer in (build_tokenizer(bos=False), build_tokenizer(bos=False, has_bos_token=False)):
+        assert not cut_windows(words(96), tokenizer, COUNTS, length=8, seed=0).bos
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (
+        cut_windows(words(300), build_tokenizer(True), COUNTS, length=8, seed=seed) for seed in (3, 3, 4)
+    )
+    for one, same, different in zip(splits(first), splits(again), splits(other), strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, different)
+
+
+def test_windows_come_from_all_over_the_text() -> None:
+    found = cut_windows(words(960), build_tokenizer(False), COUNTS, length=8, seed=0)
+    for split in splits(found):
+        assert split.max() - split.min() > 120  # neighbours would span 40 at most
+
+
+def test_cutting_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    cut_windows(words(96), build_tokenizer(True), COUNTS, length=8, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("bos", "needed"), [(False, 96), (True, 84)])
+def test_too_short_a_text_is_refused_with_the_numbers(bos: bool, needed: int) -> None:
+    cut_windows(words(needed), build_tokenizer(bos), COUNTS, length=8, seed=0)
+    with pytest.raises(NotEnoughText) as error:
+        cut_windows(words(needed - 1), build_tokenizer(bos), COUNTS, length=8, seed=0)
+    for said in ("text:words", f"{needed - 1} tokens", f"{needed} are needed", f"12 windows of {needed // 12}"):
+        assert said in str(error.value)
+
+
+def test_builtin_is_prose_without_repeats() -> None:
+    text = read_text("builtin")
+    assert text.source.startswith("builtin (")
+    assert len(text.content) > 200_000
+    paragraphs = Counter(" ".join(paragraph.split()) for paragraph in text.content.split("\n\n"))
+    assert [paragraph for paragraph, count in paragraphs.items() if paragraph and count > 1] == []
+    assert read_text("builtin") == text
+
+
+def test_a_text_file_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "colon:café.txt").write_text("Zwölf Boxkämpfer\n", encoding="utf-8")
+    text = read_text(f"text:{tmp_path}/colon:café.txt")
+    assert text.content == "Zwölf Boxkämpfer\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_text("text:~/colon:café.txt").sha256 == text.sha256
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "directory"),
+        (lambda path: path.write_bytes(b"caf\xe9"), "not UTF-8"),
+    ],
+    ids=["missing", "directory", "latin-1"],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, make: Callable[[Path], object], reason: str) -> None:
+    path = tmp_path / "input.txt"
+    make(path)
+    with pytest.raises(UnreadableText) as error:
+        read_text(f"text:{path}")
+    assert f"'{path}'" in str(error.value)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b:c:d", "self"])
+def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
+    with pytest.raises(UnreadableText) as error:
+        read_text(source)
+    assert f"'{source}'" in str(error.value)
+    assert SOURCES in str(error.value)
+
+
+def test_a_dataset_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(dataset: str, config: str, split: str) -> dict[str, list[str]]:
+        return {"text": [dataset, config, split]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("hf:wiki/text:raw:test") == Text("hf:wiki/text:raw:test", "wiki/text\n\nraw\n\ntest")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("host unreachable\nmany lines"), KeyError()])
+def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UnreadableText, match=r"'wiki:raw:test': (host unreachable|KeyError)$"):
+        read_text("hf:wiki:raw:test")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UnreadableText, match="pip install"):
+        read_text("hf:wiki:raw:test")
+
+
+@ONE_FAMILY
+def test_sampled_windows_follow_the_seed_and_nothing_else(
+    model: PreTrainedModel, unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]]
+) -> None:
+    tokenizer, state = build_tokenizer(True), torch.get_rng_state()
+    with unchanged(model):
+        first = sample_windows(model, tokenizer, COUNTS, length=8, seed=3, batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    again = sample_windows(model, tokenizer, COUNTS, length=8, seed=3, batch_size=5)
+    other = sample_windows(model, tokenizer, COUNTS, length=8, seed=4, batch_size=5)
+    for one, same, different in zip(splits(first), splits(again), splits(other), strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, different)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert [split.shape for split in splits(first)] == [(5, 8), (4, 8), (3, 8)]
+    everything = torch.cat(splits(first))
+    assert first.available_tokens == everything.numel()
+    assert torch.all(everything[:, 0] == tokenizer.bos_token_id)
+    assert len({tuple(window) for window in everything.tolist()}) == len(everything)
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.01}, {"do_sample": False}, {"repetition_penalty": 5.0}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_samples_are_the_models_own_distribution(model: PreTrainedModel, setting: dict[str, float]) -> None:
+    """Chat models ship sampling settings in their generation config; none of them may bend the calibration text."""
+    expected = sample_windows(model, build_tokenizer(True), COUNTS, length=12, seed=0)
+    model.generation_config.update(**setting)
+    found = sample_windows(model, build_tokenizer(True), COUNTS, length=12, seed=0)
+    assert found.sha256 == expected.sha256
+
+
+@ONE_FAMILY
+def test_sampled_windows_are_never_cut_short(model: PreTrainedModel) -> None:
+    model.generation_config.update(eos_token_id=list(range(2, 60)))
+    tokenizer = build_tokenizer(False, has_bos_token=False)
+    everything = torch.cat(splits(sample_windows(model, tokenizer, COUNTS, length=8, seed=0)))
+    assert everything.shape == (12, 8)
+    assert torch.all(everything[:, 0] == tokenizer.eos_token_id)  # the usual start where there is no BOS

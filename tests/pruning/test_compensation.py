@@ -1,0 +1,218 @@
+"""The refitted weight of every width is the closed-form least-squares one, however the cache behaves.
+
+W: dense output weight, columns sorted by the ranking.   K, D: kept and removed columns.   G: E[z zT], columns alike.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, Block
+from pruning.compensation import CompensationTable, columns_of, expand_units
+from pruning.importance import Statistics, collect_statistics
+from pruning.masks import Ranking
+
+RIDGE = 0.03
+ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+
+
+class Projection(NamedTuple):
+    """One output projection with its columns in ranking order."""
+
+    layer: int
+    block: Block
+    weight: Tensor  # hidden_size x C
+    gram: Tensor  # C x C
+    damping: float
+
+    def error(self, refitted: Tensor) -> float:
+        """E|W z - V z_K|^2 of a `hidden_size x K` weight V."""
+        difference = self.weight.clone()
+        difference[:, : refitted.shape[1]] -= refitted
+        return float((difference @ self.gram * difference).sum())
+
+    def regularised_error(self, refitted: Tensor) -> float:
+        kept = self.weight[:, : refitted.shape[1]]
+        return self.error(refitted) + self.damping * float((refitted - kept).square().sum())
+
+
+@pytest.fixture
+def ranking(anatomy: Anatomy, random_ranking: Callable[[Anatomy, int], Ranking]) -> Ranking:
+    return random_ranking(anatomy, 0)
+
+
+@pytest.fixture
+def statistics(model: PreTrainedModel, windows: Tensor) -> Statistics:
+    return collect_statistics(model, windows)
+
+
+@pytest.fixture
+def projections(model: PreTrainedModel, anatomy: Anatomy, statistics: Statistics, ranking: Ranking) -> list[Projection]:
+    """Everything the closed form needs, in float64; taken before the table frees the Gram matrices."""
+    found = []
+    for block in anatomy.blocks:
+        for index, layer in enumerate(anatomy.layers_of(model)):
+            gram = statistics.blocks[block.kind].gram[index].double() / statistics.num_tokens
+            units = ranking.of(block.kind)[index].tolist()
+            width = block.columns_per_unit
+            order = [unit * width + column for unit in units for column in range(width)]
+            weight = block.output_of(layer).weight.detach().clone()
+            damping = RIDGE * gram.trace().item() / len(gram)
+            found.append(Projection(index, block, weight[:, order], gram[order][:, order], damping))
+    return found
+
+
+@pytest.fixture
+def table(
+    model: PreTrainedModel, statistics: Statistics, ranking: Ranking, projections: list[Projection]
+) -> CompensationTable:
+    return CompensationTable(model, statistics, ranking, ridge=RIDGE)
+
+
+def every_width(projections: list[Projection]) -> Iterator[tuple[Projection, int]]:
+    return ((projection, units) for projection in projections for units in range(1, projection.block.units + 1))
+
+
+def test_every_width_is_the_closed_form(table: CompensationTable, projections: list[Projection]) -> None:
+    for projection, units in every_width(projections):
+        kept = units * projection.block.columns_per_unit
+        gram, weight = projection.gram, projection.weight
+        system = gram[:kept, :kept] + projection.damping * torch.eye(kept, dtype=torch.double)
+        expected = weight[:, :kept] + weight[:, kept:] @ torch.linalg.solve(system, gram[:kept, kept:]).T
+        found = table.weight(projection.layer, projection.block, units)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # factors are float32
+        if units == projection.block.units:
+            torch.testing.assert_close(found, weight, rtol=0, atol=1e-4)
+
+
+def test_a_refit_never_hurts_and_is_the_optimum(table: CompensationTable, projections: list[Projection]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    helped = []
+    for projection, units in every_width(projections):
+        refitted = table.weight(projection.layer, projection.block, units)
+        plain = projection.weight[:, : refitted.shape[1]]
+        best, slack = projection.regularised_error(refitted), 1e-6 * projection.error(plain[:, :0])
+        assert best <= projection.error(plain) + slack  # without refit the ridge costs nothing
+        assert projection.error(refitted) <= projection.error(plain) + slack
+        step = 0.01 * torch.randn(refitted.shape, generator=rng, dtype=torch.double)
+        assert projection.regularised_error(refitted + step) > best
+        helped.append(projection.error(refitted) < 0.9 * projection.error(plain))
+    assert sum(helped) > len(helped) / 2
+
+
+def test_the_error_falls_with_width(table: CompensationTable, projections: list[Projection]) -> None:
+    """In the norm of G + ridge I, where every narrower refit, padded with zeros, is a wider candidate."""
+    for projection in projections:
+        errors = []
+        for units in range(1, projection.block.units + 1):
+            refitted = table.weight(projection.layer, projection.block, units)
+            removed = projection.weight[:, refitted.shape[1] :]
+            errors.append(projection.regularised_error(refitted) + projection.damping * float(removed.square().sum()))
+        assert all(wider < narrower for narrower, wider in pairwise(errors))
+        assert abs(errors[-1]) < 1e-4 * errors[0]
+
+
+@ONE_FAMILY
+def test_more_ridge_stays_nearer_to_the_dense_columns(
+    model: PreTrainedModel, windows: Tensor, ranking: Ranking, projections: list[Projection]
+) -> None:
+    ridges = (0.001, 0.03, 1.0, 1e6)
+    tables = [CompensationTable(model, collect_statistics(model, windows), ranking, ridge) for ridge in ridges]
+    for projection, units in every_width(projections):
+        dense = projection.weight[:, : units * projection.block.columns_per_unit]
+        moved = [float((t.weight(projection.layer, projection.block, units) - dense).norm()) for t in tables]
+        assert all(stiff <= loose + 1e-4 for loose, stiff in pairwise(moved))
+        assert moved[-1] < 1e-3
+
+
+@ONE_FAMILY
+def test_a_projection_that_never_got_input_keeps_its_weight(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, ranking: Ranking
+) -> None:
+    for parameter in model.model.layers[2].mlp.up_proj.parameters():
+        parameter.data.zero_()
+    dense = model.model.layers[2].mlp.down_proj.weight.detach()
+    table = CompensationTable(model, collect_statistics(model, windows), ranking)
+    for units in (1, 12, 24):
+        expected = dense[:, ranking.neurons[2, :units]]
+        torch.testing.assert_close(table.weight(2, anatomy.mlp, units), expected, rtol=0, atol=1e-5)
+
+
+@ONE_FAMILY
+def test_collecting_and_factoring_leave_no_gradient(table: CompensationTable, projections: list[Projection]) -> None:
+    assert not any(table.weight(p.layer, p.block, units).requires_grad for p, units in every_width(projections))
+
+
+@ONE_FAMILY
+def test_gram_matrices_are_freed(statistics: Statistics, table: CompensationTable) -> None:
+    assert sum(gram.nbytes for block in statistics.blocks.values() for gram in block.gram) == 0
+
+
+@ONE_FAMILY
+def test_the_cache_is_bounded_and_invisible(
+    model: PreTrainedModel, windows: Tensor, ranking: Ranking, table: CompensationTable, projections: list[Projection]
+) -> None:
+    bound = 3 * projections[-1].weight.nbytes  # a few of the 130 weights
+    small = CompensationTable(model, collect_statistics(model, windows), ranking, ridge=RIDGE, cache_bytes=bound)
+    seen: list[weakref.ref[Tensor]] = []
+    for _ in range(2):
+        for projection, units in every_width(projections):
+            found = small.weight(projection.layer, projection.block, units)
+            assert torch.equal(found, table.weight(projection.layer, projection.block, units))
+            seen.append(weakref.ref(found))
+            del found
+            gc.collect(0)
+            alive = {id(weight): weight.nbytes for weight in (ref() for ref in seen) if weight is not None}
+            assert sum(alive.values()) <= bound
+    assert sum(alive.values()) > bound / 2  # something is kept
+
+
+@ONE_FAMILY
+def test_the_least_recently_used_weight_leaves_first(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, ranking: Ranking
+) -> None:
+    bytes_per_unit = anatomy.hidden_size * 8
+    table = CompensationTable(model, collect_statistics(model, windows), ranking, cache_bytes=20 * bytes_per_unit)
+
+    def ask(units: int) -> weakref.ref[Tensor]:
+        return weakref.ref(table.weight(0, anatomy.mlp, units))
+
+    first, second = ask(9), ask(10)
+    assert ask(9)() is first() is not None  # solved once
+    third = ask(11)  # 9 + 10 + 11 units are too many: 10 was used longest ago
+    assert first() is not None
+    assert second() is None
+    assert third() is not None
+    largest = ask(24)  # larger than the whole bound: kept alone rather than refused
+    assert largest() is not None
+    assert first() is third() is None
+
+
+@ONE_FAMILY
+def test_filling_solves_everything_beforehand(
+    table: CompensationTable, projections: list[Projection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.fill({"attention": [1, 2], "mlp": list(range(1, 25))})
+    monkeypatch.setattr(torch.linalg, "solve_triangular", None)
+    for projection, units in every_width(projections):
+        table.weight(projection.layer, projection.block, units)
+
+
+@pytest.mark.parametrize(("units", "width"), [([2, 0], 1), ([2, 0, 5], 3), ([], 4)])
+def test_units_own_consecutive_columns(units: list[int], width: int) -> None:
+    expected = [unit * width + offset for unit in units for offset in range(width)]
+    assert expand_units(torch.tensor(units, dtype=torch.long), width).tolist() == expected
+
+
+@ONE_FAMILY
+def test_columns_of_a_group_are_its_heads(anatomy: Anatomy) -> None:
+    group = anatomy.queries_per_group * anatomy.head_dim
+    assert columns_of(torch.tensor([1]), anatomy.attention).tolist() == list(range(group, 2 * group))
+    assert columns_of(torch.tensor([7, 3]), anatomy.mlp).tolist() == [7, 3]

@@ -1,0 +1,67 @@
+"""Costs by arithmetic equal costs counted on the shrunk model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy
+from pruning.architecture import Architecture
+from pruning.cost import block_parameters, cost_of, dense_block_parameters
+from pruning.masks import PruningMask
+from pruning.shrink import shrink
+
+
+def test_predicted_equals_counted(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_mask: Callable[..., PruningMask]
+) -> None:
+    dense = sum(p.numel() for p in model.model.layers.parameters())
+    for seed in range(8):
+        mask = random_mask(anatomy, seed)
+        cost, small = cost_of(anatomy, mask.architecture, bytes_per_value=8), shrink(model, mask)
+        blocks = list(small.model.layers.parameters())
+        assert cost.parameters == sum(p.numel() for p in small.parameters())
+        assert cost.block_parameters == sum(p.numel() for p in blocks)
+        assert cost.share == cost.block_parameters / dense
+        assert cost.weight_bytes == sum(p.nbytes for p in small.parameters())
+
+        multiplied = sum(module.weight.numel() for module in small.modules() if isinstance(module, nn.Linear))
+        vectors = sum(p.numel() for p in blocks if p.ndim == 1)  # norms and biases are counted like weights
+        assert cost.flops_per_token == 2 * (multiplied + vectors)
+
+        with torch.no_grad():
+            cache = small(windows[:, :4], use_cache=True).past_key_values  # shorter than any sliding window
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+        assert cost.kv_bytes_per_token == held / windows[:, :4].numel()
+
+
+def test_the_full_architecture_costs_the_dense_model(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    cost = cost_of(anatomy, Architecture.full(anatomy))
+    assert cost.share == 1
+    assert cost.parameters == model.num_parameters()
+    assert cost.block_parameters == dense_block_parameters(anatomy)
+
+
+def test_many_architectures_at_once(anatomy: Anatomy, random_architecture: Callable[..., Architecture]) -> None:
+    architectures = [random_architecture(anatomy, seed) for seed in range(12)]
+    expected = torch.tensor([cost_of(anatomy, a).block_parameters for a in architectures])
+    groups = torch.tensor([a.kv_groups for a in architectures])  # 12 x L
+    neurons = torch.tensor([a.neurons for a in architectures])
+    assert torch.equal(block_parameters(anatomy, groups, neurons), expected)
+    batched = block_parameters(anatomy, groups.double().view(3, 4, -1), neurons.double().view(3, 4, -1))
+    assert batched.dtype == torch.int64
+    assert torch.equal(batched, expected.view(3, 4))
+
+
+def test_cost_never_falls_when_a_unit_is_added(
+    anatomy: Anatomy, random_architecture: Callable[..., Architecture]
+) -> None:
+    small = random_architecture(anatomy, 0, "BBAM-")
+    for layer in range(anatomy.num_hidden_layers):
+        wider = list(small.kv_groups)
+        wider[layer] += 1
+        cost, more = cost_of(anatomy, small), cost_of(anatomy, Architecture(tuple(wider), small.neurons))
+        assert more.parameters > cost.parameters
+        assert more.flops_per_token > cost.flops_per_token
+        assert more.kv_bytes_per_token > cost.kv_bytes_per_token

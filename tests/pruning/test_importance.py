@@ -1,0 +1,284 @@
+"""Scores equal slow direct computations, do not depend on the batch, and collecting them leaves no trace."""
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, Block
+from pruning.importance import (
+    METHODS,
+    Importance,
+    activation,
+    block_influence,
+    collect_statistics,
+    fisher,
+    fluctuation,
+    magnitude,
+    taylor,
+)
+from pruning.masks import Ranking
+
+CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # statistics are float32
+ONE_FAMILY = pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+
+
+def output_inputs(model: PreTrainedModel, anatomy: Anatomy, block: Block, windows: Tensor) -> Tensor:
+    """`L x tokens x C` inputs of the blocks' output projections."""
+    seen: list[Tensor] = []
+    outputs = [block.output_of(layer) for layer in anatomy.layers_of(model)]
+
+    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0].flatten(0, 1))
+
+    handles = [output.register_forward_pre_hook(keep) for output in outputs]
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
+
+
+def per_unit(columns: Tensor, block: Block) -> Tensor:
+    """Sum `L x C` over each unit's columns, one unit at a time: `L x U`."""
+    width = block.columns_per_unit
+    return torch.stack([columns[:, unit * width : (unit + 1) * width].sum(1) for unit in range(block.units)], dim=1)
+
+
+def column_energy(model: PreTrainedModel, anatomy: Anatomy, block: Block) -> Tensor:
+    return torch.stack([block.output_of(layer).weight.detach().norm(dim=0) ** 2 for layer in anatomy.layers_of(model)])
+
+
+def test_statistics_do_not_depend_on_the_batch(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    whole = collect_statistics(model, windows, batch_size=len(windows))
+    scores = {name: method(model, whole) for name, method in METHODS.items()}
+    for batch_size in (1, 2, 3):
+        split = collect_statistics(model, windows, batch_size)
+        assert (split.num_windows, split.num_tokens) == (whole.num_windows, whole.num_tokens) == (5, 50)
+        for block in anatomy.blocks:
+            for name in ("total", "square", "taylor", "fisher", "cosine"):
+                found, expected = getattr(split.blocks[block.kind], name), getattr(whole.blocks[block.kind], name)
+                torch.testing.assert_close(found, expected, **CLOSE)
+            torch.testing.assert_close(split.blocks[block.kind].gram, whole.blocks[block.kind].gram, **CLOSE)
+        torch.testing.assert_close(split.layer_cosine, whole.layer_cosine, **CLOSE)
+        for name, method in METHODS.items():
+            found, expected = method(model, split).ranking(), scores[name].ranking()
+            assert torch.equal(found.groups, expected.groups)
+            assert torch.equal(found.neurons, expected.neurons)
+
+
+def test_grams_are_second_moments_of_the_output_inputs(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    statistics = collect_statistics(model, windows)
+    for block in anatomy.blocks:
+        z = output_inputs(model, anatomy, block, windows)
+        found = torch.stack(statistics.blocks[block.kind].gram).double()
+        torch.testing.assert_close(found, z.transpose(1, 2) @ z, **CLOSE)
+
+
+def gate_derivatives(
+    model: PreTrainedModel, anatomy: Anatomy, block: Block, windows: Tensor, shape: tuple[int, ...], repeat: int
+) -> Tensor:
+    """Autograd's derivative of every window's mean loss by gates of `shape` on all blocks of one kind: `L x *shape`.
+
+    Each gate multiplies `repeat` neighbouring columns of the output projection's `B x T x C` input.
+    """
+    layers = anatomy.layers_of(model)
+    gates = [torch.ones(shape, dtype=torch.double, requires_grad=True) for _ in layers]
+    handles = [
+        block.output_of(layer).register_forward_pre_hook(
+            lambda _, args, gate=gate: (args[0] * gate.repeat_interleave(repeat, -1),)
+        )
+        for layer, gate in zip(layers, gates, strict=True)
+    ]
+    logits = model(windows, use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none").mean(1)  # B
+    for handle in handles:
+        handle.remove()
+    return torch.stack(torch.autograd.grad(losses.sum(), gates))
+
+
+def test_taylor_is_the_derivative_by_an_explicit_gate(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    """One gate per window and column: |dL/dgate|, summed over a unit's columns, mean over windows."""
+    found = taylor(model, collect_statistics(model, windows))
+    for block in anatomy.blocks:
+        derivatives = gate_derivatives(model, anatomy, block, windows, (len(windows), 1, block.columns), 1)
+        expected = per_unit(derivatives.abs().mean((1, 2)), block)
+        torch.testing.assert_close(found.of(block.kind).double(), expected, **CLOSE)
+        assert expected.mean() > 1e-3
+    torch.testing.assert_close(found.layers, found.groups.sum(1) + found.neurons.sum(1))
+
+
+def test_fisher_is_the_squared_derivative_by_a_gate_per_token(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    """One gate per token and unit: half the mean square of the derivative of the window's summed loss."""
+    found = fisher(model, collect_statistics(model, windows))
+    for block in anatomy.blocks:
+        shape = (*windows.shape, block.units)
+        derivatives = gate_derivatives(model, anatomy, block, windows, shape, block.columns_per_unit)
+        expected = (derivatives * (windows.shape[1] - 1)).square().mean((1, 2)) / 2
+        torch.testing.assert_close(found.of(block.kind).double(), expected, **CLOSE)
+        assert expected.mean() > 1e-3
+
+
+def test_activation_is_the_energy_sent_to_the_residual_stream(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    found = activation(model, collect_statistics(model, windows))
+    for block in anatomy.blocks:
+        z = output_inputs(model, anatomy, block, windows)
+        expected = per_unit((z**2).mean(1) * column_energy(model, anatomy, block), block)
+        torch.testing.assert_close(found.of(block.kind).double(), expected, **CLOSE)
+
+
+def test_fluctuation_is_the_energy_around_the_mean(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    found = fluctuation(model, collect_statistics(model, windows))
+    for block in anatomy.blocks:
+        z = output_inputs(model, anatomy, block, windows)
+        expected = per_unit(z.var(1, correction=0) * column_energy(model, anatomy, block), block)
+        torch.testing.assert_close(found.of(block.kind).double(), expected, **CLOSE)
+
+
+def test_magnitude_is_the_squared_norm_of_a_units_weights(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    found = magnitude(model, collect_statistics(model, windows[:1]))
+    for index, layer in enumerate(anatomy.layers_of(model)):
+        for block in anatomy.blocks:
+            for unit in range(block.units):
+                own = [p.weight[unit * rows : (unit + 1) * rows] for p, rows in block.inputs_of(layer)]
+                width = block.columns_per_unit
+                own.append(block.output_of(layer).weight[:, unit * width : (unit + 1) * width])
+                expected = sum(float((weight.detach() ** 2).sum()) for weight in own)
+                assert found.of(block.kind)[index, unit].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_unit_that_sends_nothing_ranks_last(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    silent = {"attention": anatomy.num_key_value_heads - 2, "mlp": 7}
+    layer = anatomy.layers_of(model)[2]
+    for block in anatomy.blocks:
+        first = silent[block.kind] * block.columns_per_unit
+        block.output_of(layer).weight.data[:, first : first + block.columns_per_unit] = 0
+    statistics = collect_statistics(model, windows)
+    for method in (taylor, fisher, activation, fluctuation):
+        scores = method(model, statistics)
+        for block in anatomy.blocks:
+            assert scores.of(block.kind)[2, silent[block.kind]] == 0
+            assert scores.ranking().of(block.kind)[2, -1] == silent[block.kind]
+            assert (scores.of(block.kind) == 0).sum() == 1
+
+
+def test_a_ranking_is_descending_and_stable() -> None:
+    scores = Importance(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[1.0, 1.0, 2.0, 1.0, 2.0]]), torch.tensor([5.0]))
+    assert scores.ranking().groups.tolist() == [[1, 2, 0]]
+    assert scores.ranking().neurons.tolist() == [[2, 4, 0, 1, 3]]
+    assert isinstance(scores.ranking(), Ranking)
+
+
+def test_influence_is_one_minus_the_cosine_of_the_residual_stream(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    found = block_influence(collect_statistics(model, windows))
+    streams: list[Tensor] = []
+    for layer in anatomy.layers_of(model):
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    with torch.no_grad():
+        model(windows, use_cache=False)
+
+    def influence(befores: list[Tensor], afters: list[Tensor]) -> Tensor:
+        return torch.stack([1 - F.cosine_similarity(b, a, dim=-1).mean() for b, a in zip(befores, afters, strict=True)])
+
+    torch.testing.assert_close(found["layer"].double(), influence(streams[:-1:2], streams[2::2]), **CLOSE)
+    torch.testing.assert_close(found["attention"].double(), influence(streams[:-1:2], streams[1::2]), **CLOSE)
+    torch.testing.assert_close(found["mlp"].double(), influence(streams[1::2], streams[2::2]), **CLOSE)
+
+
+def test_a_layer_that_adds_nothing_has_no_influence(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    for block in anatomy.blocks:
+        for parameter in block.output_of(anatomy.layers_of(model)[3]).parameters():
+            parameter.data.zero_()
+    for influence in block_influence(collect_statistics(model, windows)).values():
+        assert abs(influence[3]) < 1e-6
+        assert influence[[0, 1, 2, 4]].min() > 1e-3
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["normal end", "exception"])
+def test_the_model_is_left_as_it_was(
+    model: PreTrainedModel, windows: Tensor, raises: bool,
+    unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]],
+) -> None:  # fmt: skip
+    model.train()
+    model.model.layers[2].mlp.requires_grad_(False)
+
+    def on_window(done: int) -> None:
+        if raises and done > 2:
+            raise KeyboardInterrupt
+
+    with unchanged(model):
+        try:
+            collect_statistics(model, windows, on_window=on_window)
+        except KeyboardInterrupt:
+            assert raises
+        else:
+            assert not raises
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@ONE_FAMILY
+def test_modules_in_different_modes_keep_them(
+    model: PreTrainedModel, windows: Tensor, unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]]
+) -> None:
+    model.train()
+    model.model.layers[1].eval()  # frozen by the user, say
+    with unchanged(model):
+        collect_statistics(model, windows)
+
+
+@ONE_FAMILY
+def test_progress_counts_windows(model: PreTrainedModel, windows: Tensor) -> None:
+    for batch_size, expected in ((1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])):
+        seen: list[int] = []
+        collect_statistics(model, windows, batch_size, seen.append)
+        assert seen == expected
+
+
+@ONE_FAMILY
+def test_statistics_can_be_collected_without_gradients_around(model: PreTrainedModel, windows: Tensor) -> None:
+    expected = collect_statistics(model, windows).blocks["mlp"].taylor
+    with torch.no_grad():
+        assert torch.equal(collect_statistics(model, windows).blocks["mlp"].taylor, expected)
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2-sliding"], indirect=True)
+@pytest.mark.parametrize("raises", [False, True], ids=["normal end", "exception"])
+def test_no_activation_outlives_the_call(model: PreTrainedModel, windows: Tensor, raises: bool) -> None:
+    """A hook that closed over its own tensor once kept every graph alive in a cycle until the collector came by."""
+
+    def activations() -> int:
+        return sum(type(thing) is Tensor and thing.ndim == 3 for thing in gc.get_objects())
+
+    def on_window(done: int) -> None:
+        if raises:
+            raise KeyboardInterrupt
+
+    collect_statistics(model, windows)  # whatever is cached at the first run
+    gc.collect()
+    gc.disable()
+    try:
+        before = activations()
+        with suppress(KeyboardInterrupt):
+            collect_statistics(model, windows, on_window=on_window)
+        assert activations() == before
+    finally:
+        gc.enable()

@@ -8,13 +8,14 @@ arXiv:2310.20708); only quality has a GP.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective import logei
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
-from botorch.models import ModelList
-from botorch.models.model import Model
+from botorch.models import ModelList, SingleTaskGP
 from botorch.models.deterministic import GenericDeterministicModel
+from botorch.posteriors.torch import TorchPosterior
 from botorch.sampling.get_sampler import get_sampler
 from torch import Tensor
 
@@ -26,6 +27,10 @@ from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import EPSILON, SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
 from llmbo.types import Proposal, Trial
+
+# BoTorch 0.18 would compile a C++ kernel at first use: half a minute of silence, and a process killed meanwhile leaves a
+# lock on which every later one waits for ever. A shortlist of a few dozen candidates gains nothing from it.
+logei._load_attempted = True
 
 NUM_INITIAL = 12
 MC_SAMPLES = 64
@@ -59,7 +64,8 @@ class QNehviProposer:
     def __post_init__(self) -> None:
         measured = [objective.name for objective in self.objectives if not objective.known]
         if len(measured) != 1 or len(self.objectives) != 2:
-            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {','.join(o.name for o in self.objectives)}.")
+            names = ",".join(objective.name for objective in self.objectives)
+            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {names}.")
         object.__setattr__(self, "_features", Features(self.family))
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
@@ -71,7 +77,9 @@ class QNehviProposer:
             torch.manual_seed(seed)
             return self._optimize(trials, complete, q, torch.Generator().manual_seed(seed))
 
-    def _optimize(self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, generator: torch.Generator) -> list[Proposal]:
+    def _optimize(
+        self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, generator: torch.Generator
+    ) -> list[Proposal]:
         space = self.family.space
         belief = self._belief(complete)
         train_X = _points(complete, space.d)
@@ -111,7 +119,7 @@ class QNehviProposer:
 class _Belief:
     """The fitted surrogate in the objectives' terms. `slope` and `offset` turn a share into the size objective, exactly."""
 
-    gp: Model
+    gp: SingleTaskGP
     features: Features
     curve: FamilyCurve
     dense: float
@@ -130,9 +138,13 @@ class _Belief:
         height, share = self._mean_quality(X_front), self.features.space.share(X_front)
         order = share.argsort()
         left = torch.cat([torch.zeros(1, dtype=torch.float64), share[order]])
-        right = torch.cat([share[order], torch.full((1,), (self.size.reference - self.offset) / self.slope, dtype=torch.float64)])
+        right = torch.cat(
+            [share[order], torch.full((1,), (self.size.reference - self.offset) / self.slope, dtype=torch.float64)]
+        )
         staircase = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), height[order]]).cummin(0).values
-        strike = staircase.clamp_max(self.quality.reference) - self.dense + EPSILON  # of the excess, like everything below
+        strike = (
+            staircase.clamp_max(self.quality.reference) - self.dense + EPSILON
+        )  # of the excess, like everything below
 
         @torch.no_grad()
         def value(X: Tensor) -> Tensor:
@@ -153,11 +165,13 @@ class _Belief:
         known = GenericDeterministicModel(lambda Z: self.size.sign * (self.slope * Z[..., SHARE, None] + self.offset))
         model = ModelList(self.gp, known)
         Z_baseline = self.features(X_baseline)
-        acq_function = qLogNoisyExpectedHypervolumeImprovement(
+        acq_function = logei.qLogNoisyExpectedHypervolumeImprovement(
             model=model,
             ref_point=ref_point(self.objectives),
             X_baseline=Z_baseline,
-            sampler=get_sampler(model.posterior(Z_baseline[:1]), torch.Size([MC_SAMPLES]), seed=0),
+            sampler=get_sampler(
+                cast(TorchPosterior, model.posterior(Z_baseline[:1])), torch.Size([MC_SAMPLES]), seed=0
+            ),
             objective=GenericMCMultiOutputObjective(self._outcome),
             X_pending=self.features(X_pending) if len(X_pending) else None,
             cache_root=False,  # there is no joint root with a deterministic model
@@ -168,7 +182,9 @@ class _Belief:
     def _outcome(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
         """Samples of (gain, size) -> samples of the objectives, in their order."""
         assert X is not None
-        value = self.quality.sign * quality_from_gain(samples[..., 0], X[..., SHARE].expand(samples.shape[:-1]), self.dense, self.curve)
+        value = self.quality.sign * quality_from_gain(
+            samples[..., 0], X[..., SHARE].expand(samples.shape[:-1]), self.dense, self.curve
+        )
         columns = [value, samples[..., 1]]
         return torch.stack(columns if self.objectives[0] is self.quality else columns[::-1], dim=-1)
 
@@ -200,7 +216,9 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
     single = base[2 * quarter : 3 * quarter] + moves
     mother = base[3 * quarter :]
     order = family.space.share(front).argsort()
-    position = torch.searchsorted(family.space.share(front)[order], family.space.share(mother).contiguous()).clamp(max=len(front) - 1)
+    position = torch.searchsorted(family.space.share(front)[order], family.space.share(mother).contiguous()).clamp(
+        max=len(front) - 1
+    )
     neighbour = (position + 2 * torch.randint(2, (quarter,), generator=generator) - 1).clamp(0, len(front) - 1)
     father = front[order[neighbour]]
     crossed = torch.where(torch.rand(quarter, family.space.d, generator=generator) < 0.5, mother, father)
@@ -211,15 +229,19 @@ def smooth_changes(space: SearchSpace, n: int, generator: torch.Generator) -> Te
     """Random depth profiles for attention and MLPs, `n x d` in levels, of random smoothness and size."""
     layers = space.num_layers
     depth = torch.arange(layers, dtype=torch.float64)
-    scale = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)[torch.randint(5, (n, 1, 1), generator=generator)]
-    kernel = torch.exp(-(depth[:, None] - depth[None]) ** 2 / (2 * scale**2))  # n x L x L
+    scale = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)[
+        torch.randint(5, (n, 1, 1), generator=generator)
+    ]
+    kernel = torch.exp(-((depth[:, None] - depth[None]) ** 2) / (2 * scale**2))  # n x L x L
     kernel = kernel / kernel.square().sum(-1, keepdim=True).sqrt()
     profiles = torch.randn(n, 2, layers, generator=generator, dtype=torch.float64) @ kernel.transpose(-1, -2)
     amplitude = 0.02 + 0.13 * torch.rand(n, 2, 1, generator=generator, dtype=torch.float64)  # share of a block's units
     return (profiles * amplitude).flatten(1) * space.bounds[1]
 
 
-def _improve(value: AcquisitionValue, pool: Tensor, space: SearchSpace, seen: set[tuple[int, ...]], generator: torch.Generator) -> Tensor:
+def _improve(
+    value: AcquisitionValue, pool: Tensor, space: SearchSpace, seen: set[tuple[int, ...]], generator: torch.Generator
+) -> Tensor:
     """The best of the pool after local search by single steps and exchanges of a level between blocks, best first."""
     best, best_values = _top(pool, value(pool))
     for _ in range(LOCAL_ROUNDS):

@@ -111,7 +111,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     own_file = None if config.storage else folder / "study.db"
     url = config.storage or f"sqlite:///{own_file}"
     stored = None if fresh else _continued(config, url)
-    load_config(config.model)
+    with phases.phase("model files"):  # an alias is converted on first use
+        load_config(config.model)
     if config.text != "self":
         read_text(config.text)
     with _locked(folder):
@@ -125,13 +126,17 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             "model": _model_part(loaded, anatomy_of(loaded.model)),
             "data": _data_part(windows),
         }
-        if stored and (changes := [line for key in ("model", "data") for line in differences(stored[key], facts[key])]):
+        if stored and (changes := _changed_facts(stored, facts)):
             raise StorageError(_refusal(config, changes))
         with prepared(config, loaded, windows, phases) as problem:
-            objectives = build_objectives(config.objectives, problem.dense, _smallest(problem.family), config.reference_point)
+            objectives = build_objectives(
+                config.objectives, problem.dense, _smallest(problem.family), config.reference_point
+            )
             if fresh:
                 delete_run(url, config.name, own_file)
-            store = TrialStore.create(url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)})
+            store = TrialStore.create(
+                url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)}
+            )
             yield Run(config, folder, problem, objectives, build_proposer(config.strategy, problem, objectives), store)
 
 
@@ -151,8 +156,16 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     return facts
 
 
+def _changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Another model or text behind the same name. Where the model lies does not matter."""
+    return differences({**stored["model"], "source": None}, {**found["model"], "source": None}) + differences(
+        stored["data"], found["data"]
+    )
+
+
 def _refusal(config: RunConfig, changes: list[str]) -> str:
-    return f"The run '{config.name}' was started with other settings ({'; '.join(changes)}): choose another --name, or start over with --fresh."
+    listed = "; ".join(changes)
+    return f"The run '{config.name}' was started with other settings ({listed}): choose another --name, or start over with --fresh."
 
 
 @contextmanager
@@ -163,9 +176,14 @@ def _locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise StorageError(f"Another process is working on '{folder}': wait for it, or choose another --name.") from error
+        raise StorageError(
+            f"Another process is working on '{folder}': wait for it, or choose another --name."
+        ) from error
     except OSError as error:
-        raise StorageError(f"Cannot write the run folder '{folder}' ({error.strerror or error}): choose another --name or working directory.") from error
+        reason = error.strerror or error
+        raise StorageError(
+            f"Cannot write the run folder '{folder}' ({reason}): choose another --name or working directory."
+        ) from error
     try:
         yield
     finally:

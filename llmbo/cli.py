@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmbo.assemble import Run
     from llmbo.progress import Display
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Find the Pareto front of smaller models inside a pretrained LLM.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -40,17 +40,27 @@ def optimize(
     batch: Annotated[int, typer.Option(help="Candidates proposed at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     strategy: Annotated[str, typer.Option(help="qnehvi, threshold or random.")] = "qnehvi",
-    objectives: Annotated[str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")] = "kl,params_share",
-    reference_point: Annotated[str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")] = None,
+    objectives: Annotated[
+        str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")
+    ] = "kl,params_share",
+    reference_point: Annotated[
+        str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")
+    ] = None,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
     text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
-    min_share: Annotated[float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")] = 0.4,
-    neuron_step: Annotated[int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")] = 0,
+    min_share: Annotated[
+        float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")
+    ] = 0.4,
+    neuron_step: Annotated[
+        int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")
+    ] = 0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 8192,
     proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    dtype: Annotated[str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
@@ -71,11 +81,26 @@ def optimize(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = RunConfig(
-            model=model, budget=budget, batch=batch, seed=seed, strategy=strategy, objectives=tuple(_split(objectives)),
-            reference_point=_numbers("--reference-point", reference_point), compensation=compensation, text=text, min_share=min_share,
-            neuron_step=neuron_step, calibration_tokens=calibration_tokens, proxy_tokens=proxy_tokens, heldout_tokens=heldout_tokens,
-            window=window, dtype=dtype, device=device, name=name, storage=storage,
-        )  # fmt: skip
+            model=model,
+            budget=budget,
+            batch=batch,
+            seed=seed,
+            strategy=strategy,
+            objectives=tuple(_split(objectives)),
+            reference_point=_numbers("--reference-point", reference_point),
+            compensation=compensation,
+            text=text,
+            min_share=min_share,
+            neuron_step=neuron_step,
+            calibration_tokens=calibration_tokens,
+            proxy_tokens=proxy_tokens,
+            heldout_tokens=heldout_tokens,
+            window=window,
+            dtype=dtype,
+            device=device,
+            name=name,
+            storage=storage,
+        )
         _optimize(config, fresh, console)
     except (LlmboError, PruningError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -98,7 +123,9 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
         status = "failed"
         try:
             with display.phase("search"):
-                run_search(run.proposer, run.problem.proxy, run.store, config.budget, config.batch, config.seed, display)
+                run_search(
+                    run.proposer, run.problem.proxy, run.store, config.budget, config.batch, config.seed, display
+                )
             with display.phase("held-out windows"):
                 _measure_heldout(run)
             status = "complete"
@@ -158,7 +185,7 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch|optuna")
+    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
 
 
 def _split(text: str) -> list[str]:

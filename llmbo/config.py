@@ -60,7 +60,9 @@ class RunConfig:
             raise ConfigError(f"--window must be at least 8 tokens, got {self.window}.")
         for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
             if getattr(self, flag) < self.window:
-                raise ConfigError(f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}.")
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
+                )
         if self.seed < 0:
             raise ConfigError(f"--seed must not be negative, got {self.seed}.")
         if not 0 < self.min_share < 1:

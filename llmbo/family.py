@@ -7,6 +7,7 @@ Lowering the threshold adds one grid level to one block at a time, so the family
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,10 +37,12 @@ class ThresholdFamily:
         steps: list[tuple[float, int]] = []  # (threshold at which the step happens, dimension that gains a level)
         dimension = 0
         for block in space.anatomy.blocks:
-            density = (importance.of(block.kind).double().cpu() / block.parameters_per_unit).sort(-1, descending=True).values
+            density = (
+                (importance.of(block.kind).double().cpu() / block.parameters_per_unit).sort(-1, descending=True).values
+            )
             widths = space.widths[block.kind]
             # A level is reached when the count of units above the threshold rounds to it: half-way to its width.
-            midpoints = torch.tensor([(low + high - 1) // 2 for low, high in zip(widths, widths[1:], strict=False)])
+            midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(widths)])
             for row in density[:, midpoints].tolist():
                 steps += [(threshold, dimension) for threshold in row]
                 dimension += 1

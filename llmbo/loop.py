@@ -49,9 +49,14 @@ def run_search(
 
 
 def _evaluate(
-    evaluator: Evaluator, store: TrialStore, number: int, round_number: int, proposal: Proposal,
-    observer: Observer, clock: Callable[[], float],
-) -> None:  # fmt: skip
+    evaluator: Evaluator,
+    store: TrialStore,
+    number: int,
+    round_number: int,
+    proposal: Proposal,
+    observer: Observer,
+    clock: Callable[[], float],
+) -> None:
     """Evaluate one stored proposal unless an earlier process already has."""
     trials = store.trials()
     if number < len(trials) and trials[number].state is not TrialState.RUNNING:
@@ -75,4 +80,5 @@ def _evaluate(
     observer.on_trial_end(trials[number], trials)
     last = trials[max(0, number + 1 - MAX_CONSECUTIVE_FAILURES) : number + 1]
     if len(last) == MAX_CONSECUTIVE_FAILURES and all(trial.state is TrialState.FAILED for trial in last):
-        raise EvaluationError(f"{len(last)} candidates in a row failed ({failure}): free memory, use a smaller --window or another --dtype, then run the same command again.")
+        remedy = "free memory, use a smaller --window or another --dtype, then run the same command again"
+        raise EvaluationError(f"{len(last)} candidates in a row failed ({failure}): {remedy}.")

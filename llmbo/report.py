@@ -21,7 +21,6 @@ from llmbo.pareto import hypervolume_trace, pareto_front
 from llmbo.space import SearchSpace
 from llmbo.types import Trial
 
-SCHEMA_VERSION = 1
 PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")
 
 
@@ -139,7 +138,7 @@ class HypervolumePart(_Part):
 
 
 class Report(_Part):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     run: RunPart
     model: ModelPart
     data: DataPart
@@ -164,9 +163,12 @@ def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[T
 
 
 def build_report(
-    trials: Sequence[Trial], objectives: Sequence[Objective], space: SearchSpace, facts: Mapping[str, Any],
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    space: SearchSpace,
+    facts: Mapping[str, Any],
     heldout: Mapping[int, Mapping[str, float]],
-) -> Report:  # fmt: skip
+) -> Report:
     """Put stored trials into the report's shape.
 
     Args:
@@ -203,13 +205,16 @@ def build_report(
                 origin=trial.origin,
                 state=trial.state.value,
                 architecture=_architecture(space, trial.x),
-                objectives=Values(**trial.values) if trial.complete else None,
+                objectives=Values.model_validate(trial.values) if trial.complete else None,
                 seconds=trial.seconds,
                 failure=trial.failure,
             )
             for trial in trials
         ],
-        front=[_point(trial.number, trial.x, space, trial.values, heldout.get(trial.number)) for trial in front_of(trials, objectives)],
+        front=[
+            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number))
+            for trial in front_of(trials, objectives)
+        ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
     )
 
@@ -237,9 +242,18 @@ def _architecture(space: SearchSpace, x: tuple[int, ...]) -> ArchitecturePart:
 
 
 def _point(
-    trial: int | None, x: tuple[int, ...], space: SearchSpace, values: Mapping[str, float], heldout: Mapping[str, float] | None
+    trial: int | None,
+    x: tuple[int, ...],
+    space: SearchSpace,
+    values: Mapping[str, float],
+    heldout: Mapping[str, float] | None,
 ) -> FrontPoint:
-    return FrontPoint(trial=trial, architecture=_architecture(space, x), objectives=Values(**values), heldout=Values(**heldout) if heldout else None)
+    return FrontPoint(
+        trial=trial,
+        architecture=_architecture(space, x),
+        objectives=Values.model_validate(values),
+        heldout=Values.model_validate(heldout) if heldout else None,
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -259,18 +273,23 @@ def _draw(report: Report, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     origins = sorted({trial.origin for trial in report.trials if trial.objectives})
-    for origin, color, marker in zip(origins, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"), "osD^v", strict=False):
+    for origin, color, marker in zip(
+        origins, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"), "osD^v", strict=False
+    ):
         values = [trial.objectives for trial in report.trials if trial.objectives and trial.origin == origin]
         x, y = ([getattr(value, name) for value in values] for name in (size.name, quality.name))
         axes.scatter(x, y, s=18, color=color, marker=marker, alpha=0.6, linewidths=0, label=f"{origin} ({len(values)})")
     front = [point.objectives for point in report.front]
-    axes.step([getattr(p, size.name) for p in front], [getattr(p, quality.name) for p in front], where="post", color="black", lw=1.2, label="front, proxy windows")
+    x, y = ([getattr(value, name) for value in front] for name in (size.name, quality.name))
+    axes.step(x, y, where="post", color="black", lw=1.2, label="front, proxy windows")
     seen = [point for point in report.front if point.heldout]
     if seen:
         x, y = ([getattr(point.heldout, name) for point in seen] for name in (size.name, quality.name))
         axes.plot(x, y, "x", color="#D55E00", ms=5, label="front, held-out windows")
-    axes.plot(getattr(report.dense.objectives, size.name), getattr(report.dense.objectives, quality.name), "*", color="black", ms=11, label="dense model")
-    axes.set(xlabel=f"{size.name} ({size.unit})", ylabel=f"{quality.name} ({quality.unit})", title=f"{report.model.name}: {len(report.trials)} trials")
+    dense = report.dense.objectives
+    axes.plot(getattr(dense, size.name), getattr(dense, quality.name), "*", color="black", ms=11, label="dense model")
+    axes.set(xlabel=f"{size.name} ({size.unit})", ylabel=f"{quality.name} ({quality.unit})")
+    axes.set_title(f"{report.model.name}: {len(report.trials)} trials")
     axes.set_ylim(top=1.15 * quality.reference_point)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)

@@ -42,7 +42,9 @@ class SearchSpace:
         if self.neuron_step == 0:
             object.__setattr__(self, "neuron_step", _default_step(self.anatomy.intermediate_size))
         if not 1 <= self.neuron_step <= self.anatomy.intermediate_size:
-            raise ConfigError(f"--neuron-step must lie between 1 and {self.anatomy.intermediate_size}, got {self.neuron_step}.")
+            raise ConfigError(
+                f"--neuron-step must lie between 1 and {self.anatomy.intermediate_size}, got {self.neuron_step}."
+            )
 
     @cached_property
     def widths(self) -> dict[BlockKind, list[int]]:
@@ -93,14 +95,18 @@ class SearchSpace:
         levels = {width: level for level, width in enumerate(self.widths["mlp"])}
         for layer, neurons in enumerate(architecture.neurons):
             if neurons not in levels:
-                raise ConfigError(f"Layer {layer} keeps {neurons} neurons, which is no multiple of the step {self.neuron_step}.")
+                raise ConfigError(
+                    f"Layer {layer} keeps {neurons} neurons, which is no multiple of the step {self.neuron_step}."
+                )
         return (*architecture.kv_groups, *(levels[neurons] for neurons in architecture.neurons))
 
     def share(self, X: Tensor) -> Tensor:
         """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
         levels = X.round().long()
         neurons = torch.tensor(self.widths["mlp"])[levels[..., self.num_layers :]]
-        return block_parameters(self.anatomy, levels[..., : self.num_layers], neurons).double() / dense_block_parameters(self.anatomy)
+        return block_parameters(
+            self.anatomy, levels[..., : self.num_layers], neurons
+        ).double() / dense_block_parameters(self.anatomy)
 
     def legal(self, X: Tensor) -> Tensor:
         """Which points may be evaluated: inside the bounds, big enough, with attention somewhere. `n x d` -> `n` booleans."""

@@ -11,12 +11,13 @@ it had never stopped.
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -43,7 +44,13 @@ class TrialStore:
 
     @classmethod
     def create(
-        cls, url: str, name: str, space: SearchSpace, objectives: Sequence[Objective], settings: Mapping[str, Any], facts: Mapping[str, Any]
+        cls,
+        url: str,
+        name: str,
+        space: SearchSpace,
+        objectives: Sequence[Objective],
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> Self:
         """Start a study, or open the one that is there.
 
@@ -56,10 +63,14 @@ class TrialStore:
         """
         try:
             study = optuna.create_study(
-                storage=url, study_name=name, load_if_exists=True,
+                storage=url,
+                study_name=name,
+                load_if_exists=True,
                 directions=["maximize" if objective.maximize else "minimize" for objective in objectives],
-            )  # fmt: skip
-            study.set_metric_names([objective.name for objective in objectives])
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([objective.name for objective in objectives])
             for key, value in (("settings", settings), ("facts", facts)):
                 if key not in study.user_attrs:
                     study.set_user_attr(key, dict(value))
@@ -107,13 +118,13 @@ class TrialStore:
         self._study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     def set_heldout(self, number: int, values: Mapping[str, float]) -> None:
-        """Keep a trial's held-out measurements beside it."""
-        self._annotate(number, "heldout", dict(values))
+        """Keep a trial's held-out measurements."""
+        measured = self._study.user_attrs.get("heldout", {})  # a finished trial is closed for good, the study is not
+        self._study.set_user_attr("heldout", {**measured, str(number): dict(values)})
 
     def heldout(self) -> dict[int, dict[str, float]]:
         """Held-out measurements by trial number."""
-        trials = self._study.get_trials(deepcopy=False)
-        return {trial.number: trial.user_attrs["heldout"] for trial in trials if "heldout" in trial.user_attrs}
+        return {int(number): values for number, values in self._study.user_attrs.get("heldout", {}).items()}
 
     def set_fact(self, key: str, value: Any) -> None:
         """Add one fact about the run, e.g. seconds by phase."""
@@ -130,7 +141,7 @@ class TrialStore:
         trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
         optuna.trial.Trial(self._study, trial_id).set_user_attr(key, value)
 
-    def _distributions(self) -> dict[str, IntDistribution]:
+    def _distributions(self) -> dict[str, BaseDistribution]:
         anatomy, step = self._space.anatomy, self._space.neuron_step
         even = step if anatomy.intermediate_size % step == 0 else 1
         attention = IntDistribution(0, anatomy.num_key_value_heads)
@@ -146,7 +157,9 @@ class TrialStore:
             round=frozen.user_attrs["round"],
             x=self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:]))),
             origin=frozen.user_attrs["origin"],
-            state={"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING),
+            state={"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(
+                frozen.state.name, TrialState.RUNNING
+            ),
             seconds=values.pop("seconds", None),
             values=values,
             failure=frozen.user_attrs.get("failure"),
@@ -182,7 +195,10 @@ def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
         own_file: The run's own SQLite file, if it has one: removed as a whole, so that a damaged one can be left behind.
     """
     if own_file is not None:
-        for file in (own_file, *own_file.parent.glob(f"{own_file.name}-*")):  # the database, its journal and write-ahead log
+        for file in (
+            own_file,
+            *own_file.parent.glob(f"{own_file.name}-*"),
+        ):  # the database, its journal and write-ahead log
             file.unlink(missing_ok=True)
         return
     try:
@@ -216,4 +232,5 @@ def _shown(url: str) -> str:
 
 def _unusable(url: str, error: Exception) -> StorageError:
     reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-    return StorageError(f"The database {_shown(url)} cannot be used ({reason}): restore it, choose another --name or --storage, or start over with --fresh.")
+    remedy = "restore it, choose another --name or --storage, or start over with --fresh"
+    return StorageError(f"The database {_shown(url)} cannot be used ({reason}): {remedy}.")

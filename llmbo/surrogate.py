@@ -90,8 +90,12 @@ def fit_surrogate(train_Z: Tensor, train_Y: Tensor) -> SingleTaskGP:
         train_Y: `n x 1` gains.
     """
     d = train_Z.shape[-1] - 1
-    kernel = RBFKernel(active_dims=tuple(range(d)), lengthscale_prior=LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3)))
+    kernel = RBFKernel(
+        active_dims=tuple(range(d)), lengthscale_prior=LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
+    )
     likelihood = GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.0), noise_constraint=GreaterThan(1e-4))
-    model = SingleTaskGP(train_Z, train_Y, likelihood=likelihood, covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1))
+    model = SingleTaskGP(
+        train_Z, train_Y, likelihood=likelihood, covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1)
+    )
     fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
     return model

@@ -42,7 +42,9 @@ class Family:
     mlp_output: str = "down_proj"
 
 
-FAMILIES = {family.model_type: family for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))}
+FAMILIES = {
+    family.model_type: family for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
+}
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,31 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     queries = config.num_attention_heads // config.num_key_value_heads
     attention_rows = {family.query: queries * head_dim, family.key: head_dim, family.value: head_dim}
     attention = _block(
-        "attention", layers[0], family.attention, family.attention_norm, attention_rows,
-        family.attention_output, queries * head_dim, config.num_key_value_heads,
-    )  # fmt: skip
+        "attention",
+        layers[0],
+        family.attention,
+        family.attention_norm,
+        attention_rows,
+        family.attention_output,
+        queries * head_dim,
+        config.num_key_value_heads,
+    )
     mlp = _block(
-        "mlp", layers[0], family.mlp, family.mlp_norm, dict.fromkeys(family.mlp_inputs, 1),
-        family.mlp_output, 1, config.intermediate_size,
-    )  # fmt: skip
+        "mlp",
+        layers[0],
+        family.mlp,
+        family.mlp_norm,
+        dict.fromkeys(family.mlp_inputs, 1),
+        family.mlp_output,
+        1,
+        config.intermediate_size,
+    )
     per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in (attention, mlp))
     for index, layer in enumerate(layers):
         if _count(layer) != per_layer:
-            raise UnsupportedModel(f"Layer {index} has {_count(layer)} parameters where {per_layer} were expected: layers of unequal size.")
+            raise UnsupportedModel(
+                f"Layer {index} has {_count(layer)} parameters where {per_layer} were expected: layers of unequal size."
+            )
     return Anatomy(
         family=family,
         num_hidden_layers=len(layers),
@@ -167,9 +183,15 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
 
 def _block(
-    kind: BlockKind, layer: nn.Module, module: str, norm: str, rows_per_unit: Mapping[str, int],
-    output: str, columns_per_unit: int, units: int,
-) -> Block:  # fmt: skip
+    kind: BlockKind,
+    layer: nn.Module,
+    module: str,
+    norm: str,
+    rows_per_unit: Mapping[str, int],
+    output: str,
+    columns_per_unit: int,
+    units: int,
+) -> Block:
     block = getattr(layer, module)
     out = getattr(block, output)
     per_unit = columns_per_unit * out.out_features

@@ -27,7 +27,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if len(self.kv_groups) != len(self.neurons):
-            raise InvalidArchitecture(f"Expected one width per layer in both lists, got {len(self.kv_groups)} and {len(self.neurons)}.")
+            raise InvalidArchitecture(
+                f"Expected one width per layer in both lists, got {len(self.kv_groups)} and {len(self.neurons)}."
+            )
         for width in (*self.kv_groups, *self.neurons):
             if type(width) is not int or width < 0:
                 raise InvalidArchitecture(f"A width must be a whole number >= 0, got {width!r}.")
@@ -59,7 +61,9 @@ class Architecture:
         for block in anatomy.blocks:
             for layer, width in enumerate(self.units(block.kind)):
                 if width > block.units:
-                    raise InvalidArchitecture(f"Layer {layer} has {block.units} units of {block.kind}, cannot keep {width}.")
+                    raise InvalidArchitecture(
+                        f"Layer {layer} has {block.units} units of {block.kind}, cannot keep {width}."
+                    )
 
     def to_dict(self) -> dict[str, list[int]]:
         return {"kv_groups": list(self.kv_groups), "neurons": list(self.neurons)}

@@ -5,7 +5,7 @@ Perplexities fail to reproduce mostly because the recipe is missing, so the reci
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,9 @@ def read_text(source: str) -> Text:
         from pydoc_data.topics import topics
 
         paragraphs = (p for _, topic in sorted(topics.items()) for p in topic.split("\n\n"))
-        return Text(f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(dict.fromkeys(paragraphs)))
+        return Text(
+            f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(dict.fromkeys(paragraphs))
+        )
     if kind == "text" and rest:
         try:
             return Text(source, Path(rest).expanduser().read_text(encoding="utf-8"))
@@ -111,7 +113,12 @@ def cut_windows(
 
 
 def sample_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int, seed: int, batch_size: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[str, int],
+    length: int,
+    seed: int,
+    batch_size: int = 32,
 ) -> TokenWindows:
     """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -123,20 +130,32 @@ def sample_windows(
         for first in range(0, wanted, batch_size):
             prompt = torch.full((min(batch_size, wanted - first), 1), start, device=model.device)
             chunks.append(
-                model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start,
+                model.generate(  # type: ignore[operator]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=length - 1,
+                    max_new_tokens=length - 1,
+                    pad_token_id=start,
                 ).cpu()
-            )  # fmt: skip
+            )
     windows = torch.cat(chunks)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return _deal(windows.clone(), counts, seed, "self (sampled from the dense model)", digest, windows.numel(), bos=True)
+    return _deal(
+        windows.clone(), counts, seed, "self (sampled from the dense model)", digest, windows.numel(), bos=True
+    )
 
 
-def _deal(windows: Tensor, counts: Mapping[str, int], seed: int, source: str, sha256: str, available: int, bos: bool) -> TokenWindows:
+def _deal(
+    windows: Tensor, counts: Mapping[str, int], seed: int, source: str, sha256: str, available: int, bos: bool
+) -> TokenWindows:
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    hands: Iterator[Tensor] = iter(order[: sum(counts[s] for s in SPLITS)].split([counts[split] for split in SPLITS]))
-    return TokenWindows(*(windows[hand] for hand in hands), source=source, sha256=sha256, available_tokens=available, bos=bos)
+    dealt = order[: sum(counts[split] for split in SPLITS)].split([counts[split] for split in SPLITS])
+    calibration, proxy, heldout = (windows[hand] for hand in dealt)
+    return TokenWindows(calibration, proxy, heldout, source=source, sha256=sha256, available_tokens=available, bos=bos)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -48,7 +48,12 @@ class CompensationTable:
     """
 
     def __init__(
-        self, model: PreTrainedModel, statistics: Statistics, ranking: Ranking, ridge: float = RIDGE, cache_bytes: int = CACHE_BYTES
+        self,
+        model: PreTrainedModel,
+        statistics: Statistics,
+        ranking: Ranking,
+        ridge: float = RIDGE,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Factor all Gram matrices; `statistics` loses them on the way.
 
@@ -75,7 +80,9 @@ class CompensationTable:
         """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking."""
         key = (block.kind, layer, units)
         if key not in self._cache:
-            self._cache[key] = self._factors[block.kind][layer].solve(units * block.columns_per_unit).to(self._dtype).contiguous()
+            self._cache[key] = (
+                self._factors[block.kind][layer].solve(units * block.columns_per_unit).to(self._dtype).contiguous()
+            )
             while sum(weight.nbytes for weight in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)

@@ -49,7 +49,9 @@ def block_parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor) -> Te
 
 def dense_block_parameters(anatomy: Anatomy) -> int:
     """Parameters of the dense model's decoder layers."""
-    return anatomy.num_hidden_layers * sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
+    return anatomy.num_hidden_layers * sum(
+        block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks
+    )
 
 
 def cost_of(anatomy: Anatomy, architecture: Architecture, bytes_per_value: int = 2) -> Cost:

@@ -79,7 +79,9 @@ class Importance:
 
     def ranking(self) -> Ranking:
         """Most important first; equal scores keep their index order, so the ranking does not depend on the machine."""
-        return Ranking(*(scores.argsort(dim=-1, descending=True, stable=True).cpu() for scores in (self.groups, self.neurons)))
+        return Ranking(
+            *(scores.argsort(dim=-1, descending=True, stable=True).cpu() for scores in (self.groups, self.neurons))
+        )
 
 
 def collect_statistics(
@@ -96,7 +98,9 @@ def collect_statistics(
     device = model.device
     statistics = Statistics(
         anatomy=anatomy,
-        blocks={block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device) for block in anatomy.blocks},
+        blocks={
+            block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device) for block in anatomy.blocks
+        },
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
     embeddings = model.get_input_embeddings()
@@ -172,8 +176,10 @@ def block_influence(statistics: Statistics) -> dict[str, Tensor]:
 
     ShortGPT, arXiv:2403.03853.
     """
-    scores = {kind: 1 - block.cosine / statistics.num_tokens for kind, block in statistics.blocks.items()}
-    return {"layer": 1 - statistics.layer_cosine / statistics.num_tokens, **scores}
+    scores: dict[str, Tensor] = {"layer": 1 - statistics.layer_cosine / statistics.num_tokens}
+    for kind, block in statistics.blocks.items():
+        scores[kind] = 1 - block.cosine / statistics.num_tokens
+    return scores
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Statistics], Importance]] = {
@@ -189,7 +195,9 @@ def _importance(scores: dict[BlockKind, Tensor]) -> Importance:
     return Importance(scores["attention"], scores["mlp"], scores["attention"].sum(-1) + scores["mlp"].sum(-1))
 
 
-def _column_scores(model: PreTrainedModel, statistics: Statistics, energy: Callable[[BlockStatistics], Tensor]) -> Importance:
+def _column_scores(
+    model: PreTrainedModel, statistics: Statistics, energy: Callable[[BlockStatistics], Tensor]
+) -> Importance:
     anatomy = statistics.anatomy
     scores = {}
     for block in anatomy.blocks:
@@ -227,10 +235,14 @@ def _listening(model: PreTrainedModel, statistics: Statistics) -> Iterator[None]
     anatomy = statistics.anatomy
     with ExitStack() as stack:
         for index, layer in enumerate(anatomy.layers_of(model)):
-            stack.callback(layer.register_forward_hook(_layer_listener(statistics.layer_cosine, index), with_kwargs=True).remove)
+            stack.callback(
+                layer.register_forward_hook(_layer_listener(statistics.layer_cosine, index), with_kwargs=True).remove
+            )
             for block in anatomy.blocks:
                 sums = statistics.blocks[block.kind]
-                stack.callback(block.output_of(layer).register_forward_pre_hook(_block_listener(sums, block, index)).remove)
+                stack.callback(
+                    block.output_of(layer).register_forward_pre_hook(_block_listener(sums, block, index)).remove
+                )
                 keep, compare = _residual_listeners(sums, index)
                 stack.callback(getattr(layer, block.norm).register_forward_pre_hook(keep).remove)
                 stack.callback(block.module_of(layer).register_forward_hook(compare).remove)
@@ -257,7 +269,9 @@ def _block_listener(sums: BlockStatistics, block: Block, index: int) -> Callable
 
 
 def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:
-    def listen(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor | tuple[Tensor, ...]) -> None:
+    def listen(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]
         cosine[index] += _cosines(before, after)

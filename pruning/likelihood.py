@@ -33,7 +33,9 @@ class DenseDistribution:
     rest_logprobs: Tensor
 
     def rows(self, first: int, last: int) -> "DenseDistribution":
-        return DenseDistribution(self.top_ids[first:last], self.top_logprobs[first:last], self.rest_logprobs[first:last])
+        return DenseDistribution(
+            self.top_ids[first:last], self.top_logprobs[first:last], self.rest_logprobs[first:last]
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def loss_gradient(hidden: Tensor, head: nn.Linear, windows: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def dense_distribution(model: PreTrainedModel, windows: Tensor, batch_size: int = 4, k: int = TOP_K) -> DenseDistribution:
+def dense_distribution(
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 4, k: int = TOP_K
+) -> DenseDistribution:
     """Remember what `model` predicts on `windows` (`num_windows x T` token ids)."""
     ids, logprobs, rest = [], [], []
     for batch in windows.split(batch_size):
@@ -87,11 +91,15 @@ def dense_distribution(model: PreTrainedModel, windows: Tensor, batch_size: int 
             logprobs.append(logprob)
             rest.append(_log_rest(logprob))
     shape = (windows.shape[0], windows.shape[1] - 1)
-    return DenseDistribution(torch.cat(ids).unflatten(0, shape), torch.cat(logprobs).unflatten(0, shape), torch.cat(rest).unflatten(0, shape))
+    return DenseDistribution(
+        torch.cat(ids).unflatten(0, shape), torch.cat(logprobs).unflatten(0, shape), torch.cat(rest).unflatten(0, shape)
+    )
 
 
 @torch.inference_mode()
-def quality(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4) -> Quality:
+def quality(
+    model: PreTrainedModel, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4
+) -> Quality:
     """Loss of `model` on `windows`, and its KL divergence from the dense model when `dense` was taken on the same windows.
 
     One pass gives both. Waits for the device once, at the end.
@@ -124,7 +132,9 @@ def _log_normaliser(logits: Tensor) -> Tensor:
     """log sum exp over the vocabulary in float32 (float64 for float64 logits), `rows x V` -> `rows`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     highest = logits.amax(-1, keepdim=True)
-    shifted = logits.to(dtype, copy=True).sub_(highest)  # one buffer, worked on in place: allocation costs more than exp
+    shifted = logits.to(dtype, copy=True).sub_(
+        highest
+    )  # one buffer, worked on in place: allocation costs more than exp
     return shifted.exp_().sum(-1).log_() + highest.squeeze(-1).to(dtype)
 
 

@@ -27,7 +27,9 @@ class Ranking:
 
     def __post_init__(self) -> None:
         for name, order in (("groups", self.groups), ("neurons", self.neurons)):
-            if order.ndim != 2 or not torch.equal(order.sort(-1).values, torch.arange(order.shape[1], device=order.device).expand_as(order)):
+            if order.ndim != 2 or not torch.equal(
+                order.sort(-1).values, torch.arange(order.shape[1], device=order.device).expand_as(order)
+            ):
                 raise InvalidMask(f"Every row of `{name}` must be a permutation of its unit indices.")
 
     def of(self, kind: BlockKind) -> Tensor:
@@ -51,7 +53,9 @@ class PruningMask:
         if self.groups.dtype != torch.bool or self.neurons.dtype != torch.bool:
             raise InvalidMask("`groups` and `neurons` must be boolean.")
         if self.groups.ndim != 2 or self.neurons.ndim != 2 or len(self.groups) != len(self.neurons):
-            raise InvalidMask(f"Expected one row per layer in both, got shapes {tuple(self.groups.shape)} and {tuple(self.neurons.shape)}.")
+            raise InvalidMask(
+                f"Expected one row per layer in both, got shapes {tuple(self.groups.shape)} and {tuple(self.neurons.shape)}."
+            )
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, ranking: Ranking) -> "PruningMask":
@@ -79,7 +83,9 @@ class PruningMask:
         for block in anatomy.blocks:
             expected = (anatomy.num_hidden_layers, block.units)
             if self.of(block.kind).shape != expected:
-                raise InvalidMask(f"Expected a {expected} mask for {block.kind}, got {tuple(self.of(block.kind).shape)}.")
+                raise InvalidMask(
+                    f"Expected a {expected} mask for {block.kind}, got {tuple(self.of(block.kind).shape)}."
+                )
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Compensation
         small.config.layer_types = [model.config.layer_types[index] for index in kept]
     with_attention = [layer for index, layer in zip(kept, layers, strict=True) if architecture.kv_groups[index]]
     for cache_index, layer in enumerate(with_attention):
-        anatomy.attention.module_of(layer).layer_idx = cache_index
+        anatomy.attention.module_of(layer).layer_idx = cache_index  # type: ignore[assignment]
     return small
 
 
@@ -58,7 +58,11 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         return
     for projection, width in block.inputs_of(layer):
         rows = expand_units(units, width).to(projection.weight.device)
-        _resize(projection, projection.weight.detach()[rows], None if projection.bias is None else projection.bias.detach()[rows])
+        _resize(
+            projection,
+            projection.weight.detach()[rows],
+            None if projection.bias is None else projection.bias.detach()[rows],
+        )
     output = block.output_of(layer)
     if compensation is None or len(units) == block.units:
         columns = expand_units(units, block.columns_per_unit).to(output.weight.device)
@@ -67,7 +71,9 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         ranked = compensation.ranking.of(block.kind)[index][: len(units)]
         ascending = ranked.argsort()
         if not torch.equal(ranked[ascending], units):
-            raise InvalidMask(f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table.")
+            raise InvalidMask(
+                f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table."
+            )
         refitted = compensation.weight(index, block, len(units))
         weight = refitted[:, expand_units(ascending, block.columns_per_unit).to(refitted.device)].to(output.weight)
     _resize(output, weight, None if output.bias is None else output.bias.detach())

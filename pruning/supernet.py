@@ -59,7 +59,9 @@ class Supernet:
         self._reorder(inverse=False)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._reorder(inverse=True)
 
     def quality(

@@ -88,9 +88,11 @@ def test_a_decoder_without_language_model_head_is_refused(
         anatomy_of(headless(model.config))
 
 
-def test_unequal_layers_are_refused_with_the_layer(model: PreTrainedModel) -> None:
-    mlp = model.model.layers[3].mlp
-    mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(32, 20), nn.Linear(32, 20), nn.Linear(20, 32)
+@pytest.mark.parametrize("neurons", [20, 24])
+def test_unequal_layers_are_refused_with_the_layer(model: PreTrainedModel, neurons: int) -> None:
+    mlp, bias = model.model.layers[3].mlp, model.model.layers[3].mlp.up_proj.bias is None  # as wide, but other biases
+    mlp.gate_proj, mlp.up_proj = nn.Linear(32, neurons, bias), nn.Linear(32, neurons, bias)
+    mlp.down_proj = nn.Linear(neurons, 32, bias)
     with pytest.raises(UnsupportedModel, match=r"Layer 3 .* unequal"):
         anatomy_of(model)
 

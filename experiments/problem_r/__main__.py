@@ -102,6 +102,7 @@ def main() -> None:
             min_share=setting.min_share,
             compensation=setting.compensation,
             proxy_tokens=setting.proxy_tokens,
+            heldout_tokens=8192,
         )
         windows = windows_of(arguments.text, loaded, config)
         start = time.perf_counter()
@@ -215,7 +216,7 @@ def compare_allocations(
     loaded: LoadedModel, text: Path, results: Results, shares: Sequence[float] = (0.45, 0.55, 0.65, 0.75, 0.85)
 ) -> None:
     """Held-out loss of the threshold family when widths are allocated by Taylor and by Fisher scores."""
-    config = RunConfig(model=loaded.name)
+    config = RunConfig(model=loaded.name, heldout_tokens=8192)
     windows = windows_of(text, loaded, config)
     statistics = collect_statistics(loaded.model, windows.calibration)
     scores = {"taylor": taylor(loaded.model, statistics), "fisher": fisher(loaded.model, statistics)}

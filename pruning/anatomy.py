@@ -137,8 +137,13 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         raise UnsupportedModel(
             f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(sorted(FAMILIES))}."
         )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"A {type(model).__name__} has no language-model head: load it as a causal language model."
+        )
     layers = list(getattr(model.get_decoder(), family.layers))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _check_widths(family, layers, config.num_attention_heads * head_dim, config.intermediate_size)
     queries = config.num_attention_heads // config.num_key_value_heads
     attention_rows = {family.query: queries * head_dim, family.key: head_dim, family.value: head_dim}
     attention = _block(
@@ -180,6 +185,22 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         mlp=mlp,
         other_parameters=_count(model) - len(layers) * per_layer,
     )
+
+
+def _check_widths(family: Family, layers: list[nn.Module], attention: int, mlp: int) -> None:
+    """The config of a pruned model still tells the dense widths, so they are read from the projections."""
+    for index, layer in enumerate(layers):
+        for module, output, columns in (
+            (family.attention, family.attention_output, attention),
+            (family.mlp, family.mlp_output, mlp),
+        ):
+            projection = getattr(getattr(layer, module), output, None)
+            found = 0 if projection is None else projection.in_features
+            if found != columns:
+                raise UnsupportedModel(
+                    f"Layer {index} has {found} columns in '{module}.{output}' where the config says {columns}: "
+                    "layers of unequal size, or a model that is pruned already."
+                )
 
 
 def _block(

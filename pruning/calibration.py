@@ -70,9 +70,8 @@ def read_text(source: str) -> Text:
         from pydoc_data.topics import topics
 
         paragraphs = (p for _, topic in sorted(topics.items()) for p in topic.split("\n\n"))
-        return Text(
-            f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(dict.fromkeys(paragraphs))
-        )
+        once = {" ".join(p.split()): p for p in paragraphs}  # repeats differ in line ends and indentation
+        return Text(f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(once.values()))
     if kind == "text" and rest:
         try:
             return Text(source, Path(rest).expanduser().read_text(encoding="utf-8"))
@@ -124,24 +123,16 @@ def sample_windows(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     wanted = sum(counts[split] for split in SPLITS)
     chunks = []
-    # `generate` draws from the global generator; fork it, so that sampling leaves no trace outside.
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
+    rng = torch.Generator(model.device).manual_seed(seed)
+    # Not `generate`: it would mix in the sampling settings that chat models ship (repetition penalty and the like).
+    with torch.inference_mode():
         for first in range(0, wanted, batch_size):
-            prompt = torch.full((min(batch_size, wanted - first), 1), start, device=model.device)
-            chunks.append(
-                model.generate(  # type: ignore[operator]
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=length - 1,
-                    max_new_tokens=length - 1,
-                    pad_token_id=start,
-                ).cpu()
-            )
+            window, cache = torch.full((min(batch_size, wanted - first), 1), start, device=model.device), None
+            while window.shape[1] < length:
+                out = model(window[:, -1:], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                window = torch.cat([window, out.logits[:, -1].float().softmax(-1).multinomial(1, generator=rng)], dim=1)
+            chunks.append(window.cpu())
     windows = torch.cat(chunks)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return _deal(

@@ -31,7 +31,7 @@ class _Factor:
     """The part of the solution that all widths of one projection share."""
 
     lower: Tensor  # C x C, L
-    rhs: Tensor  # C x hidden_size, L^-1 (G W^T + ridge W^T)
+    rhs: Tensor  # C x hidden_size, L^-1 (G W^T + ridge W^T) = L^T W^T
 
     def solve(self, columns: int) -> Tensor:
         """The refitted `hidden_size x columns` weight."""
@@ -108,11 +108,8 @@ def expand_units(units: Tensor, width: int) -> Tensor:
 
 def _factor(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> _Factor:
     # float64: massive activations spread the eigenvalues over more decades than float32 resolves.
-    damping = ridge * gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     matrix = gram[order][:, order].double()
-    ordered = weight[:, order].T.double()  # C x hidden_size
-    target = matrix @ ordered + damping * ordered
-    matrix.diagonal().add_(damping)
+    matrix.diagonal().add_(ridge * matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     lower = torch.linalg.cholesky(matrix)
-    rhs = torch.linalg.solve_triangular(lower, target, upper=False)
+    rhs = lower.T @ weight[:, order].T.double()  # L^-1 (G + ridge I) W^T, since G + ridge I = L L^T
     return _Factor(lower.to(gram.dtype), rhs.to(gram.dtype))

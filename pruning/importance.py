@@ -219,14 +219,15 @@ def _per_unit(columns: Tensor, block: Block) -> Tensor:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Ask for no weight gradients inside, and restore every flag afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.requires_grad_(False).eval()
     try:
         yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

@@ -24,8 +24,8 @@ class DenseDistribution:
 
     Args:
         top_ids: `num_windows x (T-1) x k` token ids.
-        top_logprobs: `num_windows x (T-1) x k` log-probabilities, float32.
-        rest_logprobs: `num_windows x (T-1)` log of the remaining mass, float32.
+        top_logprobs: `num_windows x (T-1) x k` log-probabilities, float32 (float64 for float64 logits).
+        rest_logprobs: `num_windows x (T-1)` log of the remaining mass, like them.
     """
 
     top_ids: Tensor
@@ -86,7 +86,7 @@ def dense_distribution(
             logits = model.get_output_embeddings()(states)
             normaliser = _log_normaliser(logits)
             top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
-            logprob = top.float() - normaliser[:, None]
+            logprob = top.to(normaliser.dtype) - normaliser[:, None]
             ids.append(index)
             logprobs.append(logprob)
             rest.append(_log_rest(logprob))
@@ -116,7 +116,7 @@ def quality(
             rows = slice(start, start + CHUNK)
             logits = head(states[rows])
             normaliser = _log_normaliser(logits)
-            picked = logits.gather(-1, targets[rows, None]).squeeze(-1).float()
+            picked = logits.gather(-1, targets[rows, None]).squeeze(-1).to(normaliser.dtype)
             loss_sum += (normaliser - picked).sum()
             if reference:
                 kl_sum += _kl_sum(reference, rows, logits, normaliser)

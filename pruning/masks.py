@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
+from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind, anatomy_of
 from pruning.architecture import Architecture
-from pruning.errors import InvalidMask
+from pruning.errors import InvalidArchitecture, InvalidMask
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,17 @@ class Ranking:
                 order.sort(-1).values, torch.arange(order.shape[1], device=order.device).expand_as(order)
             ):
                 raise InvalidMask(f"Every row of `{name}` must be a permutation of its unit indices.")
+        if len(self.groups) != len(self.neurons):
+            raise InvalidMask(f"Expected one row per layer in both, got {len(self.groups)} and {len(self.neurons)}.")
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise InvalidMask unless this ranks the units of a model with `anatomy`."""
+        for block in anatomy.blocks:
+            expected = (anatomy.num_hidden_layers, block.units)
+            if self.of(block.kind).shape != expected:
+                raise InvalidMask(
+                    f"Expected a {expected} ranking for {block.kind}, got {tuple(self.of(block.kind).shape)}."
+                )
 
     def of(self, kind: BlockKind) -> Tensor:
         """The `num_layers x units` order for blocks of this kind."""
@@ -59,7 +70,18 @@ class PruningMask:
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, ranking: Ranking) -> "PruningMask":
-        """Keep the best-ranked units of every layer."""
+        """Keep the best-ranked units of every layer.
+
+        Raises:
+            InvalidArchitecture: It has other layers, or keeps more units, than the ranking knows.
+        """
+        for kind in BLOCK_KINDS:
+            layers, units = ranking.of(kind).shape
+            widths = architecture.units(kind)
+            if len(widths) != layers or max(widths) > units:
+                raise InvalidArchitecture(
+                    f"The ranking knows {layers} layers of {units} units of {kind}, cannot keep {widths}."
+                )
         return cls(_best(ranking.groups, architecture.kv_groups), _best(ranking.neurons, architecture.neurons))
 
     @property

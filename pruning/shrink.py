@@ -36,17 +36,21 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Compensation
     kept = [index for index in range(len(dense_layers)) if architecture.keeps_layer(index)]
     layers = nn.ModuleList()
     for index in kept:
-        layer = copy.deepcopy(dense_layers[index])
+        layer = copy.deepcopy(dense_layers[index], {id(model.config): small.config})
         for block in anatomy.blocks:
             _cut(layer, index, block, mask.kept(block.kind, index), compensation)
         layers.append(layer)
     anatomy.set_layers(small, layers)
     small.config.num_hidden_layers = len(kept)
-    if getattr(small.config, "layer_types", None) is not None:
-        small.config.layer_types = [model.config.layer_types[index] for index in kept]
-    with_attention = [layer for index, layer in zip(kept, layers, strict=True) if architecture.kv_groups[index]]
-    for cache_index, layer in enumerate(with_attention):
-        anatomy.attention.module_of(layer).layer_idx = cache_index  # type: ignore[assignment]
+    attending = [position for position, index in enumerate(kept) if architecture.kv_groups[index]]
+    types = getattr(small.config, "layer_types", None)
+    if types is not None:
+        types = [types[index] for index in kept]
+        # A layer without attention may carry any type. One that has been seen before keeps Hugging Face, which asks the
+        # first cache layer of a type for the mask, from asking one that never gets a key.
+        small.config.layer_types = [types[p] if p in attending else types[attending[0]] for p in range(len(kept))]
+    for position in attending:  # cache layers are made by position and type; the first one tells the length
+        anatomy.attention.module_of(layers[position]).layer_idx = 0 if position == attending[0] else position  # type: ignore[assignment]
     return small
 
 
@@ -80,7 +84,7 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
 
 
 def _resize(projection: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    projection.weight = nn.Parameter(weight.clone().contiguous(), requires_grad=projection.weight.requires_grad)
+    projection.weight = nn.Parameter(weight.contiguous(), requires_grad=projection.weight.requires_grad)
     if bias is not None:
         projection.bias = nn.Parameter(bias.clone(), requires_grad=projection.bias.requires_grad)
     projection.out_features, projection.in_features = weight.shape

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pruning.anatomy import Block, anatomy_of
 from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable, expand_units
+from pruning.errors import InvalidMask
 from pruning.likelihood import DenseDistribution, Quality, quality
 from pruning.masks import Ranking
 
@@ -52,6 +53,11 @@ class Supernet:
     def __init__(self, model: PreTrainedModel, ranking: Ranking, compensation: CompensationTable | None = None) -> None:
         self.model = model
         self.anatomy = anatomy_of(model)
+        ranking.check(self.anatomy)
+        if compensation is not None:
+            for block in self.anatomy.blocks:
+                if not torch.equal(compensation.ranking.of(block.kind), ranking.of(block.kind)):
+                    raise InvalidMask(f"The compensation table was made for another ranking of {block.kind} units.")
         self.ranking = ranking
         self.compensation = compensation
 

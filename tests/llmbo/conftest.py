@@ -46,14 +46,20 @@ class Toy:
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
-        return build_objectives(self.names, self.dense, known_values(self.space, self.family.at(0.0)), self.reference_point)
+        return build_objectives(
+            self.names, self.dense, known_values(self.space, self.family.at(0.0)), self.reference_point
+        )
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
         """Implements `types.Evaluator`."""
         missing = [1 - level / most for level, most in zip(x, self.space.max_levels, strict=True)]
         weights = [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
         neighbours = sum(a * b for a, b in zip(missing, missing[1:], strict=False))
-        kl = (sum(weight * gone**2 for weight, gone in zip(weights, missing, strict=True)) + neighbours) * 3 / self.space.d
+        kl = (
+            (sum(weight * gone**2 for weight, gone in zip(weights, missing, strict=True)) + neighbours)
+            * 3
+            / self.space.d
+        )
         return {"kl": kl, "loss": 3 + kl, "perplexity": math.exp(3 + kl), **known_values(self.space, x)}
 
     def trial(self, number: int, proposal: Proposal, round: int = 0, state: TrialState = TrialState.COMPLETE) -> Trial:
@@ -92,7 +98,9 @@ def _anatomy(layers: int, neurons: int) -> Anatomy:
 @pytest.fixture
 def make_space() -> Callable[..., SearchSpace]:
     """(layers, neurons, min_share, neuron_step) -> the space of a tiny llama."""
-    return lambda layers=4, neurons=24, min_share=0.4, neuron_step=0: SearchSpace(_anatomy(layers, neurons), min_share, neuron_step)
+    return lambda layers=4, neurons=24, min_share=0.4, neuron_step=0: SearchSpace(
+        _anatomy(layers, neurons), min_share, neuron_step
+    )
 
 
 @pytest.fixture

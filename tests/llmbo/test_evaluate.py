@@ -1,0 +1,45 @@
+"""What the proxy says about a candidate is what its shrunk model does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmbo.evaluate import ProxyEvaluator, known_values, out_of_memory
+from llmbo.models import load_model
+from llmbo.space import SearchSpace
+from pruning.anatomy import anatomy_of
+from pruning.importance import activation, collect_statistics
+from pruning.likelihood import dense_distribution, quality
+from pruning.masks import PruningMask
+from pruning.shrink import shrink
+from pruning.supernet import Supernet
+
+
+def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
+    model = load_model(str(model_folder), "float32", "cpu").model
+    windows = torch.randint(62, (4, 16), generator=torch.Generator().manual_seed(0))
+    ranking = activation(model, collect_statistics(model, windows)).ranking()
+    space = SearchSpace(anatomy_of(model))
+    candidates = [space.max_levels, (2, 1, 0, 2, 12, 3, 5, 0), (1, 1, 1, 1, 0, 12, 7, 1)]
+    dense = dense_distribution(model, windows)
+    expected = [quality(shrink(model, PruningMask.from_architecture(space.decode(x), ranking)), windows, dense) for x in candidates]
+    with Supernet(model, ranking) as supernet:
+        evaluator = ProxyEvaluator.on(windows, space, supernet)
+        found = [evaluator.evaluate(x) for x in candidates]
+    for x, values, target in zip(candidates, found, expected, strict=True):
+        assert target.kl is not None
+        assert values["loss"] == pytest.approx(target.loss, abs=1e-4) and values["kl"] == pytest.approx(target.kl, abs=1e-4)
+        assert values["perplexity"] == pytest.approx(torch.tensor(target.loss).exp().item(), rel=1e-3)
+        assert {name: values[name] for name in ("params", "params_share")} == known_values(space, x)
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-5) and found[0]["params_share"] == 1
+    assert found[0]["params"] == sum(p.numel() for p in model.parameters())
+    assert found[1]["kl"] > 0.01 and found[2]["kl"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(MemoryError(), True), (torch.OutOfMemoryError(), True), (RuntimeError("MPS backend out of memory"), True), (RuntimeError("bad shape"), False), (ValueError("out of memory"), False)],
+)
+def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert out_of_memory(error) is expected

@@ -1,0 +1,178 @@
+"""Propose, evaluate, store, repeat: on a real store, with scripted measurements."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmbo.acquisition import QNehviProposer
+from llmbo.baselines import RandomProposer, ThresholdProposer
+from llmbo.errors import EvaluationError
+from llmbo.loop import run_search
+from llmbo.storage import TrialStore
+from llmbo.types import Proposal, Proposer, Trial, TrialState
+
+
+@dataclass
+class Log:
+    """An observer that writes everything down."""
+
+    events: list[tuple[str, int]] = field(default_factory=list)
+    on_end: Callable[[Trial], None] = lambda trial: None
+
+    def on_proposing(self, round: int) -> None:
+        self.events.append(("proposing", round))
+
+    def on_trial_start(self, proposal: Proposal, number: int) -> None:
+        self.events.append(("start", number))
+
+    def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
+        assert trials[trial.number] == trial and trial.state is not TrialState.RUNNING
+        self.events.append(("end", trial.number))
+        self.on_end(trial)
+
+
+@dataclass
+class Scripted:
+    """An evaluator that raises, or spoils values, at the calls named in `script`."""
+
+    toy: Any
+    script: dict[int, BaseException | dict[str, float]] = field(default_factory=dict)
+    calls: int = 0
+
+    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+        step = self.script.get(self.calls)
+        self.calls += 1
+        if isinstance(step, BaseException):
+            raise step
+        return {**self.toy.evaluate(x), **(step or {})}
+
+
+@pytest.fixture
+def open_store(toy: Any, tmp_path: Path) -> Callable[..., TrialStore]:
+    return lambda name="run": TrialStore.create(f"sqlite:///{tmp_path / 'study.db'}", name, toy.space, toy.objectives, {}, {})
+
+
+def story(store: TrialStore) -> list[tuple[object, ...]]:
+    """What must not depend on interruptions."""
+    return [(t.number, t.round, t.x, t.origin, t.state, dict(t.values)) for t in store.trials()]
+
+
+def qnehvi(toy: Any) -> QNehviProposer:
+    return QNehviProposer(toy.family, toy.objectives, toy.dense, num_initial=6)
+
+
+@pytest.mark.parametrize(("budget", "q"), [(1, 4), (5, 1), (8, 4), (10, 4), (3, 7)])
+def test_exactly_the_budget_is_evaluated_in_order(toy: Any, open_store: Callable[..., TrialStore], budget: int, q: int) -> None:
+    store, log, evaluator = open_store(), Log(), Scripted(toy)
+    ticks = itertools.count()
+    run_search(RandomProposer(toy.space), evaluator, store, budget, q, 0, log, clock=lambda: float(next(ticks)))
+    trials = store.trials()
+    assert evaluator.calls == len(trials) == budget
+    assert all(trial.complete and trial.values == toy.evaluate(trial.x) and trial.seconds == 1 for trial in trials)
+    assert [trial.round for trial in trials] == [number // q for number in range(budget)]
+    expected: list[tuple[str, int]] = []
+    for number in range(budget):
+        expected += [("proposing", number // q)] if number % q == 0 else []
+        expected += [("start", number), ("end", number)]
+    assert log.events == expected
+
+
+def test_a_round_is_stored_before_any_of_it_is_evaluated(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    class Watching(Scripted):
+        def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+            store = open_store()
+            assert x == store.rounds()[self.calls // 3][self.calls % 3].x
+            assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * self.calls + [TrialState.RUNNING]
+            return super().evaluate(x)
+
+    run_search(RandomProposer(toy.space), Watching(toy), open_store(), 6, 3, 0, Log())
+
+
+def test_proposers_see_earlier_rounds_and_nothing_else(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    class Asked:
+        def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+            assert all(trial.complete for trial in trials)
+            seen.append((len(trials), q, seed))
+            return RandomProposer(toy.space).propose(trials, q, seed)
+
+    run_search(Asked(), Scripted(toy), open_store(), 7, 3, 1, Log())
+    assert [(trials, q) for trials, q, _ in seen] == [(0, 3), (3, 3), (6, 3)]
+    assert len({seed for *_, seed in seen}) == 3  # a round's own seed
+
+
+@pytest.mark.parametrize("make", [lambda toy: RandomProposer(toy.space), qnehvi], ids=["random", "qnehvi"])
+@pytest.mark.parametrize("stops", [[3, 10], [1, 2, 5, 9], [6, 8]], ids=str)
+def test_a_raised_budget_equals_one_longer_run(
+    toy: Any, open_store: Callable[..., TrialStore], make: Callable[[Any], Proposer], stops: list[int]
+) -> None:
+    run_search(make(toy), Scripted(toy), open_store("whole"), 14, 4, 2, Log())
+    for budget in [*stops, 14]:
+        run_search(make(toy), Scripted(toy), open_store("pieces"), budget, 4, 2, Log())
+    assert story(open_store("pieces")) == story(open_store("whole"))
+
+
+def test_a_spent_budget_does_nothing(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    run_search(RandomProposer(toy.space), Scripted(toy), open_store(), 5, 2, 0, Log())
+    before, log = story(open_store()), Log()
+    run_search(RandomProposer(toy.space), Scripted(toy), open_store(), 4, 2, 0, log)
+    assert story(open_store()) == before and log.events == []
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ({"kl": math.nan}, "kl is nan"),
+        ({"loss": math.inf}, "loss is inf"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "out of memory"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_candidate_that_cannot_be_measured_is_a_failed_trial(
+    toy: Any, open_store: Callable[..., TrialStore], step: BaseException | dict[str, float], reason: str
+) -> None:
+    store = open_store()
+    run_search(RandomProposer(toy.space), Scripted(toy, {2: step, 3: step, 5: step}), store, 8, 4, 0, Log())
+    trials = store.trials()
+    assert [trial.number for trial in trials if trial.state is TrialState.FAILED] == [2, 3, 5]
+    assert all(trial.complete or (trial.failure == reason and trial.seconds is not None) for trial in trials)
+    assert len({trial.x for trial in trials}) == 8  # a failed one is not tried again
+
+
+def test_three_failures_in_a_row_end_the_run_and_the_same_call_goes_on(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    store = open_store()
+    failing: dict[int, BaseException | dict[str, float]] = {n: {"kl": math.nan} for n in (1, 3, 4, 5)}
+    with pytest.raises(EvaluationError, match=r"3 candidates in a row failed \(kl is nan\)"):
+        run_search(RandomProposer(toy.space), Scripted(toy, failing), store, 12, 4, 0, Log())
+    assert [trial.complete for trial in store.trials()] == [True, False, True, False, False, False]
+    run_search(RandomProposer(toy.space), Scripted(toy), store, 12, 4, 0, Log())
+    assert [trial.complete for trial in store.trials()][6:] == [True] * 6
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("odd"), KeyboardInterrupt()], ids=repr)
+def test_any_other_error_comes_through_and_loses_only_the_running_trial(
+    toy: Any, open_store: Callable[..., TrialStore], error: BaseException
+) -> None:
+    run_search(RandomProposer(toy.space), Scripted(toy), open_store("whole"), 8, 4, 0, Log())
+    with pytest.raises(type(error)) as caught:
+        run_search(RandomProposer(toy.space), Scripted(toy, {5: error}), open_store(), 8, 4, 0, Log())
+    assert caught.value is error
+    assert [trial.state for trial in open_store().trials()] == [TrialState.COMPLETE] * 5 + [TrialState.RUNNING]
+    run_search(RandomProposer(toy.space), Scripted(toy), open_store(), 8, 4, 0, Log())
+    assert story(open_store()) == story(open_store("whole"))
+
+
+def test_nothing_left_to_propose_ends_the_run(make_toy: Callable[..., Any], tmp_path: Path) -> None:
+    toy = make_toy(1, 24, 0.3, 8)
+    store = TrialStore.create(f"sqlite:///{tmp_path / 'study.db'}", "run", toy.space, toy.objectives, {}, {})
+    run_search(ThresholdProposer(toy.family), Scripted(toy), store, 1000, 4, 0, Log())
+    assert 0 < len(store.trials()) == len(toy.family.path) - 1

@@ -1,0 +1,99 @@
+"""Points and architectures are the same thing written twice."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from llmbo.errors import LlmboError
+from llmbo.space import SearchSpace
+from pruning.architecture import Architecture
+from pruning.cost import cost_of
+
+# layers, neurons, min_share, neuron_step; steps 5 and 7 divide neither 24 nor 100
+CASES = [(4, 24, 0.4, 0), (4, 24, 0.4, 5), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 1, 0.5, 1), (2, 500, 0.3, 0)]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def space(request: pytest.FixtureRequest, make_space: Callable[..., SearchSpace]) -> SearchSpace:
+    return make_space(*request.param)
+
+
+def random_levels(space: SearchSpace, n: int, seed: int = 0, margin: int = 0) -> torch.Tensor:
+    """`n x d` whole levels, up to `margin` outside the bounds."""
+    rng = torch.Generator().manual_seed(seed)
+    span = space.bounds[1] + 1 + 2 * margin
+    return (torch.rand(n, space.d, generator=rng, dtype=torch.float64) * span).floor() - margin
+
+
+def test_decode_and_encode_are_inverse(space: SearchSpace) -> None:
+    for row in random_levels(space, 50).int().tolist():
+        if any(row[: space.num_layers]):
+            architecture = space.decode(tuple(row))
+            assert space.encode(architecture) == tuple(row)
+            architecture.check(space.anatomy)
+
+
+def test_the_highest_levels_are_the_dense_model(space: SearchSpace) -> None:
+    assert space.decode(space.max_levels) == Architecture.full(space.anatomy)
+    assert space.share(torch.tensor(space.max_levels, dtype=torch.float64)) == 1
+
+
+def test_bounds_and_names_have_one_entry_per_dimension(space: SearchSpace) -> None:
+    assert space.bounds.shape == (2, space.d) == (2, 2 * space.anatomy.num_hidden_layers)
+    assert space.bounds[0].eq(0).all()
+    assert tuple(space.bounds[1].int().tolist()) == space.max_levels
+    assert len(set(space.names)) == space.d
+
+
+@pytest.mark.parametrize("step", range(1, 25))
+def test_any_step_ends_in_the_full_width(make_space: Callable[..., SearchSpace], step: int) -> None:
+    widths = make_space(2, 24, 0.4, step).widths["mlp"]
+    assert widths[0] == 0 and widths[-1] == 24
+    assert all(width % step == 0 for width in widths[:-1])
+    assert all(0 < high - low <= step for low, high in zip(widths, widths[1:], strict=False))
+
+
+@pytest.mark.parametrize("neurons", [24, 100, 500])
+def test_the_default_step_gives_about_twelve_levels(make_space: Callable[..., SearchSpace], neurons: int) -> None:
+    assert 8 <= len(make_space(2, neurons).widths["mlp"]) - 1 <= 18
+
+
+def test_share_equals_the_counted_cost(space: SearchSpace) -> None:
+    X = random_levels(space, 50)
+    X[:, 0] = 1  # attention somewhere
+    costs = [cost_of(space.anatomy, space.decode(tuple(row))).share for row in X.int().tolist()]
+    torch.testing.assert_close(space.share(X), torch.tensor(costs, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(space.share(X.view(5, 10, -1)), space.share(X).view(5, 10), rtol=0, atol=0)
+
+
+def test_legal_agrees_with_its_definition(space: SearchSpace) -> None:
+    X = torch.cat([random_levels(space, 300, margin=1), random_levels(space, 300, seed=1), space.bounds])
+    X[300:350, : space.num_layers] = 0  # no attention
+    X[350:450] = space.bounds[1] - (random_levels(space, 100, seed=2) < 1).double()  # near the dense model
+
+    def legal(row: list[int]) -> bool:
+        inside = all(0 <= level <= most for level, most in zip(row, space.max_levels, strict=True))
+        return inside and any(row[: space.num_layers]) and cost_of(space.anatomy, space.decode(tuple(row))).share >= space.min_share
+
+    expected = [legal(row) for row in X.int().tolist()]
+    assert space.legal(X).tolist() == expected
+    assert True in expected and False in expected
+
+
+def test_an_architecture_off_the_grid_is_refused(make_space: Callable[..., SearchSpace]) -> None:
+    space = make_space(2, 24, 0.4, 5)
+    with pytest.raises(LlmboError, match="Layer 1 keeps 7 neurons"):
+        space.encode(Architecture((1, 1), (5, 7)))
+
+
+@pytest.mark.parametrize("min_share", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_smallest_share_outside_0_and_1_is_refused(make_space: Callable[..., SearchSpace], min_share: float) -> None:
+    with pytest.raises(LlmboError, match="--min-share"):
+        make_space(2, 24, min_share)
+
+
+@pytest.mark.parametrize("step", [-1, 25])
+def test_a_step_without_a_choice_is_refused(make_space: Callable[..., SearchSpace], step: int) -> None:
+    with pytest.raises(LlmboError, match=rf"--neuron-step .* {step}"):
+        make_space(2, 24, 0.4, step)

@@ -1,0 +1,83 @@
+"""The surrogate's coordinates can be undone, and its GP learns what it is shown."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmbo.surrogate import SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
+
+
+@pytest.fixture
+def curve() -> FamilyCurve:
+    return FamilyCurve.through(torch.tensor([0.8, 0.4, 0.6], dtype=torch.float64), torch.tensor([0.2, 1.5, 0.7], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dense", [0.0, 3.9])
+def test_quality_from_gain_inverts_gains(curve: FamilyCurve, dense: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shares = 0.4 + 0.6 * torch.rand(50, generator=rng, dtype=torch.float64)
+    values = dense + 2 * torch.rand(50, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(quality_from_gain(gains(values, shares, dense, curve), shares, dense, curve), values, rtol=1e-9, atol=1e-12)
+
+
+def test_gain_is_zero_on_the_family_and_positive_below_it(curve: FamilyCurve) -> None:
+    shares, excess = torch.tensor([0.4, 0.6, 0.8, 1.0], dtype=torch.float64), torch.tensor([1.5, 0.7, 0.2, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(gains(3 + excess, shares, 3.0, curve), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert (gains(3 + 0.9 * excess[:3], shares[:3], 3.0, curve) > 0).all()
+    assert (gains(3 + 1.1 * excess[:3], shares[:3], 3.0, curve) < 0).all()
+
+
+def test_the_curve_falls_between_its_points_and_is_flat_outside(curve: FamilyCurve) -> None:
+    inside = curve(torch.linspace(0.4, 1.0, 61, dtype=torch.float64))
+    assert (inside.diff() < 0).all()
+    torch.testing.assert_close(curve(torch.tensor([0.1, 1.2], dtype=torch.float64)), inside[[0, -1]], rtol=0, atol=0)
+    assert curve(torch.full((2, 3), 0.5, dtype=torch.float64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_curve_through_next_to_nothing_is_finite(n: int) -> None:
+    shares, excess = torch.full((n,), 0.5, dtype=torch.float64), torch.full((n,), 0.3, dtype=torch.float64)
+    assert FamilyCurve.through(shares, excess)(torch.linspace(0, 1, 11, dtype=torch.float64)).isfinite().all()
+
+
+def test_members_below_the_dense_model_do_not_break_the_logarithm(curve: FamilyCurve) -> None:
+    """A pruned model may be better than the dense one by noise."""
+    below = FamilyCurve.through(torch.tensor([0.5, 0.9], dtype=torch.float64), torch.tensor([0.5, -0.3], dtype=torch.float64))
+    assert below(torch.linspace(0, 1, 11, dtype=torch.float64)).isfinite().all()
+    assert gains(torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), 0.0, curve).isfinite().all()
+
+
+def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy(3, 100, 0.1, 7)
+    X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
+    Z = Features(toy.family)(X)
+    assert Z.shape == (11, toy.space.d + 1)
+    torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
+    weights = Z[0, :-1]  # the dense model's: a block's full width, whatever its number of levels
+    torch.testing.assert_close(weights**2 / weights.square().mean(), toy.family.importance / toy.family.importance.mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(Z[:, :-1], X / X[0] * weights, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:
+    points = [*(tuple(row) for row in toy.family.path[:-1:3].int().tolist()), *toy.random_points(50, 1)]
+    trials = toy.trials(points)
+    X = torch.tensor(points, dtype=torch.float64)
+    values = torch.tensor([trial.values["kl"] for trial in trials], dtype=torch.float64)
+    members = len(points) - 50
+    curve = FamilyCurve.through(toy.space.share(X[:members]), values[:members])
+    Z, Y = Features(toy.family)(X), gains(values, toy.space.share(X), 0.0, curve)
+    gp = fit_surrogate(Z[:-15], Y[:-15, None])
+    with torch.no_grad():
+        predicted = gp.posterior(Z[-15:]).mean.squeeze(-1)
+    assert (predicted - Y[-15:]).square().mean() < 0.5 * Y[-15:].var()
+
+
+def test_the_gp_does_not_look_at_the_share(toy: Any) -> None:
+    Z = Features(toy.family)(torch.tensor(toy.random_points(12, 0), dtype=torch.float64))
+    gp = fit_surrogate(Z, torch.sin(3 * Z[:, :1]))
+    moved = Z.clone()
+    moved[:, SHARE] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(gp.posterior(moved).mean, gp.posterior(Z).mean, rtol=0, atol=0)

@@ -1,0 +1,67 @@
+"""Imports point one way, and the command line starts without the heavy libraries."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A file may import only what stands above it. A new file needs a place here.
+ORDER = {
+    "pruning": (
+        "errors", "anatomy", "architecture", "masks", "cost", "calibration", "likelihood", "importance", "compensation", "supernet", "shrink",
+    ),
+    "llmbo": (
+        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "pareto", "surrogate", "baselines", "acquisition",
+        "evaluate", "storage", "loop", "report", "assemble", "progress", "cli", "__main__",
+    ),
+}  # fmt: skip
+FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+FOREIGN_TO_PRUNING = {"llmbo", "prompts", "experiments", "botorch", "gpytorch", "optuna", "jinja2", "pydantic", "typer", "rich"}
+HEAVY = ("torch", "transformers", "botorch", "gpytorch", "optuna", "matplotlib", "pydantic")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of everything `path` imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            yield node.module
+            if node.module in ORDER:  # `from llmbo import loop` names a file too
+                yield from (f"{node.module}.{alias.name}" for alias in node.names if (ROOT / node.module / f"{alias.name}.py").exists())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    order = ORDER[package]
+    assert path.stem in order, f"give {path.name} its place in ORDER"
+    above = order[: order.index(path.stem)]
+    for name in imported(path):
+        head, _, rest = name.partition(".")
+        if head == package and rest:
+            assert rest.split(".")[0] in above, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "pruning" in path.parts], ids=lambda path: path.name)
+def test_the_pruning_library_knows_nothing_about_search(path: Path) -> None:
+    assert FOREIGN_TO_PRUNING.isdisjoint(name.partition(".")[0] for name in imported(path))
+
+
+def test_no_listed_file_is_missing() -> None:
+    """A row that no file stands for would weaken the order unseen."""
+    found = {(path.relative_to(ROOT).parts[0], path.stem) for path in FILES}
+    assert {(package, name) for package, names in ORDER.items() for name in names} <= found
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    program = f"import sys, llmbo.cli; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""

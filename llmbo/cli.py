@@ -108,6 +108,25 @@ def optimize(
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        typer.echo(f"error: {explained}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def _explained(error: Exception) -> str | None:
+    """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
+    from llmbo.evaluate import out_of_memory
+    from llmbo.storage import DATABASE_ERRORS
+
+    reason = str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__
+    if out_of_memory(error):
+        return "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
+    if isinstance(error, (*DATABASE_ERRORS, OSError)):
+        return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
+    return None
 
 
 def _optimize(config: Any, fresh: bool, console: Any) -> None:

@@ -61,6 +61,8 @@ class Display:
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         start = self._clock()
+        if not self._live:
+            self._console.print(f"{name} …", style="dim", highlight=False)
         task = self._progress.add_task(name, total=total, note="")
         try:
             yield lambda done: self._progress.update(task, completed=done)

@@ -31,7 +31,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
 _ROUND = "round:"
-_DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ValueError)
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
+_OPENING_ERRORS = (*DATABASE_ERRORS, OSError, ValueError)  # ValueError: what is stored makes no sense
 
 
 class TrialStore:
@@ -74,7 +75,7 @@ class TrialStore:
             for key, value in (("settings", settings), ("facts", facts)):
                 if key not in study.user_attrs:
                     study.set_user_attr(key, dict(value))
-        except _DATABASE_ERRORS as error:
+        except _OPENING_ERRORS as error:
             raise _unusable(url, error) from error
         return cls(study, space)
 
@@ -184,7 +185,7 @@ def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int
         return study.user_attrs["settings"], study.user_attrs["facts"], finished
     except KeyError:
         return None
-    except _DATABASE_ERRORS as error:
+    except _OPENING_ERRORS as error:
         raise _unusable(url, error) from error
 
 
@@ -205,7 +206,7 @@ def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
         optuna.delete_study(study_name=name, storage=url)
     except KeyError:
         pass
-    except _DATABASE_ERRORS as error:
+    except _OPENING_ERRORS as error:
         raise _unusable(url, error) from error
 
 

@@ -13,15 +13,27 @@ ROOT = Path(__file__).parents[1]
 # A file may import only what stands above it. A new file needs a place here.
 ORDER = {
     "pruning": (
-        "errors", "anatomy", "architecture", "masks", "cost", "calibration", "likelihood", "importance", "compensation", "supernet", "shrink",
+        "errors", "anatomy", "architecture", "masks", "cost", "calibration",
+        "likelihood", "importance", "compensation", "supernet", "shrink",
     ),
     "llmbo": (
-        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "pareto", "surrogate", "baselines", "acquisition",
-        "evaluate", "storage", "loop", "report", "assemble", "progress", "cli", "__main__",
+        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "pareto", "surrogate",
+        "baselines", "acquisition", "evaluate", "storage", "loop", "report", "assemble", "progress", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
-FOREIGN_TO_PRUNING = {"llmbo", "prompts", "experiments", "botorch", "gpytorch", "optuna", "jinja2", "pydantic", "typer", "rich"}
+FOREIGN_TO_PRUNING = {
+    "llmbo",
+    "prompts",
+    "experiments",
+    "botorch",
+    "gpytorch",
+    "optuna",
+    "jinja2",
+    "pydantic",
+    "typer",
+    "rich",
+}
 HEAVY = ("torch", "transformers", "botorch", "gpytorch", "optuna", "matplotlib", "pydantic")
 
 
@@ -35,7 +47,11 @@ def imported(path: Path) -> Iterator[str]:
             assert node.module is not None
             yield node.module
             if node.module in ORDER:  # `from llmbo import loop` names a file too
-                yield from (f"{node.module}.{alias.name}" for alias in node.names if (ROOT / node.module / f"{alias.name}.py").exists())
+                yield from (
+                    f"{node.module}.{alias.name}"
+                    for alias in node.names
+                    if (ROOT / node.module / f"{alias.name}.py").exists()
+                )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,17 +1,25 @@
 """A toy search problem whose quality is a formula, and a tiny llama on disk with a tokenizer and a text. Nothing is downloaded."""
 
+import itertools
+import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from llmbo.cli import app
 from llmbo.evaluate import known_values
 from llmbo.family import ThresholdFamily
 from llmbo.objectives import Objective, build_objectives
@@ -54,7 +62,7 @@ class Toy:
         """Implements `types.Evaluator`."""
         missing = [1 - level / most for level, most in zip(x, self.space.max_levels, strict=True)]
         weights = [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
-        neighbours = sum(a * b for a, b in zip(missing, missing[1:], strict=False))
+        neighbours = sum(a * b for a, b in itertools.pairwise(missing))
         kl = (
             (sum(weight * gone**2 for weight, gone in zip(weights, missing, strict=True)) + neighbours)
             * 3
@@ -152,3 +160,60 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(rng.choice(WORDS) for _ in range(TEXT_TOKENS)), encoding="utf-8")
     return path
+
+
+@dataclass(frozen=True)
+class Llmbo:
+    """The command line in this process, in a working directory of its own. Keyword arguments become flags."""
+
+    folder: Path
+    defaults: Mapping[str, object]
+
+    def flags(self, **flags: object) -> list[str]:
+        words: list[str] = []
+        for name, value in {**self.defaults, **flags}.items():
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [] if value is None else [flag, str(value)]
+        return ["optimize", *words]
+
+    def __call__(self, **flags: object) -> Result:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with chdir(self.folder):
+                return CliRunner().invoke(app, self.flags(**flags))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def report(self, name: str = "tiny") -> dict[str, Any]:
+        return json.loads((self.folder / "runs" / name / "report.json").read_text(encoding="utf-8"))
+
+    def files(self) -> dict[str, bytes]:
+        """Everything in the working directory."""
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+
+
+def _llmbo(folder: Path, model_folder: Path, text_file: Path) -> Llmbo:
+    tiny = {
+        "model": model_folder, "name": "tiny", "text": f"text:{text_file}", "budget": 6, "window": 16, "calibration_tokens": 128,
+        "proxy_tokens": 64, "heldout_tokens": 64, "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    return Llmbo(folder, tiny)
+
+
+@pytest.fixture
+def llmbo(tmp_path: Path, model_folder: Path, text_file: Path) -> Llmbo:
+    """`llmbo(budget=8)` runs `llmbo optimize` on a tiny llama, in seconds."""
+    return _llmbo(tmp_path, model_folder, text_file)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Llmbo:
+    """A finished run of every phase of the search. Read it only."""
+    done = _llmbo(tmp_path_factory.mktemp("finished"), model_folder, text_file)
+    result = done(budget=18)
+    assert result.exit_code == 0, result.output
+    return done

@@ -60,7 +60,9 @@ def test_expected_improvement_is_the_mean_gain_in_hypervolume(
 def test_pool_candidates_stay_inside_the_bounds_and_hold_the_family(toy: Any, is_member: Callable[..., bool]) -> None:
     front = torch.tensor(toy.random_points(5, 0), dtype=torch.float64)
     pool = candidate_pool(toy.family, front, torch.Generator().manual_seed(0), 400)
-    assert (pool >= toy.space.bounds[0]).all() and (pool <= toy.space.bounds[1]).all() and torch.equal(pool, pool.round())
+    assert (
+        (pool >= toy.space.bounds[0]).all() and (pool <= toy.space.bounds[1]).all() and torch.equal(pool, pool.round())
+    )
     rows = {tuple(row) for row in pool.int().tolist()}
     assert {tuple(row) for row in toy.family.path.int().tolist()} <= rows
     assert len(rows) > 200  # it is a pool, not a few points many times
@@ -69,6 +71,8 @@ def test_pool_candidates_stay_inside_the_bounds_and_hold_the_family(toy: Any, is
 def test_smooth_changes_scale_with_the_grid(make_toy: Callable[..., Any]) -> None:
     """The same share of a block's units, whatever the number of levels."""
     coarse, fine = make_toy(4, 24, 0.4, 8).space, make_toy(4, 24, 0.4, 2).space
-    changes = [smooth_changes(space, 50, torch.Generator().manual_seed(0)) / space.bounds[1] for space in (coarse, fine)]
+    changes = [
+        smooth_changes(space, 50, torch.Generator().manual_seed(0)) / space.bounds[1] for space in (coarse, fine)
+    ]
     torch.testing.assert_close(*changes)
     assert changes[0].abs().mean() > 0.01 and SHARE == -1

@@ -53,14 +53,16 @@ def test_a_config_cannot_be_changed() -> None:
 
 CHANGED: dict[str, Any] = {
     "model": "other", "batch": 5, "seed": 1, "strategy": "random", "objectives": ("loss", "params"), "reference_point": (1.0, 0.9),
-    "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "calibration_tokens": 4096, "proxy_tokens": 4096,
-    "heldout_tokens": 4096, "window": 128, "dtype": "float32", "device": "cpu",
+    "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "calibration_tokens": 5120, "proxy_tokens": 5120,
+    "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu",
 }  # fmt: skip
 
 
 def test_only_budget_name_and_place_may_change() -> None:
     free = {"budget": 99, "name": "other", "storage": "sqlite:///x.db"}
-    assert {*CHANGED, *free} == {field.name for field in dataclasses.fields(RunConfig)}  # a new setting must take a side
+    assert {*CHANGED, *free} == {
+        field.name for field in dataclasses.fields(RunConfig)
+    }  # a new setting must take a side
     before = RunConfig(model="llama").settings()
     for key, value in CHANGED.items():
         assert RunConfig(**{"model": "llama", key: value}).settings() != before, key

@@ -23,13 +23,18 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
     space = SearchSpace(anatomy_of(model))
     candidates = [space.max_levels, (2, 1, 0, 2, 12, 3, 5, 0), (1, 1, 1, 1, 0, 12, 7, 1)]
     dense = dense_distribution(model, windows)
-    expected = [quality(shrink(model, PruningMask.from_architecture(space.decode(x), ranking)), windows, dense) for x in candidates]
+    expected = [
+        quality(shrink(model, PruningMask.from_architecture(space.decode(x), ranking)), windows, dense)
+        for x in candidates
+    ]
     with Supernet(model, ranking) as supernet:
         evaluator = ProxyEvaluator.on(windows, space, supernet)
         found = [evaluator.evaluate(x) for x in candidates]
     for x, values, target in zip(candidates, found, expected, strict=True):
         assert target.kl is not None
-        assert values["loss"] == pytest.approx(target.loss, abs=1e-4) and values["kl"] == pytest.approx(target.kl, abs=1e-4)
+        assert values["loss"] == pytest.approx(target.loss, abs=1e-4) and values["kl"] == pytest.approx(
+            target.kl, abs=1e-4
+        )
         assert values["perplexity"] == pytest.approx(torch.tensor(target.loss).exp().item(), rel=1e-3)
         assert {name: values[name] for name in ("params", "params_share")} == known_values(space, x)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-5) and found[0]["params_share"] == 1
@@ -39,7 +44,13 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(MemoryError(), True), (torch.OutOfMemoryError(), True), (RuntimeError("MPS backend out of memory"), True), (RuntimeError("bad shape"), False), (ValueError("out of memory"), False)],
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("bad shape"), False),
+        (ValueError("out of memory"), False),
+    ],
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
     assert out_of_memory(error) is expected

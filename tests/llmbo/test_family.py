@@ -37,7 +37,8 @@ def test_the_family_starts_at_the_smallest_share(family: ThresholdFamily) -> Non
     """No more than one step above it, or a legal member would be missing."""
     space = family.space
     steps = [
-        max(high - low for low, high in zip(space.widths[block.kind], space.widths[block.kind][1:], strict=False)) * block.parameters_per_unit
+        max(high - low for low, high in zip(space.widths[block.kind], space.widths[block.kind][1:], strict=False))
+        * block.parameters_per_unit
         + block.fixed_parameters
         for block in space.anatomy.blocks
     ]
@@ -67,7 +68,10 @@ def test_levels_count_the_units_above_a_common_threshold(make_space: Callable[..
     rng = torch.Generator().manual_seed(5)
     groups, neurons = torch.rand(3, 2, generator=rng) * 30, torch.rand(3, 24, generator=rng)
     family = ThresholdFamily.from_importance(space, Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1)))
-    densities = [(groups / space.anatomy.attention.parameters_per_unit).double(), (neurons / space.anatomy.mlp.parameters_per_unit).double()]
+    densities = [
+        (groups / space.anatomy.attention.parameters_per_unit).double(),
+        (neurons / space.anatomy.mlp.parameters_per_unit).double(),
+    ]
     expected = set()
     for threshold in torch.cat([density.flatten() for density in densities]).tolist():
         expected.add(tuple(int(row.ge(threshold).sum()) for density in densities for row in density))
@@ -76,7 +80,9 @@ def test_levels_count_the_units_above_a_common_threshold(make_space: Callable[..
 
 def test_scaling_all_scores_changes_nothing(make_toy: Callable[..., Any]) -> None:
     toy = make_toy()
-    scaled = Importance(*(1e-6 * scores for scores in (toy.importance.groups, toy.importance.neurons, toy.importance.layers)))
+    scaled = Importance(
+        *(1e-6 * scores for scores in (toy.importance.groups, toy.importance.neurons, toy.importance.layers))
+    )
     torch.testing.assert_close(ThresholdFamily.from_importance(toy.space, scaled).path, toy.family.path, rtol=0, atol=0)
 
 
@@ -84,7 +90,9 @@ def test_a_more_important_block_never_keeps_less(make_toy: Callable[..., Any]) -
     toy = make_toy()
     neurons = toy.importance.neurons.clone()
     neurons[1] *= 4
-    favoured = ThresholdFamily.from_importance(toy.space, Importance(toy.importance.groups, neurons, toy.importance.layers))
+    favoured = ThresholdFamily.from_importance(
+        toy.space, Importance(toy.importance.groups, neurons, toy.importance.layers)
+    )
     dimension = toy.space.num_layers + 1
     for share in toy.family.shares:
         assert favoured.profile(share[None])[0, dimension] >= toy.family.profile(share[None])[0, dimension] - 1e-9

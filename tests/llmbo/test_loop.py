@@ -55,7 +55,9 @@ class Scripted:
 
 @pytest.fixture
 def open_store(toy: Any, tmp_path: Path) -> Callable[..., TrialStore]:
-    return lambda name="run": TrialStore.create(f"sqlite:///{tmp_path / 'study.db'}", name, toy.space, toy.objectives, {}, {})
+    return lambda name="run": TrialStore.create(
+        f"sqlite:///{tmp_path / 'study.db'}", name, toy.space, toy.objectives, {}, {}
+    )
 
 
 def story(store: TrialStore) -> list[tuple[object, ...]]:
@@ -68,7 +70,9 @@ def qnehvi(toy: Any) -> QNehviProposer:
 
 
 @pytest.mark.parametrize(("budget", "q"), [(1, 4), (5, 1), (8, 4), (10, 4), (3, 7)])
-def test_exactly_the_budget_is_evaluated_in_order(toy: Any, open_store: Callable[..., TrialStore], budget: int, q: int) -> None:
+def test_exactly_the_budget_is_evaluated_in_order(
+    toy: Any, open_store: Callable[..., TrialStore], budget: int, q: int
+) -> None:
     store, log, evaluator = open_store(), Log(), Scripted(toy)
     ticks = itertools.count()
     run_search(RandomProposer(toy.space), evaluator, store, budget, q, 0, log, clock=lambda: float(next(ticks)))
@@ -88,7 +92,9 @@ def test_a_round_is_stored_before_any_of_it_is_evaluated(toy: Any, open_store: C
         def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
             store = open_store()
             assert x == store.rounds()[self.calls // 3][self.calls % 3].x
-            assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * self.calls + [TrialState.RUNNING]
+            assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * self.calls + [
+                TrialState.RUNNING
+            ]
             return super().evaluate(x)
 
     run_search(RandomProposer(toy.space), Watching(toy), open_store(), 6, 3, 0, Log())
@@ -133,7 +139,12 @@ def test_a_spent_budget_does_nothing(toy: Any, open_store: Callable[..., TrialSt
         ({"loss": math.inf}, "loss is inf"),
         (MemoryError(), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+            ),
+            "out of memory",
+        ),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -148,7 +159,9 @@ def test_a_candidate_that_cannot_be_measured_is_a_failed_trial(
     assert len({trial.x for trial in trials}) == 8  # a failed one is not tried again
 
 
-def test_three_failures_in_a_row_end_the_run_and_the_same_call_goes_on(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+def test_three_failures_in_a_row_end_the_run_and_the_same_call_goes_on(
+    toy: Any, open_store: Callable[..., TrialStore]
+) -> None:
     store = open_store()
     failing: dict[int, BaseException | dict[str, float]] = {n: {"kl": math.nan} for n in (1, 3, 4, 5)}
     with pytest.raises(EvaluationError, match=r"3 candidates in a row failed \(kl is nan\)"):
@@ -158,7 +171,9 @@ def test_three_failures_in_a_row_end_the_run_and_the_same_call_goes_on(toy: Any,
     assert [trial.complete for trial in store.trials()][6:] == [True] * 6
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("odd"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), ValueError("odd"), KeyboardInterrupt()], ids=repr
+)
 def test_any_other_error_comes_through_and_loses_only_the_running_trial(
     toy: Any, open_store: Callable[..., TrialStore], error: BaseException
 ) -> None:

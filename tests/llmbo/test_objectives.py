@@ -57,15 +57,28 @@ def test_the_given_reference_point_is_kept() -> None:
         (("kl", "params"), (math.inf, 500.0), "kl is inf"),
     ],
 )
-def test_what_needs_no_model_is_refused_before_one_is_loaded(names: tuple[str, ...], reference: tuple[float, ...] | None, message: str) -> None:
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    names: tuple[str, ...], reference: tuple[float, ...] | None, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_objectives(names, reference)
 
 
-@pytest.mark.parametrize(("names", "reference"), [(("loss", "params_share"), (3.5, 0.9)), (("loss", "params_share"), (4.0, 0.4)), (("params", "loss"), (400.0, 4.0))])
-def test_a_reference_point_that_nobody_beats_is_refused_with_the_best_value(names: tuple[str, ...], reference: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("names", "reference"),
+    [
+        (("loss", "params_share"), (3.5, 0.9)),
+        (("loss", "params_share"), (4.0, 0.4)),
+        (("params", "loss"), (400.0, 4.0)),
+    ],
+)
+def test_a_reference_point_that_nobody_beats_is_refused_with_the_best_value(
+    names: tuple[str, ...], reference: tuple[float, ...]
+) -> None:
     check_objectives(names, reference)  # only the model tells
-    with pytest.raises(ConfigError, match=r"--reference-point for \w+ is [\d.]+, but the (dense|smallest legal) model has"):
+    with pytest.raises(
+        ConfigError, match=r"--reference-point for \w+ is [\d.]+, but the (dense|smallest legal) model has"
+    ):
         build_objectives(names, DENSE, SMALLEST, reference)
 
 

@@ -1,5 +1,6 @@
 """Front and hypervolume against their definitions, closed forms and a Monte Carlo estimate."""
 
+import itertools
 import math
 
 import pytest
@@ -64,7 +65,9 @@ def test_no_points_give_nothing() -> None:
     ],
 )
 def test_volumes_with_a_closed_form(Y: list[list[float]], ref: list[float], volume: float) -> None:
-    assert hypervolume(torch.tensor(Y, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64)) == pytest.approx(volume)
+    assert hypervolume(torch.tensor(Y, dtype=torch.float64), torch.tensor(ref, dtype=torch.float64)) == pytest.approx(
+        volume
+    )
 
 
 def test_a_fine_front_approaches_the_area_under_its_curve() -> None:
@@ -89,4 +92,4 @@ def test_the_trace_is_the_volume_of_every_prefix(m: int, ties: bool) -> None:
     Y, ref = points(25, m, 4, ties) - 0.2, torch.zeros(m, dtype=torch.float64)
     trace = hypervolume_trace(Y, ref)
     assert trace == pytest.approx([hypervolume(Y[: n + 1], ref) for n in range(len(Y))], abs=1e-12)
-    assert all(after >= before for before, after in zip(trace, trace[1:], strict=False))
+    assert all(after >= before for before, after in itertools.pairwise(trace))

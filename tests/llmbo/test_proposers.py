@@ -98,7 +98,9 @@ def test_a_space_without_any_candidate_gives_nothing(make_toy: Callable[..., Any
 
 
 def test_random_covers_all_sizes(toy: Any) -> None:
-    shares = toy.space.share(torch.tensor([p.x for p in RandomProposer(toy.space).propose([], 200, 0)], dtype=torch.float64))
+    shares = toy.space.share(
+        torch.tensor([p.x for p in RandomProposer(toy.space).propose([], 200, 0)], dtype=torch.float64)
+    )
     assert torch.histc(shares, bins=5, min=0.4, max=1.0).gt(5).all()
 
 
@@ -108,7 +110,10 @@ def test_random_listens_to_the_seed(toy: Any) -> None:
 
 
 def test_threshold_ignores_seed_and_values(toy: Any) -> None:
-    proposer, trials = ThresholdProposer(toy.family), toy.trials(p.x for p in ThresholdProposer(toy.family).propose([], 3, 0))
+    proposer, trials = (
+        ThresholdProposer(toy.family),
+        toy.trials(p.x for p in ThresholdProposer(toy.family).propose([], 3, 0)),
+    )
     expected = proposer.propose(trials, 4, 0)
     worse = [Trial(t.number, t.round, t.x, t.origin, t.state, {"kl": 100.0, "params": 1.0}) for t in reversed(trials)]
     assert proposer.propose(worse, 4, 123) == expected
@@ -123,7 +128,9 @@ def test_threshold_does_not_depend_on_the_batch(toy: Any) -> None:
 
 def test_threshold_fills_the_range_ever_more_finely(make_toy: Callable[..., Any]) -> None:
     toy = make_toy(5, 100, 0.2, 5)
-    shares = toy.space.share(torch.tensor([p.x for p in ThresholdProposer(toy.family).propose([], 64, 0)], dtype=torch.float64)).tolist()
+    shares = toy.space.share(
+        torch.tensor([p.x for p in ThresholdProposer(toy.family).propose([], 64, 0)], dtype=torch.float64)
+    ).tolist()
     low, high = float(toy.family.shares[0]), 1.0
     assert shares[0] == low
     slack = float(toy.family.shares.diff().max())  # members are not exactly where the sequence wants them
@@ -136,7 +143,9 @@ def test_threshold_fills_the_range_ever_more_finely(make_toy: Callable[..., Any]
 
 
 @pytest.mark.parametrize("case", [(1, 24, 0.3, 8), (4, 24, 0.4, 0), (3, 24, 0.6, 1)])
-def test_threshold_meets_every_member_but_the_dense_model(make_toy: Callable[..., Any], case: tuple[float, ...]) -> None:
+def test_threshold_meets_every_member_but_the_dense_model(
+    make_toy: Callable[..., Any], case: tuple[float, ...]
+) -> None:
     family = make_toy(*case).family
     found = {proposal.x for proposal in ThresholdProposer(family).propose([], 10_000, 0)}
     assert found == {tuple(row) for row in family.path[:-1].int().tolist()}
@@ -163,7 +172,7 @@ def test_qnehvi_starts_with_the_family(toy: Any) -> None:
 
 
 def test_qnehvi_searches_on_when_the_family_is_smaller_than_the_initial_design(make_toy: Callable[..., Any]) -> None:
-    toy = make_toy(4, 24, 0.85)
+    toy = make_toy(4, 24, 0.93)
     assert 4 < len(toy.family.path) < 12
     trials = run(QNehviProposer(toy.family, toy.objectives, toy.dense), toy, 14)
     check_contract([Proposal(trial.x, trial.origin) for trial in trials], [], 14, toy)
@@ -188,12 +197,21 @@ def test_qnehvi_avoids_what_is_already_running(toy: Any) -> None:
 
 @pytest.mark.parametrize(
     ("names", "reference"),
-    [(("kl", "params_share"), None), (("params_share", "kl"), None), (("loss", "params"), None), (("params", "loss"), None), (("params_share", "kl"), (0.8, 1.0))],
+    [
+        (("kl", "params_share"), None),
+        (("params_share", "kl"), None),
+        (("loss", "params"), None),
+        (("params", "loss"), None),
+        (("params_share", "kl"), (0.8, 1.0)),
+    ],
 )
-def test_qnehvi_beats_the_baselines_whatever_the_objectives_are_called(toy: Any, names: tuple[str, str], reference: tuple[float, float] | None) -> None:
+def test_qnehvi_beats_the_baselines_whatever_the_objectives_are_called(
+    toy: Any, names: tuple[str, str], reference: tuple[float, float] | None
+) -> None:
     toy = toy.with_objectives(*names, reference_point=reference)
     means = {
-        name: sum(volume(run(make(toy), toy, 26, seed=seed), toy.objectives) for seed in range(3)) / 3 for name, make in PROPOSERS.items()
+        name: sum(volume(run(make(toy), toy, 26, seed=seed), toy.objectives) for seed in range(3)) / 3
+        for name, make in PROPOSERS.items()
     }
     assert means["qnehvi"] > means["threshold"] and means["qnehvi"] > means["random"], means
 

@@ -77,7 +77,10 @@ def start(toy: Any) -> Start:
 def story(toy: Any) -> Callable[[str], list[tuple[object, ...]]]:
     def read(url: str) -> list[tuple[object, ...]]:
         store = TrialStore.create(url, "run", toy.space, toy.objectives, {}, {})
-        return [(trial.number, trial.round, trial.x, trial.origin, trial.state, dict(trial.values)) for trial in store.trials()]
+        return [
+            (trial.number, trial.round, trial.x, trial.origin, trial.state, dict(trial.values))
+            for trial in store.trials()
+        ]
 
     return read
 
@@ -99,7 +102,16 @@ def test_killed_at_every_kind_of_moment(
     start: Start, story: Callable[[str], list[tuple[object, ...]]], uninterrupted: tuple[str, float], tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path / 'killed.db'}"
-    for moment in [("proposing", 0), ("start", 0), ("evaluate", 2), ("end", 1), ("evaluate", 0), ("evaluate", 0), ("proposing", 1), ("start", 3)]:
+    for moment in [
+        ("proposing", 0),
+        ("start", 0),
+        ("evaluate", 2),
+        ("end", 1),
+        ("evaluate", 0),
+        ("evaluate", 0),
+        ("proposing", 1),
+        ("start", 3),
+    ]:
         process = start(url, moment)
         process.join(TIMEOUT)
         assert process.exitcode == -signal.SIGKILL, moment

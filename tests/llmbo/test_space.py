@@ -1,5 +1,6 @@
 """Points and architectures are the same thing written twice."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -51,7 +52,7 @@ def test_any_step_ends_in_the_full_width(make_space: Callable[..., SearchSpace],
     widths = make_space(2, 24, 0.4, step).widths["mlp"]
     assert widths[0] == 0 and widths[-1] == 24
     assert all(width % step == 0 for width in widths[:-1])
-    assert all(0 < high - low <= step for low, high in zip(widths, widths[1:], strict=False))
+    assert all(0 < high - low <= step for low, high in itertools.pairwise(widths))
 
 
 @pytest.mark.parametrize("neurons", [24, 100, 500])
@@ -74,7 +75,11 @@ def test_legal_agrees_with_its_definition(space: SearchSpace) -> None:
 
     def legal(row: list[int]) -> bool:
         inside = all(0 <= level <= most for level, most in zip(row, space.max_levels, strict=True))
-        return inside and any(row[: space.num_layers]) and cost_of(space.anatomy, space.decode(tuple(row))).share >= space.min_share
+        return (
+            inside
+            and any(row[: space.num_layers])
+            and cost_of(space.anatomy, space.decode(tuple(row))).share >= space.min_share
+        )
 
     expected = [legal(row) for row in X.int().tolist()]
     assert space.legal(X).tolist() == expected

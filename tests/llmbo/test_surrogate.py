@@ -11,7 +11,9 @@ from llmbo.surrogate import SHARE, FamilyCurve, Features, fit_surrogate, gains, 
 
 @pytest.fixture
 def curve() -> FamilyCurve:
-    return FamilyCurve.through(torch.tensor([0.8, 0.4, 0.6], dtype=torch.float64), torch.tensor([0.2, 1.5, 0.7], dtype=torch.float64))
+    return FamilyCurve.through(
+        torch.tensor([0.8, 0.4, 0.6], dtype=torch.float64), torch.tensor([0.2, 1.5, 0.7], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("dense", [0.0, 3.9])
@@ -19,12 +21,19 @@ def test_quality_from_gain_inverts_gains(curve: FamilyCurve, dense: float) -> No
     rng = torch.Generator().manual_seed(0)
     shares = 0.4 + 0.6 * torch.rand(50, generator=rng, dtype=torch.float64)
     values = dense + 2 * torch.rand(50, generator=rng, dtype=torch.float64)
-    torch.testing.assert_close(quality_from_gain(gains(values, shares, dense, curve), shares, dense, curve), values, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        quality_from_gain(gains(values, shares, dense, curve), shares, dense, curve), values, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_gain_is_zero_on_the_family_and_positive_below_it(curve: FamilyCurve) -> None:
-    shares, excess = torch.tensor([0.4, 0.6, 0.8, 1.0], dtype=torch.float64), torch.tensor([1.5, 0.7, 0.2, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(gains(3 + excess, shares, 3.0, curve), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    shares, excess = (
+        torch.tensor([0.4, 0.6, 0.8, 1.0], dtype=torch.float64),
+        torch.tensor([1.5, 0.7, 0.2, 0.0], dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        gains(3 + excess, shares, 3.0, curve), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9
+    )
     assert (gains(3 + 0.9 * excess[:3], shares[:3], 3.0, curve) > 0).all()
     assert (gains(3 + 1.1 * excess[:3], shares[:3], 3.0, curve) < 0).all()
 
@@ -44,9 +53,15 @@ def test_a_curve_through_next_to_nothing_is_finite(n: int) -> None:
 
 def test_members_below_the_dense_model_do_not_break_the_logarithm(curve: FamilyCurve) -> None:
     """A pruned model may be better than the dense one by noise."""
-    below = FamilyCurve.through(torch.tensor([0.5, 0.9], dtype=torch.float64), torch.tensor([0.5, -0.3], dtype=torch.float64))
+    below = FamilyCurve.through(
+        torch.tensor([0.5, 0.9], dtype=torch.float64), torch.tensor([0.5, -0.3], dtype=torch.float64)
+    )
     assert below(torch.linspace(0, 1, 11, dtype=torch.float64)).isfinite().all()
-    assert gains(torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), 0.0, curve).isfinite().all()
+    assert (
+        gains(torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), 0.0, curve)
+        .isfinite()
+        .all()
+    )
 
 
 def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]) -> None:
@@ -56,7 +71,9 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     assert Z.shape == (11, toy.space.d + 1)
     torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
     weights = Z[0, :-1]  # the dense model's: a block's full width, whatever its number of levels
-    torch.testing.assert_close(weights**2 / weights.square().mean(), toy.family.importance / toy.family.importance.mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        weights**2 / weights.square().mean(), toy.family.importance / toy.family.importance.mean(), rtol=1e-9, atol=0
+    )
     torch.testing.assert_close(Z[:, :-1], X / X[0] * weights, rtol=1e-9, atol=1e-12)
 
 

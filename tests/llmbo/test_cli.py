@@ -1,0 +1,319 @@
+"""The main job from the outside: exit codes, messages, files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from llmbo.assemble import Problem
+from llmbo.cli import app
+from llmbo.report import Report
+
+START_TIMEOUT = 120.0  # seconds until the first trial of a subprocess, on a busy machine
+
+
+def refused(result: Result) -> str:
+    """The one line that says why, after any number of progress lines."""
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:], result.stderr
+    assert result.stdout == ""
+    return lines[-1]
+
+
+def check_complete(data: dict[str, Any], budget: int) -> None:
+    Report.model_validate(data)
+    assert data["run"]["status"] == "complete" and len(data["trials"]) == budget
+    assert data["front"] and all(point["heldout"] for point in [data["dense"], *data["front"]])
+
+
+def search_part(data: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on how often a run was started."""
+    trials = [{key: value for key, value in trial.items() if key != "seconds"} for trial in data["trials"]]
+    return {
+        "trials": trials,
+        **{key: data[key] for key in ("model", "data", "space", "objectives", "dense", "front", "hypervolume")},
+    }
+
+
+def test_run_repeat_extend_change_and_start_over(llmbo: Any, finished: Any) -> None:
+    assert llmbo(budget=5).exit_code == 0
+    check_complete(llmbo.report(), 5)
+    before = llmbo.files()
+
+    assert "already spent its budget: 5 of 5" in refused(llmbo(budget=5))
+    assert "already spent" in refused(llmbo(budget=3))
+    changed = refused(llmbo(budget=9, seed=7, proxy_tokens=80, compensation=None, no_compensation=True))
+    assert all(
+        change in changed for change in ("seed: 0 -> 7", "proxy_tokens: 64 -> 80", "compensation: True -> False")
+    )
+    assert "budget" not in changed.split(":")[2]
+    assert llmbo.files() == before
+
+    assert llmbo(budget=18).exit_code == 0
+    check_complete(llmbo.report(), 18)
+    assert search_part(llmbo.report()) == search_part(finished.report())  # that one was never stopped
+
+    result = llmbo(budget=3, seed=7, fresh=True)
+    assert result.exit_code == 0
+    check_complete(llmbo.report(), 3)
+    assert llmbo.report()["run"]["seed"] == 7
+    assert "report.json" in result.stdout and "held-out" in result.stdout
+
+
+def test_an_edited_text_or_model_is_noticed(llmbo: Any, text_file: Path, model_folder: Path) -> None:
+    text = llmbo.folder / "words.txt"
+    shutil.copy(text_file, text)
+    shutil.copytree(model_folder, llmbo.folder / "model")
+    flags: dict[str, Any] = {"text": f"text:{text}", "model": llmbo.folder / "model"}
+    assert llmbo(budget=2, **flags).exit_code == 0
+    before = llmbo.files()
+    text.write_text(text.read_text() + " w1 w2")
+    assert "sha256" in refused(llmbo(budget=4, **flags))
+    shutil.copy(text_file, text)
+    assert llmbo.files() == before
+
+
+@pytest.mark.parametrize("strategy", ["threshold", "random"])
+@pytest.mark.parametrize("objectives", ["loss,params", "params_share,kl"])
+def test_every_strategy_and_objective_order(llmbo: Any, strategy: str, objectives: str) -> None:
+    result = llmbo(budget=4, strategy=strategy, objectives=objectives, batch=3)
+    assert result.exit_code == 0, result.output
+    data = llmbo.report()
+    check_complete(data, 4)
+    assert [objective["name"] for objective in data["objectives"]] == objectives.split(",")
+    assert {trial["origin"] for trial in data["trials"]} == {strategy}
+
+
+def test_the_database_can_be_elsewhere_and_shared(llmbo: Any) -> None:
+    url = f"sqlite:///{llmbo.folder / 'shared.db'}"
+    for name in ("a", "b"):
+        assert llmbo(budget=2, strategy="random", name=name, storage=url).exit_code == 0
+    assert not (llmbo.folder / "runs" / "a" / "study.db").exists()
+    assert llmbo(budget=1, strategy="random", name="a", storage=url, fresh=True).exit_code == 0
+    assert len(llmbo.report("a")["trials"]) == 1
+    assert "already spent" in refused(llmbo(budget=2, strategy="random", name="b", storage=url))
+
+
+def test_no_password_reaches_the_report(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report names the command, and reports are passed on."""
+    storage = (
+        f"sqlite:///file:{llmbo.folder / 'shared.db'}?password=hunter2&uri=true"  # SQLite ignores what it does not know
+    )
+    flags: dict[str, Any] = {"budget": 1, "strategy": "random", "storage": storage}
+    monkeypatch.setattr(sys, "argv", ["llmbo", *llmbo.flags(**flags)])
+    assert llmbo(**flags).exit_code == 0
+    assert "--budget 1" in llmbo.report()["run"]["command"]
+    assert "hunter2" not in json.dumps(llmbo.report())
+
+
+def test_stopped_between_search_and_report_the_same_command_finishes(
+    llmbo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trials are done, the held-out windows are not: that budget is not spent yet."""
+
+    def stop(self: Problem) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Problem, "heldout", stop)
+        result = llmbo(budget=4)
+    assert result.exit_code == 130
+    data = llmbo.report()
+    Report.model_validate(data)
+    assert data["run"]["status"] == "interrupted" and len(data["trials"]) == 4
+    assert all(point["heldout"] is None for point in data["front"])
+    result = llmbo(budget=4)
+    assert result.exit_code == 0, result.stderr
+    check_complete(llmbo.report(), 4)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import T5Config
+
+    folder = tmp_path_factory.mktemp("t5")
+    T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import GPT2Config
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2).save_pretrained(folder)
+    return folder
+
+
+# what is wrong -> flags, and what the message says. {t5} and {gpt2} are folders, {tmp} is the working directory.
+BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "near alias": ({"model": "lama"}, ("'lama'", "did you mean 'llama'")),
+    "no folder": ({"model": "./nowhere"}, ("'./nowhere'",)),
+    "encoder-decoder": ({"model": "{t5}"}, ("encoder-decoder",)),
+    "unsupported family": ({"model": "{gpt2}"}, ("'gpt2'", "llama")),
+    "budget": ({"budget": 0}, ("--budget", "0")),
+    "batch": ({"batch": 0}, ("--batch", "0")),
+    "seed": ({"seed": 2**64}, ("--seed", str(2**64))),
+    "no text file": ({"text": "text:{tmp}/nothing.txt"}, ("nothing.txt",)),
+    "folder as text": ({"text": "text:{tmp}"}, ("{tmp}",)),
+    "not UTF-8": ({"text": "text:{tmp}/binary"}, ("binary", "UTF-8")),
+    "unknown source": ({"text": "web"}, ("'web'", "builtin")),
+    "short text": ({"text": "text:{tmp}/short.txt"}, ("100 tokens", "256 are needed")),
+    "text too short for the windows": ({"calibration_tokens": 1600}, ("1200 tokens", "1728 are needed")),
+    "unknown objective": ({"objectives": "kl,speed"}, ("'speed'", "params_share")),
+    "one objective": ({"objectives": "kl"}, ("--objectives",)),
+    "three objectives": ({"objectives": "kl,loss,params"}, ("kl,loss,params",)),
+    "impossible reference": ({"reference_point": "0,1"}, ("--reference-point", "kl")),
+    "reference worse than dense": (
+        {"objectives": "loss,params_share", "reference_point": "0.01,1"},
+        ("--reference-point", "loss"),
+    ),
+    "reference below the smallest": ({"reference_point": "1,0.39"}, ("--reference-point", "params_share")),
+    "no number": ({"reference_point": "a,b"}, ("--reference-point", "a,b")),
+    "smallest share": ({"min_share": 1.5}, ("--min-share", "1.5")),
+    "nothing to choose": ({"min_share": 0.999}, ("--min-share",)),
+    "wide step": ({"neuron_step": 25}, ("--neuron-step", "25")),
+    "negative step": ({"neuron_step": -1}, ("--neuron-step", "-1")),
+    "device": ({"device": "cuda:99"}, ("cuda:99",)),
+    "name": ({"name": "a/b"}, ("--name", "a/b")),
+    "long name": ({"name": "n" * 300}, ("n" * 300,)),
+    "storage without driver": ({"storage": "unknown://u:hunter2@nowhere.invalid/db"}, ("nowhere.invalid",)),
+    "storage out of reach": ({"storage": "sqlite:///{tmp}/nowhere/study.db"}, ("nowhere",)),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_touches_nothing(llmbo: Any, kind: str, t5_folder: Path, gpt2_folder: Path) -> None:
+    (llmbo.folder / "short.txt").write_text("w1 " * 100)
+    (llmbo.folder / "binary").write_bytes(b"\xff\xfe\x00")
+    places = {"t5": t5_folder, "gpt2": gpt2_folder, "tmp": llmbo.folder}
+    flags, words = BAD[kind]
+    before = llmbo.files()
+    line = refused(llmbo(**{key: str(value).format(**places) for key, value in flags.items()}))
+    assert all(word.format(**places) in line for word in words), line
+    assert "hunter2" not in line
+    assert llmbo.files() == before and not (llmbo.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "three objectives",
+        "impossible reference",
+        "short text",
+        "reference worse than dense",
+        "nothing to choose",
+        "wide step",
+    ],
+)
+def test_bad_input_with_fresh_does_not_cost_the_old_run(llmbo: Any, kind: str) -> None:
+    assert llmbo(budget=1, strategy="threshold").exit_code == 0
+    (llmbo.folder / "short.txt").write_text("w1 " * 100)
+    before = llmbo.files()
+    flags = {key: str(value).format(tmp=llmbo.folder) for key, value in BAD[kind][0].items()}
+    refused(llmbo(**{"fresh": True, **flags}))
+    assert llmbo.files() == before
+
+
+def test_a_damaged_database_is_refused_until_started_over(llmbo: Any) -> None:
+    assert llmbo(budget=2, strategy="threshold").exit_code == 0
+    database = llmbo.folder / "runs" / "tiny" / "study.db"
+    database.write_bytes(database.read_bytes()[:10_000])
+    before = llmbo.files()
+    assert "study.db" in refused(llmbo(budget=4, strategy="threshold"))
+    assert llmbo.files() == before
+    assert llmbo(budget=1, strategy="threshold", fresh=True).exit_code == 0
+    check_complete(llmbo.report(), 1)
+
+
+def test_an_unwritable_run_folder_is_refused(llmbo: Any) -> None:
+    """A file stands where the folder should be: true for root as well, whom permissions do not stop."""
+    (llmbo.folder / "runs").write_text("not a folder")
+    assert "runs" in refused(llmbo())
+    assert (llmbo.folder / "runs").read_text() == "not a folder"
+
+
+def test_a_typing_mistake_is_a_usage_error(llmbo: Any) -> None:
+    assert llmbo(budget="many").exit_code == 2
+    assert llmbo(bugdet=3).exit_code == 2
+    assert llmbo(model=None).exit_code == 2
+    assert not (llmbo.folder / "runs").exists()
+
+
+def test_the_aliases_are_listed() -> None:
+    result = CliRunner().invoke(app, ["models"])
+    assert result.exit_code == 0 and "llama" in result.stdout and "Apache-2.0" in result.stdout
+
+
+@pytest.fixture
+def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
+    """Start `python -m llmbo optimize`, and return when its second trial is measured."""
+
+    def start(**flags: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmbo", *llmbo.flags(**flags)],
+            cwd=llmbo.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stderr is not None
+        end = time.monotonic() + START_TIMEOUT
+        for line in process.stderr:
+            if line.startswith("trial 2/"):
+                return process
+            assert time.monotonic() < end, "the first trials took too long"
+        raise AssertionError(f"it ended with {process.wait()}: {line}")
+
+    return start
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_reports_and_goes_on(
+    llmbo: Any, background: Callable[..., subprocess.Popen[str]], signum: signal.Signals
+) -> None:
+    flags: dict[str, Any] = {"budget": 60, "strategy": "random", "batch": 10}
+    process = background(**flags)
+    try:
+        if signum is signal.SIGINT:
+            assert "Another process is working on" in refused(llmbo(**flags))
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "same command" in stderr
+    data = llmbo.report()
+    Report.model_validate(data)
+    assert data["run"]["status"] == "interrupted"
+    done = sum(trial["state"] == "complete" for trial in data["trials"])
+    assert 2 <= done == len(data["hypervolume"]["trace"]) < 60
+    assert done >= len(data["trials"]) - 1  # at most the running one is open
+    if signum is signal.SIGINT:
+        assert llmbo(**flags).exit_code == 0
+        check_complete(llmbo.report(), 60)
+        kept = [trial["objectives"] for trial in llmbo.report()["trials"]][:done]
+        assert kept == [trial["objectives"] for trial in data["trials"]][:done]
+
+
+def test_a_killed_run_goes_on(llmbo: Any, background: Callable[..., subprocess.Popen[str]]) -> None:
+    flags: dict[str, Any] = {"budget": 12, "batch": 3}
+    process = background(**flags)
+    process.kill()
+    process.communicate()
+    assert llmbo(**flags).exit_code == 0
+    resumed = search_part(llmbo.report())
+    shutil.rmtree(llmbo.folder / "runs")
+    assert llmbo(**flags).exit_code == 0
+    assert json.dumps(search_part(llmbo.report())) == json.dumps(resumed)

@@ -1,0 +1,148 @@
+"""The report says what the store holds, in the documented format, whole or not at all."""
+
+import json
+import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from llmbo.report import Report, front_of, json_schema, write_report
+from llmbo.types import Proposal, Trial, TrialState
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
+
+
+@pytest.fixture
+def data(finished: Any) -> dict[str, Any]:
+    return finished.report()
+
+
+def test_the_documented_schema_is_the_current_one() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == json_schema(), "run `make schema`"
+
+
+def test_a_report_follows_the_schema(data: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator(json.loads(json_schema())).validate(data)
+    assert Report.model_validate(data).model_dump(mode="json") == data
+
+
+def test_an_unknown_or_missing_key_is_no_report(data: dict[str, Any]) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
+    assert not validator.is_valid({**data, "extra": 1})
+    assert not validator.is_valid({key: value for key, value in data.items() if key != "front"})
+    assert not validator.is_valid({**data, "schema_version": 2})
+
+
+def test_the_front_is_the_non_dominated_trials_by_size(data: dict[str, Any]) -> None:
+    trials = {trial["number"]: trial for trial in data["trials"] if trial["state"] == "complete"}
+    values = {
+        number: (trial["objectives"]["kl"], trial["objectives"]["params_share"]) for number, trial in trials.items()
+    }
+    best = {
+        n for n, (a, b) in values.items() if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in values.values())
+    }
+    front = data["front"]
+    assert {point["trial"] for point in front} == best
+    sizes = [point["objectives"]["params"] for point in front]
+    assert sizes == sorted(sizes)
+    for point in front:
+        assert point["objectives"] == trials[point["trial"]]["objectives"]
+        assert point["architecture"] == trials[point["trial"]]["architecture"]
+
+
+def test_the_trace_has_one_entry_for_each_complete_trial_and_never_falls(data: dict[str, Any]) -> None:
+    trace = data["hypervolume"]["trace"]
+    assert len(trace) == sum(trial["state"] == "complete" for trial in data["trials"])
+    assert trace == sorted(trace) and data["hypervolume"]["final"] == trace[-1] > 0
+
+
+def test_values_hang_together(data: dict[str, Any]) -> None:
+    dense, space = data["dense"], data["space"]
+    assert dense["trial"] is None and dense["objectives"]["params_share"] == 1
+    assert dense["objectives"]["params"] == data["model"]["params"]
+    for point in [dense, *data["front"], *data["trials"]]:
+        for values in (point["objectives"], point.get("heldout")):
+            if values is not None:
+                assert values["perplexity"] == pytest.approx(math.exp(values["loss"]))
+                assert values["params_share"] == pytest.approx(
+                    1 - (data["model"]["params"] - values["params"]) / data["model"]["block_params"]
+                )
+        assert (
+            len(point["architecture"]["kv_groups"]) == len(point["architecture"]["neurons"]) == space["dimensions"] / 2
+        )
+        assert set(point["architecture"]["kv_groups"]) <= set(space["kv_group_levels"])
+        assert set(point["architecture"]["neurons"]) <= set(space["neuron_levels"])
+        assert point["objectives"]["params_share"] >= space["min_share"]
+    assert all(point["heldout"] is not None for point in [dense, *data["front"]])
+    assert all(point["heldout"]["params"] == point["objectives"]["params"] for point in data["front"])
+    assert any(point["heldout"]["loss"] != point["objectives"]["loss"] for point in data["front"])
+
+
+def test_the_run_is_described(data: dict[str, Any], finished: Any) -> None:
+    run = data["run"]
+    assert run["status"] == "complete" and run["dtype"] == "float32" and run["device"] == "cpu" and run["seed"] == 0
+    assert run["settings"]["budget"] == len(data["trials"]) == 18
+    assert {"python", "llmbo", "torch", "transformers", "botorch", "optuna"} <= set(run["versions"])
+    assert run["seconds"]["search"] > 0 and run["peak_memory_bytes"] > 50e6
+    assert [data["data"][part]["tokens"] for part in ("calibration", "proxy", "heldout")] == [128, 64, 64]
+    assert data["data"]["window"] == 16 and data["data"]["available_tokens"] == 1200
+    assert {trial["origin"] for trial in data["trials"]} == {"threshold", "qnehvi"}
+
+
+def test_front_of_leaves_out_failed_and_running_trials(toy: Any) -> None:
+    trials = toy.trials(toy.random_points(10, 0))
+    better = {name: value / 2 for name, value in toy.evaluate(toy.family.at(0.0)).items()}
+    unfinished = [
+        Trial(10, 2, toy.family.at(0.0), "x", TrialState.FAILED, better),
+        toy.trial(11, Proposal(toy.family.at(0.5), "x"), 2, TrialState.RUNNING),
+    ]
+    assert front_of([*trials, *unfinished], toy.objectives) == front_of(trials, toy.objectives) != []
+    assert front_of([], toy.objectives) == []
+
+
+def test_the_picture_is_a_png(finished: Any) -> None:
+    picture = (finished.folder / "runs" / "tiny" / "front.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
+
+
+@contextmanager
+def files_at_most(limit: int) -> Iterator[None]:
+    """A full disk, as far as this process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_report(data: dict[str, Any], tmp_path: Path) -> None:
+    report = Report.model_validate(data)
+    write_report(report, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("report.json", "front.png")}
+    changed = report.model_copy(update={"front": report.front[:1]})
+    with files_at_most(1000), pytest.raises(OSError):
+        write_report(changed, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    write_report(changed, tmp_path)
+    assert len(Report.model_validate_json((tmp_path / "report.json").read_text()).front) == 1
+    assert {path.name for path in tmp_path.iterdir()} == set(before)  # no temporary file is left
+
+
+def test_a_report_without_trials_can_be_written(data: dict[str, Any], tmp_path: Path) -> None:
+    """Interrupted before the first trial was finished."""
+    report = Report.model_validate(data)
+    empty = report.model_copy(
+        update={
+            "trials": [],
+            "front": [],
+            "hypervolume": report.hypervolume.model_copy(update={"final": 0.0, "trace": []}),
+        }
+    )
+    write_report(empty, tmp_path)
+    assert (tmp_path / "front.png").stat().st_size > 1000

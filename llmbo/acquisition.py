@@ -19,14 +19,14 @@ from botorch.posteriors.torch import TorchPosterior
 from botorch.sampling.get_sampler import get_sampler
 from torch import Tensor
 
-from llmbo.baselines import ThresholdProposer
+from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.errors import ConfigError
 from llmbo.family import ThresholdFamily
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import EPSILON, SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
-from llmbo.types import Proposal, Trial
+from llmbo.types import Proposal, Trial, TrialState
 
 # BoTorch 0.18 would compile a C++ kernel at first use: half a minute of silence, and a process killed meanwhile leaves a
 # lock on which every later one waits for ever. A shortlist of a few dozen candidates gains nothing from it.
@@ -72,19 +72,20 @@ class QNehviProposer:
         design = sum(trial.origin == "threshold" for trial in trials)
         complete = [trial for trial in trials if trial.complete]
         if design < self.num_initial or len(complete) < 3:
-            return ThresholdProposer(self.family).propose(trials, min(q, max(1, self.num_initial - design)), seed)
+            initial = ThresholdProposer(self.family).propose(trials, min(q, max(1, self.num_initial - design)), seed)
+            if initial or len(complete) < 3:  # the family may have fewer members than the design
+                return initial
         with _one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
             torch.manual_seed(seed)
-            return self._optimize(trials, complete, q, torch.Generator().manual_seed(seed))
+            return self._optimize(trials, complete, q, seed)
 
-    def _optimize(
-        self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, generator: torch.Generator
-    ) -> list[Proposal]:
+    def _optimize(self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         space = self.family.space
+        generator = torch.Generator().manual_seed(seed)
         belief = self._belief(complete)
         train_X = _points(complete, space.d)
         front = train_X[pareto_front(to_maximize([trial.values for trial in complete], self.objectives))]
-        pending = _points([trial for trial in trials if not trial.complete], space.d)
+        pending = _points([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
         pool = _legal(candidate_pool(self.family, front, generator), space, seen)
         proposals: list[Proposal] = []
@@ -99,7 +100,9 @@ class QNehviProposer:
             proposals.append(Proposal(x, "qnehvi"))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
-        return proposals
+        # A space of few points can use up the pool while legal points are left elsewhere.
+        strays = RandomProposer(space).propose(trials, q, seed) if len(proposals) < q else []
+        return (proposals + [stray for stray in strays if stray.x not in seen])[:q]
 
     def _belief(self, complete: Sequence[Trial]) -> "_Belief":
         quality = next(objective for objective in self.objectives if not objective.known)
@@ -138,9 +141,8 @@ class _Belief:
         height, share = self._mean_quality(X_front), self.features.space.share(X_front)
         order = share.argsort()
         left = torch.cat([torch.zeros(1, dtype=torch.float64), share[order]])
-        right = torch.cat(
-            [share[order], torch.full((1,), (self.size.reference - self.offset) / self.slope, dtype=torch.float64)]
-        )
+        edge = (self.size.reference - self.offset) / self.slope  # nothing to the right of it counts
+        right = torch.cat([share[order].clamp_max(edge), torch.full((1,), edge, dtype=torch.float64)])
         staircase = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), height[order]]).cummin(0).values
         strike = (
             staircase.clamp_max(self.quality.reference) - self.dense + EPSILON

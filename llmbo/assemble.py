@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,14 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     folder = RUNS / config.name
     own_file = None if config.storage else folder / "study.db"
     url = config.storage or f"sqlite:///{own_file}"
-    stored = None if fresh else _continued(config, url)
+    if not fresh:
+        _continued(config, url)
     with phases.phase("model files"):  # an alias is converted on first use
         load_config(config.model)
     if config.text != "self":
         read_text(config.text)
     with _locked(folder):
+        stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
             loaded = load_model(config.model, dtype, device)
@@ -129,15 +131,20 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
         if stored and (changes := _changed_facts(stored, facts)):
             raise StorageError(_refusal(config, changes))
         with prepared(config, loaded, windows, phases) as problem:
+            if len(problem.family.path) < 2:
+                raise ConfigError(
+                    f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."
+                )
             objectives = build_objectives(
                 config.objectives, problem.dense, _smallest(problem.family), config.reference_point
             )
+            proposer = build_proposer(config.strategy, problem, objectives)
             if fresh:
                 delete_run(url, config.name, own_file)
             store = TrialStore.create(
                 url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)}
             )
-            yield Run(config, folder, problem, objectives, build_proposer(config.strategy, problem, objectives), store)
+            yield Run(config, folder, problem, objectives, proposer, store)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
@@ -148,7 +155,9 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     settings, facts, finished = found
     if changes := differences(settings, config.settings()):
         raise StorageError(_refusal(config, changes))
-    if finished >= config.budget:
+    last = facts.get("run", {})  # of the last report
+    reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished
+    if finished >= config.budget and reported:
         raise ConfigError(
             f"The run '{config.name}' has already spent its budget: {finished} of {config.budget} trials are done. "
             "Raise --budget to go on, choose another --name, or start over with --fresh."
@@ -172,6 +181,7 @@ def _refusal(config: RunConfig, changes: list[str]) -> str:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of the run folder; the lock dies with the process that holds it."""
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
@@ -187,6 +197,11 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # input that was refused leaves nothing behind
+            if {path.name for path in folder.iterdir()} == {".lock"}:
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 

@@ -50,7 +50,7 @@ class RandomProposer:
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         generator = torch.Generator().manual_seed(seed)
-        seen = {trial.x for trial in trials}
+        seen = {trial.x for trial in trials} | {self.space.max_levels}  # the dense model is no candidate
         levels = torch.tensor(self.space.max_levels)
         proposals: list[Proposal] = []
         for attempt in count():

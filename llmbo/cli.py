@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from llmbo.errors import LlmboError
+from llmbo.errors import LlmboError, first_line
 
 if TYPE_CHECKING:
     from llmbo.assemble import Run
@@ -121,9 +121,11 @@ def _explained(error: Exception) -> str | None:
     from llmbo.evaluate import out_of_memory
     from llmbo.storage import DATABASE_ERRORS
 
-    reason = str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error.__cause__ or error)
     if out_of_memory(error):
-        return "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
+        return (
+            "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
+        )
     if isinstance(error, (*DATABASE_ERRORS, OSError)):
         return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
     return None
@@ -173,14 +175,17 @@ def _measure_heldout(run: "Run") -> None:
 
 def _write(run: "Run", display: "Display", status: str) -> Any:
     from llmbo.report import build_report, environment, write_report
+    from llmbo.storage import shown_url
 
-    facts = run.store.facts
+    facts, storage = run.store.facts, run.config.storage
     earlier = facts.get("run", {"seconds": {}, "peak_memory_bytes": 0})
     here = environment()
     seconds = {name: earlier["seconds"].get(name, 0.0) + spent for name, spent in display.seconds.items()}
     run_part = {
         "name": run.config.name,
-        "command": shlex.join(["llmbo", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["llmbo", *(word.replace(storage, shown_url(storage)) if storage else word for word in sys.argv[1:])]
+        ),
         "status": status,
         "settings": {"budget": run.config.budget, **run.config.settings()},
         "seed": run.config.seed,
@@ -190,9 +195,11 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
         "seconds": {name: round(spent, 3) for name, spent in (earlier["seconds"] | seconds).items()},
         "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),
     }
-    run.store.set_fact("run", run_part)
-    report = build_report(run.store.trials(), run.objectives, run.problem.space, run.store.facts, run.store.heldout())
+    report = build_report(
+        run.store.trials(), run.objectives, run.problem.space, {**facts, "run": run_part}, run.store.heldout()
+    )
     write_report(report, run.folder)
+    run.store.set_fact("run", run_part)  # last: it says that the report is there
     return report
 
 

@@ -8,6 +8,8 @@ from llmbo.errors import ConfigError
 from llmbo.objectives import check_objectives
 
 STRATEGIES = ("qnehvi", "threshold", "random")
+MAX_NAME_BYTES = 250  # file systems take 255
+MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -63,8 +65,10 @@ class RunConfig:
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
                 )
-        if self.seed < 0:
-            raise ConfigError(f"--seed must not be negative, got {self.seed}.")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ConfigError(f"--seed must lie between 0 and {MAX_SEED - 1}, got {self.seed}.")
+        if self.neuron_step < 0:
+            raise ConfigError(f"--neuron-step must not be negative, got {self.neuron_step}.")
         if not 0 < self.min_share < 1:
             raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
         if self.strategy not in STRATEGIES:
@@ -72,8 +76,15 @@ class RunConfig:
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
         check_objectives(self.objectives, self.reference_point)
+        if self.strategy == "qnehvi" and len(self.objectives) != 2:
+            names = ",".join(self.objectives)
+            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {names}.")
         if not self.name:
-            object.__setattr__(self, "name", re.sub(r"[^\w.-]+", "-", self.model).strip("-.") or "run")
+            object.__setattr__(
+                self, "name", re.sub(r"[^\w.-]+", "-", self.model).strip("-.")[-60:].strip("-.") or "run"
+            )
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            raise ConfigError(f"--name must not be longer than {MAX_NAME_BYTES} bytes, got '{self.name}'.")
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.strip(".") == "":
             raise ConfigError(f"--name may hold letters, digits, '.', '_' and '-' only, got '{self.name}'.")
 

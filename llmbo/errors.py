@@ -1,6 +1,11 @@
 """Errors that are shown to the user: one line that names the value, what was expected and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, cut to one line; its type when it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class LlmboError(Exception):
     """Base of everything this package raises on purpose; the command line prints it and exits with 2."""
 

@@ -64,5 +64,5 @@ class ThresholdFamily:
         share = share.clamp(self.shares[0], self.shares[-1])
         right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
         low, high = self.shares[right - 1], self.shares[right]
-        weight = ((share - low) / (high - low)).unsqueeze(-1)
+        weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only member
         return torch.lerp(self.path[right - 1], self.path[right], weight)

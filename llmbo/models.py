@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmbo.errors import ConfigError, ModelError
+from llmbo.errors import ConfigError, ModelError, first_line
 from pruning.anatomy import FAMILIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +140,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RuntimeError: weights of other shapes
         raise ModelError(_not_loaded(name, source, error)) from error
     return LoadedModel(name, source, model.eval().to(device), tokenizer, dtype, device, _fingerprint(model))
 
@@ -154,7 +161,7 @@ def choose_device(device: str) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"The device '{device}' cannot be used here ({str(error).splitlines()[0]}): try --device auto."
+            f"The device '{device}' cannot be used here ({first_line(error)}): try --device auto."
         ) from error
     return device
 
@@ -217,7 +224,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     if Path(source).is_dir():
         return f"Cannot load the model folder '{name}': {reason}"
     return f"Cannot load '{name}': it is no local folder, and the model hub cannot be reached or does not have it ({reason})"

@@ -19,9 +19,10 @@ from typing import Any, Self
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from llmbo.errors import StorageError
+from llmbo.errors import StorageError, first_line
 from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial, TrialState
@@ -32,7 +33,7 @@ logging.getLogger("alembic").setLevel(logging.ERROR)
 
 _ROUND = "round:"
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-_OPENING_ERRORS = (*DATABASE_ERRORS, OSError, ValueError)  # ValueError: what is stored makes no sense
+_OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, OSError, ValueError)  # no driver; what is stored makes no sense
 
 
 class TrialStore:
@@ -173,14 +174,18 @@ def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int
     Raises:
         StorageError: The database is there but cannot be read.
     """
-    path = _sqlite_path(url)
-    if path is not None and not path.exists():
-        return None
     try:
+        path = _sqlite_path(url)
+        if path is not None and (not path.exists() or path.stat().st_size == 0):
+            return None
         study = optuna.load_study(study_name=name, storage=url)
         finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
         if "settings" not in study.user_attrs or "facts" not in study.user_attrs:
-            raise StorageError(f"The study '{name}' in {_shown(url)} was not written by llmbo: choose another --name.")
+            if not study.get_trials(deepcopy=False):  # killed while the study was made
+                return None
+            raise StorageError(
+                f"The study '{name}' in {shown_url(url)} was not written by llmbo: choose another --name."
+            )
         _rounds(study)
         return study.user_attrs["settings"], study.user_attrs["facts"], finished
     except KeyError:
@@ -222,16 +227,20 @@ def _rounds(study: optuna.Study) -> list[list[Proposal]]:
 
 
 def _sqlite_path(url: str) -> Path | None:
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+    """The file behind a SQLite URL, whatever driver and options it names; None for other databases."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        return None
+    return Path(str(parsed.database).removeprefix("file:"))
 
 
-def _shown(url: str) -> str:
-    """A database URL without its password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.split('//')[0]}//…@{tail}" if at else url
+def shown_url(url: str) -> str:
+    """A database URL without its password, which may stand before the host or among the options."""
+    head, at, tail = url.partition("?")[0].rpartition("@")
+    return f"{head.split('//')[0]}//…@{tail}" if at else tail
 
 
 def _unusable(url: str, error: Exception) -> StorageError:
-    reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
+    reason = first_line(getattr(error, "orig", None) or error.__cause__ or error)
     remedy = "restore it, choose another --name or --storage, or start over with --fresh"
-    return StorageError(f"The database {_shown(url)} cannot be used ({reason}): {remedy}.")
+    return StorageError(f"The database {shown_url(url)} cannot be used ({reason}): {remedy}.")

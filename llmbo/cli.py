@@ -134,10 +134,12 @@ def _explained(error: Exception) -> str | None:
 def _optimize(config: Any, fresh: bool, console: Any) -> None:
     from rich.console import Console
 
-    _quiet()
     from llmbo.assemble import assemble
     from llmbo.loop import run_search
+    from llmbo.models import silence_libraries
     from llmbo.progress import Display, summary
+
+    silence_libraries()
 
     with Display(console, config.budget) as display, assemble(config, fresh, display) as run:
         display.objectives = run.objectives
@@ -201,17 +203,6 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
     write_report(report, run.folder)
     run.store.set_fact("run", run_part)  # last: it says that the report is there
     return report
-
-
-def _quiet() -> None:
-    """Our own progress display is enough."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
 
 
 def _split(text: str) -> list[str]:

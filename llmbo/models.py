@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line
 from pruning.anatomy import FAMILIES
@@ -71,6 +73,13 @@ class LoadedModel:
 def cache_dir() -> Path:
     """Where converted models are kept: `LLMBO_CACHE`, or the user's cache directory."""
     return Path(os.environ.get("LLMBO_CACHE") or user_cache_path("llmbo"))
+
+
+def silence_libraries() -> None:
+    """No progress bars and notices from libraries: a program's own display is enough. For programs only."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
 
 
 def resolve(name: str) -> str:

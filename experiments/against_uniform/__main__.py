@@ -16,11 +16,12 @@ import numpy as np
 from experiments.problem_r.__main__ import Quiet
 from llmbo.assemble import load_windows, prepared
 from llmbo.config import RunConfig
-from llmbo.models import load_model
+from llmbo.models import load_model, silence_libraries
 from llmbo.report import Report
 
 
 def main() -> None:
+    silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     report = Report.model_validate(json.loads((parser.parse_args().run / "report.json").read_text()))

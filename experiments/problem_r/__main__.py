@@ -27,7 +27,7 @@ from llmbo.assemble import Problem, build_proposer, prepared
 from llmbo.config import RunConfig
 from llmbo.family import ThresholdFamily
 from llmbo.loop import SEEDS_PER_RUN
-from llmbo.models import LoadedModel, load_model
+from llmbo.models import LoadedModel, load_model, silence_libraries
 from llmbo.objectives import build_objectives, ref_point, to_maximize
 from llmbo.pareto import hypervolume, hypervolume_trace
 from llmbo.report import front_of
@@ -81,6 +81,7 @@ class Quiet:
 
 
 def main() -> None:
+    silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="validation split of WikiText-2, word-tokenised")
     parser.add_argument("--out", type=Path, default=Path("problem_r.json"))

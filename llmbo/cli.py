@@ -56,7 +56,7 @@ def optimize(
     ] = 0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 8192,
     proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
-    heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 4096,
+    heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 3072,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     dtype: Annotated[
         str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")

@@ -32,7 +32,13 @@ def main() -> None:
     with prepared(config, loaded, windows, Quiet()) as problem:
         heldout = problem.heldout()
         layers, top = problem.space.num_layers, problem.space.max_levels
-        uniform = [heldout.evaluate((*top[:layers], *[level] * layers)) for level in range(top[-1] // 3, top[-1] + 1)]
+        smallest = min(point.objectives.params_share for point in report.front)
+        uniform = []
+        for level in range(top[-1], 0, -1):
+            uniform.append(heldout.evaluate((*top[:layers], *[level] * layers)))
+            if uniform[-1]["params_share"] < smallest:
+                break
+        uniform.reverse()  # smallest first, as interpolation wants it
     shares = np.array([values["params_share"] for values in uniform])
     losses = np.array([values["loss"] for values in uniform])
     print("trial  share   held-out loss   uniform of that size   gain (nats)")

@@ -145,7 +145,7 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
         display.objectives = run.objectives
         status = "failed"
         try:
-            with display.phase("search"):
+            with display.phase("search", config.budget):
                 run_search(
                     run.proposer, run.problem.proxy, run.store, config.budget, config.batch, config.seed, display
                 )

@@ -10,6 +10,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -49,7 +50,7 @@ class Display:
             disable=not self._live,
             transient=True,
         )
-        self._search_task = self._progress.add_task("search", total=budget, visible=False, note="")
+        self._task = TaskID(0)  # of the phase that goes on; `phase` sets it before anything is reported
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -63,7 +64,7 @@ class Display:
         start = self._clock()
         if not self._live:
             self._console.print(f"{name} …", style="dim", highlight=False)
-        task = self._progress.add_task(name, total=total, note="")
+        task = self._task = self._progress.add_task(name, total=total, note="")
         try:
             yield lambda done: self._progress.update(task, completed=done)
         finally:
@@ -72,18 +73,16 @@ class Display:
             self._console.print(f"{name}: {self._clock() - start:.1f} s", style="dim", highlight=False)
 
     def on_proposing(self, round: int) -> None:
-        self._progress.update(self._search_task, visible=True, description="proposing")
+        self._progress.update(self._task, description="proposing")
 
     def on_trial_start(self, proposal: Proposal, number: int) -> None:
-        self._progress.update(
-            self._search_task, visible=True, completed=number, description=f"trial {number} ({proposal.origin})"
-        )
+        self._progress.update(self._task, completed=number, description=f"trial {number} ({proposal.origin})")
 
     def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
         complete = [trial for trial in trials if trial.complete]
         volume = hypervolume(to_maximize([t.values for t in complete], self.objectives), ref_point(self.objectives))
         self._progress.update(
-            self._search_task, completed=trial.number + 1, note=f"hypervolume {volume:.4f} · {self._trade_offs(trials)}"
+            self._task, completed=trial.number + 1, note=f"hypervolume {volume:.4f} · {self._trade_offs(trials)}"
         )
         if not self._live:
             measured = " ".join(f"{o.name} {trial.values[o.name]:.4g}" for o in self.objectives if trial.complete)

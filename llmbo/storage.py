@@ -11,8 +11,11 @@ it had never stopped.
 
 import json
 import logging
+import signal
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +37,28 @@ logging.getLogger("alembic").setLevel(logging.ERROR)
 _ROUND = "round:"
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, OSError, ValueError)  # no driver; what is stored makes no sense
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the database is done.
+
+    KeyboardInterrupt raised inside SQLAlchemy leaves the transaction open, and its lock then keeps the report from being written.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
+        yield
+        return
+    arrived: list[int] = []
+    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in former:
+        signal.signal(signum, lambda signum, frame: arrived.append(signum))
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 class TrialStore:
@@ -80,19 +105,23 @@ class TrialStore:
             raise _unusable(url, error) from error
         return cls(study, space)
 
+    @_uninterrupted()
     def trials(self) -> list[Trial]:
         """All trials by number."""
         return [self._trial(frozen) for frozen in self._study.get_trials(deepcopy=False)]
 
+    @_uninterrupted()
     def rounds(self) -> list[list[Proposal]]:
         """The stored proposals of every round."""
         return _rounds(self._study)
 
+    @_uninterrupted()
     def add_round(self, proposals: Sequence[Proposal]) -> None:
         """Store a round's proposals; they will be evaluated in this order."""
         plan = [{"x": list(proposal.x), "origin": proposal.origin} for proposal in proposals]
         self._study.set_user_attr(f"{_ROUND}{len(self.rounds()):05d}", plan)
 
+    @_uninterrupted()
     def start(self, number: int, round_number: int, proposal: Proposal) -> None:
         """Mark trial `number` as RUNNING; does nothing if a killed run had started it already."""
         if number < len(self._study.get_trials(deepcopy=False)):
@@ -108,26 +137,31 @@ class TrialStore:
             )
         )
 
+    @_uninterrupted()
     def finish(self, number: int, values: Mapping[str, float], seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
         self._annotate(number, "values", {**values, "seconds": seconds})
         self._study.tell(number, [values[name] for name in self._metric_names()])
 
+    @_uninterrupted()
     def fail(self, number: int, reason: str, seconds: float) -> None:
         """Mark a RUNNING trial as FAILED."""
         self._annotate(number, "values", {"seconds": seconds})
         self._annotate(number, "failure", reason)
         self._study.tell(number, state=optuna.trial.TrialState.FAIL)
 
+    @_uninterrupted()
     def set_heldout(self, number: int, values: Mapping[str, float]) -> None:
         """Keep a trial's held-out measurements."""
         measured = self._study.user_attrs.get("heldout", {})  # a finished trial is closed for good, the study is not
         self._study.set_user_attr("heldout", {**measured, str(number): dict(values)})
 
+    @_uninterrupted()
     def heldout(self) -> dict[int, dict[str, float]]:
         """Held-out measurements by trial number."""
         return {int(number): values for number, values in self._study.user_attrs.get("heldout", {}).items()}
 
+    @_uninterrupted()
     def set_fact(self, key: str, value: Any) -> None:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})

@@ -260,7 +260,10 @@ def test_the_aliases_are_listed() -> None:
 
 @pytest.fixture
 def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
-    """Start `python -m llmbo optimize`, and return when its second trial is measured."""
+    """Start `python -m llmbo optimize`, and return when its second trial is measured.
+
+    The process is stopped there (SIGSTOP), so that no test races against its end: a signal sent to it is taken on SIGCONT.
+    """
 
     def start(**flags: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -271,6 +274,7 @@ def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
         end = time.monotonic() + START_TIMEOUT
         for line in process.stderr:
             if line.startswith("trial 2/"):
+                process.send_signal(signal.SIGSTOP)
                 return process
             assert time.monotonic() < end, "the first trials took too long"
         raise AssertionError(f"it ended with {process.wait()}: {line}")
@@ -288,11 +292,12 @@ def test_an_interrupted_run_reports_and_goes_on(
         if signum is signal.SIGINT:
             assert "Another process is working on" in refused(llmbo(**flags))
         process.send_signal(signum)
+        process.send_signal(signal.SIGCONT)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr[-3000:]
     assert "Traceback" not in stderr and "same command" in stderr
     data = llmbo.report()
     Report.model_validate(data)

@@ -1,39 +1,18 @@
-"""Flags, messages, exit codes. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""`llmbo optimize`: search, judge the front on held-out windows, report."""
 
 import shlex
-import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.errors import LlmboError, first_line
+from llmbo.cli.common import numbers, one_line_errors, split_list
 
 if TYPE_CHECKING:
     from llmbo.assemble import Run
     from llmbo.progress import Display
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-
-
-@app.callback()
-def main() -> None:
-    """Find the Pareto front of smaller models inside a pretrained LLM."""
-
-
-@app.command()
-def models() -> None:
-    """List the model aliases. Any local folder or Hugging Face hub name works as well."""
-    from llmbo.models import ALIASES
-
-    for alias in ALIASES.values():
-        typer.echo(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
-
-
-@app.command()
 def optimize(
     model: Annotated[str, typer.Option(help="Alias (see `llmbo models`), local folder or hub name.")],
     budget: Annotated[int, typer.Option(help="Candidates to evaluate.")] = 60,
@@ -75,19 +54,17 @@ def optimize(
     from rich.console import Console
 
     from llmbo.config import RunConfig
-    from pruning.errors import PruningError
 
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
         config = RunConfig(
             model=model,
             budget=budget,
             batch=batch,
             seed=seed,
             strategy=strategy,
-            objectives=tuple(_split(objectives)),
-            reference_point=_numbers("--reference-point", reference_point),
+            objectives=tuple(split_list(objectives)),
+            reference_point=numbers("--reference-point", reference_point),
             compensation=compensation,
             text=text,
             min_share=min_share,
@@ -102,33 +79,6 @@ def optimize(
             storage=storage,
         )
         _optimize(config, fresh, console)
-    except (LlmboError, PruningError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on from here.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except Exception as error:
-        explained = _explained(error)
-        if explained is None:
-            raise
-        typer.echo(f"error: {explained}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-
-
-def _explained(error: Exception) -> str | None:
-    """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
-    from llmbo.evaluate import out_of_memory
-    from llmbo.storage import DATABASE_ERRORS
-
-    reason = first_line(error.__cause__ or error)
-    if out_of_memory(error):
-        return (
-            "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
-        )
-    if isinstance(error, (*DATABASE_ERRORS, OSError)):
-        return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
-    return None
 
 
 def _optimize(config: Any, fresh: bool, console: Any) -> None:
@@ -203,22 +153,3 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
     write_report(report, run.folder)
     run.store.set_fact("run", run_part)  # last: it says that the report is there
     return report
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
-    from llmbo.errors import ConfigError
-
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in _split(text))
-    except ValueError:
-        raise ConfigError(f"{flag} needs numbers separated by commas, got '{text}'.") from None
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

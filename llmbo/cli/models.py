@@ -1,0 +1,11 @@
+"""`llmbo models`."""
+
+import typer
+
+
+def models() -> None:
+    """List the model aliases. Any local folder or Hugging Face hub name works as well."""
+    from llmbo.models import ALIASES
+
+    for alias in ALIASES.values():
+        typer.echo(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")

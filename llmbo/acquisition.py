@@ -22,10 +22,11 @@ from torch import Tensor
 from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.errors import ConfigError
 from llmbo.family import ThresholdFamily
+from llmbo.gain import EPSILON, FamilyCurve
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
-from llmbo.surrogate import EPSILON, SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
 from llmbo.types import Proposal, Trial, TrialState
 
 # BoTorch 0.18 would compile a C++ kernel at first use: half a minute of silence, and a process killed meanwhile leaves a

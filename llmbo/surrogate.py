@@ -17,7 +17,6 @@ relevance determination (0.71), and deviations from the family smoothed along de
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from botorch.fit import fit_gpytorch_mll
@@ -31,33 +30,9 @@ from gpytorch.priors import LogNormalPrior
 from torch import Tensor
 
 from llmbo.family import ThresholdFamily
+from llmbo.gain import EPSILON, FamilyCurve
 
-EPSILON = 0.02  # nats; keeps the log from chasing differences near the dense model that no measurement resolves
 SHARE = -1  # the feature column that holds the parameter share; the GP does not look at it
-
-
-@dataclass(frozen=True)
-class FamilyCurve:
-    """F(s): the threshold family's excess quality by share, log-linear between measured members."""
-
-    shares: Tensor
-    log_excess: Tensor
-
-    @classmethod
-    def through(cls, shares: Tensor, excess: Tensor) -> "FamilyCurve":
-        """Fit measured members (`n` shares and excesses); the dense model's (1, 0) is added."""
-        shares = torch.cat([shares, torch.ones(1, dtype=torch.float64)])
-        excess = torch.cat([excess, torch.zeros(1, dtype=torch.float64)])
-        order = shares.argsort()
-        return cls(shares[order], torch.log(excess[order].clamp_min(0) + EPSILON))
-
-    def __call__(self, share: Tensor) -> Tensor:
-        """log (F(s) + eps) at any share, same shape."""
-        share = share.clamp(self.shares[0], self.shares[-1])
-        right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
-        low, high = self.shares[right - 1], self.shares[right]
-        weight = (share - low) / (high - low).clamp_min(1e-12)
-        return torch.lerp(self.log_excess[right - 1], self.log_excess[right], weight)
 
 
 class Features:

@@ -17,7 +17,7 @@ ORDER = {
         "likelihood", "importance", "compensation", "supernet", "shrink",
     ),
     "llmbo": (
-        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "pareto", "surrogate",
+        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
         "baselines", "acquisition", "evaluate", "storage", "loop", "report", "assemble", "progress",
         "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
     ),

@@ -269,6 +269,7 @@ def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
         process = subprocess.Popen(
             [sys.executable, "-m", "llmbo", *llmbo.flags(**flags)],
             cwd=llmbo.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
         )  # fmt: skip
         assert process.stderr is not None
         end = time.monotonic() + START_TIMEOUT

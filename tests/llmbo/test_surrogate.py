@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.surrogate import SHARE, FamilyCurve, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.gain import FamilyCurve
+from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llmbo.acquisition import QNehviProposer
-from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
@@ -21,13 +19,14 @@ from llmbo.objectives import Objective, build_objectives
 from llmbo.report import DataPart, ModelPart, SplitPart
 from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, delete_run, differences, stored_run
+from llmbo.strategies import strategy_of
 from llmbo.types import Phases, Proposer
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.compensation import CompensationTable
 from pruning.cost import cost_of
-from pruning.importance import activation, collect_statistics, fisher
+from pruning.importance import activation, collect_statistics, fisher, taylor
 from pruning.masks import Ranking
 from pruning.supernet import Supernet
 
@@ -40,6 +39,7 @@ class Problem:
 
     space: SearchSpace
     family: ThresholdFamily
+    taylor_family: ThresholdFamily
     supernet: Supernet
     proxy: ProxyEvaluator
     windows: TokenWindows
@@ -64,12 +64,7 @@ class Run:
 
 def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
     """The proposer behind a strategy's name."""
-    strategies: dict[str, Callable[[], Proposer]] = {
-        "qnehvi": lambda: QNehviProposer(problem.family, objectives, problem.dense),
-        "threshold": lambda: ThresholdProposer(problem.family),
-        "random": lambda: RandomProposer(problem.space),
-    }
-    return strategies[strategy]()
+    return strategy_of(strategy).build(strategy, problem, objectives, {})
 
 
 def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
@@ -88,6 +83,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         statistics = collect_statistics(model, windows.calibration, on_window=advance)
         ranking: Ranking = activation(model, statistics).ranking()
         family = ThresholdFamily.from_importance(space, fisher(model, statistics))
+        taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
         if table is not None:
@@ -97,7 +93,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet)
             dense = proxy.evaluate(space.max_levels)
-        yield Problem(space, family, supernet, proxy, windows, dense)
+        yield Problem(space, family, taylor_family, supernet, proxy, windows, dense)
 
 
 @contextmanager

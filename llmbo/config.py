@@ -4,10 +4,14 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, unknown
 from llmbo.objectives import check_objectives
 
-STRATEGIES = ("qnehvi", "threshold", "random")
+# What each of them is: `llmbo.strategies`. Here, because input is checked before anything heavy is imported.
+STRATEGIES = (
+    "qnehvi", "threshold", "llm-pruner", "uniform", "random", "random-vectors", "knapsack", "local-search", "nsga2", "nsga2-seeded",
+    "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2", "optuna-nsga2-seeded", "optuna-gp", "optuna-gp-seeded",
+)  # fmt: skip
 MAX_NAME_BYTES = 250  # file systems take 255
 MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
@@ -72,7 +76,7 @@ class RunConfig:
         if not 0 < self.min_share < 1:
             raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
         if self.strategy not in STRATEGIES:
-            raise ConfigError(f"Unknown strategy '{self.strategy}': expected one of {', '.join(STRATEGIES)}.")
+            raise ConfigError(unknown("strategy", self.strategy, STRATEGIES))
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
         check_objectives(self.objectives, self.reference_point)

@@ -1,9 +1,19 @@
 """Errors that are shown to the user: one line that names the value, what was expected and the remedy."""
 
+import difflib
+from collections.abc import Collection
+
 
 def first_line(error: BaseException) -> str:
     """What `error` says, cut to one line; its type when it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unknown(what: str, name: str, known: Collection[str]) -> str:
+    """One line that says what was expected, the near matches first."""
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"Unknown {what} '{name}': {hint}Expected {'one of ' + ', '.join(known) if known else 'none'}."
 
 
 class LlmboError(Exception):

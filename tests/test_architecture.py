@@ -18,7 +18,9 @@ ORDER = {
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
-        "baselines", "acquisition", "evaluate", "storage", "loop", "report", "assemble", "progress",
+        "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
+        "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop", "report",
+        "strategies", "assemble", "progress",
         "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip

@@ -18,7 +18,9 @@ def optimize(
     budget: Annotated[int, typer.Option(help="Candidates to evaluate.")] = 60,
     batch: Annotated[int, typer.Option(help="Candidates proposed at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    strategy: Annotated[str, typer.Option(help="qnehvi, threshold or random.")] = "qnehvi",
+    strategy: Annotated[
+        str, typer.Option(help="qnehvi, or a baseline such as threshold, random, nsga2-seeded.")
+    ] = "qnehvi",
     objectives: Annotated[
         str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")
     ] = "kl,params_share",

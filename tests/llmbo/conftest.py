@@ -49,6 +49,12 @@ class Toy:
         return ThresholdFamily.from_importance(self.space, self.importance)
 
     @cached_property
+    def taylor_family(self) -> ThresholdFamily:
+        """Another family than `family`: its scores are the other way round."""
+        groups, neurons = self.importance.groups.flip(0), self.importance.neurons.flip(0)
+        return ThresholdFamily.from_importance(self.space, Importance(groups, neurons, self.importance.layers.flip(0)))
+
+    @cached_property
     def dense(self) -> dict[str, float]:
         return self.evaluate(self.space.max_levels)
 

@@ -24,7 +24,7 @@ from llmbo.errors import ConfigError
         ({"min_share": 0.0}, "--min-share .* 0.0"),
         ({"min_share": 1.0}, "--min-share .* 1.0"),
         ({"min_share": float("nan")}, "--min-share .* nan"),
-        ({"strategy": "greedy"}, "'greedy'.*qnehvi, threshold, random"),
+        ({"strategy": "greedy"}, "'greedy'.*qnehvi.*threshold.*random"),
         ({"dtype": "int8"}, "'int8'.*float32, bfloat16"),
         ({"objectives": ("kl", "speed")}, "'speed'"),
         ({"objectives": ("kl", "loss", "params"), "strategy": "qnehvi"}, "kl,loss,params"),

@@ -81,6 +81,13 @@ class Supernet:
         """Mean next-token loss of the sub-network, nats per token."""
         return self.quality(architecture, windows).loss
 
+    def output_weight(self, index: int, block: Block, units: int) -> Tensor:
+        """The `hidden_size x (units * columns_per_unit)` weight that a block of layer `index` writes with at this width."""
+        if self.compensation is not None and units < block.units:
+            return self.compensation.weight(index, block, units)
+        output = block.output_of(self.anatomy.layers_of(self.model)[index])
+        return output.weight[:, : units * block.columns_per_unit]
+
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
         """The model, computing the sub-network inside the context and the dense network again afterwards."""
@@ -108,13 +115,8 @@ class Supernet:
             _swap(projection, "weight", projection.weight[: units * rows], stack)
             if projection.bias is not None:
                 _swap(projection, "bias", projection.bias[: units * rows], stack)
-        output = block.output_of(layer)
-        if units == block.units:
-            return
-        if self.compensation is None:
-            _swap(output, "weight", output.weight[:, : units * block.columns_per_unit], stack)
-        else:
-            _swap(output, "weight", self.compensation.weight(index, block, units), stack)
+        if units < block.units:
+            _swap(block.output_of(layer), "weight", self.output_weight(index, block, units), stack)
 
     @torch.no_grad()
     def _reorder(self, inverse: bool) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "pruning": (
         "errors", "anatomy", "architecture", "masks", "cost", "calibration",
-        "likelihood", "importance", "compensation", "supernet", "shrink",
+        "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",

@@ -111,7 +111,7 @@ _DESIGNS = "llmbo.baselines.designs"
 _NSGA2 = "llmbo.baselines.nsga2:Nsga2Proposer"
 _OPTUNA = "llmbo.baselines.optuna_samplers:OptunaProposer"
 TABLE: dict[str, Strategy] = {
-    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False),
+    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False, fixed={"advice": None}),
     "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
     "threshold-fisher": Strategy(
         f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold-fisher"}, family="fisher_family"

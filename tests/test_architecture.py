@@ -17,10 +17,13 @@ ORDER = {
         "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
     ),
     "llmbo": (
-        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
-        "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
-        "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop", "report",
-        "strategies", "assemble", "progress",
+        "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "config", "models", "space", "family", "gain",
+        "pareto", "surrogate", "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2",
+        "baselines.knapsack", "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate",
+        "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
+        "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
+        "advisor.probe", "advisor.proposer", "advisor.summary",
+        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "progress",
         "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip

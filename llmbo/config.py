@@ -122,9 +122,7 @@ class RunConfig:
         if not 0 <= self.advisor_share <= 0.5:
             raise ConfigError(f"--advisor-share must lie between 0 and 0.5, got {self.advisor_share}.")
         if self.advisor_context not in CONTEXT_LEVELS:
-            raise ConfigError(
-                f"Unknown --advisor-context '{self.advisor_context}': expected one of {', '.join(CONTEXT_LEVELS)}."
-            )
+            raise ConfigError(unknown("--advisor-context", self.advisor_context, CONTEXT_LEVELS))
         for flag in ("every", "max_calls", "max_tokens", "max_seconds", "deadline"):
             value = getattr(self, f"advisor_{flag}")
             if not value >= 1:

@@ -23,8 +23,8 @@ ORDER = {
         "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
         "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
         "advisor.probe", "advisor.proposer", "advisor.summary",
-        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "progress",
-        "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
+        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "advise", "progress",
+        "cli.common", "cli.advise", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

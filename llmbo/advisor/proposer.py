@@ -50,12 +50,18 @@ class AdvisorDesk:
         if stored is not None and stored.answer is not None:
             return stored.answer
         points = tuple(candidate.x for candidate in candidates)
-        question = Question(hook, self._context(trials), round, count, seed, points)
+        question = self.question(hook, trials, count, seed, points)
         consultation = self.ledger.open(round, hook)
         answer = self.advisor.ask(question, consultation)
         answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
         consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
         return answer
+
+    def question(
+        self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: tuple[tuple[int, ...], ...] = ()
+    ) -> Question:
+        """What the advisor is asked in this state."""
+        return Question(hook, self._context(trials), next_round(trials), count, seed, candidates)
 
     def advise(self, trials: Sequence[Trial], seed: int) -> Advice:
         self.named.clear()

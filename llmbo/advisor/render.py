@@ -25,7 +25,7 @@ REPLY_TOKENS = 700  # what a reply may be long
 TOKENS_AT_32_LAYERS = 3500
 TOKENS_PER_LAYER = 52  # 6000 at 80 layers
 MAX_FAMILY = 14
-_TOKEN = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]|\n")
+_TOKEN = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]|\n| (?=\d)")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """What the user may type after `--advisor` and its companions. Refuses what can be refused without a model or a server."""
 
-import difflib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from urllib.parse import urlsplit
 
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, unknown
 
 HOOKS = ("warm_start", "propose", "directions", "filter")
 CONTEXT_LEVELS = ("full", "partial", "none")
@@ -44,7 +43,7 @@ def parse_spec(text: str) -> AdvisorSpec:
     kind, _, argument = text.partition(":")
     others = plugins()
     if kind not in KINDS and kind not in others:
-        raise ConfigError(_unknown(text, kind, [*(_usage(name) for name in KINDS), *others], [*KINDS, *others]))
+        raise ConfigError(f"--advisor {text}: {unknown('advisor', kind, [*(_usage(name) for name in KINDS), *others])}")
     wanted = KINDS.get(kind, "ARGUMENT")
     if kind in KINDS and bool(argument) != (wanted is not None):
         raise ConfigError(f"--advisor {kind} is written '{_usage(kind)}', got '{text}'.")
@@ -64,9 +63,7 @@ def check_hooks(hooks: tuple[str, ...]) -> None:
     """
     for hook in hooks:
         if hook not in HOOKS:
-            raise ConfigError(
-                f"Unknown hook '{hook}' in --advisor-hooks{_near(hook, HOOKS)}: expected some of {', '.join(HOOKS)}."
-            )
+            raise ConfigError(f"--advisor-hooks: {unknown('hook', hook, HOOKS)}")
     if not hooks or len(set(hooks)) != len(hooks):
         raise ConfigError(f"--advisor-hooks needs different names out of {', '.join(HOOKS)}, got '{','.join(hooks)}'.")
 
@@ -74,15 +71,6 @@ def check_hooks(hooks: tuple[str, ...]) -> None:
 def _usage(kind: str) -> str:
     wanted = KINDS[kind]
     return kind if wanted is None else f"{kind}:{wanted}"
-
-
-def _unknown(text: str, kind: str, usages: list[str], names: list[str]) -> str:
-    return f"Unknown advisor '{text}'{_near(kind, names)}: expected one of {', '.join(usages)}."
-
-
-def _near(word: str, known: list[str] | tuple[str, ...]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def _checked_url(url: str) -> str:

@@ -122,7 +122,7 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
     from llmbo.assemble import assemble
     from llmbo.loop import run_search
     from llmbo.models import silence_libraries
-    from llmbo.progress import Display, summary
+    from llmbo.progress import Display, advice_line, summary
 
     silence_libraries()
 
@@ -143,6 +143,8 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
         finally:
             report = _write(run, display, status)
     Console().print(summary(report))
+    if report.advisor:
+        typer.echo(advice_line(report.advisor))
     typer.echo(f"Report: {run.folder / 'report.json'}   Picture: {run.folder / 'front.png'}")
 
 

@@ -158,11 +158,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     url = config.storage or f"sqlite:///{own_file}"
     if not fresh:
         _continued(config, url)
+    check_advisor(config)
     with phases.phase("model files"):  # an alias is converted on first use
         load_config(config.model)
     if config.text != "self":
         read_text(config.text)
-    check_advisor(config)
     with _locked(folder):
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):

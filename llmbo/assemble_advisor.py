@@ -13,7 +13,7 @@ from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.proposer import AdvisorDesk
 from llmbo.advisor.replay import ReplayAdvisor
-from llmbo.advisor.roles import Advisor
+from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
 from llmbo.advisor.spec import AdvisorSpec, parse_spec, plugins
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, first_line
@@ -100,8 +100,21 @@ def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel) -> 
 def _plugin(point: EntryPoint, spec: AdvisorSpec) -> Advisor:
     """A third party's advisor: its entry point is called with what stands behind the colon."""
     try:
-        return point.load()(spec.argument)
+        return Guarded(point.load()(spec.argument))
     except Exception as error:
         raise ConfigError(
             f"--advisor {spec.kind}: its entry point '{point.value}' failed ({first_line(error)})."
         ) from error
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Somebody else's advisor, whose faults must not end a run."""
+
+    advisor: Advisor
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        try:
+            return self.advisor.ask(question, transcript)
+        except Exception as error:
+            return Answer(stopped=f"the advisor failed ({type(error).__name__}: {first_line(error)})")

@@ -132,7 +132,7 @@ class Ledger:
     def candidates(self, hook: str) -> tuple[Candidate, ...]:
         """Everything that was proposed for a hook."""
         answers = (consultation.answer for consultation in self.all() if consultation.hook == hook)
-        return tuple(candidate for answer in answers if answer for candidate in answer.candidates)
+        return tuple(candidate for answer in answers if answer is not None for candidate in answer.candidates)
 
     def note_directions(self, followed: Mapping[tuple[int, ...], str]) -> None:
         """Remember which direction led to a candidate."""

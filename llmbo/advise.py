@@ -1,28 +1,25 @@
 """What an advisor would be asked, or would answer, in a stored run's present state. Changes nothing in the run."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmbo.advisor.context import LayerStatistics, Setting, share_of, told_delta
+from llmbo.advisor.context import Setting, share_of, told_delta
 from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.proposer import AdvisorDesk
 from llmbo.advisor.render import render
 from llmbo.advisor.roles import Answer, Question
-from llmbo.assemble import load_windows
+from llmbo.assemble import load_windows, prepared
 from llmbo.assemble_advisor import Material, build_desk
 from llmbo.config import RunConfig
-from llmbo.errors import ConfigError, StorageError
+from llmbo.errors import StorageError
 from llmbo.evaluate import known_values
-from llmbo.family import ThresholdFamily
 from llmbo.models import load_model
 from llmbo.objectives import build_objectives
-from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, stored_run
-from llmbo.types import Trial
-from pruning.anatomy import anatomy_of
-from pruning.importance import collect_statistics, fisher
+from llmbo.types import Phases, Trial
 
 COUNT = 4
 
@@ -46,37 +43,25 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
     return replace(config, advisor=advisor or config.advisor, strategy="qnehvi"), facts, url
 
 
-def reopened(config: RunConfig, facts: dict[str, Any], url: str) -> tuple[AdvisorDesk, list[Trial]]:
+@contextmanager
+def reopened(
+    config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
+) -> Iterator[tuple[AdvisorDesk, list[Trial]]]:
     """The run's advisor, with what it would read; it keeps its notes to itself."""
     loaded = load_model(config.model, facts["dtype"], facts["device"])
-    windows = load_windows(config, loaded)
-    space = SearchSpace(anatomy_of(loaded.model), config.min_share, config.neuron_step)
-    statistics = collect_statistics(loaded.model, windows.calibration)
-    family = ThresholdFamily.from_importance(space, fisher(loaded.model, statistics))
-    smallest = known_values(space, family.at(0.0))
-    objectives = build_objectives(config.objectives, facts["dense"], smallest, config.reference_point)
-    store = TrialStore.create(url, config.name, space, objectives, {}, {})
-    notes = MemoryNotes({key: value for key, value in store.notes().items() if key == "marginals"})
-    summary = LayerStatistics.of(loaded.model, statistics)
-    setting = Setting(family, objectives, facts["dense"], summary, config.advisor_context, config.budget)
-    material = Material(setting, loaded, _unmeasured)
-    desk = build_desk(config, material, Ledger(notes))
-    if "marginals" not in notes.values:  # measuring them takes a run; the prompt does without
-        desk.probe = None
-    return desk, store.trials()
-
-
-def question_of(desk: AdvisorDesk, trials: list[Trial], hook: str, seed: int) -> Question:
-    """What `hook` would be asked now.
-
-    Raises:
-        ConfigError: The filter reviews candidates, and a run's state has none.
-    """
-    if hook == "filter":
-        raise ConfigError(
-            "--hook filter reviews a round's candidates, which only `llmbo optimize` makes: use another hook."
+    with prepared(config, loaded, load_windows(config, loaded), phases) as problem:
+        smallest = known_values(problem.space, problem.family.at(0.0))
+        objectives = build_objectives(config.objectives, facts["dense"], smallest, config.reference_point)
+        store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
+        stored = {key: value for key, value in store.notes().items() if key == "marginals"}
+        setting = Setting(
+            problem.family, objectives, facts["dense"], problem.statistics, config.advisor_context, config.budget
         )
-    return desk.question(hook, trials, COUNT, seed)
+        quality = next(objective.name for objective in objectives if not objective.known)
+        desk = build_desk(
+            config, Material(setting, loaded, lambda: problem.marginals(quality)), Ledger(MemoryNotes(stored))
+        )
+        yield desk, store.trials()
 
 
 def shown_prompt(question: Question) -> str:
@@ -99,7 +84,3 @@ def shown_answer(answer: Answer, desk: AdvisorDesk) -> Iterator[str]:
         yield f"stopped    {answer.stopped}"
     if not answer:
         yield "Nothing of it can be used."
-
-
-def _unmeasured() -> Any:
-    raise AssertionError("not measured here")

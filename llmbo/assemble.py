@@ -103,7 +103,8 @@ def build_advised(
     desk = build_desk(config, Material(setting, loaded, lambda: problem.marginals(quality)), ledger)
     places = round(config.advisor_share * NUM_INITIAL) if "warm_start" in config.advisor_hooks else 0
     search = QNehviProposer(problem.family, objectives, problem.dense, NUM_INITIAL - places, desk)
-    return AdvisedProposer(search, ThresholdProposer(problem.family), desk, NUM_INITIAL - places, places)
+    design = ThresholdProposer(problem.family, objectives, problem.dense)
+    return AdvisedProposer(search, design, desk, NUM_INITIAL - places, places)
 
 
 def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
@@ -143,7 +144,9 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             "fisher_family": ThresholdFamily.from_importance(space, importance),
             "taylor_family": taylor_family,
         }
-        yield Problem(space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, statistics=summary, **families)
+        yield Problem(
+            space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, statistics=summary, **families
+        )
 
 
 @contextmanager

@@ -26,22 +26,27 @@ def advise(
     with one_line_errors(interrupted="Interrupted. The run is as it was."):
         if hook not in HOOKS:
             raise ConfigError(f"--hook: {unknown('hook', hook, HOOKS)}")
-        from llmbo.advise import question_of, reopened, shown_answer, shown_prompt, stored_config
+        if hook == "filter":
+            raise ConfigError("--hook filter reviews a round's candidates, which only a run makes: use another hook.")
+        from rich.console import Console
+
+        from llmbo.advise import COUNT, reopened, shown_answer, shown_prompt, stored_config
         from llmbo.assemble_advisor import check_advisor
         from llmbo.models import silence_libraries
+        from llmbo.progress import Display
 
         silence_libraries()
         config, facts, url = stored_config(run, storage, advisor)
+        if not dry_run and config.advisor == "none":
+            raise ConfigError("This run has no advisor: name one with --advisor, or look at the prompt with --dry-run.")
         if not dry_run:
             check_advisor(config)
-        desk, trials = reopened(config, facts, url)
-        question = question_of(desk, trials, hook, config.seed)
-        if dry_run:
-            typer.echo(shown_prompt(question))
-            return
-        if config.advisor == "none":
-            raise ConfigError("This run has no advisor: name one with --advisor, or look at the prompt with --dry-run.")
-        answer = desk.advisor.ask(question, desk.ledger.open(question.round, hook))
+        with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (desk, trials):
+            question = desk.question(hook, trials, COUNT, config.seed)
+            if dry_run:
+                typer.echo(shown_prompt(question))
+                return
+            answer = desk.advisor.ask(question, desk.ledger.open(question.round, hook))
         for exchange in desk.ledger.exchanges():
             typer.echo(f"{exchange.reply or exchange.error}\n", err=True)
         for line in shown_answer(answer, desk):

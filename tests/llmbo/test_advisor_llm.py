@@ -71,7 +71,7 @@ def run(toy: Any, client: LLMClient) -> tuple[Ledger, list[Trial]]:
     setting = Setting(toy.family, toy.objectives, toy.dense, None, "full", BUDGET)
     desk = AdvisorDesk(LLMAdvisor(client, LIMITS, ledger), ledger, setting, HOOKS)
     search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, desk)
-    proposer = AdvisedProposer(search, ThresholdProposer(toy.family), desk, 6, 2)
+    proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), desk, 6, 2)
     trials: list[Trial] = []
     while len(trials) < BUDGET:
         batch = proposer.propose(trials, 4, len(trials))

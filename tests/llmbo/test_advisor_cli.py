@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.report import json_schema
 
-BUDGET = 17
+BUDGET = 15
 PLUGIN = """
 from llmbo.advisor.parse import judge
 
@@ -98,9 +98,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plugin")
 def test_third_parties_advisors(llmbo: Any) -> None:
-    assert llmbo(advisor="mine:good", budget=13, name="good").exit_code == 0
+    assert llmbo(advisor="mine:good", budget=12, name="good").exit_code == 0
     assert any(trial["origin"] == "advisor:warm_start" for trial in llmbo.report("good")["trials"])
-    assert llmbo(advisor="mine:broken", budget=13, name="broken").exit_code == 0
+    assert llmbo(advisor="mine:broken", budget=12, name="broken").exit_code == 0
     assert "KeyError" in llmbo.report("broken")["advisor"]["stopped"]
     lost = llmbo(advisor="lost:x", name="lost")
     assert lost.exit_code == 2 and "mine_advisor:Lost" in lost.output

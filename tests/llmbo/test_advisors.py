@@ -145,8 +145,10 @@ def test_contract(
     assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 
 
-@pytest.mark.parametrize("name", ["none", "hostile", "openai", "dead"])
-@pytest.mark.parametrize("hooks", [HOOKS, *((hook,) for hook in HOOKS)], ids=",".join)
+@pytest.mark.parametrize(
+    ("name", "hooks"),
+    [*(("hostile", (hook,)) for hook in HOOKS), *((name, HOOKS) for name in ("none", "hostile", "openai", "dead"))],
+)
 def test_every_hook_alone_keeps_its_bounds(
     toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str, hooks: tuple[str, ...]
 ) -> None:
@@ -170,8 +172,8 @@ def test_a_hostile_advisor_costs_little(
 ) -> None:
     """The veto: everything it says is wrong, and its places in the design and its drops are bounded."""
     toy = make_toy(6, seed=seed)
-    alone = volume(search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 40, seed), toy)
-    hostile = volume(search(advised(toy, desk(toy, "hostile")), toy, 40, seed), toy)
+    alone = volume(search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 28, seed), toy)
+    hostile = volume(search(advised(toy, desk(toy, "hostile")), toy, 28, seed), toy)
     assert hostile > 0.97 * alone
 
 
@@ -180,7 +182,7 @@ def test_good_advice_helps(make_toy: Callable[..., Any], desk: Callable[..., Adv
     means = {}
     for name in ("random", "heuristic"):
         volumes = []
-        for seed in range(3):
+        for seed in range(2):
             toy = make_toy(10, seed=seed)
             volumes.append(volume(search(advised(toy, desk(toy, name, ("warm_start", "propose"))), toy, 16, seed), toy))
         means[name] = sum(volumes)
@@ -233,15 +235,15 @@ def run(toy: Any, at: AdvisorDesk, store: TrialStore, budget: int) -> None:
     run_search(advised(toy, at), toy, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
 
 
-@pytest.mark.parametrize("name", ["random", "heuristic", "openai"])
+@pytest.mark.parametrize("name", ["heuristic", "openai"])
 def test_a_replayed_run_is_the_recorded_one(
     toy: Any, desk: Callable[..., AdvisorDesk], stored: Any, chat_server: Any, tmp_path: Path, name: str
 ) -> None:
     store, ledger = stored(toy)
-    run(toy, desk(toy, name, ledger=ledger), store, 20)
+    run(toy, desk(toy, name, ledger=ledger), store, 14)
     asked = len(chat_server.requests)
     again, other = stored(toy, "again")
-    run(toy, desk(toy, str(tmp_path / "run" / FILE), ledger=other), again, 20)
+    run(toy, desk(toy, str(tmp_path / "run" / FILE), ledger=other), again, 14)
     assert story(again) == story(store) and len(chat_server.requests) == asked
     assert any(trial.origin.startswith("advisor:") for trial in again.trials())
     assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
@@ -251,7 +253,7 @@ class Killed(Exception):
     """Stands in for a power cut."""
 
 
-@pytest.mark.parametrize("writes", [1, 2, 6])
+@pytest.mark.parametrize("writes", [1, 5])
 def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
     toy: Any,
     desk: Callable[..., AdvisorDesk],
@@ -262,7 +264,7 @@ def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
 ) -> None:
     """Broken off right after the n-th note is stored."""
     store, ledger = stored(toy)
-    run(toy, desk(toy, "openai", ledger=ledger), store, 20)
+    run(toy, desk(toy, "openai", ledger=ledger), store, 14)
     asked = len(chat_server.requests)
     resumed, other = stored(toy, "resumed")
     keep, count = resumed.set_note, iter(range(1, 100))
@@ -274,9 +276,9 @@ def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
 
     monkeypatch.setattr(resumed, "set_note", dying)
     with pytest.raises(Killed):
-        run(toy, desk(toy, "openai", ledger=other), resumed, 20)
+        run(toy, desk(toy, "openai", ledger=other), resumed, 14)
     resumed, other = stored(toy, "resumed")
-    run(toy, desk(toy, "openai", ledger=other), resumed, 20)
+    run(toy, desk(toy, "openai", ledger=other), resumed, 14)
     strip = lambda story: [row[:6] for row in json.loads(story)]  # noqa: E731  (the clock started anew)
     assert strip(story(resumed)) == strip(story(store))
     assert len(chat_server.requests) == 2 * asked
@@ -315,10 +317,10 @@ def test_a_broken_last_line_of_a_recording_is_skipped(tmp_path: Path) -> None:
     assert [c.round for c in read_jsonl(file)] == [2]
 
 
-@pytest.mark.parametrize("name", ["heuristic", "openai", "hostile"])
+@pytest.mark.parametrize("name", ["openai", "hostile"])
 def test_the_summary_adds_up(toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str) -> None:
     at = desk(toy, name)
-    trials = search(advised(toy, at), toy, 24)
+    trials = search(advised(toy, at), toy, 16)
     settings = {"advisor": name, "advisor_context": "full", "advisor_hooks": HOOKS, "seed": 0}
     part = summarise(settings, at.ledger, trials, toy.objectives, toy.dense)
     assert sum(part.hypervolume_by_origin.values()) == pytest.approx(volume(trials, toy))
@@ -345,8 +347,13 @@ def test_marginals_are_what_one_level_less_costs(toy: Any) -> None:
 
 def test_advice_is_asked_for_less_and_less(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
     at = desk(toy, "random", ("propose",))
-    search(advised(toy, at), toy, 8 + 4 * 11)
-    assert [c.round - 2 for c in at.ledger.all()] == [0, 1, 3, 6, 10]
+    trials = [toy.trial(0, Proposal(toy.family.at(0.5), "threshold"))]
+    asked = []
+    for round in range(12):
+        asked += [round] if at.due("propose", trials) else []
+        assert not at.due("filter", trials)  # a hook that is switched off
+        trials.append(toy.trial(len(trials), Proposal(toy.random_points(round + 1, 5)[-1], "qnehvi"), round + 1))
+    assert asked == [0, 1, 3, 6, 10]
 
 
 def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers import PretrainedConfig
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
@@ -109,7 +110,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     if not fresh:
         _continued(config, url)
     with phases.phase("model files"):  # an alias is converted on first use
-        load_config(config.model)
+        _check_window(config, load_config(config.model))
     if config.text != "self":
         read_text(config.text)
     with _locked(folder):
@@ -159,6 +160,14 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
             "Raise --budget to go on, choose another --name, or start over with --fresh."
         )
     return facts
+
+
+def _check_window(config: RunConfig, model: PretrainedConfig) -> None:
+    positions = getattr(model, "max_position_embeddings", config.window)
+    if config.window > positions:
+        raise ConfigError(
+            f"--window {config.window} is longer than the {positions} positions that '{config.model}' knows."
+        )
 
 
 def _changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ class PruningError(Exception):
 
 
 class UnsupportedModel(PruningError):
-    """The model is no decoder of a family listed in `pruning.anatomy.FAMILIES`."""
+    """The model is no decoder of a family listed in `pruning.families.FAMILIES`."""
 
 
 class InvalidArchitecture(PruningError):

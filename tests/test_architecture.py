@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import only what stands above it; a package's `__init__` goes by the package's name. A new file needs a place here.
 ORDER = {
     "pruning": (
-        "errors", "anatomy", "architecture", "masks", "cost", "calibration",
+        "errors", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
         "likelihood", "importance", "compensation", "supernet", "shrink",
     ),
     "llmbo": (

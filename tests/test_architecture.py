@@ -15,11 +15,13 @@ ORDER = {
     "pruning": (
         "errors", "anatomy", "architecture", "masks", "cost", "calibration",
         "likelihood", "importance", "compensation", "supernet", "shrink",
+        "export.modeling_pruned", "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
+        "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
         "baselines", "acquisition", "evaluate", "storage", "loop", "report", "assemble", "progress",
-        "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
+        "card", "exporting", "cli.common", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -5,20 +5,19 @@ silently lose its attention, so it gets a thin MLP of zeros; and both `llama` an
 rows where Hugging Face rotates halves, so the rows of q and k are permuted.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from transformers import PreTrainedConfig
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
-from pruning.errors import ExportFailed, UnsupportedExport
-from pruning.export.folder import whole_folder
-from pruning.export.gguf_tokenizer import add_tokenizer, check_tokenizer
+from pruning.errors import UnsupportedExport
+from pruning.export.gguf_tokenizer import add_tokenizer
 from pruning.export.hf import Pruned
 from pruning.export.rebuild import is_uniform
 
@@ -82,7 +81,7 @@ def write_gguf(pruned: Pruned, path: Path, dtype: str, name: str) -> None:
         _add_sizes(writer, config, anatomy, pruned.architecture)
         if pruned.tokenizer is not None:
             add_tokenizer(writer, pruned.tokenizer, anatomy.vocab_size)
-        for tensor, values in _tensors(pruned, architecture):
+        for tensor, values in gguf_tensors(pruned):
             kind = _storage(values, quantization)
             writer.add_tensor(tensor, gguf.quants.quantize(values, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -130,8 +129,9 @@ def _context(config: PreTrainedConfig) -> int:
     return min(config.max_position_embeddings, window) if window else int(config.max_position_embeddings)
 
 
-def _tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
+def gguf_tensors(pruned: Pruned) -> Iterator[tuple[str, Array]]:
     """GGUF names and values in float32, every one once."""
+    architecture = gguf_architecture(pruned.anatomy.family.model_type, pruned.architecture)
     anatomy, state = pruned.anatomy, pruned.model.state_dict()
     layers = anatomy.layers_of(pruned.model)
     names = gguf.get_tensor_name_map(

@@ -33,7 +33,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(data, tokenizer, vocab_size))
-        writer.add_add_space_prefix("▁" in json.dumps(_parts(data, "normalizer", "Prepend"), ensure_ascii=False))
+        writer.add_add_space_prefix(_adds_space(data))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(data))
@@ -78,6 +78,11 @@ def _check_kind(data: dict[str, Any]) -> None:
 
 def _is_sentencepiece(data: dict[str, Any]) -> bool:
     return bool(data["model"].get("byte_fallback"))
+
+
+def _adds_space(data: dict[str, Any]) -> bool:
+    metaspaces = _parts(data, "pre_tokenizer", "Metaspace")
+    return bool(_parts(data, "normalizer", "Prepend")) or any(part["prepend_scheme"] != "never" for part in metaspaces)
 
 
 def _parts(data: dict[str, Any], step: str, kind: str = "") -> list[dict[str, Any]]:
@@ -136,5 +141,5 @@ def _scores(data: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size
     scores = [0.0] * vocab_size
     vocabulary = tokenizer.get_vocab()
     for rank, pair in reversed(list(enumerate(data["model"]["merges"]))):
-        scores[vocabulary[_merge(pair).replace(" ", "")]] = -float(rank)
+        scores[vocabulary["".join(pair.split(" ") if isinstance(pair, str) else pair)]] = -float(rank)
     return scores

@@ -14,7 +14,7 @@ from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
 from pruning.export.rebuild import config_fields, described, local_class, rebuilt
-from pruning.export.verify import check_equal, expected_logits, probe, reloaded_logits
+from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
 
 # Logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -40,15 +40,12 @@ class Pruned:
 
 def save_hf(
     pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
-) -> float:
+) -> Check:
     """Write a folder that `from_pretrained` loads; layers of unequal size need `trust_remote_code=True`.
 
     Args:
         out: A folder that is empty or does not exist. It appears when everything is written and checked, not before.
         files: More texts for the folder, by file name.
-
-    Returns:
-        How far the reloaded model's logits are from the one in memory, in units of their spread.
 
     Raises:
         UnsupportedExport: The family has no model class for unequal layers, or `out` is taken.
@@ -60,7 +57,7 @@ def save_hf(
 
 def save_padded(
     pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
-) -> float:
+) -> Check:
     """Write a stock folder with every layer padded by zeros to the widest. Same logits; it saves little or nothing."""
     return _save(pruned, padded(pruned), out, files or {}, max_shard_size)
 
@@ -105,11 +102,12 @@ def _padded_config(pruned: Pruned) -> PreTrainedConfig:
     raise UnsupportedExport(f"A stock '{config.model_type}' config cannot hold the dense model's own head count.")
 
 
-def _save(pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: str) -> float:
+def _save(pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: str) -> Check:
     tokens = probe(model)
     with whole_folder(out, files) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if pruned.tokenizer is not None:
             pruned.tokenizer.save_pretrained(folder)
-        found = reloaded_logits("reload_hf.py", folder, tokens)
-        return check_equal(found, expected_logits(pruned.model, tokens), TOLERANCE[model.dtype])
+        found = reloaded("reload_hf.py", folder, {"tokens": tokens})["logits"]
+        difference = check_equal(found, expected_logits(pruned.model, tokens), TOLERANCE[model.dtype])
+    return Check("transformers, in a fresh process", difference)

@@ -10,10 +10,10 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+import pruning.export.modeling_pruned as pruned
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
-from pruning.export import modeling_pruned as pruned
 
 MODELS: dict[str, type[Any]] = {
     "llama": pruned.PrunedLlamaForCausalLM,

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +16,19 @@ from transformers import PreTrainedModel
 from pruning.errors import ExportFailed
 
 PROBE_WINDOWS, PROBE_LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a result was found to be right.
+
+    Args:
+        by: Who read it back.
+        difference: Of its logits (of its weights, if nobody here can run it) from the model in memory, in units of their spread.
+    """
+
+    by: str
+    difference: float
 
 
 def probe(model: PreTrainedModel, seed: int = 0) -> Tensor:
@@ -33,26 +48,26 @@ def expected_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
 
 
-def reloaded_logits(program: str, path: Path, tokens: Tensor) -> Tensor:
-    """Logits that `program`, a file beside this one, computes from `path` in a process of its own.
+def reloaded(program: str, path: Path, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `program`, a file beside this one, computes from `path` and `given` in a process of its own.
 
     Raises:
         ExportFailed: The program failed; its last words are told.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch, "tokens"), Path(scratch, "logits")
-        save_file({"tokens": tokens}, given)
+        asked, found = Path(scratch, "asked"), Path(scratch, "found")
+        save_file(dict(given), asked)
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": scratch,  # the modelling file is compiled here, not in the user's cache
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
-        command = [sys.executable, "-I", str(Path(__file__).with_name(program)), str(path), str(given), str(found)]
+        command = [sys.executable, "-I", str(Path(__file__).with_name(program)), str(path), str(asked), str(found)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise ExportFailed(f"The result could not be loaded in a fresh process and was deleted: {said}")
-        return load_file(found)["logits"]
+        return load_file(found)
 
 
 def check_equal(found: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path

@@ -141,7 +141,7 @@ def gguf_tensors(pruned: Pruned) -> Iterator[tuple[str, Array]]:
         state.pop("lm_head.weight", None)
     for name, tensor in state.items():
         values = tensor.detach().float().cpu()
-        if architecture != "qwen3" and name.rsplit(".", 2)[-2] in (anatomy.family.query, anatomy.family.key):
+        if architecture != "qwen3" and name.rsplit(".", 2)[-2] in ("q_proj", "k_proj"):
             values = _interleaved(values, anatomy.head_dim)
         translated = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if translated is None:

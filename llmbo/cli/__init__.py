@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
 
@@ -13,5 +14,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, models):
+for command in (optimize, export, models):
     app.command()(command)

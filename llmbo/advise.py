@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,9 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
             f"There is no run in '{folder}': give the folder that `llmbo optimize` wrote, e.g. runs/llama."
         )
     settings, facts, _ = found
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     budget = facts.get("run", {}).get("settings", {}).get("budget", RunConfig.budget)
-    config = RunConfig(**settings, name=folder.name, storage=storage, budget=budget)
-    return replace(config, advisor=advisor or config.advisor, strategy="qnehvi"), facts, url
+    changes = {"advisor": advisor} if advisor else {}
+    return RunConfig.from_settings(settings, name=folder.name, storage=storage, budget=budget, **changes), facts, url
 
 
 @contextmanager

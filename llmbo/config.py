@@ -1,6 +1,7 @@
 """Flags -> checked config. Everything that can be refused without a model is refused here."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,6 +134,19 @@ class RunConfig:
             )
         if self.advisor_max_cost is not None and (self.advisor_price is None or self.advisor_max_cost <= 0):
             raise ConfigError(f"--advisor-max-cost {self.advisor_max_cost} must be above 0 and needs --advisor-price.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], **changes: Any) -> "RunConfig":
+        """The config behind a report's `settings`, with `changes`.
+
+        Raises:
+            ConfigError: Another version of llmbo wrote them.
+        """
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        try:
+            return cls(**{**fields, **changes})
+        except TypeError as error:
+            raise ConfigError(f"The settings of this run are of another version of llmbo ({error}).") from error
 
     @property
     def windows(self) -> dict[str, int]:

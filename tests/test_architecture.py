@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 # A file may import only what stands above it; a package's `__init__` goes by the package's name. A new file needs a place here.
 ORDER = {
     "pruning": (
-        "errors", "anatomy", "architecture", "masks", "cost", "calibration",
+        "errors", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
         "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
+        "export.modeling_pruned", "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
+        "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "config", "models", "space", "family", "gain",
@@ -23,8 +25,8 @@ ORDER = {
         "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
         "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
         "advisor.probe", "advisor.proposer", "advisor.summary",
-        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "advise", "progress",
-        "cli.common", "cli.advise", "cli.models", "cli.optimize", "cli", "__main__",
+        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "advise", "progress", "card", "exporting",
+        "cli.common", "cli.advise", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -169,7 +169,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     url = config.storage or f"sqlite:///{own_file}"
     if not fresh:
         _continued(config, url)
-    check_advisor(config)
+    check_advisor(config, folder)
     with phases.phase("model files"):  # an alias is converted on first use
         _check_window(config, load_config(config.model))
     if config.text != "self":

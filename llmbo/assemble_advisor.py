@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Marginals, Setting
-from llmbo.advisor.ledger import Ledger
+from llmbo.advisor.ledger import FILE, Ledger
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.proposer import AdvisorDesk
@@ -33,12 +33,15 @@ class Material:
     """
 
     setting: Setting
-    pruned: LoadedModel
-    probe: Callable[[], Marginals]
+    pruned: LoadedModel | None
+    probe: Callable[[], Marginals] | None
 
 
-def check_advisor(config: RunConfig) -> None:
+def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
     """Refuse what can be refused before a model is loaded: a missing key or recording, a broken plug-in.
+
+    Args:
+        folder: Where the run will write.
 
     Raises:
         ConfigError: One line for the user.
@@ -47,7 +50,10 @@ def check_advisor(config: RunConfig) -> None:
     if spec.kind == "openai":
         _openai(spec)
     elif spec.kind == "replay":
-        ReplayAdvisor(Path(spec.argument))
+        recording = Path(spec.argument)
+        ReplayAdvisor(recording)
+        if folder is not None and recording.resolve() == (folder / FILE).resolve():
+            raise ConfigError(f"--advisor {config.advisor} would be overwritten by this run: choose another --name.")
     elif spec.kind in plugins():
         _plugin(plugins()[spec.kind], spec)
 
@@ -90,10 +96,10 @@ def _openai(spec: AdvisorSpec) -> LLMClient:
     return OpenAIClient.from_environment(spec.argument, spec.base_url)
 
 
-def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel) -> LLMClient:
+def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel | None) -> LLMClient:
     from llmbo.advisor.local import TransformersClient
 
-    loaded = pruned if spec.argument == "self" else load_model(spec.argument, "auto", config.device)
+    loaded = pruned if spec.argument == "self" and pruned else load_model(spec.argument, "auto", config.device)
     return TransformersClient(loaded.name, loaded.model, loaded.tokenizer)
 
 

@@ -25,7 +25,7 @@ ORDER = {
         "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
         "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
         "advisor.probe", "advisor.proposer", "advisor.summary",
-        "storage", "loop", "report", "strategies", "assemble_advisor", "assemble", "advise", "progress", "card", "exporting",
+        "storage", "loop", "report", "assemble_advisor", "advised", "strategies", "assemble", "advise", "progress", "card", "exporting",
         "cli.common", "cli.advise", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip

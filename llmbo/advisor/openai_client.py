@@ -173,9 +173,9 @@ class OpenAIClient:
         usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
         problem = "the reply was cut off: be shorter" if choice.get("finish_reason") == "length" else None
         if refusal:
-            problem = f"the model refused: {str(refusal)[:200]}"
+            problem = f"the model refused: {self._without_key(str(refusal))[:200]}"
         return Completion(
-            text=str(text),
+            text=self._without_key(str(text)),
             prompt_tokens=_count(usage.get("prompt_tokens")),
             completion_tokens=_count(usage.get("completion_tokens")) or estimated_tokens(str(text)),
             mode=MODES[self._mode],
@@ -184,8 +184,11 @@ class OpenAIClient:
         )
 
     def _clean(self, error: Exception) -> str:
-        """The message without the key, which some servers send back."""
-        return str(error).replace(self.api_key, "***") if self.api_key != "none" else str(error)
+        return self._without_key(str(error))
+
+    def _without_key(self, text: str) -> str:
+        """Some servers send the key back."""
+        return text.replace(self.api_key, "***") if self.api_key != "none" else text
 
 
 def _count(value: object) -> int:

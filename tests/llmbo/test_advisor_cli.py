@@ -51,6 +51,9 @@ def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server:
     assert again.exit_code == 0, again.output
     assert comparable(llmbo.report("again")) == comparable(report) and len(chat_server.requests) == asked
     assert llmbo.report("again")["advisor"]["hooks"]["propose"]["cost"] == 0
+    before = llmbo.files()
+    own = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", fresh=True)
+    assert own.exit_code == 2 and "would be overwritten" in own.output and llmbo.files() == before
 
 
 def test_a_dead_server_leaves_the_run_that_no_advisor_makes(llmbo: Any) -> None:

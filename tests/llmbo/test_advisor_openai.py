@@ -84,6 +84,12 @@ def test_prose_around_json_needs_no_repair(ask: Ask, chat_server: Any) -> None:
     assert ask() and len(chat_server.requests) == 1
 
 
+def test_a_key_that_is_sent_back_is_blotted_out(ask: Ask, chat_server: Any, ledger: Ledger) -> None:
+    chat_server.answer = lambda body, handler: chat_server.good(body).replace('"?"', f'"{chat_server.secret}"')
+    assert ask()  # which looks for the key in all that is kept
+    assert "***" in (ledger.exchanges()[0].reply or "")
+
+
 def test_a_half_good_reply_is_enough(ask: Ask, chat_server: Any) -> None:
     def half(body: dict[str, Any], handler: object) -> str:
         reply = json.loads(chat_server.good(body))

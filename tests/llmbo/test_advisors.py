@@ -30,6 +30,7 @@ from llmbo.loop import run_search
 from llmbo.objectives import ref_point, to_maximize
 from llmbo.pareto import hypervolume
 from llmbo.storage import TrialStore
+from llmbo.strategies import TABLE
 from llmbo.types import Proposal, Trial
 
 LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)
@@ -363,3 +364,15 @@ def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, desk: Callable[..., 
     later = replace(trials[0], number=len(trials), round=4, x=toy.random_points(1, 5)[0], origin="qnehvi")
     rows = {row.x for row in at.advise([*trials, later], 1).rows}
     assert {candidate.x for candidate in at.ledger.candidates("propose")} <= rows
+
+
+def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
+    """Built from the table like any strategy, for problems that have no statistics."""
+    build = TABLE["advised"].build
+    arm = build("advised", toy, toy.objectives, {"by": "random", "hooks": ["propose", "warm_start"], "num_initial": 8})
+    origins = {trial.origin for trial in search(arm, toy, 10)}
+    assert "advisor:warm_start" in origins and "threshold" in origins
+    with pytest.raises(ConfigError, match="did you mean heuristic"):
+        build("advised", toy, toy.objectives, {"by": "heuristics"})
+    with pytest.raises(ConfigError, match="llmbo optimize"):
+        build("advised", toy, toy.objectives, {"by": "transformers:self"})

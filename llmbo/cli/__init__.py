@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.advise import advise
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
@@ -14,5 +15,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, export, models):
+for command in (optimize, export, advise, models):
     app.command()(command)

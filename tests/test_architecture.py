@@ -22,8 +22,9 @@ ORDER = {
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
         "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
         "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop", "report",
-        "strategies", "assemble", "progress", "card", "exporting",
-        "cli.common", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
+        "strategies", "assemble", "progress", "card", "exporting", "checkpoints", "perplexity", "tasks", "comparison",
+        "training", "recovery",
+        "cli.common", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -2,9 +2,11 @@
 
 import typer
 
+from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
+from llmbo.cli.recover import recover
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -14,5 +16,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, export, models):
+for command in (optimize, export, evaluate, recover, models):
     app.command()(command)

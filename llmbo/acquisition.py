@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.errors import ConfigError
-from llmbo.family import ThresholdFamily
+from llmbo.family import ThresholdFamily, interpolated
 from llmbo.gain import EPSILON, FamilyCurve
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import pareto_front
@@ -73,7 +73,8 @@ class QNehviProposer:
         design = sum(trial.origin == "threshold" for trial in trials)
         complete = [trial for trial in trials if trial.complete]
         if design < self.num_initial or len(complete) < 3:
-            initial = ThresholdProposer(self.family).propose(trials, min(q, max(1, self.num_initial - design)), seed)
+            start = ThresholdProposer(self.family, self.objectives, self.dense)
+            initial = start.propose(trials, min(q, max(1, self.num_initial - design)), seed)
             if initial or len(complete) < 3:  # the family may have fewer members than the design
                 return initial
         with _one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
@@ -198,11 +199,11 @@ class _Belief:
 
 
 def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
-    """Points worth a look around the front, `about size x d`, rounded but neither deduplicated nor checked.
+    """Points worth a look around the front, about `size x d`, rounded but neither deduplicated nor checked.
 
     A quarter each: one front point's deviation from the family carried to another size, with and without a smooth change
     along depth; a smooth change of a front point; a few single levels of a front point; crossovers of two front points.
-    The whole threshold family is added.
+    The whole threshold family is added, and as many mixtures of it with uniform widths, which are hard to beat near the dense model.
     """
     quarter = size // 4
     levels = family.space.bounds[1]
@@ -225,7 +226,18 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
     neighbour = (position + 2 * torch.randint(2, (quarter,), generator=generator) - 1).clamp(0, len(front) - 1)
     father = front[order[neighbour]]
     crossed = torch.where(torch.rand(quarter, family.space.d, generator=generator) < 0.5, mother, father)
-    return torch.cat([family.path, carried, smooth, single, crossed]).round().clamp(torch.zeros_like(levels), levels)
+    part = torch.rand(len(family.path), 1, generator=generator, dtype=torch.float64)
+    mixed = torch.lerp(family.path, uniform_widths(family.space, family.shares), part)
+    pool = torch.cat([family.path, mixed, carried, smooth, single, crossed])
+    return pool.round().clamp(torch.zeros_like(levels), levels)
+
+
+def uniform_widths(space: SearchSpace, share: Tensor) -> Tensor:
+    """Levels of the model of that share whose layers all keep their KV groups and the same number of neurons: `n` -> `n x d`."""
+    L, top = space.num_layers, space.bounds[1]
+    levels = torch.arange(int(top[-1]) + 1, dtype=torch.float64)
+    models = torch.cat([top[:L].expand(len(levels), L), levels[:, None].expand(len(levels), L)], dim=1)
+    return interpolated(space.share(models), models, share)
 
 
 def smooth_changes(space: SearchSpace, n: int, generator: torch.Generator) -> Tensor:

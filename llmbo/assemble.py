@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
-from llmbo.family import ThresholdFamily
+from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives
 from llmbo.report import DataPart, ModelPart, SplitPart
@@ -29,17 +29,24 @@ from pruning.compensation import CompensationTable
 from pruning.cost import cost_of
 from pruning.importance import Statistics, activation, collect_statistics, fisher, taylor
 from pruning.masks import Ranking
+from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
 RUNS = Path("runs")
+ALLOCATION_PART = 4  # one in so many calibration windows prices the family's steps; all of them do it no better
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prepared model: everything that search strategies share and none of what tells them apart."""
+    """A prepared model: everything that search strategies share and none of what tells them apart.
+
+    Args:
+        family: The best allocation known without search; the other two are baselines.
+    """
 
     space: SearchSpace
     family: ThresholdFamily
+    fisher_family: ThresholdFamily
     taylor_family: ThresholdFamily
     supernet: Supernet
     proxy: ProxyEvaluator
@@ -90,7 +97,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
     space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step)
     with phases.phase("importance", len(windows.calibration)) as advance:
         statistics, ranking = ranked(model, windows, advance)
-        family = ThresholdFamily.from_importance(space, fisher(model, statistics))
+        importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
@@ -98,10 +105,20 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
     del statistics
     with Supernet(model, ranking, table) as supernet:
+        some = windows.calibration[: max(1, len(windows.calibration) // ALLOCATION_PART)]
+        with phases.phase("allocation", len(some)) as advance:
+            generator = torch.Generator(model.device).manual_seed(config.seed)
+            costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)
+            steps = geometric_mean(unit_steps(space, importance), narrowing_steps(space, costs))
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet)
             dense = proxy.evaluate(space.max_levels)
-        yield Problem(space, family, taylor_family, supernet, proxy, windows, dense)
+        families = {
+            "family": ThresholdFamily.from_steps(space, steps, importance),
+            "fisher_family": ThresholdFamily.from_importance(space, importance),
+            "taylor_family": taylor_family,
+        }
+        yield Problem(space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, **families)
 
 
 @contextmanager

@@ -1,11 +1,18 @@
 """The threshold family: one path of nested models from the dense one down, the strongest baseline there is without search.
 
-A block's level is given by how many of its units have a Fisher score per parameter above one global threshold; *which*
-units stay follows from another ranking (see `pruning.importance`). LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores
-instead; under compensation the Fisher allocation loses a tenth less (`experiments/problem_r`).
-Lowering the threshold adds one grid level to one block at a time, so the family is a list of points, not a formula.
+Every block climbs its grid levels one by one, and each *step* has a price: what it saves in nats per parameter it costs. A
+member takes all steps above one global threshold; lowering the threshold takes one more step, so the family is a list of
+points, not a formula. Two ways to price a step:
+
+    unit scores       a level is reached by the units whose score per parameter passes the threshold (`unit_steps`).
+                      LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores; Fisher scores allocate better.
+    narrowing costs   slopes of the convex hull of what the whole block costs at each width after its refit (`narrowing_steps`).
+
+The geometric mean of both is better than either: see the allocations in `experiments/problem_r`. *Which* units stay at a
+level follows from another ranking (see `pruning.importance`).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +20,11 @@ import torch
 from torch import Tensor
 
 from llmbo.space import SearchSpace
+from pruning.anatomy import BlockKind
 from pruning.importance import Importance
+
+Steps = Sequence[Sequence[float]]  # per dimension, the price of every step up from level 0; never rising
+TINY = 1e-30  # a price of nothing, so that logarithms exist
 
 
 @dataclass(frozen=True)
@@ -33,24 +44,22 @@ class ThresholdFamily:
 
     @classmethod
     def from_importance(cls, space: SearchSpace, importance: Importance) -> "ThresholdFamily":
-        """Build the family from scores that are comparable across layers (`taylor` or `fisher`)."""
-        steps: list[tuple[float, int]] = []  # (threshold at which the step happens, dimension that gains a level)
-        dimension = 0
-        for block in space.anatomy.blocks:
-            density = (
-                (importance.of(block.kind).double().cpu() / block.parameters_per_unit).sort(-1, descending=True).values
-            )
-            widths = space.widths[block.kind]
-            # A level is reached when the count of units above the threshold rounds to it: half-way to its width.
-            midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(widths)])
-            for row in density[:, midpoints].tolist():
-                steps += [(threshold, dimension) for threshold in row]
-                dimension += 1
-        points = [[0] * space.d]
-        for _, dimension in sorted(steps, key=lambda step: (-step[0], step[1])):
-            points.append(points[-1].copy())
-            points[-1][dimension] += 1
-        path = torch.tensor(points, dtype=torch.float64)
+        """The family of unit scores that are comparable across layers (`taylor` or `fisher`)."""
+        return cls.from_steps(space, unit_steps(space, importance), importance)
+
+    @classmethod
+    def from_steps(cls, space: SearchSpace, steps: Steps, importance: Importance) -> "ThresholdFamily":
+        """The family of given prices.
+
+        Args:
+            steps: `d` rows.
+            importance: Says what each block matters as a whole.
+        """
+        order = sorted((-price, dimension) for dimension, row in enumerate(steps) for price in row)
+        taken = torch.zeros(len(order) + 1, space.d, dtype=torch.float64)
+        for row, (_, dimension) in enumerate(order, start=1):
+            taken[row, dimension] = 1
+        path = taken.cumsum(0)
         path = path[space.legal(path)]
         totals = torch.cat([importance.of(block.kind).double().cpu().sum(-1) for block in space.anatomy.blocks])
         return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean()))
@@ -61,8 +70,61 @@ class ThresholdFamily:
 
     def profile(self, share: Tensor) -> Tensor:
         """Levels of the family at any share, interpolated between members: `n` -> `n x d`, not rounded."""
-        share = share.clamp(self.shares[0], self.shares[-1])
-        right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
-        low, high = self.shares[right - 1], self.shares[right]
-        weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only member
-        return torch.lerp(self.path[right - 1], self.path[right], weight)
+        return interpolated(self.shares, self.path, share)
+
+
+def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
+    """Rows of `path` (`m x d`, at increasing `shares`) at any share, the ends beyond them: `n` -> `n x d`."""
+    share = share.clamp(shares[0], shares[-1])
+    right = torch.searchsorted(shares, share.contiguous()).clamp(1, len(shares) - 1)
+    low, high = shares[right - 1], shares[right]
+    weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only row
+    return torch.lerp(path[right - 1], path[right], weight)
+
+
+def unit_steps(space: SearchSpace, importance: Importance) -> list[list[float]]:
+    """Prices by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
+    steps: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        density = importance.of(block.kind).double().cpu() / block.parameters_per_unit
+        midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
+        steps += density.sort(-1, descending=True).values[:, midpoints].tolist()
+    return steps
+
+
+def narrowing_steps(space: SearchSpace, costs: Mapping[BlockKind, Tensor]) -> list[list[float]]:
+    """Prices by what narrowing costs (`pruning.narrowing`), `d` rows: slopes of the lower convex hull over parameters.
+
+    Args:
+        costs: `num_layers x levels` by kind, at the widths of the grid.
+    """
+    steps: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        sizes = [
+            units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
+            for units in space.widths[block.kind]
+        ]
+        steps += [_hull_slopes(sizes, row) for row in costs[block.kind].double().cpu().cummin(-1).values.tolist()]
+    return steps
+
+
+def geometric_mean(first: Steps, second: Steps) -> list[list[float]]:
+    """Price by price: both are nats per parameter, and their errors are factors."""
+    return [
+        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
+        for row, other in zip(first, second, strict=True)
+    ]
+
+
+def _hull_slopes(sizes: Sequence[int], costs: Sequence[float]) -> list[float]:
+    """Fall of the lower convex hull of (size, cost) at every step, in cost per size; steps on one edge share its slope."""
+    hull: list[int] = []
+    for point in range(len(sizes)):
+        while len(hull) > 1 and _slope(sizes, costs, hull[-2], hull[-1]) <= _slope(sizes, costs, hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [slope for a, b in pairwise(hull) for slope in [_slope(sizes, costs, a, b)] * (b - a)]
+
+
+def _slope(sizes: Sequence[int], costs: Sequence[float], a: int, b: int) -> float:
+    return (costs[a] - costs[b]) / (sizes[b] - sizes[a])

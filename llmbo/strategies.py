@@ -29,6 +29,9 @@ class SearchProblem(Protocol):
     def family(self) -> ThresholdFamily: ...
 
     @property
+    def fisher_family(self) -> ThresholdFamily: ...
+
+    @property
     def taylor_family(self) -> ThresholdFamily: ...
 
     @property
@@ -51,7 +54,7 @@ class Strategy:
     design: Design | None = None
     wrapped: bool = True
     fixed: Options = field(default_factory=dict)
-    family: Literal["family", "taylor_family"] = "family"
+    family: Literal["family", "fisher_family", "taylor_family"] = "family"
 
     @property
     def type(self) -> Any:
@@ -101,7 +104,7 @@ class Strategy:
         search: Proposer = self.type(**{key: value for key, value in parts.items() if key in names}, **checked)
         if self.design is None or not self.wrapped:
             return search
-        return Started(design_of(self.design, problem), search, problem.space, num_initial)
+        return Started(design_of(self.design, problem, objectives), search, problem.space, num_initial)
 
 
 _DESIGNS = "llmbo.baselines.designs"
@@ -110,6 +113,9 @@ _OPTUNA = "llmbo.baselines.optuna_samplers:OptunaProposer"
 TABLE: dict[str, Strategy] = {
     "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False),
     "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
+    "threshold-fisher": Strategy(
+        f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold-fisher"}, family="fisher_family"
+    ),
     "llm-pruner": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "llm-pruner"}, family="taylor_family"),
     "uniform": Strategy(f"{_DESIGNS}:UniformProposer"),
     "random": Strategy(f"{_DESIGNS}:RandomProposer"),
@@ -139,6 +145,8 @@ def strategy_of(name: str) -> Strategy:
     return TABLE[name]
 
 
-def design_of(design: Design, problem: SearchProblem) -> Proposer:
+def design_of(design: Design, problem: SearchProblem, objectives: Sequence[Objective]) -> Proposer:
     """The proposer of an initial design."""
-    return ThresholdProposer(problem.family) if design == "threshold" else RandomProposer(problem.space)
+    if design == "random":
+        return RandomProposer(problem.space)
+    return ThresholdProposer(problem.family, tuple(objectives), problem.dense)

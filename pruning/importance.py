@@ -105,7 +105,7 @@ def collect_statistics(
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
     embeddings, head = model.get_input_embeddings(), Head.of(model)
-    with _frozen(model), _listening(model, statistics, windows.shape[1]), torch.enable_grad():
+    with frozen(model), _listening(model, statistics, windows.shape[1]), torch.enable_grad():
         for batch in windows.split(batch_size):
             batch = batch.to(device)
             inputs = embeddings(batch).detach().requires_grad_()  # the only leaf: gradients reach every z, no weight
@@ -218,7 +218,7 @@ def _per_unit(columns: Tensor, block: Block) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Ask for no weight gradients inside, and restore every flag afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}

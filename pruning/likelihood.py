@@ -75,7 +75,7 @@ class Quality:
 
 
 @torch.no_grad()
-def loss_gradient(hidden: Tensor, head: Head, windows: Tensor) -> Tensor:
+def loss_gradient(hidden: Tensor, head: Head, windows: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Gradient of every window's mean next-token loss (nats) with respect to `hidden`, in closed form.
 
     The loss has gradient softmax - onehot with respect to the logits; computing it in chunks spares autograd's float32
@@ -84,6 +84,8 @@ def loss_gradient(hidden: Tensor, head: Head, windows: Tensor) -> Tensor:
     Args:
         hidden: `B x T x hidden_size`, after the final norm.
         windows: `B x T` token ids.
+        generator: With it, on the device of `hidden`, targets are drawn from what the model predicts instead of taken from the
+            text: squares of such gradients estimate the true Fisher information, not the empirical one.
 
     Returns:
         A `B x T x hidden_size` tensor; the last position predicts nothing and gets zero.
@@ -97,9 +99,18 @@ def loss_gradient(hidden: Tensor, head: Head, windows: Tensor) -> Tensor:
             excess = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             excess.sub_(excess.amax(-1, keepdim=True)).exp_()
             excess.div_(excess.sum(-1, keepdim=True))  # softmax
-            excess.scatter_add_(-1, targets[rows, None], excess.new_full((len(excess), 1), -1.0))
+            wanted = targets[rows, None] if generator is None else _drawn(excess, generator)
+            excess.scatter_add_(-1, wanted, excess.new_full((len(excess), 1), -1.0))
             gradient[window, :-1][rows] = head.pull_back(logits, excess) / predicted
     return gradient
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One outcome for each row of `rows x V`, `rows x 1`: one uniform number each, so the draws do not depend on V."""
+    cumulative = probabilities.cumsum(-1)
+    uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
+    drawn = torch.searchsorted(cumulative, uniform.to(cumulative.dtype) * cumulative[:, -1:], right=True)
+    return drawn.clamp_max(probabilities.shape[-1] - 1)  # rounding
 
 
 @torch.inference_mode()

@@ -89,6 +89,13 @@ class Supernet:
         """Mean next-token loss of the sub-network, nats per token."""
         return self.quality(architecture, windows).loss
 
+    def output_weight(self, index: int, block: Block, units: int) -> Tensor:
+        """The `hidden_size x (units * columns_per_unit)` weight that a block of layer `index` writes with at this width."""
+        if self.compensation is not None and units < block.units:
+            return self.compensation.weight(index, block, units)
+        output = block.output_of(self.anatomy.layers_of(self.model)[index])
+        return matrix_of(output)[:, : units * block.columns_per_unit]
+
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
         """The model, computing the sub-network inside the context and the dense network again afterwards."""
@@ -119,12 +126,8 @@ class Supernet:
             _swap(module, name, value, stack)
         for name, rows in block.inputs.items():
             _swap(module, name, _prefix(getattr(module, name), rows, units), stack)
-        output = block.output_of(layer)
-        if self.compensation is None:
-            weight = matrix_of(output)[:, : units * block.columns_per_unit]
-        else:
-            weight = self.compensation.weight(index, block, units)
-        _swap(module, block.places.output, Narrow([weight], [output.bias]), stack)
+        narrow = Narrow([self.output_weight(index, block, units)], [block.output_of(layer).bias])
+        _swap(module, block.places.output, narrow, stack)
 
     @torch.no_grad()
     def _reorder(self, inverse: bool) -> None:

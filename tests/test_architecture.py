@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "pruning": (
         "errors", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
-        "likelihood", "importance", "compensation", "supernet", "shrink",
+        "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
         "export.modeling_pruned", "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
         "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),

@@ -1,13 +1,15 @@
-"""Proposers that never look at a measured value: they are baselines, and the initial designs of the others."""
+"""Proposers without a model of the search space: they are baselines, and the initial designs of the others."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import count, pairwise, product
 
 import torch
 from torch import Tensor
 
 from llmbo.family import ThresholdFamily
+from llmbo.gain import EPSILON, FamilyCurve
+from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Proposer, Trial
 
@@ -17,27 +19,62 @@ ATTEMPTS = 1000  # draws per wanted candidate before a random design says that n
 
 @dataclass(frozen=True)
 class ThresholdProposer:
-    """Members of a threshold family, at shares that fill the range ever more finely.
+    """Members of a threshold family, each where the front can still gain most. It ignores the seed.
 
-    The order is the van der Corput sequence, so that every prefix is spread evenly: the largest and the smallest member
-    first, then halves, quarters, eighths. It ignores the seed and the measured values.
+    Quality falls with size along the family, so between two measured members lies at most a rectangle of hypervolume, as wide
+    as their shares differ and as high as their qualities do. The largest rectangle gets the next member, in its middle.
+    Whatever is worse than the reference point counts for nothing, so no member is spent there in vain.
 
     Args:
+        objectives: The first measured one is the quality.
+        dense: The dense model's values by objective name.
         origin: What its proposals are called. With a family that thresholds Taylor scores it is LLM-Pruner's allocation
             (arXiv:2305.11627, there under Taylor ranking, here under the problem's own ranking and compensation).
     """
 
     family: ThresholdFamily
+    objectives: Sequence[Objective]
+    dense: Mapping[str, float]
     origin: str = "threshold"
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        return fresh(self._members(), trials, q, self.family.space, self.origin)
+        height = self._expected_loss(trials)
+        taken = {trial.x for trial in trials} | {self.family.space.max_levels}  # the dense model is no candidate
+        rows = [tuple(row) for row in self.family.path.int().tolist()]
+        known = [member for member, x in enumerate(rows) if x in taken]
+        proposals: list[Proposal] = []
+        while len(proposals) < q and len(known) < len(rows):
+            member = 0 if known[0] > 0 else self._between(known, height)
+            known = sorted([*known, member])
+            proposals.append(Proposal(rows[member], self.origin))
+        return proposals
 
-    def _members(self) -> Iterator[tuple[int, ...]]:
-        low, high = float(self.family.shares[0]), float(self.family.shares[-1])
-        yield self.family.at(low)
-        for position in range(1, 8 * len(self.family.shares)):  # fine enough to meet every member
-            yield self.family.at(low + (high - low) * van_der_corput(position))
+    def _expected_loss(self, trials: Sequence[Trial]) -> Tensor:
+        """How much worse than the dense model each member is believed to be, no worse than the reference: `num_members`."""
+        quality = next(objective for objective in self.objectives if not objective.known)
+        shares = self.family.shares
+        worst = quality.sign * (self.dense[quality.name] - quality.reference)
+        members = [trial for trial in trials if trial.complete and trial.origin == self.origin]
+        if not members:  # a straight line, for want of better
+            return worst * (1 - shares) / (1 - shares[0]).clamp_min(1e-12)
+        excess = [quality.sign * (self.dense[quality.name] - trial.values[quality.name]) for trial in members]
+        known = self.family.space.share(torch.tensor([trial.x for trial in members], dtype=torch.float64))
+        curve = FamilyCurve.through(known, torch.tensor(excess, dtype=torch.float64))
+        return (curve(shares).exp() - EPSILON).clamp(0, worst)
+
+    def _between(self, known: Sequence[int], height: Tensor) -> int:
+        """The member in the middle of the largest rectangle between neighbours of `known`; of the widest when all are flat."""
+        shares = self.family.shares
+        gaps = [(low, high) for low, high in pairwise(known) if high - low > 1]
+        low, high = max(
+            gaps,
+            key=lambda gap: (
+                float((shares[gap[1]] - shares[gap[0]]) * (height[gap[0]] - height[gap[1]])),
+                float(shares[gap[1]] - shares[gap[0]]),
+            ),
+        )
+        middle = (shares[low] + shares[high]) / 2
+        return low + 1 + int((shares[low + 1 : high] - middle).abs().argmin())
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class Toy:
     def family(self) -> ThresholdFamily:
         return ThresholdFamily.from_importance(self.space, self.importance)
 
+    @property
+    def fisher_family(self) -> ThresholdFamily:
+        return self.family
+
     @cached_property
     def taylor_family(self) -> ThresholdFamily:
         """Another family than `family`: its scores are the other way round."""

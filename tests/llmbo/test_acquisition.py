@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.acquisition import QNehviProposer, candidate_pool, smooth_changes
+from llmbo.acquisition import QNehviProposer, candidate_pool, smooth_changes, uniform_widths
 from llmbo.objectives import ref_point
 from llmbo.pareto import hypervolume
 from llmbo.surrogate import SHARE, quality_from_gain
@@ -76,3 +76,12 @@ def test_smooth_changes_scale_with_the_grid(make_toy: Callable[..., Any]) -> Non
     ]
     torch.testing.assert_close(*changes)
     assert changes[0].abs().mean() > 0.01 and SHARE == -1
+
+
+def test_uniform_widths_are_equal_in_all_layers_and_of_the_wanted_size(make_toy: Callable[..., Any]) -> None:
+    space = make_toy(4, 96, 0.4, 2).space  # fine steps, so that size is nearly linear between them
+    share = torch.linspace(0.6, 1.0, 9, dtype=torch.float64)
+    levels = uniform_widths(space, share)
+    assert levels[:, :4].eq(space.bounds[1, :4]).all()
+    assert levels[:, 4:].eq(levels[:, 4:5]).all() and (levels[:, 4].diff() > 0).all()
+    torch.testing.assert_close(space.share(levels.round()), share, rtol=0, atol=0.02)

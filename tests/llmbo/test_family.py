@@ -1,12 +1,13 @@
 """The threshold family is one nested path of legal models up to the dense one."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from llmbo.family import ThresholdFamily
+from llmbo.family import ThresholdFamily, geometric_mean, interpolated, narrowing_steps, unit_steps
 from llmbo.space import SearchSpace
 from pruning.cost import dense_block_parameters
 from pruning.importance import Importance
@@ -96,3 +97,58 @@ def test_a_more_important_block_never_keeps_less(make_toy: Callable[..., Any]) -
     dimension = toy.space.num_layers + 1
     for share in toy.family.shares:
         assert favoured.profile(share[None])[0, dimension] >= toy.family.profile(share[None])[0, dimension] - 1e-9
+
+
+def test_without_refit_narrowing_prices_units_that_differ_little_as_their_scores_do(
+    make_toy: Callable[..., Any],
+) -> None:
+    """Where every unit of a block costs the same and costs add up, both prices are that cost per parameter."""
+    space = make_toy().space
+    groups, neurons = torch.rand(4, 1).expand(4, 2), torch.rand(4, 1).expand(4, 24)
+    importance = Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1))
+    costs = {
+        block.kind: importance.of(block.kind)[:, :1] * (block.units - torch.tensor(space.widths[block.kind])).float()
+        for block in space.anatomy.blocks
+    }
+    for units, narrowing, block in zip(
+        unit_steps(space, importance), narrowing_steps(space, costs), [b for b in space.anatomy.blocks for _ in range(4)],
+        strict=True,
+    ):  # fmt: skip
+        fixed = block.fixed_parameters / (block.units * block.parameters_per_unit)  # norms leave with the last unit
+        assert narrowing == pytest.approx(units, rel=max(1e-6, 30 * fixed))
+        assert all(b <= a + 1e-15 for a, b in itertools.pairwise(narrowing))
+
+
+def test_narrowing_prices_are_the_slopes_of_the_convex_hull(make_toy: Callable[..., Any]) -> None:
+    space = make_toy(4, 24, 0.4, 8).space  # four levels of neurons
+    mlp = space.anatomy.mlp
+    costs = {"attention": torch.zeros(4, 3), "mlp": torch.tensor([[9.0, 8.5, 1.0, 0.0]] * 4)}
+    prices = narrowing_steps(space, costs)[4]
+    step = 8 * mlp.parameters_per_unit
+    first = 8.0 / (2 * step + mlp.fixed_parameters)  # from level 0 to 2 in one edge: level 1 lies above the hull
+    assert prices == pytest.approx([first, first, 1.0 / step])
+
+
+def test_a_cost_that_rises_with_width_is_taken_for_noise(make_toy: Callable[..., Any]) -> None:
+    space = make_toy(4, 24, 0.4, 8).space
+    prices = narrowing_steps(space, {"attention": torch.rand(4, 3), "mlp": torch.rand(4, 4)})
+    assert all(price >= 0 for row in prices for price in row)
+    assert all(b <= a for row in prices for a, b in itertools.pairwise(row))
+
+
+def test_the_mean_of_prices_lies_between_them(make_toy: Callable[..., Any]) -> None:
+    steps = unit_steps(make_toy(seed=1).space, make_toy(seed=1).importance)
+    other = unit_steps(make_toy(seed=2).space, make_toy(seed=2).importance)
+    for row, a, b in zip(geometric_mean(steps, other), steps, other, strict=True):
+        assert all(min(x, y) <= mean <= max(x, y) for mean, x, y in zip(row, a, b, strict=True))
+    for row, same in zip(geometric_mean(steps, steps), steps, strict=True):
+        assert row == pytest.approx(same)
+
+
+def test_interpolation_meets_its_rows_and_stops_at_the_ends() -> None:
+    shares, path = torch.tensor([0.2, 0.5, 1.0]).double(), torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 2.0]]).double()
+    found = interpolated(shares, path, torch.tensor([0.0, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0]).double())
+    expected = [[0, 0], [0, 0], [0.5, 1], [1, 2], [2, 2], [3, 2], [3, 2]]
+    torch.testing.assert_close(found, torch.tensor(expected).double())
+    alone = interpolated(shares[:1], path[:1], torch.tensor([0.1, 0.9]).double())
+    torch.testing.assert_close(alone, path[:1].expand(2, 2))

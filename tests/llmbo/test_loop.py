@@ -189,5 +189,5 @@ def test_any_other_error_comes_through_and_loses_only_the_running_trial(
 def test_nothing_left_to_propose_ends_the_run(make_toy: Callable[..., Any], tmp_path: Path) -> None:
     toy = make_toy(1, 24, 0.3, 8)
     store = TrialStore.create(f"sqlite:///{tmp_path / 'study.db'}", "run", toy.space, toy.objectives, {}, {})
-    run_search(ThresholdProposer(toy.family), Scripted(toy), store, 1000, 4, 0, Log())
+    run_search(ThresholdProposer(toy.family, toy.objectives, toy.dense), Scripted(toy), store, 1000, 4, 0, Log())
     assert 0 < len(store.trials()) == len(toy.family.path) - 1

@@ -119,46 +119,60 @@ def test_random_listens_to_the_seed(toy: Any) -> None:
     assert proposer.propose([], 4, 0) != proposer.propose([], 4, 1)
 
 
-def test_threshold_ignores_seed_and_values(toy: Any) -> None:
-    proposer, trials = (
-        ThresholdProposer(toy.family),
-        toy.trials(p.x for p in ThresholdProposer(toy.family).propose([], 3, 0)),
-    )
-    expected = proposer.propose(trials, 4, 0)
-    worse = [Trial(t.number, t.round, t.x, t.origin, t.state, {"kl": 100.0, "params": 1.0}) for t in reversed(trials)]
-    assert proposer.propose(worse, 4, 123) == expected
+def threshold(toy: Any) -> ThresholdProposer:
+    return ThresholdProposer(toy.family, toy.objectives, toy.dense)
 
 
-def test_threshold_does_not_depend_on_the_batch(toy: Any) -> None:
-    proposer, trials = ThresholdProposer(toy.family), list[Trial]()
-    for q in (1, 4, 2, 3):
-        trials += [toy.trial(len(trials) + n, p) for n, p in enumerate(proposer.propose(trials, q, 0))]
-    assert [trial.x for trial in trials] == [p.x for p in proposer.propose([], 10, 0)]
+def test_threshold_ignores_the_seed_and_the_order_of_trials(toy: Any) -> None:
+    trials = run(threshold(toy), toy, 5)
+    assert threshold(toy).propose(trials, 4, 0) == threshold(toy).propose(trials[::-1], 4, 123)
 
 
-def test_threshold_fills_the_range_ever_more_finely(make_toy: Callable[..., Any]) -> None:
-    toy = make_toy(5, 100, 0.2, 5)
+def test_threshold_starts_with_the_smallest_and_halves_what_it_knows_nothing_about(toy: Any) -> None:
     shares = toy.space.share(
-        torch.tensor([p.x for p in ThresholdProposer(toy.family).propose([], 64, 0)], dtype=torch.float64)
+        torch.tensor([p.x for p in threshold(toy).propose([], 4, 0)], dtype=torch.float64)
     ).tolist()
-    low, high = float(toy.family.shares[0]), 1.0
+    low, slack = float(toy.family.shares[0]), float(toy.family.shares.diff().max())
     assert shares[0] == low
-    slack = float(toy.family.shares.diff().max())  # members are not exactly where the sequence wants them
-    for power in range(2, 7):
-        known = sorted([*shares[: 2**power], high])
-        gaps = [b - a for a, b in itertools.pairwise(known)]
-        assert max(gaps) <= (high - low) / 2 ** (power) + 2 * slack
-    largest = [max(b - a for a, b in itertools.pairwise(sorted([*shares[:n], high]))) for n in range(1, 65)]
-    assert all(after <= before for before, after in itertools.pairwise(largest))
+    assert shares[1] == pytest.approx((1 + low) / 2, abs=slack)
+    assert sorted(shares[2:]) == pytest.approx([(1 + 3 * low) / 4, (3 + low) / 4], abs=2 * slack)
+
+
+def rectangles(trials: Sequence[Trial], toy: Any) -> list[float]:
+    """What the front could still gain between neighbours of the family, where members are left."""
+    quality, reference = toy.objectives[0].name, toy.objectives[0].reference
+    points = sorted([(t.values["params_share"], t.values[quality]) for t in trials] + [(1.0, toy.dense[quality])])
+    inside = [
+        any(low < share < high for share in toy.family.shares.tolist())
+        for (low, _), (high, _) in itertools.pairwise(points)
+    ]
+    areas = [(b[0] - a[0]) * (min(a[1], reference) - min(b[1], reference)) for a, b in itertools.pairwise(points)]
+    return [area for area, left in zip(areas, inside, strict=True) if left]
+
+
+def test_threshold_always_halves_the_largest_rectangle(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy(5, 100, 0.2, 5)
+    trials = run(threshold(toy), toy, 32, q=1)
+    largest = [max(rectangles(trials[:n], toy)) for n in range(3, 33)]
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(largest))
+    assert largest[-1] < largest[0] / 8
+
+
+def test_threshold_spends_little_beyond_the_reference_point(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy(5, 100, 0.2, 5).with_objectives("kl", "params_share", reference_point=(0.8, 1.0))
+    values = [trial.values["kl"] for trial in run(threshold(toy), toy, 24)]
+    members = torch.tensor([toy.evaluate(tuple(row))["kl"] for row in toy.family.path.int().tolist()])
+    assert (members > 0.8).double().mean() > 0.5  # an even design would spend as many there
+    assert sum(value > 0.8 for value in values) <= 7
 
 
 @pytest.mark.parametrize("case", [(1, 24, 0.3, 8), (4, 24, 0.4, 0), (3, 24, 0.6, 1)])
 def test_threshold_meets_every_member_but_the_dense_model(
     make_toy: Callable[..., Any], case: tuple[float, ...]
 ) -> None:
-    family = make_toy(*case).family
-    found = {proposal.x for proposal in ThresholdProposer(family).propose([], 10_000, 0)}
-    assert found == {tuple(row) for row in family.path[:-1].int().tolist()}
+    toy = make_toy(*case)
+    found = {proposal.x for proposal in threshold(toy).propose([], 10_000, 0)}
+    assert found == {tuple(row) for row in toy.family.path[:-1].int().tolist()}
 
 
 def run(proposer: Proposer, toy: Any, budget: int, q: int = 4, seed: int = 0) -> list[Trial]:
@@ -176,8 +190,8 @@ def volume(trials: Sequence[Trial], objectives: Sequence[Objective]) -> float:
 
 def test_qnehvi_starts_with_the_family(toy: Any) -> None:
     trials = run(QNehviProposer(toy.family, toy.objectives, toy.dense, num_initial=7), toy, 15)
-    expected = ThresholdProposer(toy.family).propose([], 7, 0)
-    assert [(trial.x, trial.origin) for trial in trials[:7]] == [(p.x, p.origin) for p in expected]
+    expected = run(threshold(toy), toy, 7)
+    assert [(trial.x, trial.origin) for trial in trials[:7]] == [(t.x, t.origin) for t in expected]
     assert {trial.origin for trial in trials[7:]} == {"qnehvi"}
 
 
@@ -220,7 +234,7 @@ def test_qnehvi_beats_the_baselines_whatever_the_objectives_are_called(
 ) -> None:
     toy = toy.with_objectives(*names, reference_point=reference)
     means = {
-        name: sum(volume(run(make(toy), toy, 26, seed=seed), toy.objectives) for seed in range(3)) / 3
+        name: sum(volume(run(make(toy), toy, 26, seed=seed), toy.objectives) for seed in range(4)) / 4
         for name, make in PROPOSERS.items()
         if name in ("qnehvi", "threshold", "random")
     }

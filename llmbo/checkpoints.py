@@ -85,7 +85,8 @@ def load_checkpoint(
     dtype = choose_dtype(dtype, device, found.config.get_text_config())
     try:
         model = found.loader.from_pretrained(found.source, dtype=DTYPES[dtype], **found.options).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(found.source, **found.options)
+        # With the config at hand it does not look for one itself, and ask whether the folder's code may run.
+        tokenizer = AutoTokenizer.from_pretrained(found.source, config=found.config, **found.options)
     except LOADING_ERRORS as error:
         raise ModelError(_reason(name, error)) from error
     return Checkpoint(name, found.source, model, tokenizer, dtype, device)

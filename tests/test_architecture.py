@@ -25,8 +25,9 @@ ORDER = {
         "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
         "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
         "advisor.probe", "advisor.proposer", "advisor.summary",
-        "storage", "loop", "report", "assemble_advisor", "advised", "strategies", "assemble", "advise", "progress", "card", "exporting",
-        "cli.common", "cli.advise", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
+        "storage", "loop", "report", "assemble_advisor", "advised", "strategies", "assemble", "advise", "progress", "card", "exporting", "checkpoints", "perplexity", "tasks",
+        "comparison", "training", "recovery",
+        "cli.common", "cli.advise", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

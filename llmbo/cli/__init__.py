@@ -3,9 +3,11 @@
 import typer
 
 from llmbo.cli.advise import advise
+from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
+from llmbo.cli.recover import recover
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -15,5 +17,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, export, advise, models):
+for command in (optimize, export, evaluate, recover, advise, models):
     app.command()(command)

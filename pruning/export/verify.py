@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.errors import ExportFailed
@@ -31,10 +31,10 @@ class Check:
     difference: float
 
 
-def probe(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Random token ids, `PROBE_WINDOWS x PROBE_LENGTH`: every token is as likely as any to show a fault."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (PROBE_WINDOWS, PROBE_LENGTH), generator=rng)
+def probe(model: PreTrainedModel, length: int = PROBE_LENGTH) -> Tensor:
+    """Random token ids, `PROBE_WINDOWS x length`: every token is as likely as any to show a fault."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (PROBE_WINDOWS, length), generator=rng)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -43,9 +43,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).pow(2).mean().sqrt() / expected.std())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def expected_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
+    """What the reading programs must find: computed on the CPU in float32 (or better), since coarser sums differ by several percent.
+
+    The model is widened in place and narrowed again, which changes no weight.
+    """
+    module: nn.Module = model
+    dtype, device = model.dtype, model.device
+    module.to("cpu", torch.promote_types(dtype, torch.float32))
+    try:
+        logits: Tensor = model(tokens, use_cache=False).logits.float()
+        return logits
+    finally:
+        module.to(device, dtype)
 
 
 def reloaded(program: str, path: Path, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_a_reloaded_model_computes_the_same(
     found.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype=torch.float64)
     torch.testing.assert_close(logits(again, windows), expected, rtol=0, atol=1e-12)
-    assert again.config.to_dict() == found.config.to_dict()
+    assert again.config.to_diff_dict() | {"_name_or_path": ""} == found.config.to_diff_dict() | {"_name_or_path": ""}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -237,7 +237,7 @@ def _interrupt(folder: Path) -> None:
     [
         (_change_a_weight, ExportFailed, "computes something else"),
         (_truncate, ExportFailed, "could not be loaded"),
-        (_interrupt, KeyboardInterrupt, ""),
+        (_interrupt, KeyboardInterrupt, "^$"),
     ],
 )
 def test_a_failed_export_leaves_nothing(

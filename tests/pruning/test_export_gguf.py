@@ -1,6 +1,7 @@
 """GGUF files as llama.cpp itself reads them: logits, tokens, greedy text. Skipped, and said so, where it is not installed."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,17 @@ def opened(path: Path, length: int) -> Any:
     from llama_cpp import Llama
 
     return Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, n_threads=1, verbose=False)
+
+
+def no_end(token: int) -> Any:
+    """What `min_new_tokens` means to transformers."""
+    from llama_cpp import LogitsProcessorList
+
+    def without(ids: Any, scores: Any) -> Any:
+        scores[token] = -np.inf
+        return scores
+
+    return LogitsProcessorList([without])
 
 
 def llama_logits(model: Any, windows: Tensor) -> Tensor:
@@ -141,7 +153,6 @@ def sentencepiece() -> Tokenizer:
         ["the cat ate the hat at the top of the hill " * 9], trainers.BpeTrainer(vocab_size=330, special_tokens=special)
     )
     data = tokenizer.to_str()
-    import json
 
     parsed = json.loads(data)
     parsed["added_tokens"] = [token for token in parsed["added_tokens"] if not token["content"].startswith("<0x")]
@@ -242,7 +253,6 @@ def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
     cut = pruned_to(model, kv_groups, neurons, tokenizer)
     write_gguf(cut, tmp_path / "x.gguf", "f16", "x")
     llama = opened(tmp_path / "x.gguf", 512)
-    llama.set_seed(0)
 
     text = read_text("builtin").content[5000:9000]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -255,15 +265,11 @@ def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False
     )
-    start = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         answer = cut.model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=32, eos_token_id=-1
-        )[0, start.shape[1] :].tolist()
-    said = []
-    for token in llama.generate(start[0].tolist(), temp=0.0, reset=True):
-        said.append(token)
-        if len(said) == 32:
-            break
-    assert said == answer
+            torch.tensor([start]), attention_mask=torch.ones(1, len(start)), do_sample=False, min_new_tokens=32, max_new_tokens=32
+        )[0, len(start) :].tolist()  # fmt: skip
+    said = llama.generate(start, temp=0.0, repeat_penalty=1.0, logits_processor=no_end(tokenizer.eos_token_id))
+    assert [next(said) for _ in range(32)] == answer
     assert os.path.getsize(tmp_path / "x.gguf") < 2.1 * sum(p.numel() for p in cut.model.parameters()) + 8e6

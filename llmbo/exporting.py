@@ -26,7 +26,7 @@ from pruning.export import Pruned, save_gguf, save_hf, save_padded
 from pruning.export.folder import check_out
 from pruning.export.gguf_file import FILE_TYPES, gguf_architecture
 from pruning.export.gguf_tokenizer import check_tokenizer
-from pruning.export.rebuild import is_uniform
+from pruning.export.rebuild import cast, is_uniform
 from pruning.export.verify import Check
 from pruning.likelihood import quality
 from pruning.masks import PruningMask
@@ -248,5 +248,6 @@ def _rebuild(
         )
     anatomy = anatomy_of(loaded.model)
     stored = DTYPES.get(order.dtype, torch.float32 if order.dtype == "f32" else small.dtype)
-    nn.Module.to(small, device="cpu", dtype=stored)  # in place; transformers' own `to` is not typed
+    nn.Module.to(small, "cpu")
+    cast(small, stored)
     return Pruned(small, anatomy, order.architecture, loaded.tokenizer), mask

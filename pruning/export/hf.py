@@ -13,7 +13,7 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
-from pruning.export.rebuild import config_fields, described, local_class, rebuilt
+from pruning.export.rebuild import cast, config_fields, described, local_class, rebuilt
 from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
@@ -71,7 +71,8 @@ def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrai
 def padded(pruned: Pruned) -> PreTrainedModel:
     """A model of the stock class whose layers all have the widest kept layer's size; what is missing is zero."""
     stock: Any = type(pruned.model)
-    model = stock(_padded_config(pruned)).to(pruned.model.dtype)
+    model = stock(_padded_config(pruned))
+    cast(model, pruned.model.dtype)
     weights = pruned.model.state_dict()
     with torch.no_grad():
         for name, target in model.state_dict().items():

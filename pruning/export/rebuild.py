@@ -113,6 +113,12 @@ def rebuilt(small: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
     return model.eval()
 
 
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights in place. Not `model.to`: rotary frequencies are float32 whatever the weights are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _share(model: nn.Module, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Buffers that no state dict holds (rotary frequencies)."""
     for name, value in buffers:

@@ -16,8 +16,8 @@ def main(folder: str, asked: str, out: str) -> None:
     """Write the float32 logits of the token ids in `asked` to `out`. Code in the folder runs only if its config asks for it."""
     sys.modules["pruning"] = sys.modules["llmbo"] = None  # type: ignore[assignment]
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
-    model.eval().to(torch.promote_types(model.dtype, torch.float32))
+    dtype = torch.promote_types(getattr(torch, config["dtype"]), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config, dtype=dtype).eval()
     with torch.inference_mode():
         logits = model(load_file(asked)["tokens"], use_cache=False).logits
     save_file({"logits": logits.float().contiguous()}, out)

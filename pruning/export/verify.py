@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.errors import ExportFailed
+from pruning.export.rebuild import cast
 
 PROBE_WINDOWS, PROBE_LENGTH = 2, 32
 
@@ -45,18 +46,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def expected_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the reading programs must find: computed on the CPU in float32 (or better), since coarser sums differ by several percent.
+    """What the reading programs must find: computed in float32 (or better), since coarser sums differ by several percent.
 
     The model is widened in place and narrowed again, which changes no weight.
+
+    Args:
+        model: On the CPU, where it will be read back.
     """
-    module: nn.Module = model
-    dtype, device = model.dtype, model.device
-    module.to("cpu", torch.promote_types(dtype, torch.float32))
+    dtype = model.dtype
+    cast(model, torch.promote_types(dtype, torch.float32))
     try:
         logits: Tensor = model(tokens, use_cache=False).logits.float()
         return logits
     finally:
-        module.to(device, dtype)
+        cast(model, dtype)
 
 
 def reloaded(program: str, path: Path, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

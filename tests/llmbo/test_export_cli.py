@@ -185,3 +185,13 @@ def test_smollm2_round_trip_to_llama_cpp(llmbo: Any, export: Export, tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
     assert 1 <= int(done.stdout) <= 4
+
+
+def test_a_uniform_search_finds_models_for_stock_configs(llmbo: Any, export: Export, tmp_path: Path) -> None:
+    assert llmbo(uniform=True, budget=3).exit_code == 0
+    trials = llmbo.report()["trials"]
+    assert all(len(set(widths)) == 1 for trial in trials for widths in trial["architecture"].values())
+    assert "--uniform is a strategy of its own" in refused(llmbo(uniform=True, strategy="random", name="other"))
+    assert export("tiny", tmp_path, trial=0, format="hf", out=tmp_path / "out").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config

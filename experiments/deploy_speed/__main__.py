@@ -62,15 +62,13 @@ def main() -> None:
             runners["llama.cpp"][name] = _in_llama_cpp(path, prompt[0].tolist(), options.tokens, options.threads)
         times = _measure(runners, options.repeats)
     result = {
-        "settings": vars(options) | {"batch": 1},
+        "settings": vars(options) | {"batch": 1, "out": str(options.out)},
         "versions": {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")},
         "platform": platform.platform(),
         "models": {name: architecture.to_dict() for name, architecture in chosen.items()},
         "gguf_bytes": sizes,
         "seconds": times,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"batch 1, {options.threads} threads, prompt {options.prompt}, {options.tokens} decoded tokens, {options.repeats} repetitions"
     )
@@ -78,6 +76,8 @@ def main() -> None:
         f"transformers in {options.dtype}, llama.cpp in {options.gguf_dtype}; speed-ups are medians of paired ratios\n"
     )
     print(_table(times, sizes, options.prompt))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _options() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
-from pruning.export.rebuild import cast, config_fields, described, local_class, rebuilt
+from pruning.export.rebuild import MODELS, cast, config_fields, described, local_class, rebuilt
 from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
@@ -70,6 +70,7 @@ def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrai
 
 def padded(pruned: Pruned) -> PreTrainedModel:
     """A model of the stock class whose layers all have the widest kept layer's size; what is missing is zero."""
+    check_padding(pruned.anatomy.family.model_type)
     stock: Any = type(pruned.model)
     model = stock(_padded_config(pruned))
     cast(model, pruned.model.dtype)
@@ -83,6 +84,16 @@ def padded(pruned: Pruned) -> PreTrainedModel:
     model.generation_config = pruned.model.generation_config
     result: PreTrainedModel = model.eval()
     return result
+
+
+def check_padding(model_type: str) -> None:
+    """Refuse families whose fused projections zeros would split in the wrong places.
+
+    Raises:
+        UnsupportedExport: Of another family than those with a class in `rebuild.MODELS`.
+    """
+    if model_type not in MODELS:
+        raise UnsupportedExport(f"Padding knows the families {', '.join(sorted(MODELS))}, not '{model_type}'.")
 
 
 def _padded_config(pruned: Pruned) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from pruning.architecture import Architecture
 from pruning.calibration import read_text
 from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, llama_cpp, save_gguf
-from pruning.export.gguf_file import gguf_architecture, write_gguf
+from pruning.export.gguf_file import context_length, gguf_architecture, write_gguf
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import Statistics, magnitude
@@ -87,7 +87,7 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     cut = pruned_to(model, kv_groups, neurons)
     write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
-    tokens = probe(cut.model)
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3  # its KV cache is float16
 
@@ -108,7 +108,7 @@ def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any],
     scaled.load_state_dict(model.state_dict())
     cut = pruned_to(scaled, (2, 1, 2, 1, 2), (24, 8, 3, 16, 9))
     write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
-    tokens = probe(cut.model)
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
 
@@ -118,7 +118,7 @@ def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any],
 def test_qwen3_with_equal_layers(model: PreTrainedModel, tmp_path: Path) -> None:
     cut = pruned_to(model, (1,) * 5, (8,) * 5)
     write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
-    tokens = probe(cut.model)
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
 

@@ -27,6 +27,21 @@ from pruning.masks import PruningMask
 from pruning.shrink import shrink
 
 PATTERNS = ["BBBBB", "ABMB-", "MABBB", "M-M-A", "UUU-U"]  # U: equal layers
+EXPORTED = pytest.mark.parametrize(
+    "model",
+    [
+        "llama",
+        "llama-mha",
+        "llama-biased",
+        "llama-tied",
+        "mistral",
+        "mistral-sliding",
+        "qwen2",
+        "qwen2-sliding",
+        "qwen3",
+    ],
+    indirect=True,
+)
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-tied"], indirect=True)
 Draw = Callable[..., Pruned]
 
@@ -63,6 +78,7 @@ def saved(tmp_path: Path) -> Callable[[Pruned], Path]:
     return save
 
 
+@EXPORTED
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_reloaded_model_computes_the_same(
     model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
@@ -81,6 +97,7 @@ def test_a_reloaded_model_computes_the_same(
     assert again.config.to_diff_dict() | {"_name_or_path": ""} == found.config.to_diff_dict() | {"_name_or_path": ""}
 
 
+@EXPORTED
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_padding_changes_nothing(
     model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, logits: Any
@@ -97,7 +114,7 @@ def test_folders_load_in_a_process_that_cannot_import_us(
 ) -> None:
     """All families in one process, as `save_hf` does it for one. A plain `from_pretrained` must do for stock shapes."""
     expected = {}
-    for name in ("llama", "llama-tied", "mistral-sliding", "qwen2-sliding", "qwen3"):
+    for name in ("llama", "llama-tied", "mistral", "qwen2-sliding", "qwen3"):
         for pattern in ("MABBB", "UUU-U"):
             cut = pruned(build(name), pattern)
             config = described(cut.model.config, cut.anatomy, cut.architecture)
@@ -125,6 +142,7 @@ def test_unequal_layers_are_not_loaded_as_a_stock_model(model: PreTrainedModel, 
         AutoModelForCausalLM.from_pretrained(saved(pruned(model, "MABBB")), trust_remote_code=False)
 
 
+@EXPORTED
 def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, pruned: Draw, saved: Any) -> None:
     cut = pruned(model, "MABB-")
     config = AutoConfig.from_pretrained(saved(cut), trust_remote_code=True)
@@ -139,6 +157,7 @@ def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, 
             assert told.intermediate_size == neurons
 
 
+@EXPORTED
 @pytest.mark.parametrize("pattern", ["ABMB-", "MABBB"])
 def test_generation(model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any) -> None:
     """With and without a cache, dynamic or static, alone or in a batch padded on the left."""
@@ -296,3 +315,13 @@ def test_heads_that_do_not_divide_the_hidden_size(
     found = load_pruned(saved(cut))
     torch.testing.assert_close(logits(found, windows), logits(cut.model, windows), rtol=0, atol=1e-12)
     assert padded(cut).config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gpt-neox", "phi3"], indirect=True)
+def test_families_without_a_class_of_their_own_are_refused(
+    model: PreTrainedModel, pruned: Draw, tmp_path: Path
+) -> None:
+    for save in (save_hf, save_padded):
+        with pytest.raises(UnsupportedExport, match=f"'{model.config.model_type}'"):
+            save(pruned(model, "BBBBB"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

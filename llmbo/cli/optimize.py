@@ -21,6 +21,14 @@ def optimize(
     strategy: Annotated[
         str, typer.Option(help="qnehvi, or a baseline such as threshold, random, nsga2-seeded.")
     ] = "qnehvi",
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            "--tie",
+            help="Only models whose layers are all equal, which any tool can load: --strategy uniform.",
+        ),
+    ] = False,
     objectives: Annotated[
         str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")
     ] = "kl,params_share",
@@ -86,7 +94,7 @@ def optimize(
             budget=budget,
             batch=batch,
             seed=seed,
-            strategy=strategy,
+            strategy=_tied(strategy) if uniform else strategy,
             objectives=tuple(split_list(objectives)),
             reference_point=numbers("--reference-point", reference_point),
             compensation=compensation,
@@ -114,6 +122,14 @@ def optimize(
             advisor_price=numbers("--advisor-price", advisor_price),
         )
         _optimize(config, fresh, console)
+
+
+def _tied(strategy: str) -> str:
+    from llmbo.errors import ConfigError
+
+    if strategy not in ("qnehvi", "uniform"):  # the default, or the same thing said twice
+        raise ConfigError(f"--uniform is a strategy of its own: leave out --strategy {strategy}, or --uniform.")
+    return "uniform"
 
 
 def _optimize(config: Any, fresh: bool, console: Any) -> None:

@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives
-from llmbo.report import DataPart, ModelPart, SplitPart
+from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
+from llmbo.report.files import RUNS
 from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, delete_run, differences, stored_run
 from llmbo.strategies import strategy_of
@@ -26,12 +27,11 @@ from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.compensation import CompensationTable
 from pruning.cost import cost_of
-from pruning.importance import activation, collect_statistics, fisher, taylor
+from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
 from pruning.masks import Ranking
 from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
-RUNS = Path("runs")
 ALLOCATION_PART = 4  # one in so many calibration windows prices the family's steps; all of them do it no better
 
 
@@ -41,6 +41,7 @@ class Problem:
 
     Args:
         family: The best allocation known without search; the other two are baselines.
+        importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
     """
 
     space: SearchSpace
@@ -51,6 +52,7 @@ class Problem:
     proxy: ProxyEvaluator
     windows: TokenWindows
     dense: Mapping[str, float]
+    importance: Sequence[Mapping[str, Any]]
 
     def heldout(self) -> ProxyEvaluator:
         """An evaluator on windows that ranking, compensation and search never saw."""
@@ -91,6 +93,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         ranking: Ranking = activation(model, statistics).ranking()
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
+        layer_importance = _importance_parts(model, statistics)
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
         if table is not None:
@@ -110,7 +113,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             "fisher_family": ThresholdFamily.from_importance(space, importance),
             "taylor_family": taylor_family,
         }
-        yield Problem(space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, **families)
+        yield Problem(space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, importance=layer_importance, **families)
 
 
 @contextmanager
@@ -155,7 +158,12 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             if fresh:
                 delete_run(url, config.name, own_file)
             store = TrialStore.create(
-                url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)}
+                url,
+                config.name,
+                problem.space,
+                objectives,
+                config.settings(),
+                {**facts, "dense": dict(problem.dense), "importance": list(problem.importance)},
             )
             yield Run(config, folder, problem, objectives, proposer, store)
 
@@ -239,6 +247,17 @@ def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:
         params=cost.parameters,
         block_params=cost.block_parameters,
     ).model_dump()
+
+
+def _importance_parts(model: Any, statistics: Statistics) -> list[dict[str, Any]]:
+    """Scores per layer to four digits: they are looked at, not computed with."""
+    return [
+        ImportancePart.model_validate(
+            {"method": method, "kind": kind, "scores": [float(f"{score:.4g}") for score in scores.tolist()]}
+        ).model_dump()
+        for method, kinds in layer_scores(model, statistics).items()
+        for kind, scores in kinds.items()
+    ]
 
 
 def _data_part(windows: TokenWindows) -> dict[str, Any]:

@@ -19,9 +19,10 @@ ORDER = {
     "llmbo": (
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
         "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
-        "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop", "report",
-        "strategies", "assemble", "progress",
-        "cli.common", "cli.models", "cli.optimize", "cli", "__main__",
+        "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop",
+        "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
+        "report.page", "report.write", "report", "strategies", "assemble", "progress",
+        "cli.common", "cli.models", "cli.optimize", "cli.report", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -4,6 +4,7 @@ import typer
 
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
+from llmbo.cli.report import report
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -13,5 +14,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, models):
+for command in (optimize, report, models):
     app.command()(command)

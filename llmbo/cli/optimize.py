@@ -110,7 +110,7 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
         finally:
             report = _write(run, display, status)
     Console().print(summary(report))
-    typer.echo(f"Report: {run.folder / 'report.json'}   Picture: {run.folder / 'front.png'}")
+    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.folder / 'report.html'}")
 
 
 def _measure_heldout(run: "Run") -> None:

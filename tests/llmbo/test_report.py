@@ -14,6 +14,7 @@ import pytest
 from llmbo.report import Report, front_of, json_schema, write_report
 from llmbo.types import Proposal, Trial, TrialState
 
+FILES = ("report.json", "report.html", "front.png", "front.svg")
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 
 
@@ -124,7 +125,7 @@ def files_at_most(limit: int) -> Iterator[None]:
 def test_a_write_that_fails_half_way_leaves_the_old_report(data: dict[str, Any], tmp_path: Path) -> None:
     report = Report.model_validate(data)
     write_report(report, tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in ("report.json", "front.png")}
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
     changed = report.model_copy(update={"front": report.front[:1]})
     with files_at_most(1000), pytest.raises(OSError):
         write_report(changed, tmp_path)

@@ -309,15 +309,23 @@ def test_hypervolume_importance_cost_trials_and_recipe_are_there(opened: Open) -
         assert "llmbo optimize --model x" in tab.text("#recipe")
 
 
-def test_an_advisor_part_of_any_shape_is_shown(opened: Open) -> None:
+def test_what_the_advisor_did_is_shown(opened: Open) -> None:
+    outcomes = {"evaluated": 4, "vetoed": 7, "duplicate": 0, "illegal": 1, "unparsable": 0}
+    hook = {"calls": 3, "attempts": 4, "prompt_tokens": 900, "completion_tokens": 100, "cost": 0.25, "seconds": 7.5}
     advisor = {
-        "name": "openai:some-model",
-        "hooks": [{"hook": "propose", "calls": 3, "prompt_tokens": 900, "completion_tokens": 100, "money": 0.25}],
-        "proposals": {"evaluated": 4, "vetoed": 7, "illegal": 1}, "filter": {"precision": 0.75, "audited": [3, 9]},
+        "advisor": "openai:some-model",
+        "hooks": {"propose": {**hook, "outcomes": outcomes}, "filter": {**hook, "cost": None, "outcomes": outcomes}},
+        "stopped": "the server hung up", "hypervolume_by_origin": {"threshold": 0.3, "advisor": 0.02},
+        "directions": [{"name": "dip", "trials": 2, "hypervolume": 0.01, "best_gain": None}],
+        "filter": {"reviewed": 9, "dropped": 4, "audited": [3, 9], "precision": 0.75}, "probe": None,
     }  # fmt: skip
     with opened(made_up_report(advisor=advisor)) as tab:
         shown = tab.text("#advisor")
-        assert all(word in shown for word in ("openai:some-model", "propose", "vetoed", "0.75", "3, 9"))
+        assert all(
+            word in shown for word in ("openai:some-model", "vetoed", "unknown", "hung up", "dip", "0.75", "3, 9")
+        )
+        rows = tab.page.locator("#advisor table").first.locator("tbody tr")
+        assert [row.split()[0] for row in rows.all_inner_texts()] == ["propose", "filter"]
         assert "1000 tokens" in tab.text("#cost") and "0.25 USD" in tab.text("#cost")
 
 

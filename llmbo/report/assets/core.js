@@ -109,16 +109,23 @@ function table(headings, rows, caption) {
 function anything(value, caption = "") {
   if (Array.isArray(value)) {
     if (!value.length) return "none";
-    if (!value.every(isPlainObject)) return value.map((item) => (isPlainObject(item) || Array.isArray(item) ? JSON.stringify(item) : plain(item))).join(", ");
-    const keys = [...new Set(value.flatMap(Object.keys))];
-    return table(keys.map(words), value.map((row) => keys.map((key) => anything(row[key], words(key)))), caption);
+    if (!value.every(isPlainObject)) return value.map((item) => (item !== null && typeof item === "object" ? JSON.stringify(item) : plain(item))).join(", ");
+    return records(value.map((row) => flat(row)), caption);
   }
-  if (isPlainObject(value)) {
-    const rows = Object.entries(value).map(([key, part]) => [el("dt", {}, words(key)), el("dd", {}, anything(part, words(key)))]);
-    return rows.length ? el("dl", {}, ...rows.flat()) : "none";
-  }
-  return plain(value);
+  if (!isPlainObject(value)) return plain(value);
+  const parts = Object.entries(value);
+  if (!parts.length) return "none";
+  if (parts.every(([, part]) => isPlainObject(part))) return records(parts.map(([name, part]) => ({ "": words(name), ...flat(part) })), caption);
+  return el("dl", {}, ...parts.flatMap(([key, part]) => [el("dt", {}, words(key)), el("dd", {}, anything(part, words(key)))]));
 }
+
+function records(rows, caption) {
+  const keys = [...new Set(rows.flatMap(Object.keys))];
+  return table(keys.map(words), rows.map((row) => keys.map((key) => (key === "cost" && row[key] === null ? "unknown" : anything(row[key], words(key))))), caption);
+}
+
+/** Objects inside a row become columns of their own. */
+const flat = (row) => Object.fromEntries(Object.entries(row).flatMap(([key, part]) => (isPlainObject(part) ? Object.entries(part) : [[key, part]])));
 
 const isPlainObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 const words = (key) => String(key).replaceAll("_", " ");

@@ -73,7 +73,7 @@ function drawCost(state) {
   const measured = trials.filter((trial) => typeof trial.seconds === "number").map((trial) => trial.seconds);
   const mean = measured.length ? measured.reduce((sum, value) => sum + value, 0) / measured.length : 0;
   const tokens = spending(advisor, /tokens$/);
-  const money = spending(advisor, /^(money|cost|usd)/);
+  const money = spending(advisor, /^(money|cost)/);
   fill("cost",
     seconds.length ? bars(seconds, "s") : null,
     el("p", {}, `${measured.length} evaluations took ${plain(Number(mean.toPrecision(3)))} s each on average; ${scaled(run.peak_memory_bytes ?? 0, "B")} of memory at most.`),
@@ -94,11 +94,15 @@ function spending(advisor, pattern) {
 function drawAdvisor(state) {
   const { advisor, trials } = current(state).report;
   if (!advisor) return fill("advisor");
-  const reasons = trials.filter((trial) => trial.why || trial.reason || trial.note);
-  return fill("advisor", ...Object.entries(advisor).map(([key, part]) => {
-    const shown = anything(part, words(key));
-    return isPlainObject(part) || Array.isArray(part) ? el("div", {}, el("h3", {}, words(key)), shown) : el("p", {}, el("strong", {}, `${words(key)}: `), shown);
-  }), reasons.length ? el("div", {}, el("h3", {}, "reasons given"), table(["trial", "origin", "reason"], reasons.map((trial) => [String(trial.number), trial.origin, trial.why || trial.reason || trial.note]), "Reasons given by the advisor")) : null);
+  const explained = trials.map((trial) => [trial, reasonOf({ trial })]).filter(([, reason]) => reason);
+  const shown = Object.entries(advisor).map(([key, part]) => {
+    if (part === null || typeof part !== "object") return el("p", {}, el("strong", {}, `${words(key)}: `), plain(part));
+    const amounts = Object.entries(part);
+    const drawn = key === "hypervolume_by_origin" && amounts.every(([, value]) => typeof value === "number" && value >= 0);
+    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(part, words(key)));
+  });
+  const reasons = explained.map(([trial, reason]) => [String(trial.number), trial.origin, reason]);
+  return fill("advisor", ...shown, reasons.length ? el("details", {}, el("summary", {}, "Reasons given"), table(["trial", "origin", "reason"], reasons, "Reasons given by the advisor")) : null);
 }
 
 let order = { column: "number", descending: false };

@@ -21,8 +21,8 @@ ORDER = {
         "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
         "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop",
         "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
-        "report.page", "report.write", "report", "strategies", "assemble", "progress",
-        "cli.common", "cli.models", "cli.optimize", "cli.report", "cli", "__main__",
+        "report.page", "report.write", "report", "strategies", "assemble", "dashboard", "progress",
+        "cli.common", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

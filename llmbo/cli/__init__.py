@@ -5,6 +5,7 @@ import typer
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
 from llmbo.cli.report import report
+from llmbo.cli.watch import watch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -14,5 +15,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, models):
+for command in (optimize, report, watch, models):
     app.command()(command)

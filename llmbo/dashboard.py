@@ -134,7 +134,12 @@ def _last_trials(shot: Snapshot, rows: int) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right", "right", "right"):
         table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
-    table.add_row(*(Text(name, "dim") for name in ("trial", "origin", shot.size.name[:9], shot.quality.name, "gain")))
+    table.add_row(
+        *(
+            Text(name, "dim")
+            for name in ("trial", "origin", shot.size.name.removeprefix("params_"), shot.quality.name, "gain")
+        )
+    )
     for trial in shot.trials[-max(1, rows - 1) :]:
         mark = "*" if trial.number in on_front else " "
         style = _style_of(trial.origin, shot.trials)

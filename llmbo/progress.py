@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from llmbo.dashboard import Dashboard, Snapshot, volume
@@ -163,11 +163,16 @@ class LivePicture(Silence):
         self._console = console
         self._display = display
         self._clock = clock
+        self._width = console.width
+        self._doing = ""
+        self._trials: Sequence[Trial] = ()
+        self._search_start: float | None = None
+        self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}", markup=True),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=console,
         )
@@ -178,11 +183,6 @@ class LivePicture(Silence):
             transient=True,
             vertical_overflow="crop",
         )
-        self._width = console.width
-        self._doing = ""
-        self._trials: Sequence[Trial] = ()
-        self._search_start: float | None = None
-        self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
 
     def start(self) -> None:
         self._live.start()
@@ -195,11 +195,11 @@ class LivePicture(Silence):
         if name == SEARCH:
             self._search_start = self._clock()
         else:
-            self._progress.add_task(name, total=total)
+            self._progress.add_task(name, total=total, count="")
 
     def phase_moved(self, done: int) -> None:
-        if self._progress.task_ids:
-            self._progress.update(self._progress.task_ids[-1], completed=done)
+        for task in self._progress.tasks:
+            self._progress.update(task.id, completed=done, count=f"{done}/{task.total:.0f}" if task.total else "")
 
     def phase_ended(self, name: str, seconds: float) -> None:
         for task in self._progress.task_ids:

@@ -69,7 +69,10 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
         dense, elapsed = facts["dense"], time.monotonic() - start
         nothing = dict.fromkeys(dense, 0.0)  # what is watched has been accepted: no size is too small
         running = [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
-        finished, budget = len(trials) - len(running), facts.get("budget", 0)
+        finished, budget = (
+            len(trials) - len(running),
+            facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
+        )
         at_first = finished if at_first < 0 else at_first
         ours = finished - at_first
         complete = finished >= budget > 0 and _complete(facts, budget)

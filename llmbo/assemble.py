@@ -113,7 +113,9 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             "fisher_family": ThresholdFamily.from_importance(space, importance),
             "taylor_family": taylor_family,
         }
-        yield Problem(space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, importance=layer_importance, **families)
+        yield Problem(
+            space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, importance=layer_importance, **families
+        )
 
 
 @contextmanager

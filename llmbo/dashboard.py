@@ -3,8 +3,9 @@
 A picture of stored trials and nothing else, so that the process that searches and `llmbo watch` draw the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -25,33 +26,42 @@ SMALLEST_PLOT = (36, 14)  # columns and lines below which no front is drawn
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A search at one moment.
+class Progress:
+    """Stored trials and what follows from them, worked out once however often it is drawn.
 
     Args:
-        title: The run's name.
-        doing: The phase, or what goes on inside it.
-        budget: Trials in all, 0 while unknown.
         dense: The dense model's values, empty while unknown.
-        remaining: Seconds left as far as anybody can tell.
     """
 
-    title: str
-    doing: str
-    budget: int
     trials: Sequence[Trial]
     objectives: Sequence[Objective]
-    dense: dict[str, float]
-    elapsed: float
-    remaining: float | None = None
+    dense: Mapping[str, float]
 
-    @property
+    @cached_property
     def complete(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.complete]
 
-    @property
+    @cached_property
     def finished(self) -> int:
         return sum(trial.seconds is not None for trial in self.trials)
+
+    @cached_property
+    def on_front(self) -> set[int]:
+        return {trial.number for trial in front_of(self.trials, self.objectives)}
+
+    @cached_property
+    def gains(self) -> dict[int, float]:
+        return trial_gains(self.trials, self.quality, self.dense) if self.dense else {}
+
+    @cached_property
+    def styles(self) -> dict[str, str]:
+        """A colour for each origin, in the order of their appearance."""
+        origins = dict.fromkeys(trial.origin for trial in self.trials)
+        return {origin: STYLES[index % len(STYLES)] for index, origin in enumerate(origins)}
+
+    @cached_property
+    def summary(self) -> str:
+        return f"hypervolume {volume(self.trials, self.objectives):.4f}   {trade_offs(self.trials, self.objectives)}"
 
     @property
     def size(self) -> Objective:
@@ -60,6 +70,25 @@ class Snapshot:
     @property
     def quality(self) -> Objective:
         return next(objective for objective in self.objectives if not objective.known)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A search at one moment.
+
+    Args:
+        title: The run's name.
+        doing: The phase, or what goes on inside it.
+        budget: Trials in all, 0 while unknown.
+        remaining: Seconds left as far as anybody can tell.
+    """
+
+    title: str
+    doing: str
+    budget: int
+    progress: Progress
+    elapsed: float
+    remaining: float | None = None
 
 
 def volume(trials: Sequence[Trial], objectives: Sequence[Objective]) -> float:
@@ -95,30 +124,28 @@ class Dashboard:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shot, width, height = self._snapshot, options.max_width, options.max_height
+        progress = shot.progress
         yield _heading(shot, width)
         if shot.budget:
-            yield ProgressBar(total=shot.budget, completed=shot.finished, width=width)
-        if not shot.complete or not shot.objectives or width < SMALLEST_PLOT[0] or height < SMALLEST_PLOT[1]:
+            yield ProgressBar(total=shot.budget, completed=progress.finished, width=width)
+        if not progress.complete or not progress.objectives or width < SMALLEST_PLOT[0] or height < SMALLEST_PLOT[1]:
             return
         lines = min(14, height - 6)
         if width >= SIDE_BY_SIDE:
             both = Table.grid(padding=(0, 2), expand=False)
-            listed = _last_trials(shot, lines)
-            both.add_row(FrontPlot(shot, lines, width - 44), listed)
+            listed = _last_trials(progress, lines)
+            both.add_row(FrontPlot(progress, lines, width - 44), listed)
             yield both
         else:
-            yield FrontPlot(shot, min(lines, max(6, height - 10)), width)
+            yield FrontPlot(progress, min(lines, max(6, height - 10)), width)
             if height > 20:
-                yield _last_trials(shot, 4)
-        yield Text(
-            f"hypervolume {volume(shot.trials, shot.objectives):.4f}   {trade_offs(shot.trials, shot.objectives)}",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+                yield _last_trials(progress, 4)
+        yield Text(progress.summary, no_wrap=True, overflow="ellipsis")
 
 
 def _heading(shot: Snapshot, width: int) -> RenderableType:
-    count = f"{shot.finished}/{shot.budget} trials" if shot.budget else f"{shot.finished} trials"
+    done = shot.progress.finished
+    count = f"{done}/{shot.budget} trials" if shot.budget else f"{done} trials"
     left = f", about {clock(shot.remaining)} left" if shot.remaining is not None else ""
     words = Text.assemble(
         (shot.title, "bold"), " · ", count, " · ", (shot.doing, "cyan"), f" · {clock(shot.elapsed)}{left}"
@@ -127,41 +154,29 @@ def _heading(shot: Snapshot, width: int) -> RenderableType:
     return words
 
 
-def _last_trials(shot: Snapshot, rows: int) -> RenderableType:
+def _last_trials(progress: Progress, rows: int) -> RenderableType:
     """The newest trials last, with who proposed them and what they gain over the family at their size."""
-    gains = trial_gains(shot.trials, shot.quality, shot.dense) if shot.dense else {}
-    on_front = {trial.number for trial in front_of(shot.trials, shot.objectives)}
+    size, quality, gains = progress.size.name, progress.quality.name, progress.gains
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right", "right", "right"):
         table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
-    table.add_row(
-        *(
-            Text(name, "dim")
-            for name in ("trial", "origin", shot.size.name.removeprefix("params_"), shot.quality.name, "gain")
-        )
-    )
-    for trial in shot.trials[-max(1, rows - 1) :]:
-        mark = "*" if trial.number in on_front else " "
-        style = _style_of(trial.origin, shot.trials)
+    table.add_row(*(Text(name, "dim") for name in ("trial", "origin", size.removeprefix("params_"), quality, "gain")))
+    for trial in progress.trials[-max(1, rows - 1) :]:
+        origin = Text(trial.origin, progress.styles[trial.origin])
         if not trial.complete:
-            table.add_row(str(trial.number), Text(trial.origin, style), Text(trial.state.value, "dim"), "", "")
+            table.add_row(str(trial.number), origin, Text(trial.state.value, "dim"), "", "")
             continue
+        mark = "*" if trial.number in progress.on_front else " "
         gain = f"{gains[trial.number]:+.3f}" if trial.number in gains else ""
-        values = (f"{trial.values[axis.name]:.4g}" for axis in (shot.size, shot.quality))
-        table.add_row(f"{trial.number}{mark}", Text(trial.origin, style), *values, gain)
+        table.add_row(f"{trial.number}{mark}", origin, *(f"{trial.values[name]:.4g}" for name in (size, quality)), gain)
     return table
-
-
-def _style_of(origin: str, trials: Sequence[Trial]) -> str:
-    origins = list(dict.fromkeys(trial.origin for trial in trials))
-    return STYLES[origins.index(origin) % len(STYLES)]
 
 
 class FrontPlot:
     """Quality against size in characters: `●` on the front, `·` behind it, coloured by origin."""
 
-    def __init__(self, shot: Snapshot, height: int, width: int) -> None:
-        self._shot = shot
+    def __init__(self, progress: Progress, height: int, width: int) -> None:
+        self._progress = progress
         self._height = max(5, height)
         self._width = width
 
@@ -169,30 +184,30 @@ class FrontPlot:
         return Measurement(self._width, self._width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shot, margin = self._shot, 8
+        progress, margin = self._progress, 8
         columns, rows = max(10, min(self._width, options.max_width) - margin), self._height - 2
         front, behind = ("o", ".") if options.ascii_only else ("●", "·")
-        on_front = {trial.number for trial in front_of(shot.trials, shot.objectives)}
-        (left, right), (low, high) = self._range(shot.size), self._range(shot.quality)
+        on_front = progress.on_front
+        (left, right), (low, high) = self._range(progress.size), self._range(progress.quality)
         grid = [[(" ", "")] * columns for _ in range(rows)]
-        for trial in sorted(shot.complete, key=lambda trial: trial.number in on_front):  # the front on top
-            column = _cell(trial.values[shot.size.name], left, right, columns)
-            row = rows - 1 - _cell(trial.values[shot.quality.name], low, high, rows)
+        for trial in sorted(progress.complete, key=lambda trial: trial.number in on_front):  # the front on top
+            column = _cell(trial.values[progress.size.name], left, right, columns)
+            row = rows - 1 - _cell(trial.values[progress.quality.name], low, high, rows)
             mark = front if trial.number in on_front else behind
-            grid[row][column] = (mark, _style_of(trial.origin, shot.trials))
+            grid[row][column] = (mark, progress.styles[trial.origin])
         bar = "|" if options.ascii_only else "│"
         labels = {0: f"{high:.3g}", rows - 1: f"{low:.3g}"}
         lines = [
             Text.assemble((f"{labels.get(index, ''):>{margin - 2}} {bar}", "dim"), *cells)
             for index, cells in enumerate(grid)
         ]
-        names = f"{shot.size.name} ({shot.quality.name} upwards)"
+        names = f"{progress.size.name} ({progress.quality.name} upwards)"
         ends = f"{left:<8.4g}{names[: columns - 17]:^{max(0, columns - 16)}}{right:>8.4g}"
         yield Group(*lines, Text(" " * (margin - 1) + ends, "dim", no_wrap=True, overflow="crop"))
 
     def _range(self, axis: Objective) -> tuple[float, float]:
         """All that was measured, but nothing beyond the reference point while something is within it."""
-        values = [trial.values[axis.name] for trial in self._shot.complete]
+        values = [trial.values[axis.name] for trial in self._progress.complete]
         low, high = min(values), max(values)
         if not axis.maximize and low < axis.reference < high:
             high = axis.reference

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from llmbo.dashboard import Dashboard, Snapshot, volume
+from llmbo.dashboard import Progress as SearchProgress
 from llmbo.objectives import Objective
 from llmbo.report import Report
 from llmbo.types import Proposal, Trial
@@ -165,7 +166,7 @@ class LivePicture(Silence):
         self._clock = clock
         self._width = console.width
         self._doing = ""
-        self._trials: Sequence[Trial] = ()
+        self._found = SearchProgress((), (), {})
         self._search_start: float | None = None
         self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
         self._progress = Progress(
@@ -212,12 +213,12 @@ class LivePicture(Silence):
         self._doing = "proposing"
 
     def trial_started(self, number: int, origin: str) -> None:
-        if not self._trials:
+        if not self._found.trials:
             self._stored_before = number
         self._doing = f"trial {number} ({origin})"
 
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
-        self._trials = trials
+        self._found = SearchProgress(trials, display.objectives, display.dense)
 
     def _picture(self) -> RenderableType:
         if self._console.width != self._width:  # the terminal has reflowed what we drew: start from a clean screen
@@ -227,19 +228,10 @@ class LivePicture(Silence):
 
     def _snapshot(self, start: float) -> Snapshot:
         display, elapsed = self._display, self._clock() - start
-        finished = sum(trial.seconds is not None for trial in self._trials)
+        finished = self._found.finished
         ours = finished - self._stored_before
         left = elapsed / ours * (display.budget - finished) if ours > 0 else None
-        return Snapshot(
-            title=display.title or "llmbo",
-            doing=self._doing,
-            budget=display.budget,
-            trials=self._trials,
-            objectives=display.objectives,
-            dense=dict(display.dense),
-            elapsed=elapsed,
-            remaining=left,
-        )
+        return Snapshot(display.title or "llmbo", self._doing, display.budget, self._found, elapsed, left)
 
 
 def build_display(show: str, budget: int, title: str) -> Display:

@@ -52,7 +52,7 @@ def _own_database(run: str) -> tuple[str, str]:
 
 def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
     """The run at each look, the last one complete. Waits for a run that has not begun to search."""
-    from llmbo.dashboard import Snapshot
+    from llmbo.dashboard import Progress, Snapshot
     from llmbo.objectives import build_objectives
     from llmbo.storage import follow_run
 
@@ -73,6 +73,7 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
             len(trials) - len(running),
             facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
         )
+        objectives = build_objectives(settings["objectives"], dense, nothing, settings["reference_point"])
         at_first = finished if at_first < 0 else at_first
         ours = finished - at_first
         complete = finished >= budget > 0 and _complete(facts, budget)
@@ -80,9 +81,7 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
             title=name,
             doing=", ".join(running[:3]) or ("complete" if complete else "proposing"),
             budget=budget,
-            trials=trials,
-            objectives=build_objectives(settings["objectives"], dense, nothing, settings["reference_point"]),
-            dense=dense,
+            progress=Progress(trials, objectives, dense),
             elapsed=elapsed,
             remaining=elapsed / ours * (budget - finished) if ours else None,
         )
@@ -114,10 +113,10 @@ def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
 
     shown: set[int] = set()
     for shot in snapshots:
-        for trial in shot.trials:
+        for trial in shot.progress.trials:
             if trial.seconds is None or trial.number in shown:
                 continue
             shown.add(trial.number)
-            known = [other for other in shot.trials if other.number in shown]
-            line = trial_line(trial, known, shot.objectives, shot.budget)
+            known = [other for other in shot.progress.trials if other.number in shown]
+            line = trial_line(trial, known, shot.progress.objectives, shot.budget)
             console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.dashboard import Dashboard, FrontPlot, Snapshot
+from llmbo.dashboard import Dashboard, FrontPlot, Progress, Snapshot
 from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -36,7 +36,7 @@ def snapshot(toy: Any) -> Snapshot:
         Trial(len(trials), 9, trials[0].x, "qnehvi", TrialState.FAILED, seconds=1.0, failure="out of memory"),
         Trial(len(trials) + 1, 9, trials[0].x, "[bold]x", TrialState.RUNNING),
     ]
-    return Snapshot("llama", "trial 25 (qnehvi)", 60, trials, toy.objectives, dict(toy.dense), 65.0, 3700.0)
+    return Snapshot("llama", "trial 25 (qnehvi)", 60, Progress(trials, toy.objectives, toy.dense), 65.0, 3700.0)
 
 
 def drawn(snapshot: Snapshot, width: int, height: int, **options: Any) -> str:
@@ -62,14 +62,14 @@ def test_the_picture_says_what_matters(snapshot: Snapshot) -> None:
 
 
 def test_a_picture_without_trials_or_budget_is_one(snapshot: Snapshot) -> None:
-    empty = Snapshot("llama", "proposing", 0, [], snapshot.objectives, {}, 0.0)
+    empty = Snapshot("llama", "proposing", 0, Progress([], snapshot.progress.objectives, {}), 0.0)
     assert drawn(empty, 80, 24, color_system=None).startswith("llama · 0 trials · proposing")
 
 
 def test_a_plain_terminal_gets_plain_characters(snapshot: Snapshot) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console = Console(file=ascii_only, width=100, height=30, force_terminal=True, color_system=None)
-    plot = "".join(segment.text for segment in console.render(FrontPlot(snapshot, 12, 60)))
+    plot = "".join(segment.text for segment in console.render(FrontPlot(snapshot.progress, 12, 60)))
     assert plot.isascii() and "o" in plot and "." in plot
 
 

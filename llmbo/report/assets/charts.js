@@ -9,8 +9,8 @@ function chart(id) {
 }
 
 const axisStyle = () => ({
-  nameTextStyle: { color: css("--text") },
-  axisLabel: { color: css("--muted"), hideOverlap: true },
+  nameTextStyle: { color: css("--text"), fontSize: 13 },
+  axisLabel: { color: css("--muted"), hideOverlap: true, fontSize: 13 },
   axisLine: { lineStyle: { color: css("--muted") } },
   splitLine: { lineStyle: { color: css("--line") } },
 });
@@ -19,7 +19,7 @@ const common = (narrow) => ({
   animation: false,
   aria: { enabled: false }, // the chart's own label says more
   textStyle: { fontFamily: "inherit", color: css("--text") },
-  legend: { type: "scroll", itemWidth: 16, top: 0, left: 0, right: 0, textStyle: { color: css("--text") }, inactiveColor: css("--muted"), pageTextStyle: { color: css("--muted") } },
+  legend: { type: "scroll", itemWidth: 16, top: 0, left: 0, right: 0, textStyle: { color: css("--text"), fontSize: 13 }, inactiveColor: css("--muted"), pageTextStyle: { color: css("--muted") } },
   grid: { left: 8, right: narrow ? 12 : 24, top: 48, bottom: 32, containLabel: true },
   tooltip: { trigger: "item", confine: true, backgroundColor: css("--card"), borderColor: css("--line"), textStyle: { color: css("--text") } },
 });
@@ -97,7 +97,7 @@ function drawFront(state) {
   });
   const limits = state.limit && state.limit.name === x ? [{ xAxis: state.limit.value }] : state.limit && state.limit.name === y ? [{ yAxis: state.limit.value }] : [];
   series.push({
-    name: "dense model", type: "scatter", symbol: "path://M10,0 L12.5,7 L20,7.6 L14.2,12.4 L16.2,20 L10,15.8 L3.8,20 L5.8,12.4 L0,7.6 L7.5,7 Z", symbolSize: 16, color: css("--text"), z: 6,
+    name: "dense model", type: "scatter", symbol: "path://M10,0 L12.5,7 L20,7.6 L14.2,12.4 L16.2,20 L10,15.8 L3.8,20 L5.8,12.4 L0,7.6 L7.5,7 Z", symbolSize: 16, color: css("--text"), z: 6, itemStyle: { opacity: 1 },
     data: shown.filter((entry) => entry.number === "dense").map((entry) => ({ value: [entry.values[x], entry.values[y]], key: entry.key })),
     markLine: { silent: true, symbol: "none", data: limits, label: { formatter: "≤ limit", color: css("--text") }, lineStyle: { color: css("--heldout"), type: "dashed" } },
     markArea: { silent: true, data: forbidden(x, y), itemStyle: { color: css("--forbidden") }, label: { color: css("--muted") } },
@@ -127,8 +127,8 @@ function axis(name, side, state, shown) {
   return {
     type: "value", scale: true, name: unitOf(name) ? `${words(name)} (${unitOf(name)})` : words(name),
     nameLocation: side === "x" ? "middle" : "end", nameGap: side === "x" ? 28 : 8, max: cut ? worst : undefined, ...axisStyle(),
-    nameTextStyle: { color: css("--text"), align: side === "y" ? "left" : "center" },
-    axisLabel: { ...axisStyle().axisLabel, formatter: (value) => format(name, value) },
+    nameTextStyle: { color: css("--text"), fontSize: 13, align: side === "y" ? "left" : "center" },
+    axisLabel: { ...axisStyle().axisLabel, formatter: (value) => format(name, value).replace(".0 %", " %") },
   };
 }
 
@@ -164,7 +164,7 @@ function drawHypervolume(state) {
     legend: { ...common(narrow).legend, data: [...new Set(series.map((s) => s.name))] },
     tooltip: { ...common(narrow).tooltip, formatter: (item) => (item.data?.key ? text(item) : "") },
     xAxis: { type: "value", name: seconds ? "seconds spent evaluating" : "evaluations", nameLocation: "middle", nameGap: 28, ...axisStyle() },
-    yAxis: { type: "value", scale: true, name: "hypervolume", nameTextStyle: { align: "left" }, ...axisStyle() },
+    yAxis: { type: "value", scale: true, name: "hypervolume", ...axisStyle(), nameTextStyle: { color: css("--text"), fontSize: 13, align: "left" } },
     series,
   }, { notMerge: true });
 }

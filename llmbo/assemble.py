@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
@@ -83,14 +84,21 @@ def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
     return cut_windows(read_text(config.text), loaded.tokenizer, config.windows, config.window, config.seed)
 
 
+def ranked(
+    model: PreTrainedModel, windows: TokenWindows, on_window: Callable[[int], None] | None = None
+) -> tuple[Statistics, Ranking]:
+    """What one pass over the calibration windows tells, and which units of each layer stay first."""
+    statistics = collect_statistics(model, windows.calibration, on_window=on_window)
+    return statistics, activation(model, statistics).ranking()
+
+
 @contextmanager
 def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> Iterator[Problem]:
     """Measure importance, build the compensation table and open the supernet, for as long as the context lasts."""
     model = loaded.model
     space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step)
     with phases.phase("importance", len(windows.calibration)) as advance:
-        statistics = collect_statistics(model, windows.calibration, on_window=advance)
-        ranking: Ranking = activation(model, statistics).ranking()
+        statistics, ranking = ranked(model, windows, advance)
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
         layer_importance = _importance_parts(model, statistics)
@@ -131,7 +139,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     if not fresh:
         _continued(config, url)
     with phases.phase("model files"):  # an alias is converted on first use
-        load_config(config.model)
+        _check_window(config, load_config(config.model))
     if config.text != "self":
         read_text(config.text)
     with _locked(folder):
@@ -140,13 +148,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
             loaded = load_model(config.model, dtype, device)
             windows = load_windows(config, loaded)
-        facts = {
-            "dtype": loaded.dtype,
-            "device": loaded.device,
-            "model": _model_part(loaded, anatomy_of(loaded.model)),
-            "data": _data_part(windows),
-        }
-        if stored and (changes := _changed_facts(stored, facts)):
+        facts = facts_of(loaded, windows)
+        if stored and (changes := changed_facts(stored, facts)):
             raise StorageError(_refusal(config, changes))
         with prepared(config, loaded, windows, phases) as problem:
             if len(problem.family.path) < 2:
@@ -188,7 +191,25 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     return facts
 
 
-def _changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _check_window(config: RunConfig, model: PretrainedConfig) -> None:
+    positions = getattr(model, "max_position_embeddings", config.window)
+    if config.window > positions:
+        raise ConfigError(
+            f"--window {config.window} is longer than the {positions} positions that '{config.model}' knows."
+        )
+
+
+def facts_of(loaded: LoadedModel, windows: TokenWindows) -> dict[str, Any]:
+    """What a run keeps of its model and text, so that others are noticed."""
+    return {
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+        "model": _model_part(loaded, anatomy_of(loaded.model)),
+        "data": _data_part(windows),
+    }
+
+
+def changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Another model or text behind the same name. Where the model lies does not matter."""
     return differences({**stored["model"], "source": None}, {**found["model"], "source": None}) + differences(
         stored["data"], found["data"]

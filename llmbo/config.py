@@ -1,6 +1,7 @@
 """Flags -> checked config. Everything that can be refused without a model is refused here."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,6 +93,19 @@ class RunConfig:
             raise ConfigError(f"--name must not be longer than {MAX_NAME_BYTES} bytes, got '{self.name}'.")
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.strip(".") == "":
             raise ConfigError(f"--name may hold letters, digits, '.', '_' and '-' only, got '{self.name}'.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], **changes: Any) -> "RunConfig":
+        """The config behind a report's `settings`, with `changes`.
+
+        Raises:
+            ConfigError: Another version of llmbo wrote them.
+        """
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        try:
+            return cls(**{**fields, **changes})
+        except TypeError as error:
+            raise ConfigError(f"The settings of this run are of another version of llmbo ({error}).") from error
 
     @property
     def windows(self) -> dict[str, int]:

@@ -31,7 +31,8 @@ from transformers import (
 from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line
-from pruning.anatomy import FAMILIES
+from pruning.anatomy import family_of, sizes_of
+from pruning.errors import UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,11 +121,10 @@ def load_config(name: str) -> PretrainedConfig:
         raise ModelError(
             f"'{name}' ({config.model_type}) is an encoder-decoder model; llmbo prunes decoder-only language models."
         )
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(
-            f"'{name}' is of the unsupported type '{config.model_type}'. Supported decoder families: {known}."
-        )
+    try:
+        family_of(config)
+    except UnsupportedModel as error:
+        raise ModelError(f"Cannot prune '{name}'. {error}") from error
     return config
 
 
@@ -181,10 +181,10 @@ def choose_dtype(
     """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on the model's largest matrix product here."""
     if dtype != "auto":
         return dtype
-    seconds = {}
+    seconds, sizes = {}, sizes_of(config)
     for name in ("float32", "bfloat16"):
-        tokens = torch.ones(256, config.hidden_size, dtype=DTYPES[name], device=device)
-        weight = torch.ones(config.intermediate_size, config.hidden_size, dtype=DTYPES[name], device=device)
+        tokens = torch.ones(256, sizes.hidden_size, dtype=DTYPES[name], device=device)
+        weight = torch.ones(sizes.intermediate_size, sizes.hidden_size, dtype=DTYPES[name], device=device)
         times = []
         for _ in range(6):
             start = clock()

@@ -1,4 +1,4 @@
-"""Where layers, KV groups and neurons sit in a Hugging Face decoder. The only file that knows module paths.
+"""Where layers, KV groups and neurons sit in a Hugging Face decoder, by the names in `pruning.families`.
 
 A decoder layer holds two residual *blocks*, attention and MLP. Both have the same shape for our purpose: some input
 projections whose rows belong to *units* (a KV group, a neuron), and one output projection whose columns belong to
@@ -9,42 +9,57 @@ the same units. Everything else in this package works on `Block`, never on names
     mlp         neuron                       gate: 1, up: 1                      down: 1
 
 with Q the number of query heads that share a KV group (grouped-query attention, arXiv:2305.13245; Q = 1 is MHA).
+
+A *fused* projection holds several of these one below the other: it has one *part* for each, and within a part every
+unit owns the same number of neighbouring rows. Phi-3's `qkv_proj` has three parts, Llama's `q_proj` has one; GPT-NeoX
+keeps query, key and value of a head together, which is one part again.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pruning.errors import UnsupportedModel
+from pruning.families import FAMILIES, Family, Places
+from pruning.projection import Projection, matrix_of
 
 BlockKind = Literal["attention", "mlp"]
 BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row of the table of supported families: attribute names, relative to the decoder and to a decoder layer."""
+class Rows:
+    """The rows of an input projection that belong to units.
 
-    model_type: str
-    layers: str = "layers"
-    attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    attention_output: str = "o_proj"
-    mlp: str = "mlp"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
-    mlp_output: str = "down_proj"
+    Args:
+        parts: Rows that one unit owns in each part of the projection.
+        units: Units in the dense projection.
+    """
 
+    parts: tuple[int, ...]
+    units: int
 
-FAMILIES = {
-    family.model_type: family for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
-}
+    @property
+    def per_unit(self) -> int:
+        return sum(self.parts)
+
+    @property
+    def total(self) -> int:
+        return self.units * self.per_unit
+
+    def prefix(self, units: int) -> list[slice]:
+        """The first `units` units: a run of rows in every part."""
+        starts = [self.units * sum(self.parts[:index]) for index in range(len(self.parts))]
+        return [slice(start, start + units * rows) for start, rows in zip(starts, self.parts, strict=True)]
+
+    def of(self, units: Tensor) -> Tensor:
+        """Indices of the rows of these units, part by part: `n` -> `n * per_unit`."""
+        parts = zip(self.prefix(self.units), self.parts, strict=True)
+        return torch.cat([part.start + expand_units(units, rows) for part, rows in parts])
 
 
 @dataclass(frozen=True)
@@ -53,22 +68,21 @@ class Block:
 
     Args:
         kind: "attention" or "mlp".
-        module: Attribute of the block in the decoder layer.
-        norm: Attribute of the normalisation before the block; it leaves with the block.
-        rows_per_unit: Input projections and how many of their rows one unit owns.
-        output: The projection back to the residual stream.
-        columns_per_unit: Columns of `output` that one unit owns.
+        places: Names of its modules.
+        inputs: Input projection -> its rows.
+        columns_per_unit: Columns of the output projection that one unit owns.
+        counts, config_counts: As in `Places`, with what one unit adds to each number.
         units: Units in the dense block.
         parameters_per_unit: Parameters that leave with one unit.
         fixed_parameters: Parameters that stay while any unit stays (norms, output bias).
     """
 
     kind: BlockKind
-    module: str
-    norm: str
-    rows_per_unit: Mapping[str, int]
-    output: str
+    places: Places
+    inputs: Mapping[str, Rows]
     columns_per_unit: int
+    counts: Mapping[str, int]
+    config_counts: Mapping[str, int]
     units: int
     parameters_per_unit: int
     fixed_parameters: int
@@ -78,27 +92,55 @@ class Block:
         """Columns of the dense output projection."""
         return self.units * self.columns_per_unit
 
+    def columns_of(self, units: Tensor) -> Tensor:
+        """Indices of the output projection's columns of these units, in their order."""
+        return expand_units(units, self.columns_per_unit)
+
     def module_of(self, layer: nn.Module) -> nn.Module:
-        return getattr(layer, self.module)
+        """The module that holds the projections: the layer itself in families without a module for the block."""
+        return _module(self.places, layer)
 
-    def output_of(self, layer: nn.Module) -> nn.Linear:
-        return getattr(self.module_of(layer), self.output)
+    def norm_of(self, layer: nn.Module) -> nn.Module:
+        """The normalisation at the block's entrance; what goes in is the residual stream."""
+        return getattr(layer, self.places.norm)
 
-    def inputs_of(self, layer: nn.Module) -> Iterator[tuple[nn.Linear, int]]:
-        """The block's input projections with the number of rows that one unit owns in each."""
-        for name, rows in self.rows_per_unit.items():
+    def output_of(self, layer: nn.Module) -> Projection:
+        return getattr(self.module_of(layer), self.places.output)
+
+    def update_of(self, layer: nn.Module) -> nn.Module:
+        """The module whose result is added to the residual stream."""
+        return getattr(layer, self.places.post_norm) if self.places.post_norm else self.output_of(layer)
+
+    def inputs_of(self, layer: nn.Module) -> Iterator[tuple[Projection, Rows]]:
+        """The block's input projections with the rows of its units."""
+        for name, rows in self.inputs.items():
             yield getattr(self.module_of(layer), name), rows
+
+    def attributes_at(self, layer: nn.Module, units: int) -> dict[str, Any]:
+        """What the attributes of the block's module that tell its width must say when `units` units are kept."""
+        values: dict[str, Any] = {name: count * units for name, count in self.counts.items()}
+        if self.config_counts:
+            own = {name: count * units for name, count in self.config_counts.items()}
+            values["config"] = LayerConfig(self.module_of(layer).config, own)
+        return values
+
+
+class LayerConfig:
+    """A model's config as one layer reads it: a few values are its own, all others are the model's, whenever they change."""
+
+    def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
+        vars(self).update(own, shared=shared)
+
+    def __getattr__(self, name: str) -> Any:  # asked only for what is not the layer's own
+        if name == "shared" or name.startswith("__"):  # a copy in the making, or copy and pickle looking for hooks
+            raise AttributeError(name)
+        return getattr(self.shared, name)
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """Sizes and places of a decoder, in Hugging Face's terms. Equal for every layer.
+class Sizes:
+    """Sizes of a decoder, in Hugging Face's terms."""
 
-    Args:
-        other_parameters: Parameters outside the decoder layers (embeddings, final norm, untied head).
-    """
-
-    family: Family
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -106,6 +148,21 @@ class Anatomy:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class Anatomy(Sizes):
+    """Sizes and places of a decoder. Equal for every layer.
+
+    Args:
+        other_parameters: Parameters outside the decoder layers (embeddings, final norm, untied head).
+    """
+
+    family: Family
     attention: Block
     mlp: Block
     other_parameters: int
@@ -114,15 +171,49 @@ class Anatomy:
     def blocks(self) -> tuple[Block, Block]:
         return self.attention, self.mlp
 
-    @property
-    def queries_per_group(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
-
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         return getattr(model.get_decoder(), self.family.layers)
 
     def set_layers(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
         setattr(model.get_decoder(), self.family.layers, layers)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model with this config.
+
+    Raises:
+        UnsupportedModel: No decoder of a family in `FAMILIES`, or a variant that does not fit it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(sorted(FAMILIES))}."
+        )
+    for name, needed in family.required.items():
+        if (found := getattr(config, name, needed)) != needed:
+            raise UnsupportedModel(
+                f"Models of type '{config.model_type}' are supported with {name}={needed}, this one has {name}={found}."
+            )
+    return family
+
+
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """Read the sizes from a config of a supported family.
+
+    Raises:
+        UnsupportedModel: See `family_of`.
+    """
+    family = family_of(config)
+    heads = config.num_attention_heads
+    return Sizes(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate_size=getattr(config, family.intermediate_size) or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+    )
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -131,41 +222,17 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     Raises:
         UnsupportedModel: Not a decoder of a family in `FAMILIES`, or layers of unequal size.
     """
-    config = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(sorted(FAMILIES))}."
-        )
+    sizes = sizes_of(model.config)
+    family = FAMILIES[model.config.model_type]
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"A {type(model).__name__} has no language-model head: load it as a causal language model."
         )
+    queries = sizes.queries_per_group
+    roles = {"q": queries * sizes.head_dim, "k": sizes.head_dim, "v": sizes.head_dim, "n": 1, "h": 1, "H": queries}
     layers = list(getattr(model.get_decoder(), family.layers))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    _check_widths(family, layers, config.num_attention_heads * head_dim, config.intermediate_size)
-    queries = config.num_attention_heads // config.num_key_value_heads
-    attention_rows = {family.query: queries * head_dim, family.key: head_dim, family.value: head_dim}
-    attention = _block(
-        "attention",
-        layers[0],
-        family.attention,
-        family.attention_norm,
-        attention_rows,
-        family.attention_output,
-        queries * head_dim,
-        config.num_key_value_heads,
-    )
-    mlp = _block(
-        "mlp",
-        layers[0],
-        family.mlp,
-        family.mlp_norm,
-        dict.fromkeys(family.mlp_inputs, 1),
-        family.mlp_output,
-        1,
-        config.intermediate_size,
-    )
+    attention = _block("attention", family.attention, layers, roles, "q", sizes.num_key_value_heads)
+    mlp = _block("mlp", family.mlp, layers, roles, "n", sizes.intermediate_size)
     per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in (attention, mlp))
     for index, layer in enumerate(layers):
         if _count(layer) != per_layer:
@@ -173,54 +240,66 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 f"Layer {index} has {_count(layer)} parameters where {per_layer} were expected: layers of unequal size."
             )
     return Anatomy(
+        **asdict(sizes) | {"num_hidden_layers": len(layers)},
         family=family,
-        num_hidden_layers=len(layers),
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
         attention=attention,
         mlp=mlp,
         other_parameters=_count(model) - len(layers) * per_layer,
     )
 
 
-def _check_widths(family: Family, layers: list[nn.Module], attention: int, mlp: int) -> None:
+def expand_units(units: Tensor, width: int) -> Tensor:
+    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _block(
+    kind: BlockKind, places: Places, layers: list[nn.Module], roles: Mapping[str, int], output_role: str, units: int
+) -> Block:
+    inputs = {
+        name: Rows(tuple(sum(roles[role] for role in part) for part in parts), units)
+        for name, parts in places.inputs.items()
+    }
+    columns_per_unit = roles[output_role]
+    _check_widths(places, layers, inputs, units * columns_per_unit)
+    module = _module(places, layers[0])
+    output = getattr(module, places.output)
+    projections = {name: getattr(module, name) for name in inputs}
+    per_unit = columns_per_unit * len(matrix_of(output)) + sum(
+        rows.per_unit * (matrix_of(projections[name]).shape[1] + (projections[name].bias is not None))
+        for name, rows in inputs.items()
+    )
+    owned = [module] if places.module else [*projections.values(), output]
+    norms = [getattr(layers[0], name) for name in (places.norm, places.post_norm) if name]
+    return Block(
+        kind=kind,
+        places=places,
+        inputs=inputs,
+        columns_per_unit=columns_per_unit,
+        counts={name: roles[role] for name, role in places.counts.items()},
+        config_counts={name: roles[role] for name, role in places.config_counts.items()},
+        units=units,
+        parameters_per_unit=per_unit,
+        fixed_parameters=sum(_count(part) for part in (*owned, *norms)) - units * per_unit,
+    )
+
+
+def _check_widths(places: Places, layers: list[nn.Module], inputs: Mapping[str, Rows], columns: int) -> None:
     """The config of a pruned model still tells the dense widths, so they are read from the projections."""
+    expected = {name: (0, rows.total) for name, rows in inputs.items()} | {places.output: (1, columns)}
     for index, layer in enumerate(layers):
-        for module, output, columns in (
-            (family.attention, family.attention_output, attention),
-            (family.mlp, family.mlp_output, mlp),
-        ):
-            projection = getattr(getattr(layer, module), output, None)
-            found = 0 if projection is None else projection.in_features
-            if found != columns:
+        for name, (axis, width) in expected.items():
+            projection = getattr(_module(places, layer), name, None)
+            found = matrix_of(projection).shape[axis] if isinstance(projection, Projection) else 0
+            if found != width:
                 raise UnsupportedModel(
-                    f"Layer {index} has {found} columns in '{module}.{output}' where the config says {columns}: "
+                    f"Layer {index} has {found} {('rows', 'columns')[axis]} in '{name}' where the config says {width}: "
                     "layers of unequal size, or a model that is pruned already."
                 )
 
 
-def _block(
-    kind: BlockKind,
-    layer: nn.Module,
-    module: str,
-    norm: str,
-    rows_per_unit: Mapping[str, int],
-    output: str,
-    columns_per_unit: int,
-    units: int,
-) -> Block:
-    block = getattr(layer, module)
-    out = getattr(block, output)
-    per_unit = columns_per_unit * out.out_features
-    for name, rows in rows_per_unit.items():
-        projection = getattr(block, name)
-        per_unit += rows * (projection.in_features + (projection.bias is not None))
-    total = _count(block) + _count(getattr(layer, norm))
-    return Block(kind, module, norm, rows_per_unit, output, columns_per_unit, units, per_unit, total - units * per_unit)
+def _module(places: Places, layer: nn.Module) -> nn.Module:
+    return getattr(layer, places.module) if places.module else layer
 
 
 def _count(module: nn.Module) -> int:

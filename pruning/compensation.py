@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pruning.anatomy import Anatomy, Block, BlockKind
 from pruning.importance import Statistics
 from pruning.masks import Ranking
+from pruning.projection import matrix_of
 
 RIDGE = 0.03  # of the mean of diag(G); flat between 0.01 and 0.1 on SmolLM2
 CACHE_BYTES = 2 << 30
@@ -72,8 +73,8 @@ class CompensationTable:
             factors = []
             for index in range(len(layers)):
                 gram, grams[index] = grams[index] / statistics.num_tokens, torch.empty(0)
-                order = columns_of(ranking.of(block.kind)[index], block).to(gram.device)
-                factors.append(_factor(gram, block.output_of(layers[index]).weight.detach(), order, ridge))
+                order = block.columns_of(ranking.of(block.kind)[index]).to(gram.device)
+                factors.append(_factor(gram, matrix_of(block.output_of(layers[index])).detach(), order, ridge))
             self._factors[block.kind] = factors
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
@@ -94,16 +95,6 @@ class CompensationTable:
             for layer in range(self.anatomy.num_hidden_layers):
                 for units in widths[block.kind]:
                     self.weight(layer, block, units)
-
-
-def columns_of(units: Tensor, block: Block) -> Tensor:
-    """The output projection's columns of these units, in their order."""
-    return expand_units(units, block.columns_per_unit)
-
-
-def expand_units(units: Tensor, width: int) -> Tensor:
-    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _factor(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> _Factor:

@@ -6,7 +6,7 @@ class PruningError(Exception):
 
 
 class UnsupportedModel(PruningError):
-    """The model is no decoder of a family listed in `pruning.anatomy.FAMILIES`."""
+    """The model is no decoder of a family listed in `pruning.families.FAMILIES`."""
 
 
 class InvalidArchitecture(PruningError):
@@ -23,3 +23,11 @@ class NotEnoughText(PruningError):
 
 class UnreadableText(PruningError):
     """The text source does not exist, is not UTF-8 text, or cannot be reached."""
+
+
+class UnsupportedExport(PruningError):
+    """The file format, or what reads it, has no place for this architecture, tokenizer or dtype."""
+
+
+class ExportFailed(PruningError):
+    """What was written does not compute what the model computes, or cannot be loaded; it has been deleted."""

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
-from pruning.likelihood import loss_gradient
+from pruning.likelihood import Head, loss_gradient
 from pruning.masks import Ranking
+from pruning.projection import Projection, matrix_of
 
 
 @dataclass
@@ -103,13 +104,13 @@ def collect_statistics(
         },
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
-    embeddings = model.get_input_embeddings()
-    with frozen(model), _listening(model, statistics), torch.enable_grad():
+    embeddings, head = model.get_input_embeddings(), Head.of(model)
+    with frozen(model), _listening(model, statistics, windows.shape[1]), torch.enable_grad():
         for batch in windows.split(batch_size):
             batch = batch.to(device)
             inputs = embeddings(batch).detach().requires_grad_()  # the only leaf: gradients reach every z, no weight
             hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            hidden.backward(loss_gradient(hidden, model.get_output_embeddings(), batch))
+            hidden.backward(loss_gradient(hidden, head, batch))
             statistics.num_windows += len(batch)
             statistics.num_tokens += batch.numel()
             if on_window:
@@ -164,8 +165,9 @@ def magnitude(model: PreTrainedModel, statistics: Statistics) -> Importance:
         rows = []
         for layer in anatomy.layers_of(model):
             score = _per_unit(_column_norms(block, layer), block)
-            for projection, width in block.inputs_of(layer):
-                score = score + projection.weight.detach().float().pow(2).sum(-1).view(block.units, width).sum(-1)
+            for projection, rows_of in block.inputs_of(layer):
+                norms = matrix_of(projection).detach().float().pow(2).sum(-1)
+                score = score + sum(norms[part].view(block.units, -1).sum(-1) for part in rows_of.prefix(block.units))
             rows.append(score)
         scores[block.kind] = torch.stack(rows)
     return _importance(scores)
@@ -219,7 +221,7 @@ def _column_scores(
 
 
 def _column_norms(block: Block, layer: nn.Module) -> Tensor:
-    return block.output_of(layer).weight.detach().float().pow(2).sum(0)  # C
+    return matrix_of(block.output_of(layer)).detach().float().pow(2).sum(0)  # C
 
 
 def _per_unit(columns: Tensor, block: Block) -> Tensor:
@@ -243,8 +245,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(model: PreTrainedModel, statistics: Statistics) -> Iterator[None]:
-    """Fill `statistics` from hooks while the model runs; nothing waits for the device."""
+def _listening(model: PreTrainedModel, statistics: Statistics, length: int) -> Iterator[None]:
+    """Fill `statistics` from hooks while the model runs on windows of `length` tokens; nothing waits for the device."""
     anatomy = statistics.anatomy
     with ExitStack() as stack:
         for index, layer in enumerate(anatomy.layers_of(model)):
@@ -252,33 +254,54 @@ def _listening(model: PreTrainedModel, statistics: Statistics) -> Iterator[None]
                 layer.register_forward_hook(_layer_listener(statistics.layer_cosine, index), with_kwargs=True).remove
             )
             for block in anatomy.blocks:
-                sums = statistics.blocks[block.kind]
-                stack.callback(
-                    block.output_of(layer).register_forward_pre_hook(_block_listener(sums, block, index)).remove
-                )
+                sums, output, update = statistics.blocks[block.kind], block.output_of(layer), block.update_of(layer)
+                listen, follow = _block_listeners(sums, block, index, length, output)
+                stack.callback(output.register_forward_pre_hook(listen).remove)
+                if update is not output:
+                    stack.callback(update.register_forward_hook(follow).remove)
                 keep, compare = _residual_listeners(sums, index)
-                stack.callback(getattr(layer, block.norm).register_forward_pre_hook(keep).remove)
-                stack.callback(block.module_of(layer).register_forward_hook(compare).remove)
+                stack.callback(block.norm_of(layer).register_forward_pre_hook(keep).remove)
+                stack.callback(update.register_forward_hook(compare).remove)
         yield
 
 
-def _block_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def _block_listeners(
+    sums: BlockStatistics, block: Block, index: int, length: int, output: Projection
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A hook before the output projection that fills `sums`, and one on the norm behind it where there is one.
+
+    A norm undoes any scaling of its input x, so the derivative by a gate on all of a block is zero and that on one of two
+    KV groups half of what it should be, though removing them is not nothing. So gates act on its output y with the norm's
+    own scale y/x held at the dense model's; then they add up to the gate on the block's update. Gradients that go on to
+    earlier layers stay exact.
+    """
+    passing: list[Tensor] = []  # z on its way to the norm
+
+    def add(z: Tensor, grad: Tensor) -> None:
+        gate = (
+            z * grad.reshape(z.shape)
+        ).float()  # B x T x C; share of every column's dL/dgate that arises at this token
+        sums.taylor[index] += _per_unit(gate.sum(1).abs().sum(0), block)
+        sums.fisher[index] += (_per_unit(gate, block) * (length - 1)).pow(2).sum((0, 1))
+
     def listen(module: nn.Module, args: tuple[Tensor]) -> None:
-        z = args[0].detach()  # B x T x C; a hook that held the live tensor would keep the whole graph in a cycle
+        # Detached: a hook that held the live tensor would keep the whole graph in a cycle. Reshaped: OPT flattens its tokens.
+        z = args[0].detach().reshape(-1, length, block.columns)  # B x T x C
         tokens = z.flatten(0, 1).float()
         sums.total[index] += tokens.sum(0)
         sums.gram[index].addmm_(tokens.T, tokens)
         sums.square[index] = sums.gram[index].diagonal()
+        if block.places.post_norm:
+            passing.append(z)
+        else:
+            args[0].register_hook(lambda grad: add(z, grad))
 
-        def on_gradient(grad: Tensor) -> None:
-            gate = (z * grad).float()  # B x T x C; share of every column's dL/dgate that arises at this token
-            sums.taylor[index] += _per_unit(gate.sum(1).abs().sum(0), block)
-            predicted = grad.shape[1] - 1
-            sums.fisher[index] += (_per_unit(gate, block) * predicted).pow(2).sum((0, 1))
+    def follow(norm: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        z, scale = passing.pop(), (y / args[0]).detach().nan_to_num(0.0, 0.0, 0.0)
+        weight = matrix_of(output)
+        y.register_hook(lambda grad: add(z, (grad * scale) @ weight))
 
-        args[0].register_hook(on_gradient)
-
-    return listen
+    return listen, follow
 
 
 def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:
@@ -293,15 +316,14 @@ def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:
 
 
 def _residual_listeners(sums: BlockStatistics, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A hook before the block's norm that keeps the residual stream, and one after the block that compares."""
+    """A hook before the block's norm that keeps the residual stream, and one on what is added to it that compares."""
     residual: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
         residual.append(args[0].detach())
 
-    def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    def compare(module: nn.Module, args: tuple[Tensor, ...], update: Tensor) -> None:
         before = residual.pop()
-        update = output if isinstance(output, Tensor) else output[0]
         sums.cosine[index] += _cosines(before, before + update.detach())
 
     return keep, compare

@@ -5,6 +5,7 @@ Everything is in nats and averaged over the T - 1 predicted positions of each wi
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,33 @@ class DenseDistribution:
 
 
 @dataclass(frozen=True)
+class Head:
+    """From the decoder's last hidden states to logits, for as many rows at once as the caller likes.
+
+    Args:
+        projection: `hidden_size -> V`.
+        softcap: Gemma 2 squeezes logits into (-softcap, softcap) by a tanh; None in most families.
+    """
+
+    projection: nn.Linear
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        return cls(model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.projection(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def pull_back(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by the hidden states from the one by the logits; d(c tanh(u/c))/du = 1 - tanh(u/c)^2."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).to(gradient.dtype) ** 2)
+        return gradient.to(self.projection.weight.dtype) @ self.projection.weight
+
+
+@dataclass(frozen=True)
 class Quality:
     """How well a model predicts some windows. Nats per token; lower is better. `kl` is None without a dense reference."""
 
@@ -47,11 +75,11 @@ class Quality:
 
 
 @torch.no_grad()
-def loss_gradient(hidden: Tensor, head: nn.Linear, windows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def loss_gradient(hidden: Tensor, head: Head, windows: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Gradient of every window's mean next-token loss (nats) with respect to `hidden`, in closed form.
 
-    The loss of a linear head has gradient (softmax - onehot) W; computing it in chunks spares autograd's float32 copies
-    of the logits, which would cost as much as the rest of the backward pass of a small model.
+    The loss has gradient softmax - onehot with respect to the logits; computing it in chunks spares autograd's float32
+    copies of them, which would cost as much as the rest of the backward pass of a small model.
 
     Args:
         hidden: `B x T x hidden_size`, after the final norm.
@@ -73,7 +101,7 @@ def loss_gradient(hidden: Tensor, head: nn.Linear, windows: Tensor, generator: t
             excess.div_(excess.sum(-1, keepdim=True))  # softmax
             wanted = targets[rows, None] if generator is None else _drawn(excess, generator)
             excess.scatter_add_(-1, wanted, excess.new_full((len(excess), 1), -1.0))
-            gradient[window, :-1][rows] = (excess.to(hidden.dtype) @ head.weight) / predicted
+            gradient[window, :-1][rows] = head.pull_back(logits, excess) / predicted
     return gradient
 
 
@@ -91,10 +119,11 @@ def dense_distribution(
 ) -> DenseDistribution:
     """Remember what `model` predicts on `windows` (`num_windows x T` token ids)."""
     ids, logprobs, rest = [], [], []
+    head = Head.of(model)
     for batch in windows.split(batch_size):
         hidden = _hidden(model, batch.to(model.device))[:, :-1]
         for states in hidden.flatten(0, 1).split(CHUNK):
-            logits = model.get_output_embeddings()(states)
+            logits = head(states)
             normaliser = _log_normaliser(logits)
             top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
             logprob = top.to(normaliser.dtype) - normaliser[:, None]
@@ -115,7 +144,7 @@ def quality(
 
     One pass gives both. Waits for the device once, at the end.
     """
-    head = model.get_output_embeddings()
+    head = Head.of(model)
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     kl_sum = torch.zeros_like(loss_sum)
     for first in range(0, len(windows), batch_size):

@@ -2,12 +2,13 @@
 
 Scores of single units (`importance.fisher`) overstate the cost of removing what the refit can rebuild from its neighbours. Here
 the refitted block itself is judged. With z the inputs of an output projection W, z_K those of the best-ranked units, V the
-refitted weight of that width and g_t the gradient of a token's loss with respect to the block's output y = W z + b,
+refitted weight of that width and g_t the gradient of a token's loss with respect to y = W z,
 
-    cost(width) = E_t [ (g_t . (V z_K + b - y))^2 ] / 2        nats per token
+    cost(width) = E_t [ (g_t . (V z_K - W z))^2 ] / 2        nats per token
 
 the second-order KL divergence from the dense model, token by token (as in `importance.fisher`, Theis et al. 2018,
-arXiv:1801.05787; its first-order term vanishes at the dense model). A block that is dropped loses b too. Tokens drawn from the
+arXiv:1801.05787; its first-order term vanishes at the dense model). A block that
+is dropped loses all that it adds to the residual stream, bias and closing norm included. Tokens drawn from the
 model's own predictions give the true Fisher metric, which allocates better than the text's own tokens (Kunstner et al. 2019,
 arXiv:1905.12558, on why they differ).
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from pruning.anatomy import Block, BlockKind
 from pruning.importance import frozen
-from pruning.likelihood import loss_gradient
+from pruning.likelihood import Head, loss_gradient
 from pruning.supernet import Supernet
 
 Widths = Mapping[BlockKind, Sequence[int]]
@@ -52,14 +53,14 @@ def narrowing_costs(
         block.kind: torch.zeros(anatomy.num_hidden_layers, len(widths[block.kind]), device=model.device)
         for block in anatomy.blocks
     }
-    embeddings = model.get_input_embeddings()
+    embeddings, head = model.get_input_embeddings(), Head.of(model)
     done = 0
-    with frozen(model), _listening(supernet, widths, costs), torch.enable_grad():
+    with frozen(model), _listening(supernet, widths, costs, windows.shape[1]), torch.enable_grad():
         for batch in windows.split(batch_size):
             batch = batch.to(model.device)
             inputs = embeddings(batch).detach().requires_grad_()
             hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            hidden.backward(loss_gradient(hidden, model.get_output_embeddings(), batch, generator))
+            hidden.backward(loss_gradient(hidden, head, batch, generator))
             done += len(batch)
             if on_window:
                 on_window(done)
@@ -67,35 +68,52 @@ def narrowing_costs(
 
 
 @contextmanager
-def _listening(supernet: Supernet, widths: Widths, costs: Mapping[BlockKind, Tensor]) -> Iterator[None]:
-    """Add to `costs` from hooks while the model runs backward; nothing waits for the device."""
+def _listening(supernet: Supernet, widths: Widths, costs: Mapping[BlockKind, Tensor], length: int) -> Iterator[None]:
+    """Add to `costs` from hooks while the model runs backward on windows of `length` tokens; nothing waits for the device."""
     with ExitStack() as stack:
         for index, layer in enumerate(supernet.anatomy.layers_of(supernet.model)):
             for block in supernet.anatomy.blocks:
-                listener = _listener(supernet, index, block, widths[block.kind], costs[block.kind][index])
-                stack.callback(block.output_of(layer).register_forward_hook(listener).remove)
+                columns = dict(zip(widths[block.kind], costs[block.kind][index], strict=True))
+                keep, follow = _listeners(supernet, index, block, columns, length - 1)
+                stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
+                stack.callback(block.update_of(layer).register_forward_hook(follow).remove)
         yield
 
 
-def _listener(
-    supernet: Supernet, index: int, block: Block, widths: Sequence[int], costs: Tensor
-) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    def listen(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        z, y = args[0].detach().flatten(0, 1), output.detach().flatten(0, 1)  # tokens x C, tokens x hidden_size
+def _listeners(
+    supernet: Supernet, index: int, block: Block, costs: Mapping[int, Tensor], predicted: int
+) -> tuple[Callable[[nn.Module, tuple[Tensor], Tensor], None], Callable[[nn.Module, tuple[Tensor], Tensor], None]]:
+    """A hook on the output projection, and one on what the block adds to the residual stream, which fills `costs` by width.
+
+    A norm between the two keeps the dense model's scale, as in `importance`: its own derivative is blind to scaling.
+    """
+    passing: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
-        predicted = output.shape[1] - 1
+        passing.append((_tokens(args[0]), _tokens(output), bias))  # tokens x C, tokens x hidden_size
+
+    def follow(module: nn.Module, args: tuple[Tensor], update: Tensor) -> None:
+        z, y, bias = passing.pop()
+        scale = _tokens(update) / y if block.places.post_norm else None
 
         def on_gradient(grad: Tensor) -> None:
-            g = grad.flatten(0, 1) * predicted  # of the token's own loss, not of the window's mean
+            g = _tokens(grad) * predicted  # of the token's own loss, not of the window's mean
+            g = g if scale is None else (g * scale).nan_to_num(0.0, 0.0, 0.0)
             lost = (g * y).float().sum(-1)
-            for column, units in enumerate(widths):
+            for units, cost in costs.items():
                 kept = torch.zeros_like(lost)
                 if units:
                     weight = supernet.output_weight(index, block, units)
                     kept = ((g @ weight) * z[:, : units * block.columns_per_unit]).float().sum(-1)
                     kept = kept if bias is None else kept + (g @ bias).float()
-                costs[column] += (kept - lost).square().sum()
+                cost += (kept - lost).square().sum()
 
-        output.register_hook(on_gradient)
+        update.register_hook(on_gradient)
 
-    return listen
+    return keep, follow
+
+
+def _tokens(activations: Tensor) -> Tensor:
+    """`B x T x n`, or already `tokens x n`, -> `tokens x n`."""
+    return activations.detach().reshape(-1, activations.shape[-1])

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Block, anatomy_of
-from pruning.compensation import CompensationTable, expand_units
+from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
 from pruning.masks import PruningMask
+from pruning.projection import matrix_of, resize
 from pruning.supernet import absent
 
 
@@ -57,34 +58,32 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Compensation
 def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: CompensationTable | None) -> None:
     """Keep `units` (ascending indices) of one block of a copied layer."""
     if len(units) == 0:
-        setattr(layer, block.module, absent(block))
-        setattr(layer, block.norm, nn.Identity())
+        for name, module in absent(block).items():
+            setattr(layer, name, module)
         return
-    for projection, width in block.inputs_of(layer):
-        rows = expand_units(units, width).to(projection.weight.device)
-        _resize(
-            projection,
-            projection.weight.detach()[rows],
-            None if projection.bias is None else projection.bias.detach()[rows],
-        )
+    if len(units) == block.units:
+        return
+    for projection, rows in block.inputs_of(layer):
+        kept = rows.of(units).to(projection.weight.device)
+        bias = projection.bias
+        resize(projection, matrix_of(projection).detach()[kept], None if bias is None else bias.detach()[kept])
     output = block.output_of(layer)
-    if compensation is None or len(units) == block.units:
-        columns = expand_units(units, block.columns_per_unit).to(output.weight.device)
-        weight = output.weight.detach()[:, columns]
-    else:
-        ranked = compensation.ranking.of(block.kind)[index][: len(units)]
-        ascending = ranked.argsort()
-        if not torch.equal(ranked[ascending], units):
-            raise InvalidMask(
-                f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table."
-            )
-        refitted = compensation.weight(index, block, len(units))
-        weight = refitted[:, expand_units(ascending, block.columns_per_unit).to(refitted.device)].to(output.weight)
-    _resize(output, weight, None if output.bias is None else output.bias.detach())
+    columns = block.columns_of(units).to(output.weight.device)
+    weight = (
+        matrix_of(output).detach()[:, columns] if compensation is None else _refitted(index, block, units, compensation)
+    )
+    resize(output, weight.to(output.weight), None if output.bias is None else output.bias.detach())
+    for name, value in block.attributes_at(layer, len(units)).items():
+        setattr(block.module_of(layer), name, value)
 
 
-def _resize(projection: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    projection.weight = nn.Parameter(weight.contiguous(), requires_grad=projection.weight.requires_grad)
-    if bias is not None:
-        projection.bias = nn.Parameter(bias.clone(), requires_grad=projection.bias.requires_grad)
-    projection.out_features, projection.in_features = weight.shape
+def _refitted(index: int, block: Block, units: Tensor, compensation: CompensationTable) -> Tensor:
+    """The repaired output weight with its columns in the order of `units`."""
+    ranked = compensation.ranking.of(block.kind)[index][: len(units)]
+    ascending = ranked.argsort()
+    if not torch.equal(ranked[ascending], units):
+        raise InvalidMask(
+            f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table."
+        )
+    weight = compensation.weight(index, block, len(units))
+    return weight[:, block.columns_of(ascending).to(weight.device)]

@@ -1,8 +1,9 @@
 """Run any sub-network of the resident model without copying it.
 
 Sorting the units of every block by the ranking, best first, changes nothing the model computes, and makes every
-candidate a *prefix*: its input projections are views of the resident weights. With compensation the output projection
-comes from the table's cache, without it it is a view too. So a candidate costs no memory and no copying, on any device.
+candidate a *prefix*: its input projections are views of the resident weights, of fused projections one view per part.
+With compensation the output projection comes from the table's cache, without it it is a view too. So a candidate costs
+no memory and no copying of weights, on any device.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block, anatomy_of
+from pruning.anatomy import Block, Rows, anatomy_of
 from pruning.architecture import Architecture
-from pruning.compensation import CompensationTable, expand_units
+from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
 from pruning.likelihood import DenseDistribution, Quality, quality
 from pruning.masks import Ranking
+from pruning.projection import Narrow, Projection, matrix_of
 
 
 class AbsentAttention(nn.Module):
@@ -36,8 +38,14 @@ class AbsentMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def absent(block: Block) -> nn.Module:
-    return AbsentAttention() if block.kind == "attention" else AbsentMLP()
+def absent(block: Block) -> dict[str, nn.Module]:
+    """What stands in, by attribute of the decoder layer, for a block without any unit; its norms leave with it."""
+    places = block.places
+    if places.module:
+        whole: dict[str, nn.Module] = {places.module: AbsentAttention() if block.kind == "attention" else AbsentMLP()}
+    else:  # the layer calls the projections itself
+        whole = {**{name: nn.Identity() for name in block.inputs}, places.output: AbsentMLP()}
+    return whole | {name: nn.Identity() for name in (places.norm, places.post_norm) if name}
 
 
 class Supernet:
@@ -86,7 +94,7 @@ class Supernet:
         if self.compensation is not None and units < block.units:
             return self.compensation.weight(index, block, units)
         output = block.output_of(self.anatomy.layers_of(self.model)[index])
-        return output.weight[:, : units * block.columns_per_unit]
+        return matrix_of(output)[:, : units * block.columns_per_unit]
 
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
@@ -107,16 +115,19 @@ class Supernet:
             yield self.model
 
     def _narrow(self, layer: nn.Module, index: int, block: Block, units: int, stack: ExitStack) -> None:
-        if units == 0:
-            stack.callback(setattr, layer, block.module, block.module_of(layer))
-            setattr(layer, block.module, absent(block))
+        if units == block.units:
             return
-        for projection, rows in block.inputs_of(layer):
-            _swap(projection, "weight", projection.weight[: units * rows], stack)
-            if projection.bias is not None:
-                _swap(projection, "bias", projection.bias[: units * rows], stack)
-        if units < block.units:
-            _swap(block.output_of(layer), "weight", self.output_weight(index, block, units), stack)
+        if units == 0:
+            for name, module in absent(block).items():
+                _swap(layer, name, module, stack)
+            return
+        module = block.module_of(layer)
+        for name, value in block.attributes_at(layer, units).items():
+            _swap(module, name, value, stack)
+        for name, rows in block.inputs.items():
+            _swap(module, name, _prefix(getattr(module, name), rows, units), stack)
+        narrow = Narrow([self.output_weight(index, block, units)], [block.output_of(layer).bias])
+        _swap(module, block.places.output, narrow, stack)
 
     @torch.no_grad()
     def _reorder(self, inverse: bool) -> None:
@@ -125,17 +136,25 @@ class Supernet:
             for block in self.anatomy.blocks:
                 order = self.ranking.of(block.kind)[index].to(self.model.device)
                 order = order.argsort() if inverse else order
-                for projection, width in block.inputs_of(layer):
-                    rows = expand_units(order, width)
-                    projection.weight.copy_(projection.weight[rows])
+                for projection, rows in block.inputs_of(layer):
+                    row_order = rows.of(order)
+                    matrix_of(projection).copy_(matrix_of(projection)[row_order])
                     if projection.bias is not None:
-                        projection.bias.copy_(projection.bias[rows])
-                output = block.output_of(layer)
-                output.weight.copy_(output.weight[:, expand_units(order, block.columns_per_unit)])
+                        projection.bias.copy_(projection.bias[row_order])
+                output = matrix_of(block.output_of(layer))
+                output.copy_(output[:, block.columns_of(order)])
 
 
-def _swap(module: nn.Module, name: str, value: Tensor, stack: ExitStack) -> None:
-    """Stand `value` in for a parameter until `stack` closes. `F.linear` asks only the tensor for its shape."""
-    parameters = module._parameters
-    stack.callback(parameters.__setitem__, name, parameters[name])
-    parameters[name] = value  # type: ignore[assignment]
+def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:
+    """The rows of the first `units` units, as views."""
+    parts = rows.prefix(units)
+    bias = projection.bias
+    return Narrow(
+        [matrix_of(projection)[part] for part in parts], [None if bias is None else bias[part] for part in parts]
+    )
+
+
+def _swap(owner: nn.Module, name: str, value: object, stack: ExitStack) -> None:
+    """Set an attribute until `stack` closes. Modules keep their place among their siblings."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)

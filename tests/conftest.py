@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -42,6 +48,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+MHA = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 WINDOW = 6  # of sliding attention, shorter than the test windows
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -51,14 +58,28 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
     "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
-    "mistral-sliding": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen2-sliding": lambda: Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING, FULL, SLIDING]
     ),
     "qwen3": lambda: Qwen3Config(**SIZES),
-}
+    "gemma2": lambda: Gemma2Config(
+        **SIZES | {"tie_word_embeddings": True}, sliding_window=WINDOW, query_pre_attn_scalar=8,
+        final_logit_softcapping=20.0, attn_logit_softcapping=5.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES | {"tie_word_embeddings": True}, sliding_window=WINDOW, query_pre_attn_scalar=8,
+        layer_types=[SLIDING, SLIDING, FULL, SLIDING, FULL],
+    ),
+    "phi3": lambda: Phi3Config(**SIZES, sliding_window=WINDOW),
+    "gpt-neox": lambda: GPTNeoXConfig(**MHA),
+    "gpt-neox-sequential": lambda: GPTNeoXConfig(**MHA, use_parallel_residual=False, attention_bias=False),
+    "gpt2": lambda: GPT2Config(**MHA | {"tie_word_embeddings": True}, n_inner=24),
+    "opt": lambda: OPTConfig(
+        **MHA | {"tie_word_embeddings": True}, ffn_dim=24, word_embed_proj_dim=32, init_std=0.3, dropout=0.0
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,16 +13,18 @@ ROOT = Path(__file__).parents[1]
 # A file may import only what stands above it; a package's `__init__` goes by the package's name. A new file needs a place here.
 ORDER = {
     "pruning": (
-        "errors", "anatomy", "architecture", "masks", "cost", "calibration",
+        "errors", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
         "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
+        "export.modeling_pruned", "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
+        "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
         "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
         "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop",
         "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
-        "report.page", "report.write", "report", "strategies", "assemble", "dashboard", "progress",
-        "cli.common", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
+        "report.page", "report.write", "report", "strategies", "assemble", "dashboard", "progress", "card", "exporting",
+        "cli.common", "cli.export", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

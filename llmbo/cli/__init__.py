@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
 from llmbo.cli.report import report
@@ -15,5 +16,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, models):
+for command in (optimize, report, watch, export, models):
     app.command()(command)

@@ -150,20 +150,20 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import GPT2Config
+def bloom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BloomConfig
 
-    folder = tmp_path_factory.mktemp("gpt2")
-    GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("bloom")
+    BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2).save_pretrained(folder)
     return folder
 
 
-# what is wrong -> flags, and what the message says. {t5} and {gpt2} are folders, {tmp} is the working directory.
+# what is wrong -> flags, and what the message says. {t5} and {bloom} are folders, {tmp} is the working directory.
 BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "near alias": ({"model": "lama"}, ("'lama'", "did you mean 'llama'")),
     "no folder": ({"model": "./nowhere"}, ("'./nowhere'",)),
     "encoder-decoder": ({"model": "{t5}"}, ("encoder-decoder",)),
-    "unsupported family": ({"model": "{gpt2}"}, ("'gpt2'", "llama")),
+    "unsupported family": ({"model": "{bloom}"}, ("'bloom'", "llama")),
     "budget": ({"budget": 0}, ("--budget", "0")),
     "batch": ({"batch": 0}, ("--batch", "0")),
     "seed": ({"seed": 2**64}, ("--seed", str(2**64))),
@@ -171,6 +171,10 @@ BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "folder as text": ({"text": "text:{tmp}"}, ("{tmp}",)),
     "not UTF-8": ({"text": "text:{tmp}/binary"}, ("binary", "UTF-8")),
     "unknown source": ({"text": "web"}, ("'web'", "builtin")),
+    "window without positions": (
+        {"window": 65, "proxy_tokens": 65, "heldout_tokens": 65},
+        ("--window 65", "64 positions"),
+    ),
     "short text": ({"text": "text:{tmp}/short.txt"}, ("100 tokens", "256 are needed")),
     "text too short for the windows": ({"calibration_tokens": 1600}, ("1200 tokens", "1728 are needed")),
     "unknown objective": ({"objectives": "kl,speed"}, ("'speed'", "params_share")),
@@ -196,10 +200,10 @@ BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_line_and_touches_nothing(llmbo: Any, kind: str, t5_folder: Path, gpt2_folder: Path) -> None:
+def test_bad_input_is_one_line_and_touches_nothing(llmbo: Any, kind: str, t5_folder: Path, bloom_folder: Path) -> None:
     (llmbo.folder / "short.txt").write_text("w1 " * 100)
     (llmbo.folder / "binary").write_bytes(b"\xff\xfe\x00")
-    places = {"t5": t5_folder, "gpt2": gpt2_folder, "tmp": llmbo.folder}
+    places = {"t5": t5_folder, "bloom": bloom_folder, "tmp": llmbo.folder}
     flags, words = BAD[kind]
     before = llmbo.files()
     line = refused(llmbo(**{key: str(value).format(**places) for key, value in flags.items()}))

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PretrainedConfig, T5Config
 
 from llmbo.errors import ConfigError, LlmboError, ModelError
 from llmbo.models import ALIASES, choose_device, choose_dtype, load_config, load_model, resolve
@@ -65,9 +65,9 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
     ("config", "message"),
     [
         (T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), r"\(t5\).*encoder-decoder"),
-        (GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2), "'gpt2'.*llama"),
+        (BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2), "'bloom'.*gpt2.*llama"),
     ],
-    ids=["t5", "gpt2"],
+    ids=["t5", "bloom"],
 )
 def test_a_model_of_another_kind_is_refused_by_its_config(
     config: PretrainedConfig, message: str, tmp_path: Path

@@ -8,34 +8,53 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaForSequenceClassification,
     LlamaModel,
+    OPTConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from pruning.anatomy import FAMILIES, Anatomy, anatomy_of
+from pruning.anatomy import Anatomy, Rows, anatomy_of, family_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedModel
+from pruning.families import FAMILIES
 from pruning.masks import PruningMask, Ranking
+from pruning.projection import matrix_of
 from pruning.shrink import shrink
 
 
 def test_sizes_are_the_configs(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         assert getattr(anatomy, name) == getattr(model.config, name)
-    assert anatomy.mlp.units == anatomy.intermediate_size == model.config.intermediate_size
+    assert anatomy.num_key_value_heads == getattr(model.config, "num_key_value_heads", anatomy.num_attention_heads)
+    assert anatomy.mlp.units == anatomy.intermediate_size == 24
     assert anatomy.attention.units * anatomy.queries_per_group == model.config.num_attention_heads
-    assert list(anatomy.layers_of(model)) == list(model.model.layers)
+    assert len(anatomy.layers_of(model)) == 5
 
 
 def test_units_tile_every_projection(model: PreTrainedModel, anatomy: Anatomy) -> None:
     for layer in anatomy.layers_of(model):
         for block in anatomy.blocks:
-            assert block.output_of(layer).in_features == block.columns == block.units * block.columns_per_unit
+            assert matrix_of(block.output_of(layer)).shape[1] == block.columns == block.units * block.columns_per_unit
             for projection, rows in block.inputs_of(layer):
-                assert projection.out_features == block.units * rows
+                assert len(matrix_of(projection)) == rows.total == block.units * rows.per_unit
+                owned = torch.cat([rows.of(torch.tensor([unit])) for unit in range(block.units)])
+                assert owned.sort().values.tolist() == list(range(rows.total))
+
+
+@pytest.mark.parametrize("parts", [(3,), (2, 1, 1), (1, 1)])
+def test_rows_of_leading_units_are_a_run_in_every_part(parts: tuple[int, ...]) -> None:
+    rows = Rows(parts, units=4)
+    for units in range(5):
+        runs = [torch.arange(part.start, part.stop) for part in rows.prefix(units)]
+        assert rows.of(torch.arange(units)).tolist() == torch.cat(runs).tolist()
+    backwards = torch.arange(3, -1, -1)
+    assert rows.of(backwards)[: parts[0]].tolist() == list(range(3 * parts[0], 4 * parts[0]))
+    assert rows.of(backwards)[rows.of(backwards).argsort()].tolist() == list(range(rows.total))
 
 
 def test_fixed_parameters_are_norms_and_output_biases(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -43,9 +62,12 @@ def test_fixed_parameters_are_norms_and_output_biases(model: PreTrainedModel, an
     for block in anatomy.blocks:
         inputs = {id(p) for projection, _ in block.inputs_of(layer) for p in projection.parameters()}
         cut = inputs | {id(block.output_of(layer).weight)}
-        modules = (block.module_of(layer), getattr(layer, block.norm))
-        stay = sum(p.numel() for module in modules for p in module.parameters() if id(p) not in cut)
-        assert block.fixed_parameters == stay
+        stay = [block.norm_of(layer), block.update_of(layer), block.output_of(layer)]
+        stay += [
+            module for module in block.module_of(layer).children() if block.places.module
+        ]  # norms of queries and keys
+        kept = {id(p): p.numel() for module in stay for p in module.parameters() if id(p) not in cut}
+        assert block.fixed_parameters == sum(kept.values())
 
 
 def test_parameters_add_up(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -58,18 +80,19 @@ def test_parameters_add_up(model: PreTrainedModel, anatomy: Anatomy) -> None:
 def test_layers_can_be_replaced(model: PreTrainedModel, anatomy: Anatomy) -> None:
     layers = nn.ModuleList(list(anatomy.layers_of(model))[:2])
     anatomy.set_layers(model, layers)
-    assert anatomy.layers_of(model) is layers is model.model.layers
+    assert anatomy.layers_of(model) is layers
+    assert len(list(model.model.layers)) == 2
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8)),
+        lambda: BloomForCausalLM(BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)),
         lambda: BertLMHeadModel(
             BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
         ),
     ],
-    ids=["gpt2", "bert"],
+    ids=["bloom", "bert"],
 )
 def test_other_families_are_refused_by_name(other: Callable[[], PreTrainedModel]) -> None:
     model = other()
@@ -77,6 +100,19 @@ def test_other_families_are_refused_by_name(other: Callable[[], PreTrainedModel]
         anatomy_of(model)
     assert f"'{model.config.model_type}'" in str(error.value)
     assert all(family in str(error.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OPTConfig(do_layer_norm_before=False), "do_layer_norm_before=True"),
+        (GPT2Config(add_cross_attention=True), "add_cross_attention=False"),
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=False"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused_by_name(config: PreTrainedConfig, said: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{config.model_type}' .* with {said}"):
+        family_of(config)
 
 
 @pytest.mark.parametrize("headless", [LlamaModel, LlamaForSequenceClassification])
@@ -89,6 +125,7 @@ def test_a_decoder_without_language_model_head_is_refused(
 
 
 @pytest.mark.parametrize("neurons", [20, 24])
+@pytest.mark.parametrize("model", ["llama", "llama-biased"], indirect=True)
 def test_unequal_layers_are_refused_with_the_layer(model: PreTrainedModel, neurons: int) -> None:
     mlp, bias = model.model.layers[3].mlp, model.model.layers[3].mlp.up_proj.bias is None  # as wide, but other biases
     mlp.gate_proj, mlp.up_proj = nn.Linear(32, neurons, bias), nn.Linear(32, neurons, bias)
@@ -108,7 +145,7 @@ def test_unequal_layers_are_refused_with_the_layer(model: PreTrainedModel, neuro
     ],
     ids=["fewer groups", "fewer neurons", "no first attention", "no first MLP", "thin last layer"],
 )
-@pytest.mark.parametrize("model", ["llama", "qwen3"], indirect=True)
+@pytest.mark.parametrize("model", ["llama", "qwen3", "phi3"], indirect=True)
 def test_a_shrunk_model_is_never_read_with_the_dense_sizes(model: PreTrainedModel, small: Architecture) -> None:
     """Its config still tells the dense widths: refusing is right, believing the config is not."""
     ranking = Ranking(torch.arange(2).repeat(5, 1), torch.arange(24).repeat(5, 1))

@@ -17,8 +17,8 @@ ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_full_keeps_everything(model: PreTrainedModel, anatomy: Anatomy) -> None:
     full = Architecture.full(anatomy)
     full.check(anatomy)
-    assert full.kv_groups == (model.config.num_key_value_heads,) * model.config.num_hidden_layers
-    assert full.neurons == (model.config.intermediate_size,) * model.config.num_hidden_layers
+    assert full.kv_groups == (anatomy.num_key_value_heads,) * model.config.num_hidden_layers
+    assert full.neurons == (24,) * model.config.num_hidden_layers
     assert (full.units("attention"), full.units("mlp")) == (full.kv_groups, full.neurons)
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block
-from pruning.compensation import CompensationTable, columns_of, expand_units
+from pruning.anatomy import Anatomy, Block, expand_units
+from pruning.compensation import CompensationTable
 from pruning.importance import Statistics, collect_statistics
 from pruning.masks import Ranking
+from pruning.projection import matrix_of
 
 RIDGE = 0.03
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
@@ -63,7 +64,7 @@ def projections(model: PreTrainedModel, anatomy: Anatomy, statistics: Statistics
             units = ranking.of(block.kind)[index].tolist()
             width = block.columns_per_unit
             order = [unit * width + column for unit in units for column in range(width)]
-            weight = block.output_of(layer).weight.detach().clone()
+            weight = matrix_of(block.output_of(layer)).detach().clone()
             damping = RIDGE * gram.trace().item() / len(gram)
             found.append(Projection(index, block, weight[:, order], gram[order][:, order], damping))
     return found
@@ -214,5 +215,5 @@ def test_units_own_consecutive_columns(units: list[int], width: int) -> None:
 @ONE_FAMILY
 def test_columns_of_a_group_are_its_heads(anatomy: Anatomy) -> None:
     group = anatomy.queries_per_group * anatomy.head_dim
-    assert columns_of(torch.tensor([1]), anatomy.attention).tolist() == list(range(group, 2 * group))
-    assert columns_of(torch.tensor([7, 3]), anatomy.mlp).tolist() == [7, 3]
+    assert anatomy.attention.columns_of(torch.tensor([1])).tolist() == list(range(group, 2 * group))
+    assert anatomy.mlp.columns_of(torch.tensor([7, 3])).tolist() == [7, 3]

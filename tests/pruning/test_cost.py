@@ -3,30 +3,31 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.cost import block_parameters, cost_of, dense_block_parameters
 from pruning.masks import PruningMask
+from pruning.projection import Projection
 from pruning.shrink import shrink
 
 
 def test_predicted_equals_counted(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_mask: Callable[..., PruningMask]
 ) -> None:
-    dense = sum(p.numel() for p in model.model.layers.parameters())
+    dense = sum(p.numel() for p in anatomy.layers_of(model).parameters())
     for seed in range(8):
         mask = random_mask(anatomy, seed)
         cost, small = cost_of(anatomy, mask.architecture, bytes_per_value=8), shrink(model, mask)
-        blocks = list(small.model.layers.parameters())
+        blocks = list(anatomy.layers_of(small).parameters())
         assert cost.parameters == sum(p.numel() for p in small.parameters())
         assert cost.block_parameters == sum(p.numel() for p in blocks)
         assert cost.share == cost.block_parameters / dense
         assert cost.weight_bytes == sum(p.nbytes for p in small.parameters())
 
-        multiplied = sum(module.weight.numel() for module in small.modules() if isinstance(module, nn.Linear))
+        multiplied = sum(module.weight.numel() for module in small.modules() if isinstance(module, Projection))
         vectors = sum(p.numel() for p in blocks if p.ndim == 1)  # norms and biases are counted like weights
         assert cost.flops_per_token == 2 * (multiplied + vectors)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block
+from pruning.anatomy import Anatomy, Block, anatomy_of
 from pruning.importance import (
     METHODS,
     Importance,
@@ -23,6 +23,7 @@ from pruning.importance import (
     taylor,
 )
 from pruning.masks import Ranking
+from pruning.projection import Projection, matrix_of
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # statistics are float32
 ONE_FAMILY = pytest.mark.parametrize("model", ["qwen2"], indirect=True)
@@ -34,7 +35,7 @@ def output_inputs(model: PreTrainedModel, anatomy: Anatomy, block: Block, window
     outputs = [block.output_of(layer) for layer in anatomy.layers_of(model)]
 
     def keep(_: nn.Module, args: tuple[Tensor]) -> None:
-        seen.append(args[0].flatten(0, 1))
+        seen.append(args[0].flatten(0, -2))
 
     handles = [output.register_forward_pre_hook(keep) for output in outputs]
     with torch.no_grad():
@@ -51,7 +52,9 @@ def per_unit(columns: Tensor, block: Block) -> Tensor:
 
 
 def column_energy(model: PreTrainedModel, anatomy: Anatomy, block: Block) -> Tensor:
-    return torch.stack([block.output_of(layer).weight.detach().norm(dim=0) ** 2 for layer in anatomy.layers_of(model)])
+    return torch.stack(
+        [matrix_of(block.output_of(layer)).detach().norm(dim=0) ** 2 for layer in anatomy.layers_of(model)]
+    )
 
 
 def test_statistics_do_not_depend_on_the_batch(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
@@ -87,16 +90,25 @@ def gate_derivatives(
 ) -> Tensor:
     """Autograd's derivative of every window's mean loss by gates of `shape` on all blocks of one kind: `L x *shape`.
 
-    Each gate multiplies `repeat` neighbouring columns of the output projection's `B x T x C` input.
+    Each gate multiplies `repeat` neighbouring columns of the output projection's `B x T x C` input. What a gate changes
+    passes a norm behind the projection with the scale y/x of the dense model; the dense signal passes it as ever.
     """
     layers = anatomy.layers_of(model)
     gates = [torch.ones(shape, dtype=torch.double, requires_grad=True) for _ in layers]
-    handles = [
-        block.output_of(layer).register_forward_pre_hook(
-            lambda _, args, gate=gate: (args[0] * gate.repeat_interleave(repeat, -1),)
-        )
-        for layer, gate in zip(layers, gates, strict=True)
-    ]
+    changes: list[Tensor] = []  # what the gate in force adds to the projection's result: zero, with a gradient
+    handles = []
+    for layer, gate in zip(layers, gates, strict=True):
+        output, update = block.output_of(layer), block.update_of(layer)
+
+        def remember(_: nn.Module, args: tuple[Tensor], gate: Tensor = gate, output: Projection = output) -> None:
+            z = args[0].detach().view(*windows.shape, block.columns)
+            changes.append(F.linear(z * gate.repeat_interleave(repeat, -1) - z, matrix_of(output).detach()))
+
+        def add(norm: nn.Module, args: tuple[Tensor], y: Tensor, output: Projection = output) -> Tensor:
+            scale = 1.0 if norm is output else (y / args[0]).detach()
+            return y + changes.pop().view_as(y) * scale
+
+        handles += [output.register_forward_pre_hook(remember), update.register_forward_hook(add)]
     logits = model(windows, use_cache=False).logits
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none").mean(1)  # B
     for handle in handles:
@@ -155,9 +167,9 @@ def test_magnitude_is_the_squared_norm_of_a_units_weights(
     for index, layer in enumerate(anatomy.layers_of(model)):
         for block in anatomy.blocks:
             for unit in range(block.units):
-                own = [p.weight[unit * rows : (unit + 1) * rows] for p, rows in block.inputs_of(layer)]
+                own = [matrix_of(p)[rows.of(torch.tensor([unit]))] for p, rows in block.inputs_of(layer)]
                 width = block.columns_per_unit
-                own.append(block.output_of(layer).weight[:, unit * width : (unit + 1) * width])
+                own.append(matrix_of(block.output_of(layer))[:, unit * width : (unit + 1) * width])
                 expected = sum(float((weight.detach() ** 2).sum()) for weight in own)
                 assert found.of(block.kind)[index, unit].item() == pytest.approx(expected, rel=1e-5)
 
@@ -167,14 +179,16 @@ def test_a_unit_that_sends_nothing_ranks_last(model: PreTrainedModel, anatomy: A
     layer = anatomy.layers_of(model)[2]
     for block in anatomy.blocks:
         first = silent[block.kind] * block.columns_per_unit
-        block.output_of(layer).weight.data[:, first : first + block.columns_per_unit] = 0
+        matrix_of(block.output_of(layer)).data[:, first : first + block.columns_per_unit] = 0
     statistics = collect_statistics(model, windows)
     for method in (taylor, fisher, activation, fluctuation):
         scores = method(model, statistics)
         for block in anatomy.blocks:
-            assert scores.of(block.kind)[2, silent[block.kind]] == 0
-            assert scores.ranking().of(block.kind)[2, -1] == silent[block.kind]
-            assert (scores.of(block.kind) == 0).sum() == 1
+            found, order = scores.of(block.kind)[2], scores.ranking().of(block.kind)[2].tolist()
+            assert found[silent[block.kind]] == 0
+            assert (
+                order.index(silent[block.kind]) >= (found > 0).sum() >= block.units / 2
+            )  # of OPT's ReLUs some are dead
 
 
 def test_a_ranking_is_descending_and_stable() -> None:
@@ -189,19 +203,27 @@ def test_influence_is_one_minus_the_cosine_of_the_residual_stream(
 ) -> None:
     found = block_influence(collect_statistics(model, windows))
     streams: list[Tensor] = []
+    updates: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
     for layer in anatomy.layers_of(model):
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
-    model.model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+        for block in anatomy.blocks:
+            block.norm_of(layer).register_forward_pre_hook(lambda _, args: streams.append(args[0].view(5, 10, -1)))
+            block.update_of(layer).register_forward_hook(
+                lambda _, args, update, kind=block.kind: updates[kind].append(update.view(5, 10, -1))
+            )
+    (final,) = [module for name, module in model.get_decoder().named_children() if "norm" in name or name == "ln_f"]
+    final.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
     with torch.no_grad():
         model(windows, use_cache=False)
+    attention, mlp = (torch.stack(updates[kind]) for kind in ("attention", "mlp"))
+    before, between, after = (torch.stack(streams[first::2][:5]) for first in (0, 1, 2))  # L x B x T x hidden_size
+    torch.testing.assert_close(before + attention + mlp, after, rtol=0, atol=1e-12)
 
-    def influence(befores: list[Tensor], afters: list[Tensor]) -> Tensor:
-        return torch.stack([1 - F.cosine_similarity(b, a, dim=-1).mean() for b, a in zip(befores, afters, strict=True)])
+    def influence(before: Tensor, after: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(before, after, dim=-1).mean((1, 2))
 
-    torch.testing.assert_close(found["layer"].double(), influence(streams[:-1:2], streams[2::2]), **CLOSE)
-    torch.testing.assert_close(found["attention"].double(), influence(streams[:-1:2], streams[1::2]), **CLOSE)
-    torch.testing.assert_close(found["mlp"].double(), influence(streams[1::2], streams[2::2]), **CLOSE)
+    torch.testing.assert_close(found["layer"].double(), influence(before, after), **CLOSE)
+    torch.testing.assert_close(found["attention"].double(), influence(before, before + attention), **CLOSE)
+    torch.testing.assert_close(found["mlp"].double(), influence(between, between + mlp), **CLOSE)
 
 
 def test_a_layer_that_adds_nothing_has_no_influence(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
@@ -219,7 +241,7 @@ def test_the_model_is_left_as_it_was(
     unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]],
 ) -> None:  # fmt: skip
     model.train()
-    model.model.layers[2].mlp.requires_grad_(False)
+    anatomy_of(model).mlp.module_of(anatomy_of(model).layers_of(model)[2]).requires_grad_(False)
 
     def on_window(done: int) -> None:
         if raises and done > 2:

@@ -13,6 +13,7 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import InvalidMask, PruningError
 from pruning.masks import PruningMask, Ranking, masked
+from pruning.projection import matrix_of
 
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
 
@@ -91,11 +92,9 @@ def test_a_mask_of_another_model_is_refused(
 
 
 def test_the_full_mask_changes_nothing(
-    model: PreTrainedModel, windows: Tensor, logits: Callable[[PreTrainedModel, Tensor], Tensor]
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, logits: Callable[[PreTrainedModel, Tensor], Tensor]
 ) -> None:
-    everything = PruningMask(
-        torch.ones(5, model.config.num_key_value_heads, dtype=torch.bool), torch.ones(5, 24, dtype=torch.bool)
-    )
+    everything = PruningMask(*(torch.ones(5, block.units, dtype=torch.bool) for block in anatomy.blocks))
     expected = logits(model, windows)
     with masked(model, everything):
         assert torch.equal(logits(model, windows), expected)
@@ -118,7 +117,7 @@ def test_masking_is_zeroing_the_output_columns(
             for unit in range(block.units):
                 if not mask.of(block.kind)[index, unit]:
                     columns = slice(unit * block.columns_per_unit, (unit + 1) * block.columns_per_unit)
-                    output.weight.data[:, columns] = 0
+                    matrix_of(output).data[:, columns] = 0
             if output.bias is not None and not mask.of(block.kind)[index].any():
                 output.bias.data.zero_()
     with masked(model, mask):

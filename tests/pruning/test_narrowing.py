@@ -66,7 +66,7 @@ def dropped_blocks(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) ->
             for block in anatomy.blocks
         }
         handles = [
-            block.output_of(layer).register_forward_hook(
+            block.update_of(layer).register_forward_hook(
                 lambda module, args, output, gate=gates[block.kind], index=index: output * gate[index]
             )
             for index, layer in enumerate(anatomy.layers_of(model))
@@ -83,6 +83,7 @@ def dropped_blocks(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) ->
     return {kind: (cost / (2 * windows.numel())).float() for kind, cost in total.items()}
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen2", "gpt2", "gpt-neox"], indirect=True)
 def test_the_refit_pays(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw) -> None:
     """Least squares is another metric than the loss, so a single block may lose by it; all together gain."""
     ranking = random_ranking(anatomy, 5)
@@ -139,11 +140,13 @@ def test_drawn_tokens_estimate_the_true_fisher_metric(
 def exact_drop(model: PreTrainedModel, anatomy: Anatomy, kind: BlockKind, window: Tensor) -> Tensor:
     """Gauss-Newton: how all logits move with a gate per token on each block's output, weighed by their covariance."""
     block = anatomy.attention if kind == "attention" else anatomy.mlp
-    outputs = [block.output_of(layer) for layer in anatomy.layers_of(model)]
+    outputs = [block.update_of(layer) for layer in anatomy.layers_of(model)]
 
     def logits(gate: Tensor) -> Tensor:  # gate: L x T
         handles = [
-            output.register_forward_hook(lambda module, args, result, index=index: result * gate[index][None, :, None])
+            output.register_forward_hook(
+                lambda module, args, result, index=index: result * gate[index].view(*[1] * (result.ndim - 2), -1, 1)
+            )
             for index, output in enumerate(outputs)
         ]
         try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
@@ -16,6 +17,7 @@ from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
 from pruning.importance import collect_statistics
 from pruning.masks import PruningMask, Ranking, masked
+from pruning.projection import Projection, matrix_of
 from pruning.shrink import shrink
 
 PATTERNS = ["BBBBB", "ABMB-", "MABBB", "-BBMA", "MM-BB", "M-M-A"]
@@ -154,8 +156,8 @@ def test_the_config_tells_the_layers_left(
     for pattern in PATTERNS:
         small = shrink(model, random_mask(anatomy, 0, pattern))
         left = len(pattern.replace("-", ""))
-        assert small.config.num_hidden_layers == left == len(small.model.layers)
-        assert small.config is small.model.config
+        assert small.config.num_hidden_layers == left == len(anatomy.layers_of(small))
+        assert small.config is small.get_decoder().config
         assert len(getattr(small.config, "layer_types", None) or range(left)) == left
         small.config.validate()
 
@@ -170,17 +172,22 @@ def test_every_module_follows_the_config_of_the_shrunk_model(
     """Or `set_attn_implementation` would change the masks and leave the attention as it was."""
     small = shrink(model, random_mask(anatomy, 0))
     expected = logits(small, windows)
-    assert all(module.config is small.config for module in small.modules() if hasattr(module, "config"))
     small.set_attn_implementation("eager")
+    assert {m.config._attn_implementation for m in small.modules() if hasattr(m, "config")} == {"eager"}
     torch.testing.assert_close(logits(small, windows), expected, rtol=0, atol=1e-4)  # eager's softmax is float32
 
 
 def test_modules_tell_their_shapes(
     model: PreTrainedModel, anatomy: Anatomy, random_mask: Callable[..., PruningMask]
 ) -> None:
-    linears = [m for m in shrink(model, random_mask(anatomy, 0)).modules() if isinstance(m, torch.nn.Linear)]
-    assert all((linear.out_features, linear.in_features) == linear.weight.shape for linear in linears)
-    assert len({linear.weight.shape for linear in linears}) > 5
+    def told(projection: Projection) -> tuple[int, int]:
+        if isinstance(projection, Conv1D):
+            return projection.nf, projection.nx
+        return projection.out_features, projection.in_features
+
+    projections = [m for m in shrink(model, random_mask(anatomy, 0)).modules() if isinstance(m, Projection)]
+    assert all(told(projection) == matrix_of(projection).shape for projection in projections)
+    assert len({told(projection) for projection in projections}) > 4
 
 
 @ONE_FAMILY

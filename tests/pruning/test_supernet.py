@@ -15,8 +15,9 @@ from pruning.errors import InvalidArchitecture, InvalidMask
 from pruning.importance import activation, collect_statistics
 from pruning.likelihood import dense_distribution, quality
 from pruning.masks import PruningMask, Ranking, masked
+from pruning.projection import Projection
 from pruning.shrink import shrink
-from pruning.supernet import Supernet
+from pruning.supernet import Supernet, absent
 
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
 
@@ -96,7 +97,7 @@ def test_the_model_is_restored_bit_for_bit(
     random_architecture: Callable[..., Architecture],
     unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]],
 ) -> None:  # fmt: skip
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    anatomy.mlp.output_of(anatomy.layers_of(model)[1]).weight.requires_grad_(False)
     for table in (None, compensation):
         with unchanged(model), Supernet(model, ranking, table) as supernet:
             for seed in range(3):
@@ -175,14 +176,17 @@ def test_a_candidate_copies_no_weight(
                 for block in anatomy.blocks:
                     units = architecture.units(block.kind)[index]
                     if units == 0:
-                        assert not list(block.module_of(layer).parameters())
+                        assert not any(list(getattr(layer, name).parameters()) for name in absent(block))
+                        continue
+                    if units == block.units:
+                        assert all(isinstance(projection, Projection) for projection, _ in block.inputs_of(layer))
                         continue
                     for projection, rows in block.inputs_of(layer):
-                        assert len(projection.weight) == units * rows
-                        values = [projection.weight] + [projection.bias] * (projection.bias is not None)
+                        assert sum(map(len, projection.matrices)) == units * rows.per_unit
+                        values = [v for v in (*projection.matrices, *projection.biases) if v is not None]
                         assert all(value.untyped_storage().data_ptr() in resident for value in values)
-                    weight = block.output_of(layer).weight
-                    if table is None or units == block.units:
+                    (weight,) = block.output_of(layer).matrices
+                    if table is None:
                         assert weight.untyped_storage().data_ptr() in resident
                     else:
                         assert weight is compensation.weight(index, block, units)

@@ -1,0 +1,83 @@
+"""A folder with one GGUF file, read back by llama.cpp itself where it is installed."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import torch
+from gguf import GGUFReader
+from torch import Tensor
+
+from pruning.errors import ExportFailed
+from pruning.export.folder import whole_folder
+from pruning.export.gguf_file import gguf_tensors, write_gguf
+from pruning.export.hf import Pruned
+from pruning.export.verify import Check, check_equal, difference, expected_logits, probe, reloaded
+
+# llama.cpp multiplies in the file's dtype, or rounds activations to 8 bits with q8_0.
+TOLERANCE = {"f32": 2e-2, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
+WEIGHT_TOLERANCE = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 1e-2}
+SAMPLE = "Hello world, it's 2026: 12345.67!\n\n    def café(x):\n\treturn x ** 2  # «naïve» 数字 😀 ...  end"
+
+
+def save_gguf(
+    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, dtype: str = "f16", name: str = "model"
+) -> Check:
+    """Write `out/NAME-DTYPE.gguf`, tokenizer and chat template included.
+
+    Args:
+        out: A folder that is empty or does not exist. It appears when everything is written and checked, not before.
+        files: More texts for the folder, by file name.
+        dtype: f32, f16, bf16 or q8_0.
+
+    Raises:
+        UnsupportedExport: GGUF or llama.cpp has no place for the architecture, tokenizer or dtype, or `out` is taken.
+        ExportFailed: What was written does not load, or computes something else. Nothing is left.
+    """
+    with whole_folder(out, files or {}) as folder:
+        path = folder / f"{name}-{dtype}.gguf"
+        write_gguf(pruned, path, dtype, name)
+        if importlib.util.find_spec("llama_cpp") is None:
+            return Check(
+                "reading its tensors back (llama-cpp-python is not installed)", _read_back(pruned, path, dtype)
+            )
+        return Check("llama.cpp, in a fresh process", _run(pruned, path, dtype))
+
+
+def _run(pruned: Pruned, path: Path, dtype: str) -> float:
+    tokens = probe(pruned.model)
+    text = SAMPLE if pruned.tokenizer is not None else ""
+    sample = (
+        torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    )
+    found = reloaded("reload_gguf.py", path, {"tokens": tokens, "text": sample})
+    if pruned.tokenizer is not None:
+        _check_ids(found["ids"].tolist(), pruned.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return check_equal(found["logits"], expected_logits(pruned.model, tokens), TOLERANCE[dtype])
+
+
+def _check_ids(found: list[int], expected: list[int]) -> None:
+    if found != expected:
+        first = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+        raise ExportFailed(
+            f"llama.cpp splits a sample text into other tokens than the model's tokenizer (from token {first} on), "
+            "so the file was deleted: export --format hf."
+        )
+
+
+def _read_back(pruned: Pruned, path: Path, dtype: str) -> float:
+    """The largest difference of a tensor in the file from the one in memory."""
+    written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    apart = 0.0
+    for name, values in gguf_tensors(pruned):
+        tensor = written.pop(name)
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        apart = max(apart, _weights_apart(found, torch.from_numpy(values)))
+    if written or apart > WEIGHT_TOLERANCE[dtype]:
+        raise ExportFailed("The file holds other weights than the model, so it was deleted.")
+    return apart
+
+
+def _weights_apart(found: Tensor, expected: Tensor) -> float:
+    return 0.0 if torch.equal(found, expected) else difference(found, expected)

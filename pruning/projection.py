@@ -1,0 +1,45 @@
+"""Linear and GPT-2's Conv1D behind one face: `outputs x inputs`, and products with prefixes of them.
+
+`Conv1D` keeps its weight transposed. `matrix_of` gives a view the other way round, so that nothing else has to ask.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+Projection = nn.Linear | Conv1D
+
+
+def matrix_of(projection: Projection) -> Tensor:
+    """The weight as `outputs x inputs`; writing to it writes to the weight."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def resize(projection: Projection, matrix: Tensor, bias: Tensor | None) -> None:
+    """Make an `outputs x inputs` weight and a bias, both the caller's to give away, those of `projection`."""
+    outputs, inputs = matrix.shape
+    if isinstance(projection, Conv1D):
+        projection.nf, projection.nx, matrix = outputs, inputs, matrix.T
+    else:
+        projection.out_features, projection.in_features = outputs, inputs
+    projection.weight = nn.Parameter(matrix.contiguous(), requires_grad=projection.weight.requires_grad)
+    if bias is not None:
+        projection.bias = nn.Parameter(bias, requires_grad=projection.bias.requires_grad)
+
+
+class Narrow(nn.Module):
+    """Some rows of a projection, as slices of its weight: `cat_i(x W_i^T + b_i)`. Holds no weight of its own.
+
+    Joining the products rather than the slices costs an activation, `tokens x rows`, instead of a copy of the weights.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.matrices, self.biases = tuple(matrices), tuple(biases)  # tuples, so that torch does not register them
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = [F.linear(x, matrix, bias) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)

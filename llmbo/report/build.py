@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from llmbo.gain import trial_gains
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import hypervolume_trace, pareto_front
 from llmbo.report.schema import (
@@ -47,6 +48,8 @@ def build_report(
         heldout: Held-out values by trial number.
     """
     complete = [trial for trial in trials if trial.complete]
+    quality = next(objective for objective in objectives if not objective.known)
+    gains = trial_gains(trials, quality, facts["dense"])
     trace = hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives))
     return Report(
         run=facts["run"],
@@ -79,6 +82,7 @@ def build_report(
                 objectives=Values.model_validate(trial.values) if trial.complete else None,
                 seconds=trial.seconds,
                 failure=trial.failure,
+                gain=gains.get(trial.number),
             )
             for trial in trials
         ],

@@ -93,6 +93,8 @@ class Values(_Part):
 
 
 class TrialPart(_Part):
+    """`gain`: quality saved against the threshold family at the same share, in its unit; null where the family is unknown."""
+
     number: int
     round: int
     origin: str
@@ -101,6 +103,7 @@ class TrialPart(_Part):
     objectives: Values | None
     seconds: float | None
     failure: str | None
+    gain: float | None = None
 
 
 class FrontPoint(_Part):

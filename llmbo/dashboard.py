@@ -10,6 +10,7 @@ from functools import cached_property
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -128,6 +129,7 @@ class Dashboard:
         yield _heading(shot, width)
         if shot.budget:
             yield ProgressBar(total=shot.budget, completed=progress.finished, width=width)
+            yield Segment.line()  # a bar does not end its line
         if not progress.complete or not progress.objectives or width < SMALLEST_PLOT[0] or height < SMALLEST_PLOT[1]:
             return
         lines = min(14, height - 6)

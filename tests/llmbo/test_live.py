@@ -56,6 +56,9 @@ def test_the_picture_fits_any_terminal(snapshot: Snapshot, width: int, height: i
 def test_the_picture_says_what_matters(snapshot: Snapshot) -> None:
     text = drawn(snapshot, 120, 30, color_system=None)
     assert "25/60 trials" in text and "1:05, about 1:01:40 left" in text and "hypervolume" in text
+    lines = text.splitlines()
+    worst = snapshot.progress.quality.reference  # nothing beyond it is shown
+    assert set(lines[1]) <= {"━", "╸", "╺", " "} and "origin" in lines[2] and f"{worst:.3g}" in lines[2]
     assert "●" in text and "·" in text and "[bold]x" in text and "running" in text and "failed" in text
     assert not COLOR.search(text)
     assert COLOR.search(drawn(snapshot, 120, 30, color_system="standard"))

@@ -132,10 +132,10 @@ def on_a_terminal(words: Sequence[str], folder: Path, until: Callable[[str], boo
 
 
 def test_a_run_on_a_terminal_is_drawn_live_and_can_be_watched(llmbo: Any) -> None:
-    flags = llmbo.flags(budget=6)
+    flags = llmbo.flags(budget=3, strategy="random")
     seen = on_a_terminal(flags, llmbo.folder, lambda text: "Report:" in text, NO_COLOR="1")
-    assert "/6 trials" in seen and "●" in seen and "hypervolume" in seen and "Report:" in seen
+    assert "/3 trials" in seen and "●" in seen and "hypervolume" in seen and "Report:" in seen
     assert "\x1b[2A" in seen or "\x1b[1A" in seen  # redrawn in place
     assert not COLOR.search(seen)
     watched = on_a_terminal(["watch", "tiny"], llmbo.folder, lambda text: "is complete" in text)
-    assert "6/6 trials" in watched and "●" in watched and "\x1b[?1049h" in watched and "\x1b[?1049l" in watched
+    assert "3/3 trials" in watched and "●" in watched and "\x1b[?1049h" in watched and "\x1b[?1049l" in watched

@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test venv llama-cpp lint schema clean
+.PHONY: demo test venv llama-cpp docs schema clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
 
 test: venv llama-cpp
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
 
@@ -34,6 +35,11 @@ llama-cpp: .venv/.llama-cpp
 	elif echo "Building llama.cpp (minutes, once) ..." && \
 	    $(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python; then touch $@; \
 	else echo "llama.cpp could not be built: the tests that need it will be skipped."; fi
+
+# Warnings are errors; the result is build/site.
+docs: venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 schema: venv
 	$(BIN)/python -c 'from llmbo.report import json_schema; print(json_schema(), end="")' > docs/report.schema.json

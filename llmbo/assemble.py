@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives
-from llmbo.report import DataPart, ModelPart, SplitPart
+from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
+from llmbo.report.files import RUNS
 from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, delete_run, differences, stored_run
 from llmbo.strategies import strategy_of
@@ -35,12 +36,11 @@ from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.compensation import CompensationTable
 from pruning.cost import cost_of
-from pruning.importance import Statistics, activation, collect_statistics, fisher, taylor
+from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
 from pruning.masks import Ranking
 from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
-RUNS = Path("runs")
 ALLOCATION_PART = 4  # one in so many calibration windows prices the family's steps; all of them do it no better
 
 
@@ -50,6 +50,7 @@ class Problem:
 
     Args:
         family: The best allocation known without search; the other two are baselines.
+        importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
     """
 
     space: SearchSpace
@@ -61,6 +62,7 @@ class Problem:
     windows: TokenWindows
     dense: Mapping[str, float]
     statistics: LayerStatistics
+    importance: Sequence[Mapping[str, Any]]
 
     def heldout(self) -> ProxyEvaluator:
         """An evaluator on windows that ranking, compensation and search never saw."""
@@ -133,6 +135,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
         summary = LayerStatistics.of(model, statistics)
+        layer_importance = _importance_parts(model, statistics)
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
         if table is not None:
@@ -153,7 +156,14 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             "taylor_family": taylor_family,
         }
         yield Problem(
-            space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, statistics=summary, **families
+            space,
+            supernet=supernet,
+            proxy=proxy,
+            windows=windows,
+            dense=dense,
+            statistics=summary,
+            importance=layer_importance,
+            **families,
         )
 
 
@@ -195,7 +205,12 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
                 delete_run(url, config.name, own_file)
                 (folder / FILE).unlink(missing_ok=True)
             store = TrialStore.create(
-                url, config.name, problem.space, objectives, config.settings(), {**facts, "dense": dict(problem.dense)}
+                url,
+                config.name,
+                problem.space,
+                objectives,
+                config.settings(),
+                {**facts, "dense": dict(problem.dense), "importance": list(problem.importance)},
             )
             ledger = Ledger(store, folder / FILE)
             proposer = build_advised(config, problem, objectives, loaded, ledger)
@@ -299,6 +314,17 @@ def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:
         params=cost.parameters,
         block_params=cost.block_parameters,
     ).model_dump()
+
+
+def _importance_parts(model: Any, statistics: Statistics) -> list[dict[str, Any]]:
+    """Scores per layer to four digits: they are looked at, not computed with."""
+    return [
+        ImportancePart.model_validate(
+            {"method": method, "kind": kind, "scores": [float(f"{score:.4g}") for score in scores.tolist()]}
+        ).model_dump()
+        for method, kinds in layer_scores(model, statistics).items()
+        for kind, scores in kinds.items()
+    ]
 
 
 def _data_part(windows: TokenWindows) -> dict[str, Any]:

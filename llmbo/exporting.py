@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from llmbo.assemble import RUNS, changed_facts, facts_of, load_windows, ranked
+from llmbo.assemble import changed_facts, facts_of, load_windows, ranked
 from llmbo.card import details, licence_of, model_card
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_line
 from llmbo.models import DTYPES, LoadedModel, load_model
 from llmbo.report import Report, TrialPart
+from llmbo.report.files import RUNS
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture

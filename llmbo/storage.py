@@ -200,19 +200,25 @@ class TrialStore:
     def _trial(self, frozen: FrozenTrial) -> Trial:
         units = [frozen.params[name] for name in self._names]
         layers = self._space.num_layers
-        values = dict(frozen.user_attrs.get("values", {}))
-        return Trial(
-            number=frozen.number,
-            round=frozen.user_attrs["round"],
-            x=self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:]))),
-            origin=frozen.user_attrs["origin"],
-            state={"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(
-                frozen.state.name, TrialState.RUNNING
-            ),
-            seconds=values.pop("seconds", None),
-            values=values,
-            failure=frozen.user_attrs.get("failure"),
-        )
+        return _trial(frozen, self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:]))))
+
+
+def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial]] | None:
+    """Settings, facts and trials of a stored run without its model, hence trials without `x`; None if there is no run yet.
+
+    Only reads, so that any number of watchers may follow a run that goes on.
+
+    Raises:
+        StorageError: The database is there but cannot be read.
+    """
+    found = stored_run(url, name)
+    if found is None:
+        return None
+    try:
+        frozen = optuna.load_study(study_name=name, storage=url).get_trials(deepcopy=False)
+    except _OPENING_ERRORS as error:
+        raise _unusable(url, error) from error
+    return found[0], found[1], [_trial(trial, ()) for trial in frozen]
 
 
 def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
@@ -266,6 +272,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two settings, one line each. Compared as JSON, as they are stored."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def _trial(frozen: FrozenTrial, x: tuple[int, ...]) -> Trial:
+    values = dict(frozen.user_attrs.get("values", {}))
+    return Trial(
+        number=frozen.number,
+        round=frozen.user_attrs["round"],
+        x=x,
+        origin=frozen.user_attrs["origin"],
+        state={"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING),
+        seconds=values.pop("seconds", None),
+        values=values,
+        failure=frozen.user_attrs.get("failure"),
+    )
 
 
 def _rounds(study: optuna.Study) -> list[list[Proposal]]:

@@ -193,6 +193,18 @@ METHODS: dict[str, Callable[[PreTrainedModel, Statistics], Importance]] = {
 }
 
 
+def layer_scores(model: PreTrainedModel, statistics: Statistics) -> dict[str, dict[str, Tensor]]:
+    """Every method's view of the layers: method -> "attention", "mlp" or "layer" -> `L` scores.
+
+    Scores of units are summed over their block; `block_influence` scores blocks as they are.
+    """
+    summed: dict[str, dict[str, Tensor]] = {
+        name: {kind: importance.of(kind).sum(-1) for kind in statistics.blocks}
+        for name, importance in ((name, method(model, statistics)) for name, method in METHODS.items())
+    }
+    return {**summed, "block_influence": block_influence(statistics)}
+
+
 def _importance(scores: dict[BlockKind, Tensor]) -> Importance:
     return Importance(scores["attention"], scores["mlp"], scores["attention"].sum(-1) + scores["mlp"].sum(-1))
 

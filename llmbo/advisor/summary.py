@@ -4,83 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from llmbo.advisor.ledger import Consultation, Ledger
+from llmbo.advisor.parts import AdvisorPart, DirectionGainPart, FilterPart, HookPart, OutcomesPart, ProbePart
 from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
 from llmbo.gain import trial_gains
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import hypervolume_trace
 from llmbo.types import Trial
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class OutcomesPart(_Part):
-    """What became of the items of all replies.
-
-    `evaluated` counts trials that stem from a proposal, refined by local search or not; `vetoed` proposals never won on
-    acquisition value; `duplicate`, `illegal` and `unparsable` ones were refused before. Null where there are no proposals.
-    """
-
-    evaluated: int | None
-    vetoed: int | None
-    duplicate: int
-    illegal: int
-    unparsable: int
-
-
-class HookPart(_Part):
-    """`calls`: prompts sent, repairs included. `attempts`: requests, retries included. `cost` in dollars, null if no price is known."""
-
-    calls: int
-    attempts: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-    seconds: float
-    outcomes: OutcomesPart
-
-
-class DirectionGainPart(_Part):
-    """Trials that a direction led to, hypervolume they added, and their best gain over the family at equal share."""
-
-    name: str
-    trials: int
-    hypervolume: float
-    best_gain: float | None
-
-
-class FilterPart(_Part):
-    """`precision`: share of the audited drops that gained less, at equal share, than the median of what was kept of their round."""
-
-    reviewed: int
-    dropped: int
-    audited: list[int]
-    precision: float | None
-
-
-class ProbePart(_Part):
-    """Marginal costs measured for the prompts: their price in evaluations of a candidate, beside the budget."""
-
-    evaluations: float
-    seconds: float
-    noise: float | None
-
-
-class AdvisorPart(_Part):
-    """`stopped` says why there was no advice at some point, null if there always was."""
-
-    advisor: str
-    context: str
-    hooks: dict[str, HookPart]
-    stopped: str | None
-    hypervolume_by_origin: dict[str, float]
-    directions: list[DirectionGainPart]
-    filter: FilterPart | None
-    probe: ProbePart | None
 
 
 def summarise(

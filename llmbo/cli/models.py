@@ -4,7 +4,10 @@ import typer
 
 
 def models() -> None:
-    """List the model aliases. Any local folder or Hugging Face hub name works as well."""
+    """List the model aliases. Any local folder or Hugging Face hub name works as well.
+
+    Example: llmbo models
+    """
     from llmbo.models import ALIASES
 
     for alias in ALIASES.values():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmbo.cli.common import numbers, one_line_errors, split_list
+from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmbo.assemble import Run
@@ -76,6 +77,8 @@ def optimize(
         str | None, typer.Option(help="Dollars per million prompt and reply tokens, e.g. 0.4,1.6.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the report's path.")] = False,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Events on stderr, one JSON object each.")] = False,
 ) -> None:
     """Search for smaller models and write runs/NAME/report.json.
 
@@ -83,11 +86,8 @@ def optimize(
 
     Example: llmbo optimize --model llama --budget 60
     """
-    from rich.console import Console
-
     from llmbo.config import RunConfig
 
-    console = Console(stderr=True)
     with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
         config = RunConfig(
             model=model,
@@ -121,7 +121,9 @@ def optimize(
             advisor_deadline=advisor_deadline,
             advisor_price=numbers("--advisor-price", advisor_price),
         )
-        _optimize(config, fresh, console)
+        if quiet and json_logs:
+            raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
+        _optimize(config, fresh, "nothing" if quiet else "json" if json_logs else "auto")
 
 
 def _tied(strategy: str) -> str:
@@ -132,18 +134,19 @@ def _tied(strategy: str) -> str:
     return "uniform"
 
 
-def _optimize(config: Any, fresh: bool, console: Any) -> None:
+def _optimize(config: Any, fresh: bool, show: str) -> None:
     from rich.console import Console
 
     from llmbo.assemble import assemble
     from llmbo.loop import run_search
     from llmbo.models import silence_libraries
-    from llmbo.progress import Display, advice_line, summary
+    from llmbo.progress import advice_line, build_display, summary
 
     silence_libraries()
 
-    with Display(console, config.budget) as display, assemble(config, fresh, display) as run:
-        display.objectives = run.objectives
+    with build_display(show, config.budget, config.name) as display, assemble(config, fresh, display) as run:
+        display.objectives, display.dense = run.objectives, run.problem.dense
+        run.store.set_fact("budget", config.budget)  # so that `llmbo watch` knows how far it is
         status = "failed"
         try:
             with display.phase("search", config.budget):
@@ -158,10 +161,11 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
             raise
         finally:
             report = _write(run, display, status)
-    Console().print(summary(report))
-    if report.advisor:
-        typer.echo(advice_line(report.advisor))
-    typer.echo(f"Report: {run.folder / 'report.json'}   Picture: {run.folder / 'front.png'}")
+    if show == "auto":
+        Console().print(summary(report))
+        if report.advisor:
+            typer.echo(advice_line(report.advisor))
+    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.folder / 'report.html'}")
 
 
 def _measure_heldout(run: "Run") -> None:

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
 
 from llmbo.report import Report, front_of, json_schema, write_report
+from llmbo.report.picture import draw_front
 from llmbo.types import Proposal, Trial, TrialState
+from pruning.importance import METHODS
 
+FILES = ("report.json", "report.html", "front.png", "front.svg")
 SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
 
 
@@ -124,7 +128,7 @@ def files_at_most(limit: int) -> Iterator[None]:
 def test_a_write_that_fails_half_way_leaves_the_old_report(data: dict[str, Any], tmp_path: Path) -> None:
     report = Report.model_validate(data)
     write_report(report, tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in ("report.json", "front.png")}
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
     changed = report.model_copy(update={"front": report.front[:1]})
     with files_at_most(1000), pytest.raises(OSError):
         write_report(changed, tmp_path)
@@ -146,3 +150,27 @@ def test_a_report_without_trials_can_be_written(data: dict[str, Any], tmp_path: 
     )
     write_report(empty, tmp_path)
     assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+def test_members_of_the_family_gain_nothing_over_it(data: dict[str, Any]) -> None:
+    gains = {trial["number"]: trial["gain"] for trial in data["trials"]}
+    family = [trial["number"] for trial in data["trials"] if trial["origin"] == "threshold"]
+    assert [gains[number] for number in family] == pytest.approx([0.0] * len(family), abs=1e-9)
+    assert any(gains[number] for number in gains if number not in family)
+
+
+def test_importance_has_every_method_and_layer(data: dict[str, Any]) -> None:
+    rows = {(part["method"], part["kind"]): part["scores"] for part in data["importance"]}
+    assert {method for method, _ in rows} == {*METHODS, "block_influence"} and ("block_influence", "layer") in rows
+    assert all(len(scores) == data["model"]["num_hidden_layers"] for scores in rows.values())
+    assert all(score > -1e-6 for scores in rows.values() for score in scores)
+
+
+def test_the_same_report_gives_the_same_pictures(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    pictures = draw_front(report)
+    assert pictures == draw_front(report)
+    svg = pictures["front.svg"].decode()
+    assert ElementTree.fromstring(svg).tag.endswith("svg") and "dense model" in svg
+    hostile = report.model_copy(update={"model": report.model.model_copy(update={"name": "<b>$x$</b>"})})
+    assert "&lt;b&gt;$x$&lt;/b&gt;" in draw_front(hostile)["front.svg"].decode()

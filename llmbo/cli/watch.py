@@ -1,0 +1,122 @@
+"""`llmbo watch`: follow a run from another terminal, through its database alone."""
+
+import time
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmbo.cli.common import one_line_errors
+
+if TYPE_CHECKING:
+    from llmbo.dashboard import Snapshot
+
+
+def watch(
+    run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.")],
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL, for a run that was started with --storage.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Show a run as it goes on, wherever it goes on, until it is complete or Ctrl-C is pressed.
+
+    On a terminal this is the same picture that the run itself shows; elsewhere each finished trial is one line.
+
+    Example: llmbo watch runs/llama
+
+    Example: llmbo watch llama --storage postgresql://user@host/trials
+    """
+    with one_line_errors(interrupted="Stopped watching; the run goes on."):
+        from rich.console import Console
+
+        url, name = (storage, Path(run).name) if storage else _own_database(run)
+        console = Console()
+        show = _picture if console.is_terminal else _lines
+        show(console, _snapshots(url, name, every))
+        console.print(f"The run '{name}' is complete. Its page: llmbo report {run}", highlight=False)
+
+
+def _own_database(run: str) -> tuple[str, str]:
+    from llmbo.errors import StorageError
+    from llmbo.report.files import find_run
+
+    folder = find_run(run)
+    database = folder / "study.db"
+    if not database.exists() and (folder / "report.json").exists():
+        raise StorageError(f"'{folder}' has no database of its own: name the run's with --storage URL.")
+    return f"sqlite:///{database}", folder.resolve().name
+
+
+def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
+    """The run at each look, the last one complete. Waits for a run that has not begun to search."""
+    from llmbo.dashboard import Progress, Snapshot
+    from llmbo.objectives import build_objectives
+    from llmbo.storage import follow_run
+
+    start, at_first = time.monotonic(), -1
+    for look in count():
+        if look:
+            time.sleep(every)
+        found = follow_run(url, name)
+        if found is None:
+            if not look:
+                typer.echo(f"There is no run '{name}' there yet: waiting.", err=True)
+            continue
+        settings, facts, trials = found
+        dense, elapsed = facts["dense"], time.monotonic() - start
+        nothing = dict.fromkeys(dense, 0.0)  # what is watched has been accepted: no size is too small
+        running = [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
+        finished, budget = (
+            len(trials) - len(running),
+            facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
+        )
+        objectives = build_objectives(settings["objectives"], dense, nothing, settings["reference_point"])
+        at_first = finished if at_first < 0 else at_first
+        ours = finished - at_first
+        complete = finished >= budget > 0 and _complete(facts, budget)
+        yield Snapshot(
+            title=name,
+            doing=", ".join(running[:3]) or ("complete" if complete else "proposing"),
+            budget=budget,
+            progress=Progress(trials, objectives, dense),
+            elapsed=elapsed,
+            remaining=elapsed / ours * (budget - finished) if ours else None,
+        )
+        if complete:
+            return
+
+
+def _complete(facts: Mapping[str, Any], budget: int) -> bool:
+    """Whether the report of this budget, and not of an earlier one, is written."""
+    last = facts.get("run", {})
+    return last.get("status") == "complete" and last["settings"]["budget"] >= budget
+
+
+def _picture(console: Any, snapshots: Iterator["Snapshot"]) -> None:
+    from rich.live import Live
+
+    from llmbo.dashboard import Dashboard
+
+    last = None
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        for last in snapshots:
+            live.update(Dashboard(last), refresh=True)
+    if last is not None:
+        console.print(Dashboard(last))
+
+
+def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
+    from llmbo.progress import trial_line
+
+    shown: set[int] = set()
+    for shot in snapshots:
+        for trial in shot.progress.trials:
+            if trial.seconds is None or trial.number in shown:
+                continue
+            shown.add(trial.number)
+            known = [other for other in shot.progress.trials if other.number in shown]
+            line = trial_line(trial, known, shot.progress.objectives, shot.budget)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)

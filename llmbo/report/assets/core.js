@@ -1,0 +1,139 @@
+"use strict";
+/* The data of the page, and how its values are named, written and coloured. */
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const RUNS = DATA.runs;
+const MANY = RUNS.length > 1;
+
+// Okabe and Ito's palette tells apart under every common colour blindness; shapes say the same to those who see none.
+const PALETTES = {
+  light: ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F2A"],
+  dark: ["#4FA3DC", "#F0B429", "#2BC79A", "#E39CC3", "#A5DCFA", "#FF8A4C", "#C7C766"],
+};
+const DARK = window.matchMedia("(prefers-color-scheme: dark)");
+const color = (index) => PALETTES[DARK.matches ? "dark" : "light"][index % PALETTES.light.length];
+const SYMBOLS = ["circle", "rect", "diamond", "triangle", "pin", "arrow", "roundRect"];
+const QUALITIES = ["kl", "loss", "perplexity", "accuracy", "gain"];
+const UNITS = {
+  kl: "nats/token", loss: "nats/token", gain: "nats/token", params: "parameters", params_share: "share of the decoder blocks",
+  flops: "FLOPs/token", accuracy: "share",
+};
+
+/** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, onFront}. */
+const TRIALS = RUNS.flatMap((run, index) => {
+  const front = new Map(run.report.front.map((point) => [point.trial, point]));
+  const dense = { ...run.report.dense, origin: "dense", state: "complete" };
+  const all = [{ number: "dense", trial: dense }, ...run.report.trials.map((trial) => ({ number: trial.number, trial }))];
+  return all.map(({ number, trial }) => ({
+    key: `${index}:${number}`,
+    run: index,
+    number,
+    trial,
+    values: valuesOf(trial),
+    heldout: (number === "dense" ? dense.heldout : front.get(number)?.heldout) ?? null,
+    onFront: front.has(number),
+  }));
+});
+const BY_KEY = new Map(TRIALS.map((entry) => [entry.key, entry]));
+const ORIGINS = [...new Set(TRIALS.filter((entry) => entry.number !== "dense").map((entry) => entry.trial.origin))].sort();
+const OBJECTIVES = RUNS[0].report.objectives;
+const QUANTITIES = [...new Set(TRIALS.flatMap((entry) => Object.keys(entry.values ?? {})))];
+
+function valuesOf(trial) {
+  if (!trial.objectives) return null;
+  const numbers = Object.entries(trial.objectives).filter(([, value]) => typeof value === "number");
+  if (typeof trial.gain === "number") numbers.push(["gain", trial.gain]);
+  return Object.fromEntries(numbers);
+}
+
+const objective = (name) => OBJECTIVES.find((candidate) => candidate.name === name);
+const maximized = (name) => (objective(name)?.direction ?? (["accuracy", "gain"].includes(name) ? "maximize" : "minimize")) === "maximize";
+const unitOf = (name) => objective(name)?.unit ?? UNITS[name] ?? (isBytes(name) ? "bytes" : "");
+const isBytes = (name) => /(_bytes|_memory)$/.test(name);
+const isShare = (name) => /(_share|^accuracy)$/.test(name);
+const isQuality = (name) => QUALITIES.includes(name) || objective(name)?.known === false;
+const colorOf = (entry) => color(MANY ? entry.run : ORIGINS.indexOf(entry.trial.origin));
+const symbolOf = (entry) => SYMBOLS[ORIGINS.indexOf(entry.trial.origin) % SYMBOLS.length];
+const nameOf = (entry) => `${MANY ? `${RUNS[entry.run].label}, ` : ""}${entry.number === "dense" ? "dense model" : `trial ${entry.number}`}`;
+/** Why the advisor proposed it, if it said so. */
+const reasonOf = (entry) => [entry.trial.why, entry.trial.reason, entry.trial.note].find((text) => typeof text === "string" && text) ?? "";
+
+const SCALES = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+
+function scaled(value, unit) {
+  const [factor, suffix] = SCALES.find(([limit]) => Math.abs(value) >= limit) ?? [1, ""];
+  const digits = Math.abs(value / factor) >= 100 || factor === 1 ? 1 : 2;
+  return `${Number((value / factor).toFixed(digits))}${suffix || unit ? " " : ""}${suffix}${unit}`.trim();
+}
+
+/** A value of the quantity `name` as people write it. */
+function format(name, value) {
+  if (typeof value !== "number" || !Number.isFinite(value)) return "–";
+  if (isShare(name)) return `${(100 * value).toFixed(1)} %`;
+  if (isBytes(name)) return scaled(value, "B");
+  if (Math.abs(value) >= 1e4) return scaled(value, "");
+  return Number.isInteger(value) ? String(value) : Number(value.toPrecision(4)).toString();
+}
+
+/** What somebody typed, as a number: "100M", "1.2 GB", "60 %", "90 000 000"; NaN for anything else. */
+function parseAmount(text) {
+  const match = /^([0-9][0-9\s_']*(?:[.,][0-9]+)?|[.,][0-9]+)\s*(k|m|g|t|bn?|%)?i?b?(?:ytes)?(?:ms)?$/i.exec(text.trim());
+  if (!match) return NaN;
+  const factor = { k: 1e3, m: 1e6, g: 1e9, b: 1e9, bn: 1e9, t: 1e12, "%": 0.01 }[(match[2] ?? "").toLowerCase()] ?? 1;
+  return Number(match[1].replace(/[\s_']/g, "").replace(",", ".")) * factor;
+}
+
+/** An element; `children` are nodes or text, and text stays text. */
+function el(tag, attributes = {}, ...children) {
+  const node = tag.startsWith("svg:")
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+
+function table(headings, rows, caption) {
+  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    el("table", {},
+      el("caption", { class: "hidden" }, caption),
+      el("thead", {}, el("tr", {}, ...headings.map((heading) => el("th", { scope: "col" }, heading)))),
+      el("tbody", {}, ...rows.map(([first, ...rest]) =>
+        el("tr", {}, el("th", { scope: "row" }, first), ...rest.map((cell) => el("td", {}, cell)))))));
+}
+
+/** Any JSON value as lists and tables: parts of the report that this page does not know by name are shown all the same. */
+function anything(value, caption = "") {
+  if (Array.isArray(value)) {
+    if (!value.length) return "none";
+    if (!value.every(isPlainObject)) return value.map((item) => (item !== null && typeof item === "object" ? JSON.stringify(item) : plain(item))).join(", ");
+    return records(value.map((row) => flat(row)), caption);
+  }
+  if (!isPlainObject(value)) return plain(value);
+  const parts = Object.entries(value);
+  if (!parts.length) return "none";
+  if (parts.every(([, part]) => isPlainObject(part))) return records(parts.map(([name, part]) => ({ "": words(name), ...flat(part) })), caption);
+  return el("dl", {}, ...parts.flatMap(([key, part]) => [el("dt", {}, words(key)), el("dd", {}, anything(part, words(key)))]));
+}
+
+function records(rows, caption) {
+  const keys = [...new Set(rows.flatMap(Object.keys))];
+  return table(keys.map(words), rows.map((row) => keys.map((key) => (key === "cost" && row[key] === null ? "unknown" : anything(row[key], words(key))))), caption);
+}
+
+/** Objects inside a row become columns of their own. */
+const flat = (row) => Object.fromEntries(Object.entries(row).flatMap(([key, part]) => (isPlainObject(part) ? Object.entries(part) : [[key, part]])));
+
+const isPlainObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+const words = (key) => String(key).replaceAll("_", " ");
+
+function plain(value) {
+  if (value === null || value === undefined) return "–";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(5)).toString() : String(value);
+}
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -1,0 +1,139 @@
+"use strict";
+/* Everything below the charts: runs, importance, cost, advisor, trials, recipe. */
+
+function fill(id, ...content) {
+  const section = document.getElementById(id);
+  const shown = content.filter(Boolean);
+  section.hidden = !shown.length;
+  section.querySelector(".body").replaceChildren(...shown);
+}
+
+function drawRuns() {
+  if (!MANY) return;
+  const headings = ["run", "model", "text", "trials", "front", "hypervolume", "of the union front"];
+  const rows = RUNS.map((run, index) => [
+    run.label, run.report.model.name, run.report.data?.source ?? "–", String(run.report.trials.length), String(run.report.front.length),
+    (run.trace.at(-1) ?? 0).toPrecision(5), `${DATA.union.filter((point) => point.run === index).length} of ${DATA.union.length}`,
+  ]);
+  const reference = Object.entries(DATA.reference_point).map(([name, value]) => `${words(name)} ${format(name, value)}`).join(", ");
+  fill("runs", table(headings, rows, "Runs side by side"),
+    el("p", {}, `All hypervolumes on this page use one reference point: ${reference}. The union front has ${(DATA.union_hypervolume ?? 0).toPrecision(5)}.`),
+    ...DATA.warnings.map((text) => el("p", { class: "warning" }, text)));
+}
+
+/** Dark blue to yellow, monotone in lightness, readable in every common colour blindness (cividis, sampled). */
+const CIVIDIS = [[0, 32, 77], [0, 66, 107], [68, 88, 109], [104, 110, 115], [138, 134, 121], [176, 160, 113], [216, 188, 93], [255, 233, 69]];
+
+function shade(share) {
+  const position = share * (CIVIDIS.length - 1);
+  const low = Math.min(Math.floor(position), CIVIDIS.length - 2);
+  const mixed = CIVIDIS[low].map((from, channel) => Math.round(from + (position - low) * (CIVIDIS[low + 1][channel] - from)));
+  return `rgb(${mixed.join(",")})`;
+}
+
+/** Layer x method. Each row has its own logarithmic scale, since methods have units of their own. */
+function drawImportance(state) {
+  const parts = current(state).report.importance ?? [];
+  if (!parts.length) return fill("importance");
+  const count = parts[0].scores.length;
+  const rows = parts.map(({ method, kind, scores }) => {
+    const logs = scores.map((score) => Math.log(Math.max(score, 1e-12)));
+    const [low, high] = [Math.min(...logs), Math.max(...logs)];
+    return el("tr", {}, el("th", { scope: "row" }, `${words(method)}, ${kind === "mlp" ? "MLP" : kind}`), ...scores.map((score, layer) => {
+      const cell = el("td", { title: `${words(method)}, ${kind}, layer ${layer}: ${score.toPrecision(3)}` }, el("span", { class: "hidden" }, score.toPrecision(3)));
+      cell.style.background = shade(high > low ? (logs[layer] - low) / (high - low) : 0.5);
+      return cell;
+    }));
+  });
+  const heads = Array.from({ length: count }, (_, layer) => el("th", { scope: "col" }, layer % 5 ? el("span", { class: "hidden" }, String(layer)) : String(layer)));
+  const scale = el("span", { class: "scale", "aria-hidden": "true" }, ...CIVIDIS.map((_, index) => {
+    const step = el("span", {});
+    step.style.background = shade(index / (CIVIDIS.length - 1));
+    return step;
+  }));
+  return fill("importance",
+    el("p", {}, "Dark: the method would miss this layer least. Bright: most. ", scale, " Each row has its own logarithmic scale."),
+    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Importance by layer and method" },
+      el("table", { class: "heat" }, el("caption", { class: "hidden" }, "Importance by method (rows) and layer (columns)"),
+        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), ...heads)), el("tbody", {}, ...rows))));
+}
+
+function bars(rows, unit) {
+  const most = Math.max(...rows.map(([, value]) => value), 1e-9);
+  return el("div", { class: "scroll" }, el("table", { class: "bars" }, el("tbody", {}, ...rows.map(([name, value, text]) => {
+    const bar = el("span", { class: "bar" });
+    bar.style.width = `${(100 * value) / most}%`;
+    return el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "value" }, text ?? `${plain(Number(value.toPrecision(3)))} ${unit}`), el("td", { class: "track", "aria-hidden": "true" }, bar));
+  }))));
+}
+
+function drawCost(state) {
+  const { run, trials, advisor } = current(state).report;
+  const seconds = Object.entries(run.seconds ?? {}).sort(([, a], [, b]) => b - a);
+  const measured = trials.filter((trial) => typeof trial.seconds === "number").map((trial) => trial.seconds);
+  const mean = measured.length ? measured.reduce((sum, value) => sum + value, 0) / measured.length : 0;
+  const tokens = spending(advisor, /tokens$/);
+  const money = spending(advisor, /^(money|cost)/);
+  fill("cost",
+    seconds.length ? bars(seconds, "s") : null,
+    el("p", {}, `${measured.length} evaluations took ${plain(Number(mean.toPrecision(3)))} s each on average; ${scaled(run.peak_memory_bytes ?? 0, "B")} of memory at most.`),
+    tokens.length ? el("h4", {}, "Advisor: tokens") : null, tokens.length ? bars(tokens, "tokens") : null,
+    money.length ? el("h4", {}, "Advisor: money") : null, money.length ? bars(money, "USD") : null);
+}
+
+/** What each hook of the advisor spent: sums of its number fields whose names match. */
+function spending(advisor, pattern) {
+  const hooks = advisor?.hooks ?? [];
+  const named = Array.isArray(hooks) ? hooks.map((hook) => [hook.hook ?? hook.name, hook]) : Object.entries(hooks);
+  return named.map(([name, hook]) => {
+    const values = Object.entries(hook ?? {}).filter(([key, value]) => pattern.test(key) && typeof value === "number");
+    return [words(name), values.reduce((sum, [, value]) => sum + value, 0)];
+  }).filter(([, value]) => value > 0);
+}
+
+function drawAdvisor(state) {
+  const { advisor, trials } = current(state).report;
+  if (!advisor) return fill("advisor");
+  const explained = trials.map((trial) => [trial, reasonOf({ trial })]).filter(([, reason]) => reason);
+  const shown = Object.entries(advisor).map(([key, part]) => {
+    if (part === null || typeof part !== "object") return el("p", {}, el("strong", {}, `${words(key)}: `), plain(part));
+    const amounts = Object.entries(part);
+    const drawn = key === "hypervolume_by_origin" && amounts.every(([, value]) => typeof value === "number" && value >= 0);
+    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(part, words(key)));
+  });
+  const reasons = explained.map(([trial, reason]) => [String(trial.number), trial.origin, reason]);
+  return fill("advisor", ...shown, reasons.length ? el("details", {}, el("summary", {}, "Reasons given"), table(["trial", "origin", "reason"], reasons, "Reasons given by the advisor")) : null);
+}
+
+let order = { column: "number", descending: false };
+
+function drawTrials(state) {
+  const details = document.getElementById("all-trials");
+  const entries = TRIALS.filter((entry) => entry.number !== "dense");
+  const counts = ["complete", "failed", "running"].map((name) => [name, entries.filter((entry) => entry.trial.state === name).length]).filter(([, n]) => n);
+  const others = entries.length - counts.reduce((sum, [, n]) => sum + n, 0);
+  details.querySelector("summary").textContent = `${entries.length} trials: ${counts.map(([name, n]) => `${n} ${name}`).join(", ")}${others ? `, ${others} other` : ""}`;
+  if (!details.open) return;
+  const columns = [...(MANY ? ["run"] : []), "number", "origin", "state", ...QUANTITIES, "seconds"];
+  const cell = (entry, name) => (name === "run" ? RUNS[entry.run].label : name === "number" || name === "origin" || name === "state" || name === "seconds" ? entry.trial[name] : entry.values?.[name]);
+  const sorted = [...entries].sort((a, b) => {
+    const [left, right] = [cell(a, order.column), cell(b, order.column)];
+    const missing = (left === undefined || left === null) - (right === undefined || right === null);
+    return missing || (order.descending ? -1 : 1) * (typeof left === "string" ? left.localeCompare(right) : left - right);
+  });
+  const heads = columns.map((name) => el("th", { scope: "col", "aria-sort": order.column === name ? (order.descending ? "descending" : "ascending") : "none" },
+    el("button", { type: "button", class: "plain", onclick: () => { order = { column: name, descending: order.column === name && !order.descending }; drawTrials(state); } }, words(name))));
+  const rows = sorted.map((entry) => el("tr", { class: entry.onFront ? "on-front" : null }, ...columns.map((name) =>
+    el("td", {}, name === "number"
+      ? el("button", { type: "button", class: "plain", onclick: () => { update({ selected: entry.key }); document.getElementById("front").scrollIntoView(); } }, `${entry.number}${entry.onFront ? " ●" : ""}`)
+      : ["run", "origin"].includes(name) ? cell(entry, name) : name === "state" ? `${entry.trial.state}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}` : format(name, cell(entry, name))))));
+  details.querySelector(".body").replaceChildren(el("p", { class: "muted" }, "● on the front. A heading sorts, a number shows the trial above."),
+    el("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "All trials" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows))));
+}
+
+function drawRecipe(state) {
+  const { run, model, data, space, objectives } = current(state).report;
+  const { seconds, peak_memory_bytes, ...rest } = run;
+  const part = (title, value) => el("details", { open: title === "Run" }, el("summary", {}, title), anything(value, title));
+  fill("recipe", part("Run", rest), part("Model", model), part("Text", data), part("Space", space), part("Objectives", objectives));
+}

@@ -1,0 +1,146 @@
+"use strict";
+/* The selected trial: what is kept of each layer, its numbers against the dense model, how to export it. */
+
+function drawTrial(state) {
+  const entry = BY_KEY.get(state.selected);
+  const panel = document.getElementById("trial");
+  if (!entry) return;
+  const origin = entry.number === "dense" ? "nothing removed" : `proposed by ${entry.trial.origin}`;
+  const place = entry.onFront ? ", on the front" : "";
+  const reason = reasonOf(entry);
+  panel.replaceChildren(
+    el("h3", { id: "trial-name" }, nameOf(entry)),
+    el("p", { class: "muted" }, `${origin}${place}${entry.trial.state === "complete" ? "" : `, ${entry.trial.state}`}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}`),
+    reason ? el("blockquote", {}, reason) : "",
+    entry.values ? numbers(entry) : "",
+    el("h4", {}, "What each layer keeps"),
+    layersLegend(),
+    layers(entry),
+    layersAsText(entry),
+    entry.number === "dense" ? "" : exportCommand(entry, state),
+  );
+}
+
+function announce(state) {
+  const entry = BY_KEY.get(state.selected);
+  const values = entry?.values ? [state.x, state.y].map((name) => `${words(name)} ${format(name, entry.values[name])}`).join(", ") : entry?.trial.state;
+  document.getElementById("announcement").textContent = entry ? `${nameOf(entry)}: ${values}` : "";
+}
+
+function numbers(entry) {
+  const dense = BY_KEY.get(`${entry.run}:dense`);
+  const names = QUANTITIES.filter((name) => name in entry.values);
+  const own = entry.heldout !== null;
+  const rows = names.map((name) => {
+    const [now, before] = [entry.values[name], dense.values[name]];
+    const cells = [words(name), format(name, now), format(name, before), change(name, now, before)];
+    if (own) cells.splice(2, 0, isQuality(name) ? format(name, entry.heldout[name]) : "");
+    return cells;
+  });
+  return table(["", own ? "proxy" : "value", ...(own ? ["held-out"] : []), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
+}
+
+/** Quality changes by a difference, sizes by a percentage. */
+function change(name, now, before) {
+  if (name === "gain" || typeof before !== "number") return "";
+  const difference = now - before;
+  const sign = difference > 0 ? "+" : difference < 0 ? "−" : "±";
+  if (isQuality(name) || before === 0) return sign + format(name, Math.abs(difference));
+  return `${sign}${Math.abs((100 * difference) / before).toFixed(1)} %`;
+}
+
+function fullWidths(entry) {
+  const { model, space, dense } = RUNS[entry.run].report;
+  return {
+    groups: Math.max(model.num_key_value_heads ?? 0, ...(dense.architecture.kv_groups ?? []), ...(space?.kv_group_levels ?? [])),
+    neurons: Math.max(model.intermediate_size ?? 0, ...(dense.architecture.neurons ?? [])),
+  };
+}
+
+const isDropped = (architecture, layer) => architecture.kv_groups[layer] === 0 && architecture.neurons[layer] === 0;
+
+function layerText(architecture, layer, full) {
+  if (isDropped(architecture, layer)) return `layer ${layer}: dropped`;
+  return `layer ${layer}: ${architecture.kv_groups[layer]} of ${full.groups} KV groups, ${architecture.neurons[layer]} of ${full.neurons} neurons`;
+}
+
+/** Attention grows upwards, the MLP downwards; pale is what was removed, hatched and crossed what is gone altogether. */
+function layers(entry) {
+  const { architecture } = entry.trial;
+  const full = fullWidths(entry);
+  const count = architecture.kv_groups.length;
+  const dropped = architecture.kv_groups.map((_, layer) => layer).filter((layer) => isDropped(architecture, layer));
+  const width = Math.max(240, document.getElementById("trial").clientWidth - 34);
+  const [half, gap] = [66, 18];
+  const column = width / count;
+  const bar = Math.max(1.5, column * 0.78);
+  const svg = el("svg:svg", {
+    class: "layers", width, height: 2 * half + gap, viewBox: `0 0 ${width} ${2 * half + gap}`, role: "img",
+    "aria-label": `${count} layers${dropped.length ? `; dropped: ${dropped.join(", ")}` : "; none dropped"}. The table below has the numbers.`,
+  }, el("svg:defs", {}, el("svg:pattern", { id: "hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+    el("svg:rect", { width: 5, height: 5, class: "gone-ground" }), el("svg:rect", { width: 1.6, height: 5, class: "gone-line" }))));
+  const labelEvery = Math.ceil(22 / column);
+  for (let layer = 0; layer < count; layer += 1) {
+    const left = layer * column + (column - bar) / 2;
+    const [groups, neurons] = [architecture.kv_groups[layer], architecture.neurons[layer]];
+    const block = (top, height, share, kind) => {
+      const kept = height * share;
+      return [
+        el("svg:rect", { x: left, y: top, width: bar, height, fill: share ? undefined : "url(#hatch)", class: share ? "removed" : "gone" }),
+        share ? el("svg:rect", { x: left, y: kind === "attention" ? top + height - kept : top, width: bar, height: kept, class: kind }) : "",
+      ];
+    };
+    const cells = full.groups <= 16 && bar > 3
+      ? Array.from({ length: full.groups - 1 }, (_, index) => el("svg:line", { x1: left, x2: left + bar, y1: (half * (index + 1)) / full.groups, y2: (half * (index + 1)) / full.groups, class: "cell" }))
+      : [];
+    const cross = isDropped(architecture, layer) ? el("svg:text", { x: left + bar / 2, y: half + gap / 2 + 4, class: "cross" }, "×") : "";
+    const label = !cross && layer % labelEvery === 0 ? el("svg:text", { x: left + bar / 2, y: half + gap / 2 + 4, class: "index" }, String(layer)) : "";
+    svg.append(el("svg:g", {}, el("svg:title", {}, layerText(architecture, layer, full)),
+      ...block(0, half, groups / full.groups, "attention"), ...cells, ...block(half + gap, half, neurons / full.neurons, "mlp"), cross || label));
+  }
+  return svg;
+}
+
+function layersLegend() {
+  const sign = (kind, text) => el("span", { class: "sign" }, el("span", { class: `swatch ${kind}` }), text);
+  return el("p", { class: "legend" }, sign("attention", "attention (KV groups), upwards"), sign("mlp", "MLP neurons, downwards"), sign("gone", "none left; × layer dropped"));
+}
+
+function layersAsText(entry) {
+  const { architecture } = entry.trial;
+  const rows = architecture.kv_groups.map((groups, layer) => [String(layer), String(groups), String(architecture.neurons[layer]), isDropped(architecture, layer) ? "dropped" : ""]);
+  const details = el("details", {}, el("summary", {}, "The same as numbers"));
+  details.addEventListener("toggle", () => details.open && details.children.length === 1 && details.append(table(["layer", "KV groups", "neurons", ""], rows, "Kept by layer")));
+  return details;
+}
+
+const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
+
+function exportCommand(entry, state) {
+  const folder = RUNS[entry.run].folder;
+  const target = `${folder}/trial-${entry.number}${state.format === "gguf" ? "-gguf" : ""}`;
+  const command = `llmbo export ${quoted(folder)} --trial ${entry.number} --format ${state.format} --out ${quoted(target)}`;
+  const choice = el("select", { id: "export-format", onchange: (event) => update({ format: event.target.value }) },
+    ...["hf", "gguf"].map((name) => el("option", { value: name, selected: name === state.format }, name === "hf" ? "Hugging Face folder" : "GGUF for llama.cpp")));
+  const button = el("button", { type: "button", id: "copy", onclick: () => copy(command, button) }, "Copy");
+  return el("div", {}, el("h4", {}, "Take it"), el("p", {}, el("label", { for: "export-format" }, "as "), choice),
+    el("div", { class: "command" }, el("code", { id: "export-command" }, command), button));
+}
+
+async function copy(text, button) {
+  let done = false;
+  try {
+    await navigator.clipboard.writeText(text);
+    done = true;
+  } catch { // no clipboard without permission or a secure origin: the old way still works
+    const area = el("textarea", { class: "hidden" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    done = document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  button.textContent = done ? "Copied" : "Select and copy by hand";
+  setTimeout(() => { button.textContent = "Copy"; }, 2000);
+}

@@ -1,0 +1,128 @@
+"""Stored trials -> a report. Needs no model."""
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from llmbo.advisor.parts import AdvisorPart
+from llmbo.gain import trial_gains
+from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.pareto import hypervolume_trace, pareto_front
+from llmbo.report.schema import (
+    ArchitecturePart,
+    FrontPoint,
+    HypervolumePart,
+    ObjectivePart,
+    Report,
+    SpacePart,
+    TrialPart,
+    Values,
+)
+from llmbo.space import SearchSpace
+from llmbo.types import Trial
+
+PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")
+
+
+def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """The non-dominated complete trials, smallest first."""
+    complete = [trial for trial in trials if trial.complete]
+    front = [complete[index] for index in pareto_front(to_maximize([trial.values for trial in complete], objectives))]
+    return sorted(front, key=lambda trial: (trial.values["params"], trial.number))
+
+
+def build_report(
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    space: SearchSpace,
+    facts: Mapping[str, Any],
+    heldout: Mapping[int, Mapping[str, float]],
+    advisor: AdvisorPart | None = None,
+) -> Report:
+    """Put stored trials into the report's shape.
+
+    Args:
+        facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values, and
+            `importance` as a list of `ImportancePart` fields.
+        heldout: Held-out values by trial number.
+        advisor: What advice cost and brought, for a run with an advisor.
+    """
+    complete = [trial for trial in trials if trial.complete]
+    quality = next(objective for objective in objectives if not objective.known)
+    gains = trial_gains(trials, quality, facts["dense"])
+    trace = hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives))
+    return Report(
+        run=facts["run"],
+        model=facts["model"],
+        data=facts["data"],
+        space=SpacePart(
+            dimensions=space.d,
+            kv_group_levels=space.widths["attention"],
+            neuron_levels=space.widths["mlp"],
+            min_share=space.min_share,
+        ),
+        objectives=[
+            ObjectivePart(
+                name=objective.name,
+                unit=objective.unit,
+                direction="maximize" if objective.maximize else "minimize",
+                reference_point=objective.reference,
+                known=objective.known,
+            )
+            for objective in objectives
+        ],
+        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),
+        trials=[
+            TrialPart(
+                number=trial.number,
+                round=trial.round,
+                origin=trial.origin,
+                state=trial.state.value,
+                architecture=_architecture(space, trial.x),
+                objectives=Values.model_validate(trial.values) if trial.complete else None,
+                seconds=trial.seconds,
+                failure=trial.failure,
+                gain=gains.get(trial.number),
+            )
+            for trial in trials
+        ],
+        front=[
+            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number))
+            for trial in front_of(trials, objectives)
+        ],
+        hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
+        importance=facts.get("importance", []),
+        advisor=advisor,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and peak memory of this process, as `RunPart` wants them."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "platform": platform.platform(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+def _architecture(space: SearchSpace, x: tuple[int, ...]) -> ArchitecturePart:
+    return ArchitecturePart(**space.decode(x).to_dict())
+
+
+def _point(
+    trial: int | None,
+    x: tuple[int, ...],
+    space: SearchSpace,
+    values: Mapping[str, float],
+    heldout: Mapping[str, float] | None,
+) -> FrontPoint:
+    return FrontPoint(
+        trial=trial,
+        architecture=_architecture(space, x),
+        objectives=Values.model_validate(values),
+        heldout=Values.model_validate(heldout) if heldout else None,
+    )

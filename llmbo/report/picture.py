@@ -1,0 +1,64 @@
+"""A report -> the front as a picture for papers and READMEs, PNG or SVG."""
+
+from io import BytesIO
+from typing import Any
+
+from llmbo.report.schema import Report
+
+# Okabe and Ito's palette tells apart under every common colour blindness; shapes say the same to those who see none.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+MARKERS = "osD^v"
+
+
+def draw_front(report: Report) -> dict[str, bytes]:
+    """Every trial and the front, quality against size.
+
+    Returns:
+        The picture by file name: `front.png` at 150 dots per inch, and `front.svg` with its text as text.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    _plot(report, figure.subplots())
+    png, svg = BytesIO(), BytesIO()
+    figure.savefig(png, dpi=150, format="png")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmbo"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None})  # the same report gives the same bytes
+    return {"front.png": png.getvalue(), "front.svg": svg.getvalue()}
+
+
+def _plot(report: Report, axes: Any) -> None:
+    size = next(objective for objective in report.objectives if objective.known)
+    quality = next(objective for objective in report.objectives if not objective.known)
+
+    def columns(values: list[Any]) -> tuple[list[float], list[float]]:
+        x, y = ([getattr(value, name) for value in values] for name in (size.name, quality.name))
+        return x, y
+
+    by_origin: dict[str, list[Any]] = {}
+    for trial in report.trials:
+        if trial.objectives:
+            by_origin.setdefault(trial.origin, []).append(trial.objectives)
+    for index, (origin, values) in enumerate(sorted(by_origin.items())):
+        style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+        label = _plain(f"{origin} ({len(values)})")
+        axes.scatter(*columns(values), s=18, alpha=0.6, linewidths=0, label=label, **style)
+    front = [point.objectives for point in report.front]
+    axes.step(*columns(front), where="post", color="black", lw=1.2, label="front, proxy windows")
+    if seen := [point.heldout for point in report.front if point.heldout]:
+        axes.plot(*columns(seen), "x", color="#D55E00", ms=5, label="front, held-out windows")
+    axes.plot(*columns([report.dense.objectives]), "*", color="black", ms=11, label="dense model")
+    axes.set(xlabel=f"{size.name} ({size.unit})", ylabel=f"{quality.name} ({quality.unit})")
+    axes.set_title(_plain(f"{report.model.name}: {len(report.trials)} trials"))
+    if quality.direction == "minimize":
+        axes.set_ylim(top=1.15 * quality.reference_point)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def _plain(text: str) -> str:
+    """Names from outside are text, not matplotlib's mathematics."""
+    return text.replace("$", r"\$")

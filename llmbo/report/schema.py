@@ -1,0 +1,155 @@
+"""The format of `report.json`. These classes validate every report before it is written; `docs/report.schema.json` is made from them."""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from llmbo.advisor.parts import AdvisorPart
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RunPart(_Part):
+    """How the run was made. `settings` are what the user chose; `seconds` are summed over resumed processes, by phase."""
+
+    name: str
+    command: str
+    status: Literal["complete", "interrupted", "failed"]
+    settings: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    platform: str
+    device: str
+    dtype: str
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+class ModelPart(_Part):
+    name: str
+    source: str
+    model_type: str
+    fingerprint: str
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    params: int
+    block_params: int
+
+
+class SplitPart(_Part):
+    """One of three disjoint sets of windows. `tokens` counts every token of every window, BOS included."""
+
+    windows: int
+    tokens: int
+
+
+class DataPart(_Part):
+    """Where the text came from. Losses are means over the `window - 1` predicted tokens of each window."""
+
+    source: str
+    sha256: str
+    available_tokens: int
+    window: int
+    bos: bool
+    calibration: SplitPart
+    proxy: SplitPart
+    heldout: SplitPart
+
+
+class SpacePart(_Part):
+    dimensions: int
+    kv_group_levels: list[int]
+    neuron_levels: list[int]
+    min_share: float
+
+
+class ObjectivePart(_Part):
+    name: str
+    unit: str
+    direction: Literal["minimize", "maximize"]
+    reference_point: float
+    known: bool
+
+
+class ArchitecturePart(_Part):
+    kv_groups: list[int]
+    neurons: list[int]
+
+
+class Values(_Part):
+    """`kl` and `loss` in nats per token; `params` of the whole model; `params_share` of the decoder blocks."""
+
+    kl: float
+    loss: float
+    perplexity: float
+    params: int
+    params_share: float
+
+
+class TrialPart(_Part):
+    """`gain`: quality saved against the threshold family at the same share, in its unit; null where the family is unknown."""
+
+    number: int
+    round: int
+    origin: str
+    state: Literal["running", "complete", "failed"]
+    architecture: ArchitecturePart
+    objectives: Values | None
+    seconds: float | None
+    failure: str | None
+    gain: float | None = None
+
+
+class FrontPoint(_Part):
+    """`heldout` is null while the held-out windows have not been evaluated (an interrupted run)."""
+
+    trial: int | None
+    architecture: ArchitecturePart
+    objectives: Values
+    heldout: Values | None
+
+
+class HypervolumePart(_Part):
+    """Dominated hypervolume after each finished trial, in the product of the objectives' units."""
+
+    final: float
+    trace: list[float]
+
+
+class ImportancePart(_Part):
+    """What one method says about the blocks of one kind: `scores` has one number per layer, summed over the block's units.
+
+    `layer` stands for a whole layer. Larger means "hurts more if removed"; methods have units of their own.
+    """
+
+    method: str
+    kind: Literal["attention", "mlp", "layer"]
+    scores: list[float]
+
+
+class Report(_Part):
+    schema_version: Literal[1] = 1
+    run: RunPart
+    model: ModelPart
+    data: DataPart
+    space: SpacePart
+    objectives: list[ObjectivePart]
+    dense: FrontPoint
+    trials: list[TrialPart]
+    front: list[FrontPoint]
+    hypervolume: HypervolumePart
+    importance: list[ImportancePart] = []
+    advisor: AdvisorPart | None = None
+
+
+def json_schema() -> str:
+    """The JSON schema of `report.json`, as kept in `docs/`."""
+    return json.dumps(Report.model_json_schema(), indent=2) + "\n"

@@ -1,0 +1,69 @@
+"""A report -> rows, for people (Markdown) and programs (CSV)."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Runs = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the fronts, smallest model first, each run's dense model last."""
+    quantities = _quantities(runs)
+    measured = [name for name in quantities if any(_judged(report, name) for _, report in runs)]
+    headings = [*(["run"] if len(runs) > 1 else []), "trial", *quantities, *(f"held-out {name}" for name in measured)]
+    rows = []
+    for label, (_, report) in zip(labels, runs, strict=True):
+        for point in [*report["front"], report["dense"]]:
+            number = "dense" if point["trial"] is None else str(point["trial"])
+            values = [_shown(point["objectives"].get(name)) for name in quantities]
+            heldout = [_shown((point["heldout"] or {}).get(name)) for name in measured]
+            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout])
+    return headings, rows
+
+
+def as_markdown(runs: Runs, labels: Sequence[str]) -> str:
+    """The fronts as a Markdown table."""
+    headings, rows = front_rows(runs, labels)
+    lines = [headings, ["---:"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_csv(runs: Runs, labels: Sequence[str]) -> str:
+    """Every trial, one row each. Values in full precision, the architecture as JSON."""
+    quantities = _quantities(runs)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    keys = ("number", "round", "origin", "state", "seconds", "gain", "failure")
+    heldout = [f"heldout_{name}" for name in quantities]
+    writer.writerow(["run", *keys, "on_front", *quantities, *heldout, "architecture"])
+    for label, (_, report) in zip(labels, runs, strict=True):
+        front = {point["trial"]: point["heldout"] or {} for point in report["front"]}
+        for trial in report["trials"]:
+            values, seen = trial["objectives"] or {}, front.get(trial["number"], {})
+            cells = [
+                *(trial.get(key) for key in keys),
+                trial["number"] in front,
+                *(values.get(name) for name in quantities),
+                *(seen.get(name) for name in quantities),
+            ]
+            writer.writerow([label, *cells, json.dumps(trial["architecture"])])
+    return out.getvalue()
+
+
+def _quantities(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(name for _, report in runs for name in report["dense"]["objectives"]))
+
+
+def _judged(report: Mapping[str, Any], name: str) -> bool:
+    """Whether held-out windows say something about `name` that the proxy windows do not."""
+    heldout = [(point["objectives"], point["heldout"]) for point in report["front"] if point["heldout"]]
+    return any(proxy.get(name) != seen.get(name) for proxy, seen in heldout)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

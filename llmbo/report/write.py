@@ -1,0 +1,21 @@
+"""A report -> the files of a run folder."""
+
+import json
+from pathlib import Path
+
+from llmbo.report.files import replace_file
+from llmbo.report.page import render_page
+from llmbo.report.picture import draw_front
+from llmbo.report.schema import Report
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.html`, `front.png` and `front.svg`; a reader never sees half a file.
+
+    `report.json` goes first: when the disk fills up, the numbers are what must not be lost.
+    """
+    replace_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
+    for name, content in draw_front(report).items():
+        replace_file(folder / name, content)
+    page = render_page([(str(folder), json.loads(report.model_dump_json()))])
+    replace_file(folder / "report.html", page.encode())

@@ -1,0 +1,426 @@
+"""The report page in a real headless Chromium, opened from the disk like a user would."""
+
+import importlib.util
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmbo.report.page import render_page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+LAYERS, GROUPS, NEURONS = 30, 3, 1536
+HOSTILE = "</script><script>window.broken=1</script><img src=x onerror='window.broken=1'>{{7*7}}${1}"
+SMOOTH = 1.0  # seconds that drawing 2,000 trials, or reacting to a click, may take on a busy machine
+
+
+# Contrast of the text colours against the ground of the cards, WCAG 2.2.
+CONTRAST = """() => {
+  const channel = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const light = (name) => {
+    const [r, g, b] = css(name).match(/[0-9a-f]{2}/gi).map((part) => channel(parseInt(part, 16) / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  return ["--text", "--muted", "--heldout", "--accent"].map((name) => {
+    const [a, b] = [light(name), light("--card")].sort((one, other) => one - other);
+    return (b + 0.05) / (a + 0.05);
+  });
+}"""
+ATTACKS = (
+    "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.broken = 1'}))",
+    """document.body.insertAdjacentHTML('beforeend', '<b onclick="window.broken = 1" id=bad>x</b>');
+    document.getElementById('bad').click()""",
+)
+
+
+def values_of(share: float, kl: float, **more: float) -> dict[str, Any]:
+    params = round(28e6 + 106e6 * share)
+    return {
+        "kl": kl,
+        "loss": 2.8 + kl,
+        "perplexity": math.exp(2.8 + kl),
+        "params": params,
+        "params_share": share,
+        **more,
+    }
+
+
+def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A report of the documented shape, with numbers as a search would give."""
+    rng = random.Random(seed)
+
+    def architecture(share: float) -> dict[str, list[int]]:
+        kept = [rng.random() < 0.5 + share / 2 for _ in range(LAYERS)]
+        return {
+            "kv_groups": [rng.randint(1, GROUPS) * kept[layer] for layer in range(LAYERS)],
+            "neurons": [128 * rng.randint(3, 12) * kept[layer] for layer in range(LAYERS)],
+        }
+
+    def trial(number: int) -> dict[str, Any]:
+        share = rng.uniform(0.4, 0.98)
+        values = values_of(share, 1.1 * (1 - share) ** 1.3 * rng.uniform(1.0, 1.6))
+        return {
+            "number": number, "round": number // 4, "origin": "threshold" if number < 12 else rng.choice(["qnehvi", "advisor"]),
+            "state": "complete", "architecture": architecture(share), "objectives": values, "seconds": rng.uniform(0.8, 1.2),
+            "failure": None, "gain": rng.gauss(0, 0.02),
+        }  # fmt: skip
+
+    made = [trial(number) for number in range(trials)]
+    axes = [(one["objectives"]["params_share"], one["objectives"]["kl"]) for one in made]
+    front = [
+        {"trial": one["number"], "architecture": one["architecture"], "objectives": one["objectives"],
+         "heldout": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.1, "loss": one["objectives"]["loss"] + 0.01}}
+        for one, (x, y) in zip(made, axes, strict=True)
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in axes)
+    ]  # fmt: skip
+    full = {"kv_groups": [GROUPS] * LAYERS, "neurons": [NEURONS] * LAYERS}
+    return {
+        "schema_version": 1,
+        "run": {"name": "made-up", "command": "llmbo optimize --model x", "status": "complete", "settings": {"budget": trials},
+                "seed": seed, "versions": {}, "platform": "x", "device": "cpu", "dtype": "float32",
+                "seconds": {"importance": 12.5, "search": 1.1 * trials}, "peak_memory_bytes": 10**9},
+        "model": {"name": "made-up-135M", "source": "x", "model_type": "llama", "fingerprint": "f", "num_hidden_layers": LAYERS,
+                  "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": GROUPS, "head_dim": 64,
+                  "intermediate_size": NEURONS, "vocab_size": 49152, "params": 134000000, "block_params": 106000000},
+        "data": {"source": "builtin", "sha256": "s", "available_tokens": 10**5, "window": 256, "bos": False,
+                 **{part: {"windows": 12, "tokens": 3072} for part in ("calibration", "proxy", "heldout")}},
+        "space": {"dimensions": 2 * LAYERS, "kv_group_levels": [0, 1, 2, 3], "neuron_levels": list(range(0, 1537, 128)), "min_share": 0.4},
+        "objectives": [
+            {"name": "kl", "unit": "nats/token", "direction": "minimize", "reference_point": 1.2, "known": False},
+            {"name": "params_share", "unit": "share", "direction": "minimize", "reference_point": 1.0, "known": True},
+        ],
+        "dense": {"trial": None, "architecture": full, "objectives": values_of(1.0, 0.0), "heldout": values_of(1.0, 0.0)},
+        "trials": made,
+        "front": sorted(front, key=lambda point: point["objectives"]["params"]),
+        "hypervolume": {"final": 0.4, "trace": [0.4 * (1 - math.exp(-number / 10)) for number in range(trials)]},
+        "importance": [
+            {"method": method, "kind": kind, "scores": [rng.lognormvariate(0, 2) for _ in range(LAYERS)]}
+            for method in ("fisher", "taylor") for kind in ("attention", "mlp")
+        ],
+        **changes,
+    }  # fmt: skip
+
+
+@dataclass
+class Tab:
+    """An open page, everything it asked for and everything it complained about."""
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def text(self, selector: str) -> str:
+        return self.page.inner_text(selector)
+
+    def where(self, key: str) -> tuple[float, float]:
+        """Screen position of a trial in the front chart."""
+        at = self.page.evaluate(
+            """(key) => { const e = BY_KEY.get(key), c = chart("front-chart"); const box = c.getDom().getBoundingClientRect();
+            const p = c.convertToPixel({xAxisIndex: 0, yAxisIndex: 0}, [e.values[STATE.x], e.values[STATE.y]]);
+            return [p[0] + box.left, p[1] + box.top]; }""",
+            key,
+        )
+        return at[0], at[1]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium): the report page is not tested")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Open:
+    """`with opened(report, width=390) as tab:` shows the page of one or several reports."""
+
+    @contextmanager
+    def open_page(*reports: Mapping[str, Any], width: int = 1280, scheme: str = "light") -> Iterator[Tab]:
+        file = tmp_path / "report.html"
+        runs = [(f"runs/{report['run']['name']}", report) for report in reports]
+        file.write_text(render_page(runs), encoding="utf-8")
+        context = browser.new_context(
+            viewport={"width": width, "height": 900},
+            color_scheme=scheme,
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        tab = Tab(context.new_page())
+        tab.page.on("request", lambda request: tab.requests.append(request.url))
+        tab.page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.page.on("console", lambda message: tab.complaints.append(f"{message.type}: {message.text}"))
+        tab.page.goto(file.as_uri())
+        tab.page.wait_for_selector("html[data-ready=yes]", timeout=20_000)
+        yield tab
+        assert tab.complaints == []
+        assert [url for url in tab.requests if url != file.as_uri() and not url.startswith("data:")] == []
+        context.close()
+
+    return open_page
+
+
+def test_it_shows_the_front_and_a_trial_of_it(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:
+        assert "made-up-135M" in tab.text("h1")
+        assert tab.page.evaluate("document.querySelectorAll('canvas').length") == 2
+        painted = "(id) => new Set(document.querySelector(`#${id} canvas`).getContext('2d').getImageData(0, 0, 400, 300).data).size"
+        assert tab.page.evaluate(painted, "front-chart") > 10
+        selected = tab.page.evaluate("STATE.selected")
+        point = next(point for point in report["front"] if f"0:{point['trial']}" == selected)
+        assert f"trial {point['trial']}" in tab.text("#trial h3") and "on the front" in tab.text("#trial")
+        assert f"{point['objectives']['kl']:.4g}" in tab.text("#trial")
+        assert f"{point['heldout']['kl']:.4g}" in tab.text("#trial")
+
+
+def test_hovering_tells_about_a_trial(opened: Open) -> None:
+    report = made_up_report()
+    report["trials"][7]["why"] = "thin the middle"
+    with opened(report) as tab:
+        tab.page.mouse.move(*tab.where("0:7"))
+        tab.page.wait_for_selector(".hover")
+        told = tab.text(".hover")
+        values = report["trials"][7]["objectives"]
+        assert "trial 7 · threshold" in told and "thin the middle" in told
+        assert f"kl: {values['kl']:.4g}" in told and f"{values['params'] / 1e6:.1f}".rstrip("0").rstrip(".") in told
+
+
+def test_a_click_and_the_keys_select(opened: Open) -> None:
+    report = made_up_report()
+    numbers = [point["trial"] for point in report["front"]]
+    with opened(report) as tab:
+        tab.page.mouse.click(*tab.where(f"0:{numbers[0]}"))  # the only one without neighbours under the pointer
+        assert f"trial {numbers[0]}" == tab.text("#trial h3")
+        tab.page.focus("#front-chart")
+        for key, number in (
+            ("ArrowRight", numbers[1]),
+            ("ArrowRight", numbers[2]),
+            ("Home", numbers[0]),
+            ("ArrowLeft", numbers[0]),
+            ("ArrowRight", numbers[1]),
+        ):
+            tab.page.keyboard.press(key)
+            assert tab.text("#trial h3") == f"trial {number}"
+        assert f"trial {numbers[1]}" in tab.page.text_content("#announcement")
+        tab.page.keyboard.press("End")
+        assert tab.text("#trial h3") == "dense model" and tab.page.query_selector("#export-command") is None
+
+
+def test_the_picture_shows_every_layer_and_what_is_gone(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:
+        number = report["front"][0]["trial"]
+        tab.page.evaluate(f"update({{selected: '0:{number}'}})")
+        kept = report["trials"][number]["architecture"]
+        gone = [layer for layer in range(LAYERS) if kept["kv_groups"][layer] == kept["neurons"][layer] == 0]
+        titles = tab.page.eval_on_selector_all(".layers title", "nodes => nodes.map(node => node.textContent)")
+        assert len(titles) == LAYERS and tab.page.locator(".layers .cross").count() == len(gone) > 0
+        assert [index for index, title in enumerate(titles) if title.endswith("dropped")] == gone
+        first = next(layer for layer in range(LAYERS) if layer not in gone)
+        assert (
+            titles[first]
+            == f"layer {first}: {kept['kv_groups'][first]} of 3 KV groups, {kept['neurons'][first]} of 1536 neurons"
+        )
+        heights = tab.page.eval_on_selector_all(".layers .mlp", "nodes => nodes.map(node => node.getBBox().height)")
+        widths = [width for width in kept["neurons"] if width]
+        assert heights == pytest.approx([max(heights) * width / max(widths) for width in widths], rel=1e-3)
+
+
+def test_the_budget_field_finds_the_best_trial_within_it(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:
+        for typed, limit in (("100M", 100e6), ("95 m", 95e6), ("110000000", 110e6)):
+            tab.page.fill("#budget", typed)
+            fitting = [trial for trial in report["trials"] if trial["objectives"]["params"] <= limit]
+            best = min(fitting, key=lambda trial: trial["objectives"]["kl"])
+            assert tab.text("#budget-answer").startswith(f"trial {best['number']}:")
+            assert tab.text("#trial h3") == f"trial {best['number']}"
+        tab.page.fill("#budget", "3")
+        assert "No trial is that small" in tab.text("#budget-answer")
+        tab.page.fill("#budget", "small")
+        assert (
+            "Type a number" in tab.text("#budget-answer")
+            and tab.page.get_attribute("#budget", "aria-invalid") == "true"
+        )
+        tab.page.select_option("#budget-quantity", "params_share")
+        tab.page.fill("#budget", "60 %")
+        best = min(
+            (t for t in report["trials"] if t["objectives"]["params_share"] <= 0.6), key=lambda t: t["objectives"]["kl"]
+        )
+        assert tab.text("#trial h3") == f"trial {best['number']}"
+        tab.page.focus("#budget-slider")
+        tab.page.keyboard.press("Home")
+        smallest = min(report["trials"], key=lambda trial: trial["objectives"]["params"])
+        assert tab.text("#trial h3") == f"trial {smallest['number']}"
+
+
+def test_the_export_command_can_be_copied(opened: Open) -> None:
+    report = made_up_report()
+    report["run"]["name"] = "it's mine"
+    with opened(report) as tab:
+        number = tab.page.evaluate("STATE.selected").split(":")[1]
+        tab.page.click("#copy")
+        tab.page.wait_for_function("document.querySelector('#copy').textContent === 'Copied'")
+        copied = tab.page.evaluate("navigator.clipboard.readText()")
+        folder = "'runs/it'\\''s mine"
+        assert (
+            copied
+            == f"llmbo export {folder}' --trial {number} --format hf --out {folder}/trial-{number}'"
+            == tab.text("#export-command")
+        )
+        tab.page.select_option("#export-format", "gguf")
+        assert "--format gguf" in tab.text("#export-command")
+
+
+def test_hypervolume_importance_cost_trials_and_recipe_are_there(opened: Open) -> None:
+    report = made_up_report()
+    report["trials"][5] |= {"state": "failed", "objectives": None, "failure": "out of memory"}
+    report["hypervolume"]["trace"].pop()
+    with opened(report) as tab:
+        tab.page.select_option("#over", "seconds")
+        assert "seconds" in json.dumps(tab.page.evaluate("chart('hypervolume-chart').getOption().xAxis[0].name"))
+        assert tab.page.locator("#importance tbody tr").count() == 4
+        assert tab.page.locator("#importance tbody td").count() == 4 * LAYERS
+        assert "importance" in tab.text("#cost") and "12.5 s" in tab.text("#cost")
+        assert not tab.page.is_visible("#advisor") and not tab.page.is_visible("#runs")
+        assert tab.text("#all-trials summary") == "40 trials: 39 complete, 1 failed"
+        tab.page.click("#all-trials summary")
+        assert "out of memory" in tab.text("#all-trials") and tab.page.locator("#all-trials tbody tr").count() == 40
+        tab.page.click("#all-trials th:has-text('kl') button")
+        first = min((t for t in report["trials"] if t["objectives"]), key=lambda t: t["objectives"]["kl"])
+        tab.page.click("#all-trials tbody tr:first-child button")
+        assert tab.text("#trial h3") == f"trial {first['number']}"
+        assert "llmbo optimize --model x" in tab.text("#recipe")
+
+
+def test_what_the_advisor_did_is_shown(opened: Open) -> None:
+    outcomes = {"evaluated": 4, "vetoed": 7, "duplicate": 0, "illegal": 1, "unparsable": 0}
+    hook = {"calls": 3, "attempts": 4, "prompt_tokens": 900, "completion_tokens": 100, "cost": 0.25, "seconds": 7.5}
+    advisor = {
+        "advisor": "openai:some-model",
+        "hooks": {"propose": {**hook, "outcomes": outcomes}, "filter": {**hook, "cost": None, "outcomes": outcomes}},
+        "stopped": "the server hung up", "hypervolume_by_origin": {"threshold": 0.3, "advisor": 0.02},
+        "directions": [{"name": "dip", "trials": 2, "hypervolume": 0.01, "best_gain": None}],
+        "filter": {"reviewed": 9, "dropped": 4, "audited": [3, 9], "precision": 0.75}, "probe": None,
+    }  # fmt: skip
+    with opened(made_up_report(advisor=advisor)) as tab:
+        shown = tab.text("#advisor")
+        assert all(
+            word in shown for word in ("openai:some-model", "vetoed", "unknown", "hung up", "dip", "0.75", "3, 9")
+        )
+        rows = tab.page.locator("#advisor table").first.locator("tbody tr")
+        assert [row.split()[0] for row in rows.all_inner_texts()] == ["propose", "filter"]
+        assert "1000 tokens" in tab.text("#cost") and "0.25 USD" in tab.text("#cost")
+
+
+def test_constraints_shade_what_they_forbid(opened: Open) -> None:
+    with opened(made_up_report(constraints=[{"name": "params_share", "max": 0.8}])) as tab:
+        areas = tab.page.evaluate("chart('front-chart').getOption().series.flatMap(s => s.markArea?.data ?? [])")
+        assert [area[0]["xAxis"] for area in areas] == [0.8]
+
+
+def test_several_runs_share_a_reference_point_and_a_union_front(opened: Open) -> None:
+    runs = [made_up_report(), made_up_report(seed=1)]
+    runs[1]["run"]["name"] = "other"
+    runs[1]["objectives"] = [{**runs[1]["objectives"][0], "reference_point": 1.5}, runs[1]["objectives"][1]]
+    runs[1]["data"] = {**runs[1]["data"], "window": 128}
+    with opened(*runs) as tab:
+        data = tab.page.evaluate(
+            "({reference: DATA.reference_point, union: DATA.union, traces: RUNS.map(run => run.trace)})"
+        )
+        assert data["reference"] == {"kl": 1.5, "params_share": 1.0}
+        assert all(trace == sorted(trace) and len(trace) == 40 for trace in data["traces"])
+        points = [
+            (run, t["number"], t["objectives"]["kl"], t["objectives"]["params_share"])
+            for run, r in enumerate(runs)
+            for t in r["trials"]
+        ]
+        union = {
+            (p[0], p[1]) for p in points if not any(q[2] <= p[2] and q[3] <= p[3] and q[2:] != p[2:] for q in points)
+        }
+        assert {(point["run"], point["trial"]) for point in data["union"]} == union
+        assert "windows of different lengths" in tab.text("#runs") and "kl 1.5" in tab.text("#runs")
+        last = next(number for run, number in sorted(union, reverse=True) if run == 1)
+        tab.page.evaluate(f"update({{selected: '1:{last}'}})")
+        assert tab.text("#trial h3") == f"other, trial {last}" and "runs/other" in tab.text("#export-command")
+        assert "of other" in tab.text("#recipe h2")
+
+
+def test_hostile_text_stays_text(opened: Open) -> None:
+    report = json.loads(json.dumps(made_up_report()).replace('"advisor"', json.dumps(HOSTILE)))
+    report["run"] |= {"name": HOSTILE, "command": HOSTILE}
+    report["model"]["name"] = report["data"]["source"] = HOSTILE
+    report["advisor"] = {"name": HOSTILE, HOSTILE: [{HOSTILE: HOSTILE}]}
+    for trial in report["trials"]:
+        trial |= {"why": HOSTILE, "failure": HOSTILE}
+    other = made_up_report(seed=1)
+    with opened(report, other) as tab:
+        tab.page.mouse.move(*tab.where("0:7"))
+        tab.page.wait_for_selector(".hover")
+        tab.page.evaluate("document.getElementById('all-trials').open = true")
+        tab.page.wait_for_selector("#all-trials tbody")
+        assert HOSTILE in tab.page.text_content("h1") and HOSTILE in tab.page.text_content(".hover")
+        assert HOSTILE in tab.page.text_content("#advisor") and HOSTILE in tab.page.text_content("#all-trials")
+        assert tab.page.evaluate("window.broken") is None and tab.page.locator("img").count() == 0
+        assert tab.page.locator("script").count() == 3
+
+
+def test_no_script_runs_but_the_pages_own(opened: Open) -> None:
+    """Should anything slip through the escaping, the content security policy still refuses to run it."""
+    with opened(made_up_report()) as tab:
+        for attack in ATTACKS:
+            tab.page.evaluate(attack)
+        assert tab.page.evaluate("window.broken") is None
+        assert all("Content Security Policy" in complaint for complaint in tab.complaints) and tab.complaints
+        tab.complaints.clear()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_the_screen_and_can_be_read(opened: Open, width: int, scheme: str) -> None:
+    with opened(made_up_report(), width=width, scheme=scheme) as tab:
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert min(tab.page.evaluate(CONTRAST)) >= 4.5  # WCAG 2.2 AA
+        unlabelled = "() => [...document.querySelectorAll('input, select')].filter((node) => !node.labels.length).map((node) => node.id)"
+        assert tab.page.evaluate(unlabelled) == []
+
+
+def test_two_thousand_trials_stay_smooth(opened: Open) -> None:
+    report = made_up_report(2000)
+    with opened(report) as tab:
+        for redraw in (
+            "drawFront(STATE)",
+            "update({selected: '0:1234'})",
+            "update({limit: {name: 'params', value: 1e8}})",
+        ):
+            start = time.perf_counter()
+            tab.page.evaluate(f"new Promise((done) => {{ {redraw}; requestAnimationFrame(() => done()); }})")
+            assert time.perf_counter() - start < SMOOTH
+        size = len(render_page([("runs/made-up", report)]))
+        assert size < 4e6, f"the page has {size} bytes"
+
+
+def test_without_scripts_the_numbers_are_still_there(browser: Any, tmp_path: Path) -> None:
+    report = made_up_report()
+    (tmp_path / "report.html").write_text(render_page([("runs/x", report)]), encoding="utf-8")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("noscript tbody tr").count() == len(report["front"]) + 1
+    context.close()

@@ -23,7 +23,9 @@ ORDER = {
         "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
         "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop", "report",
         "strategies", "assemble", "progress", "card", "exporting",
-        "cli.common", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
+        "comparison", "comparison.config", "comparison.store", "comparison.problems", "comparison.recorded", "comparison.runner",
+        "comparison.statistics", "comparison.result", "comparison.display", "comparison.page", "comparison.session",
+        "cli.common", "cli.compare", "cli.export", "cli.models", "cli.optimize", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

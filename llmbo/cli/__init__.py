@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.compare import compare
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
@@ -14,5 +15,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, export, models):
+for command in (optimize, compare, export, models):
     app.command()(command)

@@ -3,20 +3,21 @@
     python -m experiments.record experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt
 
 The problem is the one of the config's method. `fit.json` states the errors on architectures that the fit never saw, by
-8-fold cross-validation: over all of them, and in the front region (KL below 1.25 times the threshold family's of that size).
+8-fold cross-validation: over all of them, and in the front region (KL below 1.25 times that of the measured threshold families
+at that size).
 Afterwards `llmbo compare CONFIG --problem problem-r-surrogate` needs no model.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from experiments.quiet import Quiet
 from llmbo.comparison.config import read_config
 from llmbo.comparison.problems import OpenProblem, opened
 from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fitted_theta
@@ -24,16 +25,9 @@ from llmbo.comparison.store import EvaluationStore
 from llmbo.models import load_config, silence_libraries
 
 FOLDS = 8
-FRONT = 1.25  # times the family's KL
+FRONT = 1.25  # times the KL of the measured threshold families
 MIN_MEASURED = 30  # rows that a target needs to be modelled at all
 Array = NDArray[np.float64]
-
-
-class Quiet:
-    """Phases that nobody watches."""
-
-    def phase(self, name: str, total: int | None = None) -> nullcontext:
-        return nullcontext(lambda done: None)
 
 
 def main() -> None:
@@ -76,6 +70,7 @@ def recorded(problem: OpenProblem, store: EvaluationStore) -> Recording:
     return Recording(
         problem.space,
         problem.search.family,
+        problem.search.fisher_family,
         problem.search.taylor_family,
         tuple(points),
         tuple(rows[x][0] for x in points),
@@ -118,7 +113,7 @@ def errors(recording: Recording, thetas: dict[str, Sequence[float]]) -> dict[str
             "spearman": rounded(spearmanr(guess, measured).statistic),
             "front_spearman": rounded(spearmanr(guess[front], measured[front]).statistic),
         }
-    members = np.array([origin == "threshold" for origin in recording.origins])
+    members = np.array([origin.startswith("threshold") for origin in recording.origins])
     others = near & ~members
     gain, guessed = (
         np.log(v[others] + 0.02) - np.log(family[others] + 0.02) for v in (recording.values["kl"], predicted["kl"])
@@ -131,11 +126,11 @@ def errors(recording: Recording, thetas: dict[str, Sequence[float]]) -> dict[str
 
 
 def front_region(recording: Recording) -> tuple[NDArray[np.bool_], Array]:
-    """Which rows lie near the front, and the threshold family's KL at the size of each."""
+    """Which rows lie near the front, and the threshold families' KL at the size of each."""
     import torch
 
     shares = recording.space.share(torch.tensor(recording.points, dtype=torch.float64)).numpy()
-    members = np.array([origin == "threshold" for origin in recording.origins])
+    members = np.array([origin.startswith("threshold") for origin in recording.origins])
     order = shares[members].argsort()
     family = np.interp(shares, [*shares[members][order], 1.0], [*recording.values["kl"][members][order], 0.0])
     return recording.values["kl"] < FRONT * family, family

@@ -55,6 +55,7 @@ class Recording:
 
     space: SearchSpace
     family: ThresholdFamily
+    fisher_family: ThresholdFamily
     taylor_family: ThresholdFamily
     points: tuple[tuple[int, ...], ...]
     origins: tuple[str, ...]
@@ -77,6 +78,7 @@ class Recording:
             return cls(
                 space,
                 _family(space, data["family"]),
+                _family(space, data["fisher_family"]),
                 _family(space, data["taylor_family"]),
                 points=tuple(tuple(DIGITS.index(digit) for digit in row["x"]) for row in rows),
                 origins=tuple(row["origin"] for row in rows),
@@ -97,6 +99,7 @@ class Recording:
             "neuron_step": self.space.neuron_step,
             "dense": dict(self.dense),
             "family": _steps(self.family),
+            "fisher_family": _steps(self.fisher_family),
             "taylor_family": _steps(self.taylor_family),
         }
         (folder / PROBLEM).write_text(json.dumps(data) + "\n", encoding="utf-8")
@@ -210,6 +213,10 @@ class RecordedSearch:
     @property
     def family(self) -> ThresholdFamily:
         return self.recording.family
+
+    @property
+    def fisher_family(self) -> ThresholdFamily:
+        return self.recording.fisher_family
 
     @property
     def taylor_family(self) -> ThresholdFamily:

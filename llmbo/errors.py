@@ -34,3 +34,7 @@ class StorageError(LlmboError):
 
 class EvaluationError(LlmboError):
     """Candidates cannot be evaluated on this machine."""
+
+
+class StrategyError(LlmboError):
+    """A strategy does not keep the rules that make a comparison fair."""

@@ -8,7 +8,7 @@ points, not a formula. Two ways to price a step:
                       LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores; Fisher scores allocate better.
     narrowing costs   slopes of the convex hull of what the whole block costs at each width after its refit (`narrowing_steps`).
 
-The geometric mean of both is better than either: see the allocations in `experiments/problem_r`. *Which* units stay at a
+The geometric mean of both is better than either: see `experiments/allocation`. *Which* units stay at a
 level follows from another ranking (see `pruning.importance`).
 """
 

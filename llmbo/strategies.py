@@ -78,11 +78,11 @@ class Strategy:
             ConfigError: One is unknown, or of another type than its default.
         """
         known, checked = self.options, dict[str, Any]()
-        for key, value in options.items():
+        for key, given in options.items():
             if key not in known:
                 raise ConfigError(unknown(f"key of the strategy {name}", key, known))
-            value = tuple(value) if isinstance(value, list) else value
-            kinds = (int, float) if isinstance(known[key], float) else type(known[key])
+            value: Any = tuple(given) if isinstance(given, list) else given
+            kinds: Any = (int, float) if isinstance(known[key], float) else type(known[key])
             if known[key] is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
                 raise ConfigError(f"The key {key} of the strategy {name} is like {known[key]!r}, got {value!r}.")
             if key == "num_initial" and isinstance(value, int) and value < 1:

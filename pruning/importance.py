@@ -133,7 +133,7 @@ def fisher(model: PreTrainedModel, statistics: Statistics) -> Importance:
 
     The first-order term of that divergence vanishes at the dense model, and the Hessian is the Fisher information.
     Theis et al. 2018, arXiv:1801.05787. Token by token, an empirical Fisher that ignores the tokens' correlations.
-    Thresholded per parameter it allocates widths better than `taylor`: see experiments/allocation.py.
+    Thresholded per parameter it allocates widths better than `taylor`: see `experiments/allocation`.
     """
     scores = {kind: block.fisher / (2 * statistics.num_tokens) for kind, block in statistics.blocks.items()}
     return _importance(scores)

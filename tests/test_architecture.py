@@ -28,8 +28,11 @@ ORDER = {
         "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table",
         "report.comparison", "report.page", "report.write", "report", "assemble_advisor", "advised", "strategies",
         "assemble", "advise", "dashboard", "progress", "card", "exporting", "checkpoints", "perplexity", "tasks",
-        "comparison", "training", "recovery", "cli.common", "cli.advise", "cli.evaluate", "cli.export", "cli.models",
-        "cli.optimize", "cli.recover", "cli.report", "cli.watch", "cli", "__main__",
+        "evaluation", "training", "recovery", "comparison", "comparison.config", "comparison.store",
+        "comparison.problems", "comparison.recorded", "comparison.runner", "comparison.statistics",
+        "comparison.result", "comparison.display", "comparison.page", "comparison.session", "cli.common",
+        "cli.advise", "cli.compare", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover",
+        "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.problem_r.__main__ import Quiet
+from experiments.quiet import Quiet
 from llmbo.assemble import load_windows, prepared
 from llmbo.config import RunConfig
 from llmbo.models import load_model, silence_libraries

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise, product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Proposer, Trial
 
 NUM_INITIAL = 12  # trials before a strategy with an initial design looks at any value
-ATTEMPTS = 1000  # draws per wanted candidate before a random design says that nothing is left
+ATTEMPTS = 1000  # draws in vain before a random proposer says that nothing is left
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,12 @@ def van_der_corput(n: int) -> float:
     return value
 
 
+def attempts(q: int) -> int:
+    """Draws for `q` candidates: plenty in a space that has them, soon over in one that is used up."""
+    return ATTEMPTS + 20 * q
+
+
 def _draws(draw: Callable[[torch.Generator], Tensor], q: int, seed: int) -> Iterator[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(seed)
-    for attempt in count():
-        if attempt > ATTEMPTS * q:
-            return
+    for _ in range(attempts(q)):
         yield tuple(draw(generator).int().tolist())

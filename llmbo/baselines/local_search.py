@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
 
-from llmbo.baselines.designs import ATTEMPTS, fresh, topped_up
+from llmbo.baselines.designs import attempts, fresh, topped_up
 from llmbo.objectives import Objective, to_maximize
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
@@ -36,9 +35,7 @@ class LocalSearchProposer:
         def pick(n: int) -> int:
             return int(torch.randint(n, (), generator=generator))
 
-        for attempt in count():
-            if attempt > ATTEMPTS * q:
-                return
+        for _ in range(attempts(q)):
             x = points[pick(len(points))].clone()
             for _ in range(1 + pick(MAX_MOVES)):
                 step = 2 * pick(2) - 1

@@ -20,7 +20,7 @@ from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial
 
 POPULATION = 20
-MAX_MATINGS = 50  # before a batch is filled up at random
+MAX_MATINGS = 20  # before a batch is filled up at random
 ETA = 3.0  # distribution index of both operators that pymoo's documentation gives for integers
 
 
@@ -75,7 +75,12 @@ class Nsga2Proposer:
             with warnings.catch_warnings():  # SBX divides by the distance of equal parents
                 warnings.simplefilter("ignore", RuntimeWarning)
                 children: Any = algorithm.mating.do(
-                    self._problem, parents, q, algorithm=algorithm, random_state=algorithm.random_state
+                    self._problem,
+                    parents,
+                    q,
+                    algorithm=algorithm,
+                    random_state=algorithm.random_state,
+                    n_max_iterations=2,
                 )
             for row in children.get("X"):
                 yield tuple(int(level) for level in row)

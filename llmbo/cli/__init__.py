@@ -3,6 +3,7 @@
 import typer
 
 from llmbo.cli.advise import advise
+from llmbo.cli.compare import compare
 from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
@@ -19,5 +20,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, export, evaluate, recover, advise, models):
+for command in (optimize, report, watch, export, evaluate, recover, compare, advise, models):
     app.command()(command)

@@ -8,7 +8,7 @@ import typer
 from llmbo.cli.common import one_line_errors, split_list
 
 if TYPE_CHECKING:
-    from llmbo.comparison import Result
+    from llmbo.evaluation import Result
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. Models that were finished are in the --json file."):
-        from llmbo.comparison import Settings, compare, table
+        from llmbo.evaluation import Settings, compare, table
         from llmbo.models import silence_libraries
         from llmbo.progress import Display
 

@@ -1,121 +1,345 @@
-"""`llmbo evaluate`: dense, exported and foreign models side by side, from the command line."""
+"""`llmbo compare` on a tiny llama: what it writes, that it goes on where it stopped, that it is fair, what it refuses."""
 
 import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from llmbo.checkpoints import load_checkpoint
 from llmbo.cli import app
-from pruning.anatomy import anatomy_of
-from pruning.architecture import Architecture
-from pruning.export.hf import Pruned, save_hf
-from pruning.masks import PruningMask, Ranking
-from pruning.shrink import shrink
+from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig
+from llmbo.comparison.problems import OpenProblem
+from llmbo.comparison.result import Comparison
+from llmbo.comparison.runner import check_designs, run_arm
+from llmbo.comparison.store import Evaluation, EvaluationStore
+from llmbo.config import RunConfig
+from llmbo.errors import StrategyError
+from llmbo.strategies import TABLE, Strategy
+from llmbo.types import Proposal, Trial
 
-WIDE = {"COLUMNS": "200"}
+STRATEGIES = (
+    '["threshold", "random", "nsga2-seeded", {strategy = "nsga2-seeded", label = "small population", population = 4}]'
+)
+TOP = {"strategies": STRATEGIES, "seeds": "[0, 1]", "checkpoints": "[12, 16]", "judged_points": "6"}
 
 
-def evaluate(*words: object) -> Result:
-    return CliRunner().invoke(app, ["evaluate", *map(str, words), "--dtype", "float32", "--device", "cpu"], env=WIDE)
+@dataclass(frozen=True)
+class Compare:
+    """`llmbo compare` in this process, on a config that is written for the purpose."""
+
+    folder: Path
+    problem: dict[str, str]
+
+    def write(self, top: dict[str, str] | None = None, problem: dict[str, str] | None = None) -> Path:
+        def lines(table: dict[str, str]) -> str:
+            return "".join(f"{key} = {value}\n" for key, value in table.items())
+
+        path = self.folder / "tiny.toml"
+        body = lines({**TOP, **(top or {})}) + "[problem]\n" + lines({**self.problem, **(problem or {})})
+        path.write_text(body, encoding="utf-8")
+        return path
+
+    def __call__(self, *flags: str, top: dict[str, str] | None = None, problem: dict[str, str] | None = None) -> Result:
+        path = self.write(top, problem)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with chdir(self.folder):
+                return CliRunner().invoke(app, ["compare", str(path), *flags])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def result(self, out: str = "comparisons/tiny") -> dict[str, Any]:
+        return json.loads((self.folder / out / "comparison.json").read_text(encoding="utf-8"))
+
+    def count(self, table: str) -> int:
+        with sqlite3.connect(self.folder / "comparisons" / "evaluations.db") as connection:
+            return int(connection.execute(f"select count(*) from {table}").fetchone()[0])
 
 
-@pytest.fixture(scope="module")
-def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of unequal layers, as `llmbo export` writes it."""
-    model = load_checkpoint(str(model_folder), "float32", "cpu").model
-    anatomy = anatomy_of(model)
-    ranking = Ranking(torch.arange(2).repeat(4, 1), torch.arange(24).repeat(4, 1))
-    architecture = Architecture((1, 2, 0, 2), (24, 0, 7, 12))
-    small = shrink(model, PruningMask.from_architecture(architecture, ranking))
-    folder = tmp_path_factory.mktemp("exported") / "small"
-    save_hf(Pruned(small, anatomy, architecture, AutoTokenizer.from_pretrained(model_folder)), folder)
-    return folder
+def tiny_problem(model_folder: Path, text_file: Path) -> dict[str, str]:
+    return {
+        "model": f'"{model_folder}"', "text": f'"text:{text_file}"', "window": "16", "calibration_tokens": "128",
+        "proxy_tokens": "64", "heldout_tokens": "64", "dtype": '"float32"', "device": '"cpu"', "reference_point": "[5.0, 1.0]",
+    }  # fmt: skip
 
 
 @pytest.fixture
-def task_file(tmp_path: Path) -> Path:
-    """A multiple-choice task with its data beside it."""
-    rows = [{"question": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 5}"], "answer": i % 2} for i in range(6)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    file = tmp_path / "follow.yaml"
-    file.write_text(
-        "task: follow\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
-        "metric_list:\n  - metric: acc\n"
+def compare(tmp_path: Path, model_folder: Path, text_file: Path) -> Compare:
+    return Compare(tmp_path, tiny_problem(model_folder, text_file))
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Compare:
+    """A finished comparison. Read it only."""
+    done = Compare(tmp_path_factory.mktemp("compared"), tiny_problem(model_folder, text_file))
+    answer = done()
+    assert answer.exit_code == 0, answer.output
+    return done
+
+
+def without_clocks(result: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in result.items() if key not in ("environment", "summaries")}
+    timed = ("seconds", "proposal_seconds")
+    return {**kept, "arms": [{k: v for k, v in arm.items() if k not in timed} for arm in result["arms"]]}
+
+
+def test_the_result_holds_what_was_asked_for(compared: Compare) -> None:
+    result = compared.result()
+    Comparison.model_validate(result)
+    assert result["status"] == "complete"
+    labels = ["threshold", "random", "nsga2-seeded", "small population"]
+    assert [(arm["label"], arm["seed"]) for arm in result["arms"]] == [
+        (label, seed) for seed in (0, 1) for label in labels
+    ]
+    for arm in result["arms"]:
+        assert len(arm["trials"]) == len(arm["trace"]) == len(arm["seconds"]) == 16
+        assert arm["trace"] == sorted(arm["trace"]) and arm["seconds"] == sorted(arm["seconds"])
+        for point in arm["checkpoints"]:
+            assert point["hypervolume"] == pytest.approx(arm["trace"][point["evaluations"] - 1], abs=1e-6)
+            assert point["heldout_hypervolume"] > 0 and len(point["points"]) <= 6
+    assert {(reach["label"], reach["baseline"]) for reach in result["reach"]} == {
+        (a, b) for a in labels for b in labels if a != b
+    }
+
+
+def test_strategies_with_the_same_design_start_alike(compared: Compare) -> None:
+    starts = {arm["label"]: [trial["digest"] for trial in arm["trials"][:12]] for arm in compared.result()["arms"]}
+    assert starts["threshold"] == starts["nsga2-seeded"] == starts["small population"] != starts["random"]
+
+
+def test_means_and_tests_follow_from_the_arms(compared: Compare) -> None:
+    result = compared.result()
+    finals = {
+        label: [arm["trace"][-1] for arm in result["arms"] if arm["label"] == label]
+        for label in ("threshold", "random")
+    }
+    summary = next(s for s in result["summaries"] if s["label"] == "random")["checkpoints"]["16"]["hypervolume"]
+    assert summary["mean"] == pytest.approx(sum(finals["random"]) / 2, abs=1e-6)
+    assert summary["low"] <= summary["mean"] <= summary["high"]
+    test = next(
+        t for t in result["tests"] if (t["label"], t["metric"], t["evaluations"]) == ("random", "hypervolume", 16)
     )
-    return file
+    assert result["method"] == "threshold"
+    assert test["difference"]["mean"] == pytest.approx((sum(finals["threshold"]) - sum(finals["random"])) / 2, abs=1e-6)
 
 
-def test_models_stand_side_by_side(model_folder: Path, exported: Path, text_file: Path, tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    words = (model_folder, exported, "--text", f"text:{text_file}", "--window", 32, "--json", file)
-    for runs in (1, 2):
-        result = evaluate(*words)
-        assert result.exit_code == 0, result.output
-        assert "custom code" not in result.output  # transformers' question, which would wait for an answer
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert len(lines) == 2 * runs  # appended, not overwritten
-    dense, small = lines[-2:]
-    assert dense["model"] == str(model_folder) and small["params"] < dense["params"]
-    for line in (dense, small):
-        assert f"{line['loss']:.4f}" in result.output and f"{line['perplexity']:.2f}" in result.output
-        assert line["recipe"]["tokens"] == 1199 and line["recipe"]["window"] == 32 and line["versions"]["torch"]
-    assert result.output.count("Recipe: ") == 1  # the same for both
-    assert dense["loss"] != small["loss"]
+def test_nobody_dominates_the_union_front(compared: Compare) -> None:
+    result = compared.result()
+    front = [(p["values"]["kl"], p["values"]["params_share"]) for p in result["union_front"]]
+    trials = [t["values"] for arm in result["arms"] for t in arm["trials"]]
+    for kl, share in front:
+        assert not any(
+            t["kl"] <= kl and t["params_share"] <= share and (t["kl"] < kl or t["params_share"] < share) for t in trials
+        )
+    assert len(front) == len(set(front)) and all(p["heldout"] for p in result["union_front"])
 
 
-def test_tasks_of_a_local_file_are_scored(model_folder: Path, exported: Path, task_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'llmbo[evaluate]'")
-    file = tmp_path / "results.jsonl"
-    result = evaluate(model_folder, exported, "--tasks", task_file, "--limit", 4, "--json", file)
-    assert result.exit_code == 0, result.output
-    for line in map(json.loads, file.read_text().splitlines()):
-        assert line["tasks"]["follow"]["acc"] in (0, 0.25, 0.5, 0.75, 1) and line["recipe"] is None
-    assert "follow acc" in result.output and "perplexity" not in result.output
+def test_the_page_is_one_file_that_names_everybody(compared: Compare) -> None:
+    page = (compared.folder / "comparisons" / "tiny" / "comparison.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
+    assert not any(word in page for word in ("<script", "src=", "@import", "url(http"))
+    assert all(label in page for label in ("threshold", "random", "nsga2-seeded", "small population"))
+
+
+def test_evaluations_are_shared_and_a_finished_comparison_costs_none(compared: Compare) -> None:
+    evaluations, expected = compared.count("evaluations"), compared.result()
+    trials = {trial["digest"] for arm in expected["arms"] for trial in arm["trials"]}
+    with sqlite3.connect(compared.folder / "comparisons" / "evaluations.db") as connection:
+        rows = connection.execute("select evaluator, count(*) from evaluations group by evaluator").fetchall()
+    assert (
+        len(rows) == 2 and max(count for _, count in rows) <= len(trials) + 14
+    )  # the family's curve beside the trials
+    assert compared().exit_code == 0
+    assert compared.count("evaluations") == evaluations
+    assert without_clocks(compared.result()) == without_clocks(expected)
+
+
+def test_a_killed_comparison_goes_on_and_loses_one_evaluation_at_most(compare: Compare, compared: Compare) -> None:
+    path = compare.write()
+    command = [sys.executable, "-m", "llmbo", "compare", str(path)]
+    process = subprocess.Popen(
+        command, cwd=compare.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    database = compare.folder / "comparisons" / "evaluations.db"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if database.exists() and _rows(database) > 25:
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    before = compare.count("evaluations")
+    assert before > 25
+    assert compare().exit_code == 0
+    assert compare.count("evaluations") == compared.count("evaluations")
+    assert without_clocks(compare.result())["arms"] == without_clocks(compared.result())["arms"]
+
+
+def _rows(database: Path) -> int:
+    try:
+        with sqlite3.connect(database) as connection:
+            return int(connection.execute("select count(*) from evaluations").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_more_evaluations_extend_a_comparison(compare: Compare) -> None:
+    few = {"strategies": '["nsga2-seeded"]', "seeds": "[3]", "judged_points": "0"}
+    assert compare(top={**few, "checkpoints": "[13]"}).exit_code == 0
+    (short,) = compare.result()["arms"]
+    assert compare(top={**few, "checkpoints": "[12, 18]"}).exit_code == 0
+    (long,) = compare.result()["arms"]
+    assert compare("--out", "anew", "--fresh", top={**few, "checkpoints": "[12, 18]"}).exit_code == 0
+    (anew,) = compare.result("anew")["arms"]
+    digests = [[trial["digest"] for trial in arm["trials"]] for arm in (short, long, anew)]
+    assert digests[0] == digests[1][:13] and digests[1] == digests[2]
+    assert all(point["heldout_hypervolume"] is None for point in long["checkpoints"])
+
+
+def test_a_changed_problem_is_judged_on_the_same_held_out_windows(compare: Compare) -> None:
+    arms = '["threshold", {strategy = "threshold", label = "more proxy", proxy_tokens = 96}]'
+    answer = compare(top={"strategies": arms, "seeds": "[0]", "checkpoints": "[4]", "judged_points": "4"})
+    assert answer.exit_code == 0, answer.output
+    result = compare.result()
+    assert [summary["comparable"] for summary in result["summaries"]] == [True, False]
+    with sqlite3.connect(compare.folder / "comparisons" / "evaluations.db") as connection:
+        evaluators = connection.execute("select count(distinct evaluator) from evaluations").fetchone()[0]
+    assert evaluators == 3  # two proxies, one judge
+    assert {test["metric"] for test in result["tests"]} == {"heldout_hypervolume"}
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("top", "problem", "words"),
     [
-        (("./nowhere",), "'./nowhere'"),
-        (("{model}", "--window", 32, "--text", "web"), "'web'"),
-        (("{model}", "--window", 65), "64 positions, got 65"),
-        (("{model}", "--tokens", -1), "--tokens"),
-        (("{model}", "--window", 32, "--json", "{tmp}/no/where.jsonl"), "--json"),
-        (("{model}", "--tasks", "no_such_task"), "'no_such_task'"),
-        (("{model}", "{tmp}", "--window", 32), "{tmp}"),  # the second of two is looked at before the first is measured
+        ({"strategies": '["nsga"]'}, {}, ["Unknown strategy 'nsga'", "nsga2"]),
+        ({"strategies": "[]"}, {}, ["strategies is empty"]),
+        ({"seeds": "[]"}, {}, ["seeds is empty"]),
+        ({"seeds": "[1, 1]"}, {}, ["different"]),
+        ({"seeds": '"one"'}, {}, ["seeds", "'one'"]),
+        ({"checkpoint": "[20]"}, {}, ["'checkpoint'", "checkpoints"]),
+        ({"checkpoints": "[8, 16]"}, {}, ["8", "initial design", "12"]),
+        ({"checkpoints": "[16, 12]"}, {}, ["increasing"]),
+        ({"strategies": '[{strategy = "nsga2", popluation = 4}]'}, {}, ["popluation", "population"]),
+        ({"strategies": '[{strategy = "nsga2", population = "many"}]'}, {}, ["population", "'many'"]),
+        ({"strategies": '["random", "random"]'}, {}, ["'random'", "label"]),
+        ({"method": '"qnehvi"'}, {}, ["Unknown method 'qnehvi'"]),
+        ({}, {"min_shar": "0.4"}, ["min_shar", "min_share"]),
+        ({}, {"min_share": '"half"'}, ["min_share", "'half'"]),
+        ({}, {"min_share": "1.5"}, ["1.5"]),
+        ({}, {"budget": "10"}, ["budget"]),
+        ({}, {"text": '"text:/nowhere"'}, ["/nowhere"]),
+        ({}, {"reference_point": "[0.0, 1.0]"}, ["reference"]),
+        ({"strategies": '["random"'}, {}, ["TOML"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    compare: Compare, top: dict[str, str], problem: dict[str, str], words: Sequence[str]
+) -> None:
+    answer = compare(top=top, problem=problem)
+    assert answer.exit_code == 2
+    line = answer.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not (compare.folder / "comparisons" / "tiny" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--problem", "nowhere"], "nowhere"), (["--seeds", "a"], "'a'"), (["--out", "/dev/null/x"], "/dev/null/x")],
+)
+def test_bad_flags_are_one_line(compare: Compare, flags: list[str], word: str) -> None:
+    answer = compare(*flags)
+    assert answer.exit_code == 2 and word in answer.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in answer.output
+
+
+def test_a_cache_of_other_code_is_refused(compare: Compare) -> None:
+    few = {"strategies": '["threshold"]', "seeds": "[0]", "checkpoints": "[2]", "judged_points": "0"}
+    assert compare(top=few).exit_code == 0
+    with sqlite3.connect(compare.folder / "comparisons" / "evaluations.db") as connection:
+        for rowid, measured in connection.execute("select rowid, measured from evaluations").fetchall():
+            values = {name: 1.1 * value for name, value in json.loads(measured).items()}
+            connection.execute("update evaluations set measured = ? where rowid = ?", (json.dumps(values), rowid))
+    answer = compare(top=few)
+    assert answer.exit_code == 2 and "--cache" in answer.stderr
+
+
+class Scripted:
+    """Proposes what it is told, whatever it is asked."""
+
+    def __init__(self, *rounds: Sequence[tuple[int, ...]]) -> None:
+        self._rounds = list(rounds)
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        return [Proposal(x, "scripted") for x in self._rounds.pop(0)]
+
+
+class Silent:
+    def on_evaluation(self, arm: Arm, seed: int, done: int) -> None: ...
+
+    def on_outcome(self, outcome: object) -> None: ...
+
+
+@pytest.fixture
+def run(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs scripted proposals, or a strategy of the table, on the toy."""
+    problem = ProblemConfig(RunConfig("toy"))
+    config = CompareConfig("toy", (), (0,), (6,), 3, 0, 1.0, "toy")
+
+    def measure(x: tuple[int, ...], origin: str) -> Evaluation:
+        return Evaluation(toy.evaluate(x), 1.0)
+
+    def go(*rounds: Sequence[tuple[int, ...]], label: str = "scripted") -> Any:
+        monkeypatch.setattr(Strategy, "build", lambda *parts: Scripted(*rounds))
+        opened = OpenProblem(toy, toy.objectives, measure, None, (), {})
+        with EvaluationStore.open(tmp_path / "store.db") as store:
+            return run_arm(Arm(label, "nsga2-seeded", {}, problem), 0, label, config, opened, store, Silent())
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda a, b, c, d: [[a, b, c, d]], "4 candidates where 3 were asked for"),
+        (lambda a, b, c, d: [[a, b], [c, a]], "evaluated before"),
+        (lambda a, b, c, d: [[a, b, a]], "twice"),
+        (lambda a, b, c, d: [[(0,) * len(a)]], "illegal"),
     ],
 )
-def test_bad_input_is_one_line(model_folder: Path, tmp_path: Path, words: tuple[Any, ...], said: str) -> None:
-    if "--tasks" in words:
-        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'llmbo[evaluate]'")
-    places = {"model": model_folder, "tmp": tmp_path}
-    with chdir(tmp_path):
-        result = evaluate(*(str(word).format(**places) for word in words))
-    assert result.exit_code == 2
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert said.format(**places) in line and "Traceback" not in result.output
-    assert not list(tmp_path.iterdir())
+def test_a_strategy_that_breaks_the_rules_is_an_error(toy: Any, run: Any, change: Any, fault: str) -> None:
+    with pytest.raises(StrategyError, match=fault):
+        run(*change(*toy.random_points(4, 1)))
 
 
-def test_foreign_code_is_not_run_unasked(model_folder: Path, tmp_path: Path) -> None:
-    folder, ran = tmp_path / "foreign", tmp_path / "ran"
-    folder.mkdir()
-    config = json.loads((model_folder / "config.json").read_text())
-    config |= {
-        "model_type": "unheard_of",
-        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
-    result = evaluate(folder)
-    assert result.exit_code == 2 and "--trust-remote-code" in result.stderr
-    assert not ran.exists()
+def test_strategies_that_start_differently_are_an_error(toy: Any, run: Any) -> None:
+    a, b, c, d, e, f = toy.random_points(6, 1)
+    first, second = run([a, b, c], [d, e, f], label="one"), run([a, b, c], [d, f, e], label="other")
+    check_designs([first, first])
+    with pytest.raises(StrategyError, match="did not start"):
+        check_designs([first, second])
+
+
+def test_a_strategy_without_more_to_propose_stays_where_it_is(toy: Any, run: Any) -> None:
+    outcome = run(toy.random_points(3, 1), [])
+    assert len(outcome.trials) == 3 and outcome.judgements[-1].hypervolume == outcome.trace[-1]
+    assert math.isclose(outcome.seconds[-1], 3.0, abs_tol=0.5)
+
+
+def test_every_design_is_declared(toy: Any) -> None:
+    """What `check_designs` relies on: a strategy with an initial design says how many trials it has."""
+    assert all("num_initial" in strategy.options for strategy in TABLE.values() if strategy.design)

@@ -1,0 +1,95 @@
+"""What a user sees while a comparison runs: one live line on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmbo.comparison.config import Arm
+from llmbo.comparison.result import BandPart, Comparison
+from llmbo.comparison.runner import Outcome
+
+
+class CompareDisplay:
+    """Counts evaluations over all arms and seeds. Implements `types.Phases` and `runner.Watcher`."""
+
+    def __init__(self, console: Console, total: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._console = console
+        self._clock = clock
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("comparison", total=total)
+        self._finished = 0  # evaluations of finished arms
+        self._started = clock()
+        self._total = total
+
+    def __enter__(self) -> "CompareDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        start = self._clock()
+        self._progress.update(self._task, description=name)
+        yield lambda done: None
+        self._console.print(f"{name}: {self._clock() - start:.1f} s", style="dim", highlight=False)
+
+    def on_evaluation(self, arm: Arm, seed: int, done: int) -> None:
+        self._progress.update(
+            self._task, completed=self._finished + done, description=f"{arm.label}, seed {seed}, evaluation {done}"
+        )
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        last = outcome.judgements[-1]
+        self._finished += last.evaluations  # a strategy that ran dry counts as done
+        heldout = "" if last.heldout is None else f", held-out {last.heldout:.4f}"
+        left = (self._clock() - self._started) / self._finished * (self._total - self._finished)
+        self._console.print(
+            f"{outcome.arm.label}, seed {outcome.seed}: hypervolume {last.hypervolume:.4f}{heldout} after {len(outcome.trials)} "
+            f"evaluations ({self._finished}/{self._total}, about {_duration(left)} left)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def table(result: Comparison) -> Table:
+    """Means over seeds, the best strategy first."""
+    last = result.checkpoints[-1]
+    shown = Table(
+        title=f"{result.name}: hypervolume, mean over {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}"
+    )
+    shown.add_column("strategy")
+    for heading in (*(str(count) for count in result.checkpoints), "held-out", "gain", "held-out gain", "s/proposal"):
+        shown.add_column(heading, justify="right")
+    for summary in sorted(result.summaries, key=lambda s: -(s.trace[-1].mean if s.comparable else 0.0)):
+        proxies = [
+            summary.checkpoints[count]["hypervolume"] if summary.comparable else None for count in result.checkpoints
+        ]
+        others = [summary.checkpoints[last][metric] for metric in ("heldout_hypervolume", "gain", "heldout_gain")]
+        cells = [_mean(band) for band in (*proxies, *others)]
+        shown.add_row(summary.label, *cells, f"{summary.median_proposal_seconds:.2f}")
+    return shown
+
+
+def _mean(band: BandPart | None) -> str:
+    return f"{band.mean:.4f}" if band else "–"

@@ -1,0 +1,317 @@
+"""A recorded benchmark: real evaluations of one problem in a table, and a surrogate that fills the gaps between them.
+
+    F(x)      features: removed share of every block, weighted by the root of its importance, raw and smoothed along depth
+    k(x, x')  = a^2 exp(-|F - F'|^2 / 2 l^2) + b^2 F.F' + c^2, and noise s^2
+    log (kl + eps)                           Gaussian process, posterior mean
+    log (excess of v + eps) - log (kl + eps) the same for v = loss, held-out loss and held-out KL
+
+so comparing strategies takes seconds. It is exact to the errors stated in `fit.json`, and no judge of published claims.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+from scipy.spatial.distance import cdist
+
+from llmbo.comparison.config import ProblemConfig
+from llmbo.comparison.problems import Measure, OpenProblem, judged_objectives
+from llmbo.comparison.store import Evaluation
+from llmbo.errors import StorageError, first_line
+from llmbo.evaluate import known_values
+from llmbo.family import ThresholdFamily
+from llmbo.objectives import build_objectives
+from llmbo.space import SearchSpace
+from pruning.anatomy import anatomy_of
+
+Array = NDArray[np.float64]
+EPSILON = 0.02  # nats, as in `llmbo.gain`
+TABLE, PROBLEM, FIT = "evaluations.csv", "problem.json", "fit.json"
+TARGETS = ("kl", "loss", "heldout_loss", "heldout_kl")
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # one per level
+ROOTS = (Path(), Path(__file__).parents[2])  # where `experiments/` may be: here, or in the checkout
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The table and what a search may know beforehand.
+
+    Args:
+        points: Grid levels of every row.
+        origins: Who proposed it first.
+        values: `TARGETS` -> one number per row; NaN where it was not measured.
+        dense: The dense model's proxy values by name, and `heldout_loss`, `heldout_kl`.
+    """
+
+    space: SearchSpace
+    family: ThresholdFamily
+    fisher_family: ThresholdFamily
+    taylor_family: ThresholdFamily
+    points: tuple[tuple[int, ...], ...]
+    origins: tuple[str, ...]
+    values: Mapping[str, Array]
+    dense: Mapping[str, float]
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Recording":
+        """Read a folder.
+
+        Raises:
+            StorageError: Something in it is missing or damaged.
+        """
+        try:
+            data = json.loads((folder / PROBLEM).read_text(encoding="utf-8"))
+            with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            space = SearchSpace(_anatomy(data["config"]), data["min_share"], data["neuron_step"])
+            return cls(
+                space,
+                _family(space, data["family"]),
+                _family(space, data["fisher_family"]),
+                _family(space, data["taylor_family"]),
+                points=tuple(tuple(DIGITS.index(digit) for digit in row["x"]) for row in rows),
+                origins=tuple(row["origin"] for row in rows),
+                values={name: np.array([float(row[name] or "nan") for row in rows]) for name in TARGETS},
+                dense=data["dense"],
+                facts=data["facts"],
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"The recorded benchmark '{folder}' cannot be read ({first_line(error)}).") from error
+
+    def write(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Write a folder; `config` is the model's, with its sizes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {
+            "facts": dict(self.facts),
+            "config": dict(config),
+            "min_share": self.space.min_share,
+            "neuron_step": self.space.neuron_step,
+            "dense": dict(self.dense),
+            "family": _steps(self.family),
+            "fisher_family": _steps(self.fisher_family),
+            "taylor_family": _steps(self.taylor_family),
+        }
+        (folder / PROBLEM).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["x", "origin", "share", *TARGETS])
+            shares = self.space.share(torch.tensor(self.points, dtype=torch.float64)).tolist()
+            for row, (x, origin, share) in enumerate(zip(self.points, self.origins, shares, strict=True)):
+                cells = [float(self.values[name][row]) for name in TARGETS]
+                numbers = ["" if math.isnan(cell) else f"{cell:.5f}" for cell in cells]
+                writer.writerow(["".join(DIGITS[level] for level in x), origin, f"{share:.5f}", *numbers])
+
+    def features(self, points: Sequence[tuple[int, ...]]) -> Array:
+        """F(x), `n x 2d`."""
+        levels = np.asarray(points, dtype=np.float64)
+        importance = self.family.importance.numpy()
+        weighted = (1 - levels / np.asarray(self.space.max_levels)) * (importance / importance.mean()) ** 0.25
+        parts = np.split(weighted, 2, axis=1)
+        return np.hstack([weighted, *(_smoothed(part) for part in parts)])
+
+    def targets(self, name: str) -> tuple[Array, NDArray[np.bool_]]:
+        """What the surrogate learns for `name`, and where it was measured."""
+        known = ~np.isnan(self.values[name])
+        kl = np.log(np.maximum(self.values["kl"], 0) + EPSILON)
+        if name == "kl":
+            return kl, known
+        return np.log(np.maximum(self.values[name] - self.floor(name), 0) + EPSILON) - kl, known
+
+    def floor(self, name: str) -> float:
+        """The dense model's value, of which only the excess is learnt."""
+        return 0.0 if name.endswith("kl") else self.dense[name]
+
+
+@dataclass(frozen=True)
+class Process:
+    """A fitted Gaussian process. Args: `theta` holds the logarithms of a, l, b, c and s."""
+
+    train: Array
+    mean: float
+    weights: Array
+    theta: Array
+
+    @classmethod
+    def fit(cls, train: Array, y: Array, theta: Array) -> "Process":
+        K = _kernel(train, train, theta) + np.exp(2 * theta[4]) * np.eye(len(y))
+        mean = float(y.mean())
+        return cls(train, mean, cho_solve(cho_factor(K, lower=True), y - mean), theta)
+
+    def __call__(self, features: Array) -> Array:
+        return self.mean + _kernel(features, self.train, self.theta) @ self.weights
+
+
+class Surrogate:
+    """The processes of all targets.
+
+    Args:
+        thetas: Hyperparameters by target; none for a target that was measured too seldom.
+        rows: Rows to learn from; all by default.
+    """
+
+    def __init__(
+        self, recording: Recording, thetas: Mapping[str, Sequence[float]], rows: NDArray[np.bool_] | None = None
+    ) -> None:
+        self._recording = recording
+        features = recording.features(recording.points)
+        self._processes = {}
+        for name, theta in thetas.items():
+            y, known = recording.targets(name)
+            used = known if rows is None else known & rows
+            self._processes[name] = Process.fit(features[used], y[used], np.asarray(theta))
+
+    def __call__(self, points: Sequence[tuple[int, ...]]) -> dict[str, Array]:
+        """Predicted values by target, in nats."""
+        features = self._recording.features(points)
+        log_kl = self._processes["kl"](features)
+        predicted = {"kl": np.maximum(np.exp(log_kl) - EPSILON, 0)}
+        for name, process in self._processes.items():
+            if name != "kl":
+                excess = np.maximum(np.exp(log_kl + process(features)) - EPSILON, 0)
+                predicted[name] = self._recording.floor(name) + excess
+        return predicted
+
+
+def fitted_theta(recording: Recording, name: str) -> list[float]:
+    """Hyperparameters of the greatest marginal likelihood."""
+    y, known = recording.targets(name)
+    train, centred = recording.features(recording.points)[known], y[known] - y[known].mean()
+
+    def loss(theta: Array) -> float:
+        K = _kernel(train, train, theta) + (np.exp(2 * theta[4]) + 1e-10) * np.eye(len(train))
+        factor = cho_factor(K, lower=True)
+        return float(0.5 * centred @ cho_solve(factor, centred) + np.log(np.diag(factor[0])).sum())
+
+    scale = math.log(math.sqrt(train.shape[1]) * float(train.std()))
+    start = np.array([-0.5, scale, -1.5, 0.0, -3.0])
+    limits = [(-6, 4), (scale - 3, scale + 4), (-8, 3), (-6, 3), (-6, 0)]
+    found = minimize(loss, start, method="L-BFGS-B", bounds=limits, options={"maxiter": 60})
+    return [round(float(value), 5) for value in found.x]
+
+
+@dataclass(frozen=True)
+class RecordedSearch:
+    """Implements `strategies.SearchProblem`."""
+
+    recording: Recording
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.recording.space
+
+    @property
+    def family(self) -> ThresholdFamily:
+        return self.recording.family
+
+    @property
+    def fisher_family(self) -> ThresholdFamily:
+        return self.recording.fisher_family
+
+    @property
+    def taylor_family(self) -> ThresholdFamily:
+        return self.recording.taylor_family
+
+    @cached_property
+    def dense(self) -> dict[str, float]:
+        return {name: value for name, value in self.recording.dense.items() if not name.startswith("heldout")}
+
+
+def find_recorded(name: str) -> Path:
+    """The folder behind a name: `problem-r-surrogate` is `experiments/problem_r_surrogate`.
+
+    Raises:
+        StorageError: It is nowhere to be found.
+    """
+    folders = [Path(name), *(root / "experiments" / name.replace("-", "_") for root in ROOTS)]
+    for folder in folders:
+        if (folder / TABLE).is_file():
+            return folder
+    raise StorageError(
+        f"No recorded benchmark '{name}': expected a folder with {TABLE}, or the name of one below experiments/ in a checkout."
+    )
+
+
+def open_recorded(config: ProblemConfig, margin: float, heldout: bool) -> OpenProblem:
+    """A recorded problem; its values are the surrogate's everywhere, so that measured points are no better known than others."""
+    assert config.recorded is not None
+    folder = find_recorded(config.recorded)
+    recording = Recording.read(folder)
+    try:
+        fit = json.loads((folder / FIT).read_text(encoding="utf-8"))
+        surrogate = Surrogate(recording, fit["theta"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"The recorded benchmark '{folder}' has no usable {FIT} ({first_line(error)}).") from error
+    search = RecordedSearch(recording)
+    smallest = known_values(search.space, search.family.at(0.0))
+    objectives = build_objectives(config.run.objectives, search.dense, smallest, config.run.reference_point)
+    measure, judge = _predicting(surrogate, recording)
+    judged = judged_objectives({"loss": recording.dense["heldout_loss"]} | smallest, smallest, margin)
+    if not heldout or "heldout_loss" not in fit["theta"]:
+        return OpenProblem(search, objectives, measure, None, (), recording.facts)
+    return OpenProblem(search, objectives, measure, judge, judged, recording.facts)
+
+
+def _predicting(surrogate: Surrogate, recording: Recording) -> tuple[Measure, Measure]:
+    known: dict[tuple[int, ...], tuple[Evaluation, Evaluation]] = {}
+
+    def both(x: tuple[int, ...]) -> tuple[Evaluation, Evaluation]:
+        if x not in known:
+            dense = x == recording.space.max_levels
+            found = recording.dense if dense else {name: float(v[0]) for name, v in surrogate([x]).items()}
+            sizes = known_values(recording.space, x)
+            known[x] = (_evaluation(found, "", sizes), _evaluation(found, "heldout_", sizes))
+        return known[x]
+
+    return lambda x, origin: both(x)[0], lambda x, origin: both(x)[1]
+
+
+def _evaluation(found: Mapping[str, float], prefix: str, sizes: Mapping[str, float]) -> Evaluation:
+    values = {name: found[prefix + name] for name in ("kl", "loss") if prefix + name in found}
+    loss = values.get("loss")
+    return Evaluation({**values, **({"perplexity": math.exp(loss)} if loss is not None else {}), **sizes}, 0.0)
+
+
+def _kernel(A: Array, B: Array, theta: Array) -> Array:
+    a, length, b, c, _ = np.exp(theta)
+    squares = cdist(A, B, "sqeuclidean")
+    return np.asarray(a**2 * np.exp(-squares / (2 * length**2)) + b**2 * (A @ B.T) + c**2)
+
+
+def _smoothed(part: Array) -> Array:
+    """Each layer with half of either neighbour, `n x L`."""
+    padded = np.pad(part, ((0, 0), (1, 1)))
+    return (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+
+
+def _steps(family: ThresholdFamily) -> dict[str, Any]:
+    """A family's smallest member, the dimension that gains a level at every step, and the blocks' importance."""
+    steps = family.path.diff(dim=0).argmax(-1).tolist()
+    return {"start": family.path[0].int().tolist(), "steps": steps, "importance": family.importance.tolist()}
+
+
+def _family(space: SearchSpace, data: Mapping[str, Any]) -> ThresholdFamily:
+    path = [list(data["start"])]
+    for dimension in data["steps"]:
+        path.append(path[-1].copy())
+        path[-1][dimension] += 1
+    points = torch.tensor(path, dtype=torch.float64)
+    return ThresholdFamily(space, points, space.share(points), torch.tensor(data["importance"], dtype=torch.float64))
+
+
+def _anatomy(config: Mapping[str, Any]) -> Any:
+    """Sizes as the model's own class lays them out; no weight is allocated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return anatomy_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)))

@@ -1,0 +1,155 @@
+"""The story of a comparison: open each problem, run its arms, judge, write what is there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+import llmbo
+from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig
+from llmbo.comparison.display import CompareDisplay
+from llmbo.comparison.page import page
+from llmbo.comparison.problems import OpenProblem, opened
+from llmbo.comparison.recorded import open_recorded
+from llmbo.comparison.result import (
+    ArmPart,
+    Comparison,
+    UnionPoint,
+    arm_part,
+    build_comparison,
+    measured_curves,
+    union_front,
+)
+from llmbo.comparison.runner import Outcome, check_designs, run_arm
+from llmbo.comparison.store import EvaluationStore
+from llmbo.errors import StorageError
+from llmbo.objectives import Objective
+from llmbo.report import environment
+
+
+def compare(
+    config: CompareConfig, out: Path, cache: Path, fresh: bool, display: CompareDisplay, say: Callable[[str], None]
+) -> Comparison:
+    """Run what is not stored yet, and write `comparison.json` and `comparison.html` to `out` after every seed.
+
+    Raises:
+        LlmboError, PruningError: One line for the user; what is finished is stored.
+    """
+    with _locked(out), EvaluationStore.open(cache) as store:
+        if fresh:
+            store.forget_rounds(config.name)
+        _warn_of_other_code(config, store, say)
+        board = _Board(config, out)
+        try:
+            for problem_config in dict.fromkeys(arm.problem for arm in config.arms):
+                with _opened(problem_config, config, store, display) as problem:
+                    _run_problem(problem_config, problem, config, store, display, board)
+        except KeyboardInterrupt:
+            board.write("interrupted")
+            raise
+        return board.write("complete")
+
+
+class _Board:
+    """What is known so far."""
+
+    def __init__(self, config: CompareConfig, out: Path) -> None:
+        self._config, self._out = config, out
+        self.arms: list[ArmPart] = []
+        self.union: list[UnionPoint] = []
+        self.objectives: tuple[Objective, ...] = ()
+        self.facts: dict[str, object] = {}
+
+    def write(self, status: Literal["complete", "interrupted"]) -> Comparison:
+        result = build_comparison(
+            self._config, self.arms, self.union, self.objectives, self.facts, environment(), status
+        )
+        for name, content in (
+            ("comparison.json", result.model_dump_json(indent=1) + "\n"),
+            ("comparison.html", page(result)),
+        ):
+            temporary = self._out / f".{name}"
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, self._out / name)
+        return result
+
+
+def _run_problem(
+    problem_config: ProblemConfig,
+    problem: OpenProblem,
+    config: CompareConfig,
+    store: EvaluationStore,
+    display: CompareDisplay,
+    board: _Board,
+) -> None:
+    """All arms of one problem, seed by seed, so that an early look at the results compares all of them."""
+    arms = [arm for arm in config.arms if arm.problem == problem_config]
+    curves = measured_curves(problem, config)
+    outcomes: list[Outcome] = []
+    methods = {arm.label for arm in arms} & {config.method}
+    if methods or not board.objectives:
+        board.objectives, board.facts = problem.objectives, dict(problem.facts)
+    for seed in config.seeds:
+        for arm in arms:
+            outcome = run_arm(arm, seed, arm_key(arm, seed, config), config, problem, store, display)
+            outcomes.append(outcome)
+            check_designs(outcomes)
+            board.arms.append(arm_part(outcome, problem, curves, config))
+        if methods:
+            board.union = union_front(outcomes, problem)
+        board.write("interrupted")
+
+
+def arm_key(arm: Arm, seed: int, config: CompareConfig) -> str:
+    """Names an arm's stored rounds: whatever changes its proposals changes the name."""
+    settings = json.dumps([asdict(arm), config.batch], sort_keys=True)
+    return f"{arm.label}/{seed}/{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def _opened(
+    problem: ProblemConfig, config: CompareConfig, store: EvaluationStore, display: CompareDisplay
+) -> Iterator[OpenProblem]:
+    heldout = config.judged_points > 0
+    if problem.recorded is not None:
+        yield open_recorded(problem, config.margin, heldout)
+        return
+    among = [arm.problem for arm in config.arms if arm.problem.recorded is None]
+    with opened(problem, among, config.margin, heldout, store, display) as problem_opened:
+        yield problem_opened
+
+
+def _warn_of_other_code(config: CompareConfig, store: EvaluationStore, say: Callable[[str], None]) -> None:
+    """Evaluations are checked when a problem is opened; proposals that other code has made cannot be."""
+    sources = sorted(Path(llmbo.__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    stored = store.fact(config.name)
+    if stored and stored["code"] != digest:
+        say("note: some proposals of this comparison were made by other code; --fresh makes them anew.")
+        return
+    store.set_fact(config.name, {"code": digest})
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second process out of the output folder; the lock dies with the process that holds it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise StorageError(f"Another process is working on '{out}': wait for it, or choose another --out.") from error
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write the folder '{out}' ({error.strerror or error}): choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,91 @@
+"""The recorded benchmark: the table says what it was given, the surrogate knows what it learnt, and no model is needed."""
+
+import json
+import signal
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llmbo.cli import app
+from llmbo.comparison.recorded import FIT, Recording, Surrogate, find_recorded
+from llmbo.errors import StorageError
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "problem_r_surrogate"
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return Recording.read(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def fit() -> dict:
+    return json.loads((FOLDER / FIT).read_text(encoding="utf-8"))
+
+
+def test_a_recording_reads_back_what_was_written(recording: Recording, tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "problem.json").read_text(encoding="utf-8"))["config"]
+    recording.write(tmp_path, config)
+    again = Recording.read(tmp_path)
+    assert again.points == recording.points and again.origins == recording.origins and again.dense == recording.dense
+    for name, values in recording.values.items():
+        np.testing.assert_array_equal(again.values[name], values)
+    for name in ("family", "fisher_family", "taylor_family"):
+        assert torch.equal(getattr(again, name).path, getattr(recording, name).path)
+
+
+def test_recorded_architectures_are_legal_and_distinct(recording: Recording) -> None:
+    assert recording.space.legal(torch.tensor(recording.points, dtype=torch.float64)).all()
+    assert len(set(recording.points)) == len(recording.points)
+    assert not np.isnan(recording.values["kl"]).any()
+
+
+def test_the_surrogate_knows_what_it_has_seen_and_what_it_has_not(recording: Recording, fit: dict) -> None:
+    measured = recording.values["kl"]
+    near = measured < 1.2
+    seen = Surrogate(recording, fit["theta"])(recording.points)["kl"]
+    assert np.abs(seen - measured)[near].max() < 0.1
+    unseen = np.arange(len(measured)) % 5 == 0
+    guessed = Surrogate(recording, fit["theta"], ~unseen)(recording.points)["kl"]
+    error = np.sqrt(np.mean((guessed - measured)[unseen & near] ** 2))
+    assert error < 2 * fit["errors"]["kl"]["front_rmse"]
+
+
+def test_the_stated_rank_correlation_is_good_enough_to_compare_strategies(fit: dict) -> None:
+    assert fit["errors"]["kl"]["front_spearman"] >= 0.97
+
+
+def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "empty"))
+    config = tmp_path / "two.toml"
+    config.write_text('strategies = ["threshold", "random"]\nseeds = [0]\ncheckpoints = [4, 8]\n', encoding="utf-8")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with chdir(tmp_path):
+            answer = CliRunner().invoke(app, ["compare", str(config), "--problem", "problem-r-surrogate"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert answer.exit_code == 0, answer.output
+    result = json.loads((tmp_path / "comparisons" / "two" / "comparison.json").read_text(encoding="utf-8"))
+    final = {arm["label"]: arm["checkpoints"][-1] for arm in result["arms"]}
+    assert final["threshold"]["hypervolume"] > final["random"]["hypervolume"] > 0
+    assert final["threshold"]["heldout_hypervolume"] > 0
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize("damage", ["evaluations.csv", "problem.json"])
+def test_a_damaged_recording_is_one_line(recording: Recording, tmp_path: Path, damage: str) -> None:
+    for name in ("evaluations.csv", "problem.json", FIT):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    (tmp_path / damage).write_text("x,origin\n?,?\n", encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot be read"):
+        Recording.read(tmp_path)
+
+
+def test_an_unknown_recording_is_refused() -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        find_recorded("nowhere")

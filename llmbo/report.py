@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llmbo.advisor.summary import AdvisorPart
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import hypervolume_trace, pareto_front
 from llmbo.space import SearchSpace
@@ -148,6 +149,7 @@ class Report(_Part):
     trials: list[TrialPart]
     front: list[FrontPoint]
     hypervolume: HypervolumePart
+    advisor: AdvisorPart | None = None
 
 
 def json_schema() -> str:
@@ -168,12 +170,14 @@ def build_report(
     space: SearchSpace,
     facts: Mapping[str, Any],
     heldout: Mapping[int, Mapping[str, float]],
+    advisor: AdvisorPart | None = None,
 ) -> Report:
     """Put stored trials into the report's shape.
 
     Args:
         facts: `run`, `model` and `data` as the report shows them, and `dense` and `dense_heldout` values.
         heldout: Held-out values by trial number.
+        advisor: What advice cost and brought, for a run with an advisor.
     """
     complete = [trial for trial in trials if trial.complete]
     trace = hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives))
@@ -216,6 +220,7 @@ def build_report(
             for trial in front_of(trials, objectives)
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
+        advisor=advisor,
     )
 
 

@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.advise import advise
 from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
@@ -16,5 +17,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, export, evaluate, recover, models):
+for command in (optimize, export, evaluate, recover, advise, models):
     app.command()(command)

@@ -21,6 +21,14 @@ def optimize(
     strategy: Annotated[
         str, typer.Option(help="qnehvi, or a baseline such as threshold, random, nsga2-seeded.")
     ] = "qnehvi",
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            "--tie",
+            help="Only models whose layers are all equal, which any tool can load: --strategy uniform.",
+        ),
+    ] = False,
     objectives: Annotated[
         str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")
     ] = "kl,params_share",
@@ -45,6 +53,28 @@ def optimize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
+    advisor: Annotated[
+        str,
+        typer.Option(
+            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, replay:FILE."
+        ),
+    ] = "none",
+    advisor_hooks: Annotated[
+        str, typer.Option(help="Where it is heard: some of warm_start,propose,directions,filter.")
+    ] = "warm_start,propose,directions,filter",
+    advisor_share: Annotated[float, typer.Option(help="Its share of the initial design, at most 0.5.")] = 0.25,
+    advisor_context: Annotated[str, typer.Option(help="What it reads: full, partial or none.")] = "full",
+    advisor_every: Annotated[int, typer.Option(help="Rounds between its first proposals; the gaps grow.")] = 2,
+    advisor_max_calls: Annotated[int, typer.Option(help="Cap on prompts for the whole run.")] = 8,
+    advisor_max_tokens: Annotated[int, typer.Option(help="Cap on tokens, prompts and replies.")] = 25_000,
+    advisor_max_cost: Annotated[float | None, typer.Option(help="Cap in dollars; needs --advisor-price.")] = None,
+    advisor_max_seconds: Annotated[float, typer.Option(help="Cap on seconds of waiting for replies.")] = 900.0,
+    advisor_deadline: Annotated[
+        float, typer.Option(help="Seconds a dead or misbehaving model may cost before the run goes on without advice.")
+    ] = 120.0,
+    advisor_price: Annotated[
+        str | None, typer.Option(help="Dollars per million prompt and reply tokens, e.g. 0.4,1.6.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
 ) -> None:
     """Search for smaller models and write runs/NAME/report.json.
@@ -64,7 +94,7 @@ def optimize(
             budget=budget,
             batch=batch,
             seed=seed,
-            strategy=strategy,
+            strategy=_tied(strategy) if uniform else strategy,
             objectives=tuple(split_list(objectives)),
             reference_point=numbers("--reference-point", reference_point),
             compensation=compensation,
@@ -79,8 +109,27 @@ def optimize(
             device=device,
             name=name,
             storage=storage,
+            advisor=advisor,
+            advisor_hooks=tuple(split_list(advisor_hooks)),
+            advisor_share=advisor_share,
+            advisor_context=advisor_context,
+            advisor_every=advisor_every,
+            advisor_max_calls=advisor_max_calls,
+            advisor_max_tokens=advisor_max_tokens,
+            advisor_max_cost=advisor_max_cost,
+            advisor_max_seconds=advisor_max_seconds,
+            advisor_deadline=advisor_deadline,
+            advisor_price=numbers("--advisor-price", advisor_price),
         )
         _optimize(config, fresh, console)
+
+
+def _tied(strategy: str) -> str:
+    from llmbo.errors import ConfigError
+
+    if strategy not in ("qnehvi", "uniform"):  # the default, or the same thing said twice
+        raise ConfigError(f"--uniform is a strategy of its own: leave out --strategy {strategy}, or --uniform.")
+    return "uniform"
 
 
 def _optimize(config: Any, fresh: bool, console: Any) -> None:
@@ -89,7 +138,7 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
     from llmbo.assemble import assemble
     from llmbo.loop import run_search
     from llmbo.models import silence_libraries
-    from llmbo.progress import Display, summary
+    from llmbo.progress import Display, advice_line, summary
 
     silence_libraries()
 
@@ -110,6 +159,8 @@ def _optimize(config: Any, fresh: bool, console: Any) -> None:
         finally:
             report = _write(run, display, status)
     Console().print(summary(report))
+    if report.advisor:
+        typer.echo(advice_line(report.advisor))
     typer.echo(f"Report: {run.folder / 'report.json'}   Picture: {run.folder / 'front.png'}")
 
 
@@ -128,6 +179,7 @@ def _measure_heldout(run: "Run") -> None:
 
 
 def _write(run: "Run", display: "Display", status: str) -> Any:
+    from llmbo.advisor.summary import summarise
     from llmbo.report import build_report, environment, write_report
     from llmbo.storage import shown_url
 
@@ -149,8 +201,15 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
         "seconds": {name: round(spent, 3) for name, spent in (earlier["seconds"] | seconds).items()},
         "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),
     }
+    trials, settings = run.store.trials(), run.config.settings()
+    advised = run.config.advisor != "none"
     report = build_report(
-        run.store.trials(), run.objectives, run.problem.space, {**facts, "run": run_part}, run.store.heldout()
+        trials,
+        run.objectives,
+        run.problem.space,
+        {**facts, "run": run_part},
+        run.store.heldout(),
+        summarise(settings, run.ledger, trials, run.objectives, run.problem.dense) if advised else None,
     )
     write_report(report, run.folder)
     run.store.set_fact("run", run_part)  # last: it says that the report is there

@@ -1,11 +1,12 @@
 """One file for llama.cpp: architecture `llama` (or `qwen3`) when layers are equal, `deci` when they are not.
 
-`deci` holds head counts and MLP widths per layer. Two of its habits matter here: a layer that has attention but no MLP would
-silently lose its attention, so it gets a thin MLP of zeros; and both `llama` and `deci` rotate adjacent pairs of a head's
-rows where Hugging Face rotates halves, so the rows of q and k are permuted.
+`deci` holds head counts and MLP widths per layer. Three habits of llama.cpp matter here. A `deci` layer with attention but no
+MLP would silently lose its attention, so it gets a thin MLP of zeros. The head size is read only if the first layer has
+heads, so a first layer without attention gets one head of zeros. And both `llama` and `deci` rotate adjacent pairs of a
+head's rows where Hugging Face rotates halves, so the rows of q and k are permuted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -79,7 +80,9 @@ def write_gguf(pruned: Pruned, path: Path, dtype: str, name: str) -> None:
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_sizes(writer, config, anatomy, pruned.architecture)
-        if pruned.tokenizer is not None:
+        if pruned.tokenizer is None:
+            writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes and gives token ids only
+        else:
             add_tokenizer(writer, pruned.tokenizer, anatomy.vocab_size)
         for tensor, values in gguf_tensors(pruned):
             kind = _storage(values, quantization)
@@ -108,9 +111,10 @@ def _add_sizes(writer: GGUFWriter, config: PreTrainedConfig, anatomy: Anatomy, a
     groups = [architecture.kv_groups[index] for index in kept]
     neurons = [architecture.neurons[index] or THIN for index in kept]
     heads = [count * anatomy.queries_per_group for count in groups]
+    groups[0], heads[0] = groups[0] or 1, heads[0] or 1
     per_layer = not is_uniform(architecture)
     writer.add_vocab_size(anatomy.vocab_size)
-    writer.add_context_length(_context(config))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(anatomy.hidden_size)
     writer.add_block_count(len(kept))
     writer.add_head_count(heads if per_layer else heads[0])
@@ -123,7 +127,7 @@ def _add_sizes(writer: GGUFWriter, config: PreTrainedConfig, anatomy: Anatomy, a
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _context(config: PreTrainedConfig) -> int:
+def context_length(config: PreTrainedConfig) -> int:
     """Up to its sliding window a model attends to everything, which is all that these architectures can do."""
     window = getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window) if window else int(config.max_position_embeddings)
@@ -147,10 +151,7 @@ def gguf_tensors(pruned: Pruned) -> Iterator[tuple[str, Array]]:
         if translated is None:
             raise UnsupportedExport(f"llama.cpp's '{architecture}' has no tensor for '{name}'.")
         yield translated, values.numpy()
-    kept = [index for index in range(anatomy.num_hidden_layers) if pruned.architecture.keeps_layer(index)]
-    for position, index in enumerate(kept):
-        if not pruned.architecture.neurons[index]:
-            yield from _thin_mlp(position, anatomy.hidden_size)
+    yield from _stand_ins(anatomy, pruned.architecture)
     factors = _rotary_factors(pruned)
     if factors is not None:
         yield "rope_freqs.weight", factors
@@ -161,14 +162,24 @@ def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _thin_mlp(layer: int, hidden_size: int) -> Iterator[tuple[str, Array]]:
-    yield f"blk.{layer}.ffn_norm.weight", np.ones(hidden_size, dtype=np.float32)
-    for name, shape in (
-        ("ffn_gate", (THIN, hidden_size)),
-        ("ffn_up", (THIN, hidden_size)),
-        ("ffn_down", (hidden_size, THIN)),
-    ):
-        yield f"blk.{layer}.{name}.weight", np.zeros(shape, dtype=np.float32)
+def _stand_ins(anatomy: Anatomy, architecture: Architecture) -> Iterator[tuple[str, Array]]:
+    """Blocks of zeros where llama.cpp cannot do without one; they add nothing to the residual stream."""
+    kept = [index for index in range(anatomy.num_hidden_layers) if architecture.keeps_layer(index)]
+    hidden, head = anatomy.hidden_size, anatomy.head_dim
+    if not architecture.kv_groups[kept[0]]:
+        rows = dict.fromkeys(("attn_q", "attn_k", "attn_v"), (head, hidden))
+        yield from _zeros("blk.0", "attn_norm", {**rows, "attn_output": (hidden, head)})
+    for position, index in enumerate(kept):
+        if not architecture.neurons[index]:
+            rows = dict.fromkeys(("ffn_gate", "ffn_up"), (THIN, hidden))
+            yield from _zeros(f"blk.{position}", "ffn_norm", {**rows, "ffn_down": (hidden, THIN)})
+
+
+def _zeros(layer: str, norm: str, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Array]]:
+    hidden_size = next(iter(shapes.values()))[1]
+    yield f"{layer}.{norm}.weight", np.ones(hidden_size, dtype=np.float32)
+    for name, shape in shapes.items():
+        yield f"{layer}.{name}.weight", np.zeros(shape, dtype=np.float32)
 
 
 def _rotary_factors(pruned: Pruned) -> Array | None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pruning.errors import ExportFailed
 from pruning.export.folder import whole_folder
-from pruning.export.gguf_file import gguf_tensors, write_gguf
+from pruning.export.gguf_file import context_length, gguf_tensors, write_gguf
 from pruning.export.hf import Pruned
-from pruning.export.verify import Check, check_equal, difference, expected_logits, probe, reloaded
+from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe, reloaded
 
 # llama.cpp multiplies in the file's dtype, or rounds activations to 8 bits with q8_0.
 TOLERANCE = {"f32": 2e-2, "f16": 2e-2, "bf16": 1e-1, "q8_0": 2e-1}
@@ -46,7 +46,7 @@ def save_gguf(
 
 
 def _run(pruned: Pruned, path: Path, dtype: str) -> float:
-    tokens = probe(pruned.model)
+    tokens = probe(pruned.model, min(PROBE_LENGTH, context_length(pruned.model.config)))
     text = SAMPLE if pruned.tokenizer is not None else ""
     sample = (
         torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)

@@ -69,6 +69,20 @@ def local_class(folder: Path) -> type[Any] | None:
     return MODELS.get(kind.removeprefix("pruned_")) if kind.startswith("pruned_") else None
 
 
+def unequal_class(model_type: str) -> type[Any]:
+    """The model class for layers of unequal size.
+
+    Raises:
+        UnsupportedExport: This family has none.
+    """
+    if model_type not in MODELS:
+        raise UnsupportedExport(
+            f"Layers of unequal size cannot be saved for models of type '{model_type}': only for {', '.join(sorted(MODELS))}. "
+            "Search with --uniform, or export --format padded."
+        )
+    return MODELS[model_type]
+
+
 def described(config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture) -> PreTrainedConfig:
     """A copy of a shrunk model's `config` that tells the widths: of the stock class if it can hold them.
 
@@ -82,12 +96,7 @@ def described(config: PreTrainedConfig, anatomy: Anatomy, architecture: Architec
             return type(config)(**{**fields, **widths[0]})
         except StrictDataclassClassValidationError:  # Llama wants heads that divide the hidden size
             pass
-    model_class = MODELS.get(anatomy.family.model_type)
-    if model_class is None:
-        raise UnsupportedExport(
-            f"Layers of unequal size cannot be saved for models of type '{anatomy.family.model_type}': "
-            f"only for {', '.join(sorted(MODELS))}. Search with --uniform, or export --format padded."
-        )
+    model_class = unequal_class(anatomy.family.model_type)
     dense = {
         "num_attention_heads": anatomy.num_attention_heads,
         "num_key_value_heads": anatomy.num_key_value_heads,
@@ -100,17 +109,29 @@ def rebuilt(small: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
     """The weights of `small`, shared and not copied, in a model made by `config`.
 
     Raises:
-        RuntimeError: The config describes other shapes than the weights have.
+        UnsupportedExport: The config cannot describe the shapes that the weights have.
     """
     is_stock = type(config) is type(small.config)
     model_class: Any = type(small) if is_stock else MODELS[small.config.model_type]
     with torch.device("meta"):
         model = model_class(config)
-    model.load_state_dict(small.state_dict(), assign=True)
+    try:
+        model.load_state_dict(small.state_dict(), assign=True)
+    except RuntimeError as error:  # the family ties its head size to the number of heads, or fuses projections
+        raise UnsupportedExport(
+            f"A stock '{config.model_type}' config cannot hold this architecture, and llmbo has no model class of its own for that "
+            f"family (it has for {', '.join(sorted(MODELS))})."
+        ) from error
     _share(model, small.named_buffers())
     model.tie_weights()
     model.generation_config = small.generation_config
     return model.eval()
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights in place. Not `model.to`: rotary frequencies are float32 whatever the weights are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _share(model: nn.Module, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:

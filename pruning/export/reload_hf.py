@@ -1,4 +1,4 @@
-"""Load a checkpoint folder as a stranger would and compute logits: `python -I reload_hf.py FOLDER TOKENS OUT`.
+"""Load a checkpoint folder as a stranger would and compute logits: `python -I reload_hf.py FOLDER ASKED FOUND`.
 
 Started in a fresh process by path. Neither `pruning` nor `llmbo` can be imported here, so a folder that needs them fails.
 """
@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-sys.modules["pruning"] = sys.modules["llmbo"] = None  # type: ignore[assignment]
 
-
-def main(folder: str, tokens: str, out: str) -> None:
-    """Write the logits of the token ids in `tokens` to `out`. Code in the folder runs only if its config asks for it."""
+def main(folder: str, asked: str, out: str) -> None:
+    """Write the float32 logits of the token ids in `asked` to `out`. Code in the folder runs only if its config asks for it."""
+    sys.modules["pruning"] = sys.modules["llmbo"] = None  # type: ignore[assignment]
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
+    dtype = torch.promote_types(getattr(torch, config["dtype"]), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config, dtype=dtype).eval()
     with torch.inference_mode():
-        logits = model.eval()(load_file(tokens)["tokens"], use_cache=False).logits
+        logits = model(load_file(asked)["tokens"], use_cache=False).logits
     save_file({"logits": logits.float().contiguous()}, out)
 
 

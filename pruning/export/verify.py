@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.errors import ExportFailed
+from pruning.export.rebuild import cast
 
 PROBE_WINDOWS, PROBE_LENGTH = 2, 32
 
@@ -31,10 +32,10 @@ class Check:
     difference: float
 
 
-def probe(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Random token ids, `PROBE_WINDOWS x PROBE_LENGTH`: every token is as likely as any to show a fault."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (PROBE_WINDOWS, PROBE_LENGTH), generator=rng)
+def probe(model: PreTrainedModel, length: int = PROBE_LENGTH) -> Tensor:
+    """Random token ids, `PROBE_WINDOWS x length`: every token is as likely as any to show a fault."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (PROBE_WINDOWS, length), generator=rng)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -43,9 +44,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).pow(2).mean().sqrt() / expected.std())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def expected_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens.to(model.device), use_cache=False).logits.float().cpu()
+    """What the reading programs must find: computed in float32 (or better), since coarser sums differ by several percent.
+
+    The model is widened in place and narrowed again, which changes no weight.
+
+    Args:
+        model: On the CPU, where it will be read back.
+    """
+    dtype = model.dtype
+    cast(model, torch.promote_types(dtype, torch.float32))
+    try:
+        logits: Tensor = model(tokens, use_cache=False).logits.float()
+        return logits
+    finally:
+        cast(model, dtype)
 
 
 def reloaded(program: str, path: Path, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

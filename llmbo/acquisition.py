@@ -27,7 +27,7 @@ from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
-from llmbo.types import Proposal, Trial, TrialState
+from llmbo.types import Advice, AdviceSource, Proposal, Trial, TrialState
 
 # BoTorch 0.18 would compile a C++ kernel at first use: half a minute of silence, and a process killed meanwhile leaves a
 # lock on which every later one waits for ever. A shortlist of a few dozen candidates gains nothing from it.
@@ -54,12 +54,14 @@ class QNehviProposer:
         objectives: One measured, one known.
         dense: The dense model's values by objective name.
         num_initial: Members of the family evaluated before the first GP.
+        advice: Asked in every round for candidates that join the pool; they must win on acquisition value like any other.
     """
 
     family: ThresholdFamily
     objectives: Sequence[Objective]
     dense: Mapping[str, float]
     num_initial: int = NUM_INITIAL
+    advice: AdviceSource | None = None
     _features: Features = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,17 +91,20 @@ class QNehviProposer:
         front = train_X[pareto_front(to_maximize([trial.values for trial in complete], self.objectives))]
         pending = _points([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
-        pool = _legal(candidate_pool(self.family, front, generator), space, seen)
+        advice = self.advice.advise(trials, seed) if self.advice else Advice()
+        origins = {row.x: row.origin for row in advice.rows}
+        advised = torch.tensor([row.x for row in advice.rows], dtype=torch.float64).view(-1, space.d)
+        pool = _legal(torch.cat([advised, candidate_pool(self.family, front, generator)]), space, seen)
         proposals: list[Proposal] = []
         while len(proposals) < q and len(pool):
             # The closed form is cheap enough for every candidate; qLogNEHVI, which integrates over noise and pending
             # points jointly, decides among the best.
             improvement = belief.expected_improvement(torch.cat([front, pending]))
-            shortlist = _improve(improvement, pool, space, seen, generator)
+            shortlist = _improve(improvement, pool, space, seen, generator, origins)
             best = shortlist[belief.log_nehvi(shortlist, front, pending).argmax()]
             x = tuple(best.int().tolist())
             seen.add(x)
-            proposals.append(Proposal(x, "qnehvi"))
+            proposals.append(Proposal(x, origins.get(x, "qnehvi")))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
         # A space of few points can use up the pool while legal points are left elsewhere.
@@ -255,9 +260,17 @@ def smooth_changes(space: SearchSpace, n: int, generator: torch.Generator) -> Te
 
 
 def _improve(
-    value: AcquisitionValue, pool: Tensor, space: SearchSpace, seen: set[tuple[int, ...]], generator: torch.Generator
+    value: AcquisitionValue,
+    pool: Tensor,
+    space: SearchSpace,
+    seen: set[tuple[int, ...]],
+    generator: torch.Generator,
+    origins: dict[tuple[int, ...], str],
 ) -> Tensor:
-    """The best of the pool after local search by single steps and exchanges of a level between blocks, best first."""
+    """The best of the pool after local search by single steps and exchanges of a level between blocks, best first.
+
+    What is found from an advised candidate inherits its place in `origins`.
+    """
     best, best_values = _top(pool, value(pool))
     for _ in range(LOCAL_ROUNDS):
         base = best[:LOCAL_STARTS].repeat_interleave(LOCAL_NEIGHBOURS, 0)
@@ -267,6 +280,9 @@ def _improve(
         neighbours[rows, torch.randint(space.d, (len(base),), generator=generator)] += step
         other = torch.randint(space.d, (len(base),), generator=generator)
         neighbours[rows, other] -= step * (rows % 2)  # every second one is an exchange
+        for parent, child in zip(base.int().tolist(), neighbours.int().tolist(), strict=True):
+            if tuple(parent) in origins:
+                origins.setdefault(tuple(child), origins[tuple(parent)])
         neighbours = _legal(neighbours, space, seen)
         known = {tuple(x) for x in best.int().tolist()}
         fresh = [tuple(x) not in known for x in neighbours.int().tolist()]

@@ -11,6 +11,14 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmbo.acquisition import QNehviProposer
+from llmbo.advisor.context import LayerStatistics, Marginals, Setting
+from llmbo.advisor.ledger import FILE, Ledger
+from llmbo.advisor.probe import measure_marginals
+from llmbo.advisor.proposer import AdvisedProposer
+from llmbo.assemble_advisor import Material, build_desk, check_advisor
+from llmbo.baselines import ThresholdProposer
+from llmbo.baselines.designs import NUM_INITIAL
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
@@ -54,10 +62,17 @@ class Problem:
     windows: TokenWindows
     dense: Mapping[str, float]
     importance: Sequence[Mapping[str, Any]]
+    statistics: LayerStatistics
 
     def heldout(self) -> ProxyEvaluator:
         """An evaluator on windows that ranking, compensation and search never saw."""
         return ProxyEvaluator.on(self.windows.heldout, self.space, self.supernet)
+
+    def marginals(self, quality: str) -> Marginals:
+        """What one level less costs in each block, measured on two windows that ranking saw."""
+        windows = self.windows.calibration[:: max(1, len(self.windows.calibration) // 2)][:2]
+        evaluators = [ProxyEvaluator.on(window[None], self.space, self.supernet) for window in windows]
+        return measure_marginals(self.family, evaluators, quality, len(windows) / len(self.windows.proxy))
 
 
 @dataclass(frozen=True)
@@ -70,11 +85,29 @@ class Run:
     objectives: tuple[Objective, ...]
     proposer: Proposer
     store: TrialStore
+    ledger: Ledger
 
 
 def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
-    """The proposer behind a strategy's name."""
+    """The proposer behind a strategy's name, without advice."""
     return strategy_of(strategy).build(strategy, problem, objectives, {})
+
+
+def build_advised(
+    config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, ledger: Ledger
+) -> Proposer:
+    """The strategy's proposer with the advisor that the settings name."""
+    if config.advisor == "none":
+        return build_proposer(config.strategy, problem, objectives)
+    quality = next(objective.name for objective in objectives if not objective.known)
+    setting = Setting(
+        problem.family, objectives, problem.dense, problem.statistics, config.advisor_context, config.budget
+    )
+    desk = build_desk(config, Material(setting, loaded, lambda: problem.marginals(quality)), ledger)
+    places = round(config.advisor_share * NUM_INITIAL) if "warm_start" in config.advisor_hooks else 0
+    search = QNehviProposer(problem.family, objectives, problem.dense, NUM_INITIAL - places, desk)
+    design = ThresholdProposer(problem.family, objectives, problem.dense)
+    return AdvisedProposer(search, design, desk, NUM_INITIAL - places, places)
 
 
 def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
@@ -102,6 +135,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
         layer_importance = _importance_parts(model, statistics)
+        summary = LayerStatistics.of(model, statistics)
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
         if table is not None:
@@ -122,7 +156,14 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             "taylor_family": taylor_family,
         }
         yield Problem(
-            space, supernet=supernet, proxy=proxy, windows=windows, dense=dense, importance=layer_importance, **families
+            space,
+            supernet=supernet,
+            proxy=proxy,
+            windows=windows,
+            dense=dense,
+            importance=layer_importance,
+            statistics=summary,
+            **families,
         )
 
 
@@ -138,6 +179,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
     url = config.storage or f"sqlite:///{own_file}"
     if not fresh:
         _continued(config, url)
+    check_advisor(config, folder)
     with phases.phase("model files"):  # an alias is converted on first use
         _check_window(config, load_config(config.model))
     if config.text != "self":
@@ -159,9 +201,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             objectives = build_objectives(
                 config.objectives, problem.dense, _smallest(problem.family), config.reference_point
             )
-            proposer = build_proposer(config.strategy, problem, objectives)
             if fresh:
                 delete_run(url, config.name, own_file)
+                (folder / FILE).unlink(missing_ok=True)
             store = TrialStore.create(
                 url,
                 config.name,
@@ -170,7 +212,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
                 config.settings(),
                 {**facts, "dense": dict(problem.dense), "importance": list(problem.importance)},
             )
-            yield Run(config, folder, problem, objectives, proposer, store)
+            ledger = Ledger(store, folder / FILE)
+            proposer = build_advised(config, problem, objectives, loaded, ledger)
+            yield Run(config, folder, problem, objectives, proposer, store, ledger)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmbo.advisor.spec import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
 from llmbo.errors import ConfigError, unknown
 from llmbo.objectives import check_objectives
 
@@ -16,6 +17,10 @@ STRATEGIES = (
 )  # fmt: skip
 MAX_NAME_BYTES = 250  # file systems take 255
 MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
+FREE = (  # what may change between two starts of a run
+    "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
+    "advisor_deadline", "advisor_price",
+)  # fmt: skip
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,6 +40,10 @@ class RunConfig:
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
         window: Tokens per window.
         storage: Database URL, or None for SQLite in the run folder.
+        advisor: See `advisor.spec`. The next three say where, on what grounds and how often it is heard; the others are
+            caps for the whole run: calls, tokens, dollars (None for no cap), seconds of waiting, seconds that a dead or
+            misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
+        advisor_share: Part of the initial design that the advisor may fill.
 
     Raises:
         ConfigError: One line that names the flag, the value and what was expected.
@@ -59,6 +68,17 @@ class RunConfig:
     device: str = "auto"
     name: str = ""
     storage: str | None = None
+    advisor: str = "none"
+    advisor_hooks: tuple[str, ...] = HOOKS
+    advisor_share: float = 0.25
+    advisor_context: str = "full"
+    advisor_every: int = 2
+    advisor_max_calls: int = 8
+    advisor_max_tokens: int = 25_000
+    advisor_max_cost: float | None = None
+    advisor_max_seconds: float = 900.0
+    advisor_deadline: float = 120.0
+    advisor_price: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for flag in ("budget", "batch"):
@@ -85,6 +105,7 @@ class RunConfig:
         if self.strategy == "qnehvi" and len(self.objectives) != 2:
             names = ",".join(self.objectives)
             raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {names}.")
+        self._check_advisor()
         if not self.name:
             object.__setattr__(
                 self, "name", re.sub(r"[^\w.-]+", "-", self.model).strip("-.")[-60:].strip("-.") or "run"
@@ -93,6 +114,26 @@ class RunConfig:
             raise ConfigError(f"--name must not be longer than {MAX_NAME_BYTES} bytes, got '{self.name}'.")
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.strip(".") == "":
             raise ConfigError(f"--name may hold letters, digits, '.', '_' and '-' only, got '{self.name}'.")
+
+    def _check_advisor(self) -> None:
+        parse_spec(self.advisor)
+        check_hooks(self.advisor_hooks)
+        if self.advisor != "none" and self.strategy != "qnehvi":
+            raise ConfigError(f"--advisor advises the strategy qnehvi only, got '{self.strategy}'.")
+        if not 0 <= self.advisor_share <= 0.5:
+            raise ConfigError(f"--advisor-share must lie between 0 and 0.5, got {self.advisor_share}.")
+        if self.advisor_context not in CONTEXT_LEVELS:
+            raise ConfigError(unknown("--advisor-context", self.advisor_context, CONTEXT_LEVELS))
+        for flag in ("every", "max_calls", "max_tokens", "max_seconds", "deadline"):
+            value = getattr(self, f"advisor_{flag}")
+            if not value >= 1:
+                raise ConfigError(f"--advisor-{flag.replace('_', '-')} must be at least 1, got {value}.")
+        if self.advisor_price is not None and (len(self.advisor_price) != 2 or min(self.advisor_price) < 0):
+            raise ConfigError(
+                f"--advisor-price needs dollars per million prompt and reply tokens, e.g. 0.4,1.6, got {self.advisor_price}."
+            )
+        if self.advisor_max_cost is not None and (self.advisor_price is None or self.advisor_max_cost <= 0):
+            raise ConfigError(f"--advisor-max-cost {self.advisor_max_cost} must be above 0 and needs --advisor-price.")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], **changes: Any) -> "RunConfig":
@@ -117,5 +158,5 @@ class RunConfig:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What must not change when a run is continued. The budget may grow; where trials are kept has no part in it."""
-        return {key: value for key, value in asdict(self).items() if key not in ("budget", "name", "storage")}
+        """What must not change when a run is continued. The budget and the advisor's caps may; where trials are kept has no part in it."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE}

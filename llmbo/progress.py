@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from llmbo.advisor.summary import AdvisorPart
 from llmbo.dashboard import Dashboard, Snapshot, volume
 from llmbo.dashboard import Progress as SearchProgress
 from llmbo.objectives import Objective
@@ -279,3 +280,19 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{heldout.loss:.3f}" if heldout else "-",
         )
     return table
+
+
+def advice_line(part: AdvisorPart) -> str:
+    """What the advisor cost and brought, in a line."""
+    hooks = part.hooks.values()
+    calls, tokens = (
+        sum(hook.calls for hook in hooks),
+        sum(hook.prompt_tokens + hook.completion_tokens for hook in hooks),
+    )
+    costs = [hook.cost for hook in hooks]
+    cost = "price unknown" if None in costs else f"${sum(cost for cost in costs if cost):.4f}"
+    asked = f"{calls} calls, {tokens} tokens, {cost}, {sum(hook.seconds for hook in hooks):.1f} s; " if calls else ""
+    advised = {origin: gain for origin, gain in part.hypervolume_by_origin.items() if origin.startswith("advisor:")}
+    gained = ", ".join(f"{origin.removeprefix('advisor:')} {gain:.4f}" for origin, gain in advised.items()) or "nothing"
+    stopped = f" Without advice for a time: {part.stopped}." if part.stopped else ""
+    return f"Advisor {part.advisor}: {asked}hypervolume gained by {gained}.{stopped}"

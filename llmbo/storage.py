@@ -35,6 +35,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
 _ROUND = "round:"
+_ADVICE = "advice:"
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, OSError, ValueError)  # no driver; what is stored makes no sense
 
@@ -165,6 +166,18 @@ class TrialStore:
     def set_fact(self, key: str, value: Any) -> None:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})
+
+    @_uninterrupted()
+    def notes(self) -> dict[str, Any]:
+        """What an advisor was asked and what it answered, by key."""
+        return {
+            key.removeprefix(_ADVICE): value for key, value in self._study.user_attrs.items() if key.startswith(_ADVICE)
+        }
+
+    @_uninterrupted()
+    def set_note(self, key: str, value: Any) -> None:
+        """Keep one note for the advisor."""
+        self._study.set_user_attr(f"{_ADVICE}{key}", value)
 
     @property
     def facts(self) -> dict[str, Any]:

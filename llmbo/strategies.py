@@ -97,6 +97,7 @@ class Strategy:
             "family": getattr(problem, self.family),
             "objectives": tuple(objectives),
             "dense": problem.dense,
+            "problem": problem,
             **self.fixed,
         }
         num_initial = checked.pop("num_initial", NUM_INITIAL) if self.wrapped else NUM_INITIAL
@@ -111,7 +112,8 @@ _DESIGNS = "llmbo.baselines.designs"
 _NSGA2 = "llmbo.baselines.nsga2:Nsga2Proposer"
 _OPTUNA = "llmbo.baselines.optuna_samplers:OptunaProposer"
 TABLE: dict[str, Strategy] = {
-    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False),
+    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False, fixed={"advice": None}),
+    "advised": Strategy("llmbo.advised:AdvisedStrategy", "threshold", wrapped=False),  # for comparisons only
     "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
     "threshold-fisher": Strategy(
         f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold-fisher"}, family="fisher_family"

@@ -44,6 +44,32 @@ class Trial:
         return self.state is TrialState.COMPLETE
 
 
+@dataclass(frozen=True)
+class Direction:
+    """A contrast between blocks that somebody thinks worth following, whatever its step and size.
+
+    Args:
+        levels: Change per dimension of the search space, in grid levels.
+    """
+
+    name: str
+    levels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What an advisor adds to a round: candidates for the pool, which the surrogate may veto, and directions."""
+
+    rows: tuple[Proposal, ...] = ()
+    directions: tuple[Direction, ...] = ()
+
+
+class AdviceSource(Protocol):
+    """Is asked once in every round in which the surrogate chooses."""
+
+    def advise(self, trials: Sequence[Trial], seed: int) -> Advice: ...
+
+
 class Proposer(Protocol):
     """Suggests what to evaluate next. Advisor, surrogate and baselines all are proposers."""
 

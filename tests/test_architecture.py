@@ -19,12 +19,16 @@ ORDER = {
         "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
     "llmbo": (
-        "__init__", "errors", "types", "objectives", "config", "models", "space", "family", "gain", "pareto", "surrogate",
-        "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2", "baselines.knapsack",
-        "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate", "storage", "loop",
-        "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
-        "report.page", "report.write", "report", "strategies", "assemble", "dashboard", "progress", "card", "exporting",
-        "cli.common", "cli.export", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
+        "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "config", "models", "space", "family", "gain",
+        "pareto", "surrogate", "threads", "baselines.designs", "baselines", "baselines.local_search", "baselines.nsga2",
+        "baselines.knapsack", "baselines.optuna_samplers", "baselines.plain_botorch", "acquisition", "evaluate",
+        "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
+        "advisor.openai_client", "advisor.local", "advisor.llm", "advisor.offline", "advisor.ledger", "advisor.replay",
+        "advisor.probe", "advisor.proposer", "advisor.summary",
+        "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
+        "report.page", "report.write", "report", "assemble_advisor", "advised", "strategies", "assemble", "advise", "dashboard",
+        "progress", "card", "exporting",
+        "cli.common", "cli.advise", "cli.export", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli.advise import advise
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
@@ -16,5 +17,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, export, models):
+for command in (optimize, report, watch, export, advise, models):
     app.command()(command)

@@ -46,6 +46,28 @@ def optimize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
+    advisor: Annotated[
+        str,
+        typer.Option(
+            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, replay:FILE."
+        ),
+    ] = "none",
+    advisor_hooks: Annotated[
+        str, typer.Option(help="Where it is heard: some of warm_start,propose,directions,filter.")
+    ] = "warm_start,propose,directions,filter",
+    advisor_share: Annotated[float, typer.Option(help="Its share of the initial design, at most 0.5.")] = 0.25,
+    advisor_context: Annotated[str, typer.Option(help="What it reads: full, partial or none.")] = "full",
+    advisor_every: Annotated[int, typer.Option(help="Rounds between its first proposals; the gaps grow.")] = 2,
+    advisor_max_calls: Annotated[int, typer.Option(help="Cap on prompts for the whole run.")] = 8,
+    advisor_max_tokens: Annotated[int, typer.Option(help="Cap on tokens, prompts and replies.")] = 25_000,
+    advisor_max_cost: Annotated[float | None, typer.Option(help="Cap in dollars; needs --advisor-price.")] = None,
+    advisor_max_seconds: Annotated[float, typer.Option(help="Cap on seconds of waiting for replies.")] = 900.0,
+    advisor_deadline: Annotated[
+        float, typer.Option(help="Seconds a dead or misbehaving model may cost before the run goes on without advice.")
+    ] = 120.0,
+    advisor_price: Annotated[
+        str | None, typer.Option(help="Dollars per million prompt and reply tokens, e.g. 0.4,1.6.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the report's path.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Events on stderr, one JSON object each.")] = False,
@@ -79,6 +101,17 @@ def optimize(
             device=device,
             name=name,
             storage=storage,
+            advisor=advisor,
+            advisor_hooks=tuple(split_list(advisor_hooks)),
+            advisor_share=advisor_share,
+            advisor_context=advisor_context,
+            advisor_every=advisor_every,
+            advisor_max_calls=advisor_max_calls,
+            advisor_max_tokens=advisor_max_tokens,
+            advisor_max_cost=advisor_max_cost,
+            advisor_max_seconds=advisor_max_seconds,
+            advisor_deadline=advisor_deadline,
+            advisor_price=numbers("--advisor-price", advisor_price),
         )
         if quiet and json_logs:
             raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
@@ -91,7 +124,7 @@ def _optimize(config: Any, fresh: bool, show: str) -> None:
     from llmbo.assemble import assemble
     from llmbo.loop import run_search
     from llmbo.models import silence_libraries
-    from llmbo.progress import build_display, summary
+    from llmbo.progress import advice_line, build_display, summary
 
     silence_libraries()
 
@@ -114,6 +147,8 @@ def _optimize(config: Any, fresh: bool, show: str) -> None:
             report = _write(run, display, status)
     if show == "auto":
         Console().print(summary(report))
+        if report.advisor:
+            typer.echo(advice_line(report.advisor))
     typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.folder / 'report.html'}")
 
 
@@ -132,6 +167,7 @@ def _measure_heldout(run: "Run") -> None:
 
 
 def _write(run: "Run", display: "Display", status: str) -> Any:
+    from llmbo.advisor.summary import summarise
     from llmbo.report import build_report, environment, write_report
     from llmbo.storage import shown_url
 
@@ -153,8 +189,15 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
         "seconds": {name: round(spent, 3) for name, spent in (earlier["seconds"] | seconds).items()},
         "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),
     }
+    trials, settings = run.store.trials(), run.config.settings()
+    advised = run.config.advisor != "none"
     report = build_report(
-        run.store.trials(), run.objectives, run.problem.space, {**facts, "run": run_part}, run.store.heldout()
+        trials,
+        run.objectives,
+        run.problem.space,
+        {**facts, "run": run_part},
+        run.store.heldout(),
+        summarise(settings, run.ledger, trials, run.objectives, run.problem.dense) if advised else None,
     )
     write_report(report, run.folder)
     run.store.set_fact("run", run_part)  # last: it says that the report is there

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from llmbo.advisor.summary import AdvisorPart
 from llmbo.gain import trial_gains
 from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import hypervolume_trace, pareto_front
@@ -39,6 +40,7 @@ def build_report(
     space: SearchSpace,
     facts: Mapping[str, Any],
     heldout: Mapping[int, Mapping[str, float]],
+    advisor: AdvisorPart | None = None,
 ) -> Report:
     """Put stored trials into the report's shape.
 
@@ -46,6 +48,7 @@ def build_report(
         facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values, and
             `importance` as a list of `ImportancePart` fields.
         heldout: Held-out values by trial number.
+        advisor: What advice cost and brought, for a run with an advisor.
     """
     complete = [trial for trial in trials if trial.complete]
     quality = next(objective for objective in objectives if not objective.known)
@@ -92,6 +95,7 @@ def build_report(
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
         importance=facts.get("importance", []),
+        advisor=advisor,
     )
 
 

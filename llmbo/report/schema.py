@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llmbo.advisor.summary import AdvisorPart
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -145,6 +147,7 @@ class Report(_Part):
     front: list[FrontPoint]
     hypervolume: HypervolumePart
     importance: list[ImportancePart] = []
+    advisor: AdvisorPart | None = None
 
 
 def json_schema() -> str:

@@ -1,14 +1,17 @@
 """A toy search problem whose quality is a formula, and a tiny llama on disk with a tokenizer and a text. Nothing is downloaded."""
 
+import contextlib
 import itertools
 import json
 import math
 import random
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import chdir
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from llmbo.advisor.context import Context, LayerStatistics, Marginals, Setting
+from llmbo.advisor.roles import Question
 from llmbo.cli import app
 from llmbo.evaluate import known_values
 from llmbo.family import ThresholdFamily
@@ -189,7 +194,7 @@ class Llmbo:
     def __call__(self, **flags: object) -> Result:
         before = signal.getsignal(signal.SIGTERM)
         try:
-            with chdir(self.folder):
+            with contextlib.chdir(self.folder):
                 return CliRunner().invoke(app, self.flags(**flags))
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -227,3 +232,118 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     result = done(budget=18)
     assert result.exit_code == 0, result.output
     return done
+
+
+SECRET = "sk-secret-that-must-turn-up-nowhere"
+Answering = Callable[[dict[str, Any], BaseHTTPRequestHandler], str | None]
+
+
+@dataclass
+class ChatServer:
+    """An HTTP server on loopback that speaks OpenAI's chat protocol, as well or badly as `answer` wants.
+
+    `answer` takes the request's body and the handler; it returns the reply's text, or sends a response itself and returns None.
+    """
+
+    url: str
+    answer: Answering
+    requests: list[dict[str, Any]]
+    secret: str = SECRET
+
+    def send(self, handler: BaseHTTPRequestHandler, status: int, body: bytes | str, **headers: str) -> None:
+        data = body.encode() if isinstance(body, str) else body
+        handler.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def completion(self, text: str | None, message: Mapping[str, Any] = {}, **choice: Any) -> str:
+        usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+        whole = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text, **message}}
+        return json.dumps(
+            {
+                "id": "x", "object": "chat.completion", "created": 0, "model": "test-model", "usage": usage,
+                "choices": [whole | choice],
+            }
+        )  # fmt: skip
+
+    @property
+    def advisor(self) -> str:
+        """What to type after `--advisor`."""
+        return f"openai:test-model@{self.url}"
+
+    def good(self, body: dict[str, Any], handler: object = None) -> str:
+        return good_reply(body)
+
+
+@pytest.fixture
+def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
+    """Starts out with `good_reply`. The key in the environment is a secret that must turn up nowhere."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {SECRET}"
+            chat.requests.append(body)
+            with contextlib.suppress(OSError):  # the client may have gone
+                text = chat.answer(body, self)
+                if text is not None:
+                    chat.send(self, 200, chat.completion(text))
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    chat = ChatServer(f"http://127.0.0.1:{server.server_port}/v1", lambda body, handler: good_reply(body), [])
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield chat
+    server.shutdown()
+    server.server_close()
+
+
+def good_reply(body: dict[str, Any]) -> str:
+    """What a sensible model might say, whatever the hook: it reads the schema's name and answers in its format."""
+    user = body["messages"][-1]["content"]
+    share = 0.45 + 0.35 * (zlib.crc32(user.encode()) % 100) / 100
+    edits = [{"layers": ["0-1"], "neurons_delta": -1}, {"layers": [2], "neurons_delta": 1}]
+    replies = {
+        "proposals": [
+            {"base": f"threshold:{share:.2f}", "edits": edits, "target_share": share + 0.03 * n, "also_at": [share + 0.1], "why": "?"}
+            for n in range(3)
+        ],
+        "directions": [{"name": "early for late", "edits": edits}, {"name": "attention", "edits": [{"layers": ["0-1"], "kv_delta": 1}]}],
+        "decisions": [{"id": 1, "keep": False, "confidence": 0.7, "why": "poor"}],
+    }  # fmt: skip
+    key = next(key for key in replies if f'{{"{key}":' in user)
+    return json.dumps({key: replies[key]})
+
+
+@pytest.fixture
+def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
+    """(hook, layers, count, level) -> a question about a toy with members of the family and a few other trials."""
+
+    def make(hook: str = "propose", layers: int = 6, count: int = 4, level: str = "full", extra: int = 3) -> Question:
+        toy = make_toy(layers)
+        points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
+        members = len(points) - extra
+        trials = [
+            toy.trial(n, Proposal(x, "threshold" if n < members else "qnehvi"), n // 4) for n, x in enumerate(points)
+        ]
+        rng = random.Random(0)
+        table = {kind: tuple(rng.uniform(0.1, 9) for _ in range(layers)) for kind in ("attention", "mlp")}
+        statistics = LayerStatistics(table, table, table) if level == "full" else None
+        x = toy.family.at(0.7)
+        cost = tuple(rng.uniform(-0.01, 0.05) if level else None for level in x)
+        marginals = Marginals(x, cost, 0.0031, 5.0) if level == "full" else None
+        setting = Setting(toy.family, toy.objectives, toy.dense, statistics, level, 60)
+        candidates = tuple(toy.random_points(4, 9)) if hook == "filter" else ()
+        context = Context(setting, trials, marginals, ("layer 31 does not exist",))
+        return Question(hook, context, 3, 2 if hook == "filter" else count, 0, candidates)
+
+    return make

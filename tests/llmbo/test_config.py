@@ -31,6 +31,27 @@ from llmbo.errors import ConfigError
         ({"reference_point": (1.0,)}, "--reference-point"),
         ({"name": "a/b"}, "--name .* 'a/b'"),
         ({"name": ".."}, r"--name .* '\.\.'"),
+        ({"advisor": "heuristik"}, "'heuristik': did you mean heuristic.*none, random, heuristic, openai:MODEL"),
+        ({"advisor": "openai"}, r"'openai:MODEL\[@BASE_URL\]', got 'openai'"),
+        ({"advisor": "openai:@http://h/v1"}, "got 'openai:@http"),
+        ({"advisor": "openai:m@http:///v1"}, "needs a server"),
+        ({"advisor": "openai:m@http://user:pw@h/v1"}, "OPENAI_API_KEY"),
+        ({"advisor": "openai:m@http://h/v1?key=x"}, "OPENAI_API_KEY"),
+        ({"advisor": "heuristic:x"}, "'heuristic', got 'heuristic:x'"),
+        ({"advisor": "replay"}, "'replay:FILE', got 'replay'"),
+        ({"advisor": "heuristic", "strategy": "random"}, "qnehvi only, got 'random'"),
+        ({"advisor_hooks": ("propos",)}, "'propos': did you mean propose"),
+        ({"advisor_hooks": ()}, "--advisor-hooks"),
+        ({"advisor_hooks": ("filter", "filter")}, "'filter,filter'"),
+        ({"advisor_share": 0.6}, "--advisor-share .* 0.6"),
+        ({"advisor_context": "fall"}, "'fall': .*one of full, partial, none"),
+        ({"advisor_every": 0}, "--advisor-every .* 0"),
+        ({"advisor_max_calls": 0}, "--advisor-max-calls .* 0"),
+        ({"advisor_max_tokens": -1}, "--advisor-max-tokens .* -1"),
+        ({"advisor_max_seconds": float("nan")}, "--advisor-max-seconds .* nan"),
+        ({"advisor_deadline": 0.0}, "--advisor-deadline .* 0"),
+        ({"advisor_price": (1.0,)}, "--advisor-price"),
+        ({"advisor_max_cost": 1.0}, "--advisor-max-cost 1.0 .*--advisor-price"),
     ],
     ids=str,
 )
@@ -54,12 +75,16 @@ def test_a_config_cannot_be_changed() -> None:
 CHANGED: dict[str, Any] = {
     "model": "other", "batch": 5, "seed": 1, "strategy": "random", "objectives": ("loss", "params"), "reference_point": (1.0, 0.9),
     "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "calibration_tokens": 5120, "proxy_tokens": 5120,
-    "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu",
+    "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
+    "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_context": "none", "advisor_every": 1,
 }  # fmt: skip
 
 
-def test_only_budget_name_and_place_may_change() -> None:
-    free = {"budget": 99, "name": "other", "storage": "sqlite:///x.db"}
+def test_only_budget_name_place_and_caps_may_change() -> None:
+    free: dict[str, Any] = {
+        "budget": 99, "name": "other", "storage": "sqlite:///x.db", "advisor_max_calls": 99, "advisor_max_tokens": 99,
+        "advisor_max_cost": 9.0, "advisor_max_seconds": 9.0, "advisor_deadline": 9.0, "advisor_price": (1.0, 2.0),
+    }  # fmt: skip
     assert {*CHANGED, *free} == {
         field.name for field in dataclasses.fields(RunConfig)
     }  # a new setting must take a side

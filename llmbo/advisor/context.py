@@ -1,0 +1,189 @@
+"""What an advisor reads: the model, importance, what one step less costs, the trials told as deltas, noise, gaps, refusals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmbo.family import ThresholdFamily
+from llmbo.gain import trial_gains
+from llmbo.objectives import Objective, to_maximize
+from llmbo.pareto import pareto_front
+from llmbo.space import SearchSpace
+from llmbo.types import Trial
+from pruning.anatomy import BlockKind
+from pruning.importance import Statistics, activation, block_influence, taylor
+
+KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
+MAX_TRIALS = 20
+MAX_RANGES = 8  # of a delta that is told
+MAX_GAPS = 4
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Importance per layer, summed over a block's units: `taylor`, `activation` and `influence` by kind, `L` each."""
+
+    taylor: Mapping[BlockKind, tuple[float, ...]]
+    activation: Mapping[BlockKind, tuple[float, ...]]
+    influence: Mapping[BlockKind, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, statistics: Statistics) -> "LayerStatistics":
+        scores = {"taylor": taylor(model, statistics), "activation": activation(model, statistics)}
+        sums = {
+            name: {kind: tuple(score.of(kind).double().sum(-1).tolist()) for kind in KINDS}
+            for name, score in scores.items()
+        }
+        influence = block_influence(statistics)
+        return cls(**sums, influence={kind: tuple(influence[kind].double().tolist()) for kind in KINDS})
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """Quality lost by one grid level less in each block, after compensation, measured around one member of the family.
+
+    Args:
+        x: The member.
+        cost: `d` differences in the quality's unit; None where the member has nothing left to take.
+        noise: Standard error of one of these differences, or None if it could not be told.
+        evaluations: What measuring them cost, in whole evaluations of a candidate.
+    """
+
+    x: tuple[int, ...]
+    cost: tuple[float | None, ...]
+    noise: float | None
+    evaluations: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What does not change during a run."""
+
+    family: ThresholdFamily
+    objectives: Sequence[Objective]
+    dense: Mapping[str, float]
+    statistics: LayerStatistics | None
+    level: str
+    budget: int
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.family.space
+
+    @property
+    def quality(self) -> Objective:
+        return next(objective for objective in self.objectives if not objective.known)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The state of a run as an advisor sees it."""
+
+    setting: Setting
+    trials: Sequence[Trial]
+    marginals: Marginals | None = None
+    refusals: tuple[str, ...] = ()
+
+    @cached_property
+    def complete(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.complete]
+
+    @cached_property
+    def gains(self) -> dict[int, float]:
+        """Gain over the family at equal share of every trial that is no member of it."""
+        gains = trial_gains(self.trials, self.setting.quality, self.setting.dense)
+        return {trial.number: gains[trial.number] for trial in self.told if trial.number in gains}
+
+    @property
+    def told(self) -> list[Trial]:
+        return [trial for trial in self.complete if trial.origin != "threshold"]
+
+    @cached_property
+    def front(self) -> list[Trial]:
+        """Non-dominated trials, smallest first."""
+        rows = pareto_front(to_maximize([trial.values for trial in self.complete], self.setting.objectives))
+        return sorted((self.complete[row] for row in rows), key=lambda trial: trial.values["params_share"])
+
+    @property
+    def telling(self) -> list[Trial]:
+        """The most telling trials, best gain first: the best, the worst, and the rest of the front between them."""
+        ranked = sorted(
+            (trial for trial in self.told if trial.number in self.gains), key=lambda t: -self.gains[t.number]
+        )
+        if len(ranked) <= MAX_TRIALS:
+            return ranked
+        ends = {trial.number for trial in (*ranked[: MAX_TRIALS // 2], *ranked[-MAX_TRIALS // 4 :])}
+        middle = [trial.number for trial in self.front if trial.number not in ends and trial in ranked]
+        kept = ends | set(middle[: MAX_TRIALS - len(ends)])
+        return [trial for trial in ranked if trial.number in kept]
+
+    @property
+    def gaps(self) -> list[tuple[float, float]]:
+        """Widest gaps of the front in parameter share, widest first."""
+        shares = [trial.values["params_share"] for trial in self.front]
+        low = float(self.setting.family.shares[0])
+        pairs = [pair for pair in pairwise([low, *shares, 1.0]) if pair[1] - pair[0] > 1e-9]
+        return sorted(pairs, key=lambda pair: pair[0] - pair[1])[:MAX_GAPS]
+
+    @property
+    def budget_left(self) -> int:
+        return max(0, self.setting.budget - len(self.trials))
+
+
+def share_of(space: SearchSpace, x: Sequence[int]) -> float:
+    return float(space.share(torch.tensor([x], dtype=torch.float64))[0])
+
+
+def parameters_per_level(space: SearchSpace) -> dict[BlockKind, int]:
+    """Parameters that one grid level of a block holds."""
+    step = {"attention": 1, "mlp": space.neuron_step}
+    return {block.kind: block.parameters_per_unit * step[block.kind] for block in space.anatomy.blocks}
+
+
+def deviation(family: ThresholdFamily, x: Sequence[int]) -> Tensor:
+    """x minus the family's profile at the same share, `d` levels."""
+    point = torch.tensor([x], dtype=torch.float64)
+    return (point - family.profile(family.space.share(point)))[0]
+
+
+def told_delta(family: ThresholdFamily, x: Sequence[int]) -> str:
+    """How x differs from the family's member of its size, as ranges of layers: the largest first."""
+    rounded = deviation(family, x).round().int().tolist()
+    layers = family.space.num_layers
+    parts = []
+    for kind, levels in (("mlp", rounded[layers:]), ("kv", rounded[:layers])):
+        runs = sorted(_runs(levels), key=lambda run: -abs(run[2]) * (run[1] - run[0] + 1))
+        shown = sorted(runs[: MAX_RANGES // 2])
+        text = " ".join(f"{_range(first, last)}:{delta:+d}" for first, last, delta in shown)
+        if text:
+            parts.append(f"{kind} {text}{' …' if len(runs) > len(shown) else ''}")
+    return "; ".join(parts) or "none"
+
+
+def z_scores(values: Sequence[float | None]) -> list[float | None]:
+    """Standard scores of the logarithms, since importance spans orders of magnitude; None stays None."""
+    known = [math.log(max(value, 1e-12)) for value in values if value is not None]
+    mean = sum(known) / max(1, len(known))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in known) / max(1, len(known))) or 1.0
+    return [None if value is None else (math.log(max(value, 1e-12)) - mean) / deviation for value in values]
+
+
+def _runs(levels: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first layer, last layer, delta) of every run of equal nonzero deltas."""
+    runs = []
+    for delta, members in groupby(enumerate(levels), key=lambda pair: pair[1]):
+        indices = [index for index, _ in members]
+        if delta:
+            runs.append((indices[0], indices[-1], delta))
+    return runs
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"

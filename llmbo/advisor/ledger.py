@@ -1,0 +1,193 @@
+"""Keeps every exchange and answer before it is used, so that nothing is asked twice and a resumed run gets the same advice.
+
+The truth lies beside the trials, in the run's database; `advisor.jsonl` in the run folder is a copy for people and for
+`--advisor replay:FILE`, one line per consultation.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from llmbo.advisor.roles import Answer, Candidate, Exchange
+from llmbo.errors import ConfigError
+
+FILE = "advisor.jsonl"
+FOLLOWED = "followed"  # note: candidates that a direction led to
+
+
+class Notes(Protocol):
+    """Where consultations are stored: key -> JSON value, written in one transaction each."""
+
+    def notes(self) -> dict[str, Any]: ...
+
+    def set_note(self, key: str, value: Any) -> None: ...
+
+
+@dataclass
+class MemoryNotes:
+    """Notes that die with the process."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def notes(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.values))
+
+    def set_note(self, key: str, value: Any) -> None:
+        self.values[key] = value
+
+
+@dataclass
+class Consultation:
+    """What was asked for one hook of one round, and what came of it; `answer` is None while it goes on."""
+
+    round: int
+    hook: str
+    exchanges: list[Exchange] = field(default_factory=list)
+    answer: Answer | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.round:05d}:{self.hook}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "hook": self.hook,
+            "exchanges": [asdict(exchange) for exchange in self.exchanges],
+            "answer": None if self.answer is None else self.answer.to_dict(),
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        answer = data["answer"]
+        return cls(
+            data["round"],
+            data["hook"],
+            [Exchange(**exchange) for exchange in data["exchanges"]],
+            None if answer is None else Answer.from_dict(answer),
+            dict(data["extra"]),
+        )
+
+
+class Ledger:
+    """All consultations of a run.
+
+    Args:
+        file: Where the copy for people goes, or None.
+    """
+
+    def __init__(self, notes: Notes, file: Path | None = None) -> None:
+        self._notes = notes
+        self._file = file
+        self._consultations = {
+            key: Consultation.from_dict(value) for key, value in sorted(notes.notes().items()) if ":" in key
+        }
+        self._failed: list[Exchange] = []
+        if self._consultations:
+            self._copy()
+
+    def all(self) -> list[Consultation]:
+        """In the order of rounds."""
+        return [self._consultations[key] for key in sorted(self._consultations)]
+
+    def of(self, round: int, hook: str) -> Consultation | None:
+        return self._consultations.get(f"{round:05d}:{hook}")
+
+    def open(self, round: int, hook: str) -> "OpenConsultation":
+        """The consultation of this hook and round, gone on with if it was broken off."""
+        return OpenConsultation(self, self.of(round, hook) or Consultation(round, hook))
+
+    def exchanges(self) -> Sequence[Exchange]:
+        """Implements `client.Spending`."""
+        return [exchange for consultation in self.all() for exchange in consultation.exchanges]
+
+    def failed(self) -> Sequence[Exchange]:
+        return list(self._failed)
+
+    def keep(self, consultation: Consultation, exchange: Exchange | None = None) -> None:
+        """Store the consultation as it is now."""
+        if exchange is not None and exchange.error is not None:
+            self._failed.append(exchange)
+        self._consultations[consultation.key] = consultation
+        self._notes.set_note(consultation.key, consultation.to_dict())
+        self._copy()
+
+    def remember(self, key: str, make: Callable[[], Any]) -> Any:
+        """A value that is measured once in a run: `make` it, store it, and give what was stored from then on."""
+        stored = self._notes.notes()
+        if key not in stored:
+            self._notes.set_note(key, make())
+            stored = self._notes.notes()
+        return stored[key]
+
+    def known(self, key: str) -> Any:
+        """What `remember` stored, or None."""
+        return self._notes.notes().get(key)
+
+    def candidates(self, hook: str) -> tuple[Candidate, ...]:
+        """Everything that was proposed for a hook."""
+        answers = (consultation.answer for consultation in self.all() if consultation.hook == hook)
+        return tuple(candidate for answer in answers if answer is not None for candidate in answer.candidates)
+
+    def note_directions(self, followed: Mapping[tuple[int, ...], str]) -> None:
+        """Remember which direction led to a candidate."""
+        self._notes.set_note(FOLLOWED, [[list(x), name] for x, name in (self.followed() | dict(followed)).items()])
+
+    def followed(self) -> dict[tuple[int, ...], str]:
+        """Candidate -> the direction that led to it."""
+        return {tuple(x): name for x, name in self.known(FOLLOWED) or ()}
+
+    def _copy(self) -> None:
+        if self._file is None:
+            return
+        lines = [json.dumps(consultation.to_dict(), ensure_ascii=False) + "\n" for consultation in self.all()]
+        temporary = self._file.with_name(f".{self._file.name}")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, self._file)
+
+
+@dataclass
+class OpenConsultation:
+    """One consultation while it goes on. Implements `roles.Transcript`."""
+
+    ledger: Ledger
+    consultation: Consultation
+
+    def recorded(self) -> Sequence[Exchange]:
+        return self.consultation.exchanges
+
+    def record(self, exchange: Exchange) -> None:
+        self.consultation.exchanges.append(exchange)
+        self.ledger.keep(self.consultation, exchange)
+
+    def close(self, answer: Answer, **extra: Any) -> None:
+        self.consultation.answer = answer
+        self.consultation.extra.update(extra)
+        self.ledger.keep(self.consultation)
+
+
+def read_jsonl(file: Path) -> list[Consultation]:
+    """The consultations of a recording; a broken last line, which a full disk leaves, is skipped.
+
+    Raises:
+        ConfigError: The file is not there or is no recording.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise ConfigError(f"--advisor replay:{file} cannot be read ({reason}): give a run's advisor.jsonl.") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Consultation.from_dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and found:
+                break
+            raise ConfigError(f"--advisor replay:{file}: line {number} is no recorded consultation.") from error
+    return found

@@ -1,0 +1,242 @@
+"""Reply text -> grid points, directions and decisions. Pure: whatever cannot be used becomes a `Rejection` with its reason."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from llmbo.advisor.context import share_of
+from llmbo.advisor.replies import FORMATS, MAX_TEXT, DecisionPart, DirectionPart, EditPart, ProposalPart, RejectionKind
+from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
+from llmbo.family import ThresholdFamily
+from llmbo.types import Direction
+
+MAX_REPLY = 64_000  # characters; far more than any useful reply
+SAME_DIRECTION = 0.999  # cosine
+
+
+class _Illegal(Exception):
+    """One item cannot be used; the message says why in words for the advisor."""
+
+    def __init__(self, reason: str, kind: RejectionKind = "illegal") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def parse_reply(text: str, question: Question) -> Answer:
+    """What a model's text comes to. Tolerates a code fence or prose around the JSON object, nothing inside it."""
+    try:
+        reply = extract_object(text[:MAX_REPLY], FORMATS[question.hook][0])
+    except _Illegal as error:
+        return Answer(rejections=(Rejection(text[:MAX_TEXT], str(error), "unparsable"),))
+    return judge(reply, question)
+
+
+def judge(reply: Mapping[str, Any], question: Question) -> Answer:
+    """Validate a reply in the documented format item by item; one bad item does not spoil the others."""
+    key, part = FORMATS[question.hook]
+    items = reply.get(key)
+    if not isinstance(items, list):
+        return Answer(rejections=(Rejection(_shown(reply), f"'{key}' must be a list", "unparsable"),))
+    bench = _Bench(question)
+    for item in items[: question.max_items]:
+        try:
+            _RESOLVERS[question.hook](bench, part.model_validate(item))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(step) for step in first["loc"])
+            bench.rejections.append(Rejection(_shown(item), f"{where}: {first['msg']}", "unparsable"))
+        except _Illegal as error:
+            bench.rejections.append(Rejection(_shown(item), str(error), error.kind))
+    return bench.answer()
+
+
+def extract_object(text: str, key: str) -> dict[str, Any]:
+    """The first JSON object in `text` that has `key`.
+
+    Raises:
+        _Illegal: There is none.
+    """
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    position, candidates = text.find("{"), 0
+    while position >= 0 and candidates < 100:  # a bound on text made of braces
+        candidates += 1
+        try:
+            found, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            position = text.find("{", position + 1)
+            continue
+        if key in found:
+            return found
+        position = text.find("{", end)
+    if "{" in text and text.count("{") > text.count("}"):
+        raise _Illegal("the reply ends before its JSON object does: be shorter")
+    raise _Illegal(f"no JSON object with the key '{key}' found in the reply")
+
+
+def rescaled(family: ThresholdFamily, away: Tensor, target: float) -> tuple[int, ...]:
+    """The family at the size where adding `away` (`d` levels) gives a share nearest `target`."""
+    points = (family.path + away).round().clamp(family.space.bounds[0], family.space.bounds[1])
+    best = int((family.space.share(points) - target).abs().argmin())
+    return tuple(points[best].int().tolist())
+
+
+def layer_numbers(edit: EditPart, num_layers: int) -> list[int]:
+    """Layers that an edit names.
+
+    Raises:
+        _Illegal: One of them does not exist.
+    """
+    numbers: list[int] = []
+    for entry in edit.layers:
+        first, last = (entry, entry) if isinstance(entry, int) else (int(end) for end in entry.split("-"))
+        if first > last:
+            raise _Illegal(f"layers '{entry}' run backwards")
+        numbers += range(first, min(last, first + num_layers) + 1)
+    for number in numbers:
+        if not 0 <= number < num_layers:
+            raise _Illegal(f"layer {number} does not exist (the model has layers 0-{num_layers - 1})")
+    return numbers
+
+
+@dataclass
+class _Bench:
+    """Collects what becomes of the items of one reply."""
+
+    question: Question
+    candidates: list[Candidate] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+
+    @property
+    def family(self) -> ThresholdFamily:
+        return self.question.context.setting.family
+
+    def answer(self) -> Answer:
+        return Answer(
+            tuple(self.candidates[: self.question.count]),
+            tuple(self.directions),
+            tuple(self.decisions),
+            tuple(self.rejections),
+        )
+
+    def proposal(self, part: ProposalPart) -> None:
+        base = torch.tensor(self._base(part.base), dtype=torch.float64)
+        x = _edited(base, part.edits, self.family.space.bounds[1])
+        x = x.clamp(self.family.space.bounds[0], self.family.space.bounds[1])
+        away = x - self.family.profile(self.family.space.share(base[None]))[0]
+        sizes = (
+            [part.target_share, *part.also_at] if part.target_share is not None or not part.also_at else part.also_at
+        )
+        for share in sizes:
+            try:
+                point = tuple(x.int().tolist()) if share is None else rescaled(self.family, away, self._size(share))
+                self._add(point, part.why)
+            except _Illegal as error:
+                self.rejections.append(Rejection(_shown(part.model_dump(exclude_none=True)), str(error), error.kind))
+
+    def direction(self, part: DirectionPart) -> None:
+        space = self.family.space
+        if any(edit.neurons_keep is not None or edit.kv_keep is not None for edit in part.edits):
+            raise _Illegal("a direction is made of deltas: use neurons_delta and kv_delta, not keep")
+        levels = _edited(torch.zeros(space.d, dtype=torch.float64), part.edits, space.bounds[1])
+        if not levels.any():
+            raise _Illegal("the direction changes nothing")
+        for other in self.directions:
+            if float(torch.cosine_similarity(levels, torch.tensor(other.levels), dim=0)) > SAME_DIRECTION:
+                raise _Illegal(f"the same direction as '{other.name}'", "duplicate")
+        self.directions.append(Direction(part.name or f"direction {len(self.directions) + 1}", tuple(levels.tolist())))
+
+    def decision(self, part: DecisionPart) -> None:
+        count = len(self.question.candidates)
+        if not 0 <= part.id < count:
+            raise _Illegal(f"candidate {part.id} does not exist (there are 0-{count - 1})")
+        if any(decision.index == part.id for decision in self.decisions):
+            raise _Illegal(f"candidate {part.id} was decided before", "duplicate")
+        self.decisions.append(Decision(part.id, part.keep, part.confidence, part.why))
+
+    def _base(self, base: int | str) -> tuple[int, ...]:
+        if isinstance(base, str):
+            return self.family.at(1.0 if base == "dense" else float(base.partition(":")[2]))
+        trials = self.question.context.trials
+        if not 0 <= base < len(trials):
+            raise _Illegal(f"trial {base} does not exist (there are {len(trials)})")
+        return trials[base].x
+
+    def _size(self, share: float) -> float:
+        if share < self.family.space.min_share:
+            raise _Illegal(f"share {share:g} is below the smallest allowed, {self.family.space.min_share:g}")
+        return share
+
+    def _add(self, x: tuple[int, ...], why: str) -> None:
+        space = self.family.space
+        point = torch.tensor([x], dtype=torch.float64)
+        if not bool(space.legal(point)[0]):
+            share = share_of(space, x)
+            small = share < space.min_share
+            raise _Illegal(
+                f"its share {share:.3f} is below {space.min_share:g}" if small else "no layer keeps attention"
+            )
+        taken = {trial.x: f"trial {trial.number}" for trial in self.question.context.trials}
+        taken |= {candidate.x: "another proposal" for candidate in self.candidates} | {
+            space.max_levels: "the dense model"
+        }
+        if x in taken:
+            raise _Illegal(f"the same as {taken[x]}", "duplicate")
+        self.candidates.append(Candidate(x, why))
+
+
+_RESOLVERS: dict[str, Callable[[_Bench, Any], None]] = {
+    "warm_start": _Bench.proposal,
+    "propose": _Bench.proposal,
+    "directions": _Bench.direction,
+    "filter": _Bench.decision,
+}
+
+
+def merged(first: Answer, second: Answer) -> Answer:
+    """A repaired reply added to what was good before."""
+    known = {candidate.x for candidate in first.candidates}
+    decided = {decision.index for decision in first.decisions}
+    return replace(
+        first,
+        candidates=first.candidates + tuple(c for c in second.candidates if c.x not in known),
+        directions=first.directions + tuple(d for d in second.directions if d not in first.directions),
+        decisions=first.decisions + tuple(d for d in second.decisions if d.index not in decided),
+        rejections=first.rejections + second.rejections,
+    )
+
+
+def _edited(base: Tensor, edits: list[EditPart], highest: Tensor) -> Tensor:
+    """`base` (`d` levels) after all edits. Deltas may lead out of bounds, a level that does not exist is refused."""
+    x, num_layers = base.clone(), len(base) // 2
+    for edit in edits:
+        numbers = torch.tensor(layer_numbers(edit, num_layers))
+        for name, rows in (("kv", numbers), ("neurons", numbers + num_layers)):
+            keep, delta = getattr(edit, f"{name}_keep"), getattr(edit, f"{name}_delta")
+            if keep is not None and keep > highest[rows[0]]:
+                raise _Illegal(f"{name}_keep {keep} does not exist (levels are 0-{int(highest[rows[0]])})")
+            if keep is not None:
+                x[rows] = float(keep)
+            if delta is not None:
+                x[rows] += delta
+    return x
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shown(item: object) -> str:
+    return json.dumps(item, default=str)[:MAX_TEXT]
+
+
+def rejection_lines(rejections: tuple[Rejection, ...], limit: int = 8) -> Iterator[str]:
+    """One line per reason, for a prompt."""
+    for rejection in rejections[:limit]:
+        yield f"{rejection.text} -> {rejection.reason}"

@@ -1,0 +1,220 @@
+"""What a round does with advice. The surrogate keeps the veto: see `AdvisedProposer` for the bounds."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import torch
+
+from llmbo.advisor.context import Context, Marginals, Setting, deviation
+from llmbo.advisor.ledger import Ledger
+from llmbo.advisor.parse import rescaled
+from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
+from llmbo.types import Advice, Direction, Proposal, Proposer, Trial, TrialState
+
+WARM_START, PROPOSE, DIRECTIONS = "advisor:warm_start", "advisor:propose", "advisor:directions"
+NUM_PROPOSALS = 4
+NUM_DIRECTIONS = 4
+ROWS_PER_DIRECTION = 24
+STEPS = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)  # levels of a direction's largest delta; advisors mostly get the sign right
+AUDIT = 0.1  # of what the filter drops is evaluated all the same, so that its precision is known
+MAX_REFUSALS = 6
+# hook -> (search round of its first consultation, rounds between the first two as a multiple of `every`)
+SCHEDULE = {"propose": (0, 1), "directions": (0, 2), "filter": (1, 2)}
+
+
+@dataclass
+class AdvisorDesk:
+    """Asks the advisor, at most once for each hook and round, and turns answers into pool rows. Implements `types.AdviceSource`.
+
+    Args:
+        every: Rounds between the first two consultations; the gaps grow by as much each time, as the surrogate learns.
+        probe: Measures the marginal costs, once in a run; None if the advisor does not read them.
+    """
+
+    advisor: Advisor
+    ledger: Ledger
+    setting: Setting
+    hooks: tuple[str, ...]
+    every: int = 2
+    probe: Callable[[], Marginals] | None = None
+    named: dict[tuple[int, ...], str] = field(default_factory=dict)  # this round's direction rows -> direction
+
+    def consult(
+        self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: Sequence[Proposal] = ()
+    ) -> Answer:
+        """The stored answer of this hook in this round, or a new one."""
+        round = next_round(trials)
+        stored = self.ledger.of(round, hook)
+        if stored is not None and stored.answer is not None:
+            return stored.answer
+        points = tuple(candidate.x for candidate in candidates)
+        question = self.question(hook, trials, count, seed, points)
+        consultation = self.ledger.open(round, hook)
+        answer = self.advisor.ask(question, consultation)
+        answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
+        consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
+        return answer
+
+    def question(
+        self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: tuple[tuple[int, ...], ...] = ()
+    ) -> Question:
+        """What the advisor is asked in this state."""
+        return Question(hook, self._context(trials), next_round(trials), count, seed, candidates)
+
+    def advise(self, trials: Sequence[Trial], seed: int) -> Advice:
+        self.named.clear()
+        for hook, size in (("propose", NUM_PROPOSALS), ("directions", NUM_DIRECTIONS)):
+            if self.due(hook, trials):
+                self.consult(hook, trials, size, seed)
+        taken = {trial.x for trial in trials}
+        rows = [row for row in self._proposed(next_round(trials)) if row.x not in taken]
+        directions = self._directions(next_round(trials))
+        return Advice((*rows, *self._along(directions, trials, seed)), tuple(directions))
+
+    def due(self, hook: str, trials: Sequence[Trial]) -> bool:
+        """Whether this round consults the advisor for `hook`."""
+        if hook not in self.hooks:
+            return False
+        first, gap = SCHEDULE[hook]
+        begun = [trial.round for trial in trials if trial.origin not in ("threshold", WARM_START)]
+        rounds = next_round(trials) - min(begun) if begun else 0
+        for consultation in count():
+            at = first + gap * self.every * consultation * (consultation + 1) // 2
+            if at >= rounds:
+                return at == rounds
+        raise AssertionError("unreachable")
+
+    def _context(self, trials: Sequence[Trial]) -> Context:
+        refusals = [
+            f"{rejection.reason}"
+            for consultation in self.ledger.all()
+            if consultation.answer is not None
+            for rejection in consultation.answer.rejections
+        ]
+        return Context(self.setting, trials, self._marginals(), tuple(dict.fromkeys(reversed(refusals)))[:MAX_REFUSALS])
+
+    def _marginals(self) -> Marginals | None:
+        if self.probe is None or self.setting.level != "full":
+            return None
+        stored = self.ledger.remember("marginals", lambda: vars(self.probe()) if self.probe else None)
+        return Marginals(**{**stored, "x": tuple(stored["x"]), "cost": tuple(stored["cost"])})
+
+    def _proposed(self, round: int) -> list[Proposal]:
+        """Every candidate ever proposed: one that was vetoed once may win later."""
+        origins = {"warm_start": WARM_START, "propose": PROPOSE}
+        return [
+            Proposal(candidate.x, origins[consultation.hook])
+            for consultation in self.ledger.all()
+            if consultation.hook in origins and consultation.answer is not None and consultation.round <= round
+            for candidate in consultation.answer.candidates
+        ]
+
+    def _directions(self, round: int) -> list[Direction]:
+        return [
+            direction
+            for consultation in self.ledger.all()
+            if consultation.answer is not None and consultation.round <= round
+            for direction in consultation.answer.directions
+        ]
+
+    def nearest(self, x: tuple[int, ...]) -> str:
+        """The direction whose row, before local search refined it, lies nearest to x."""
+        return self.named[min(self.named, key=lambda row: sum(abs(a - b) for a, b in zip(row, x, strict=True)))]
+
+    def _along(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
+        """Front points and members of the family moved along each direction, at any size."""
+        rng, family = random.Random(seed), self.setting.family
+        if not directions:
+            return
+        low, high = float(family.shares[0]), float(family.shares[-1])
+        bases = [deviation(family, trial.x) for trial in Context(self.setting, trials).front]
+        bases.append(torch.zeros(family.space.d, dtype=torch.float64))
+        taken = {trial.x for trial in trials} | {family.space.max_levels}
+        for direction in directions:
+            levels = torch.tensor(direction.levels, dtype=torch.float64)
+            for _ in range(ROWS_PER_DIRECTION):
+                away = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
+                x = rescaled(family, away, rng.uniform(low, high))
+                if x not in taken:
+                    self.named.setdefault(x, direction.name)
+                    yield Proposal(x, DIRECTIONS)
+
+
+@dataclass
+class AdvisedProposer:
+    """A proposer whose first design and batches an advisor has a say in.
+
+    The bounds: the advisor fills at most `warm_start` places of the first design. Later its candidates only join the
+    surrogate's pool (through `AdvisorDesk.advise`). It may drop at most half of a batch, which the search then refills,
+    and a random tenth of what it drops is evaluated all the same. Without advice, whatever the reason, the run is the
+    one that `search` and `design` would have made alone.
+
+    Args:
+        search: Chooses candidates; takes part of the design itself, then asks the desk.
+        design: Fills the places that the advisor leaves.
+        design_size: Trials after which the advisor's places come.
+        warm_start: The advisor's places in the design.
+    """
+
+    search: Proposer
+    design: Proposer
+    desk: AdvisorDesk
+    design_size: int
+    warm_start: int
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        places = self.design_size + self.warm_start - len(trials)
+        ours = min(self.warm_start, min(q, places) - max(0, self.design_size - len(trials)))
+        if "warm_start" in self.desk.hooks and ours > 0:
+            return self._design(trials, min(q, places), ours, seed)
+        return self._reviewed(self._searched(trials, q, seed), trials, seed)
+
+    def _design(self, trials: Sequence[Trial], q: int, ours: int, seed: int) -> list[Proposal]:
+        """`q` places of which the last `ours` are the advisor's; it is asked once, as late as the design allows."""
+        before = self.search.propose(trials, q - ours, seed) if q > ours else []
+        if not self._first_advice():
+            self.desk.consult("warm_start", trials, self.warm_start, seed)
+        taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
+        rows = [Proposal(c.x, WARM_START) for c in self._first_advice() if c.x not in taken][:ours]
+        known = [*trials, *_running([*before, *rows], trials)]
+        return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
+
+    def _first_advice(self) -> tuple[Candidate, ...]:
+        return self.desk.ledger.candidates("warm_start")
+
+    def _searched(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        """A batch of the search; which direction led to a candidate is noted."""
+        batch = self.search.propose(trials, q, seed)
+        followed = [p.x for p in batch if p.origin == DIRECTIONS]
+        if followed:
+            self.desk.ledger.note_directions({x: self.desk.nearest(x) for x in followed})
+        return batch
+
+    def _reviewed(self, batch: list[Proposal], trials: Sequence[Trial], seed: int) -> list[Proposal]:
+        if len(batch) < 2 or any(p.origin == "threshold" for p in batch) or not self.desk.due("filter", trials):
+            return batch
+        answer = self.desk.consult("filter", trials, len(batch) // 2, seed, batch)
+        going = dropped_and_audited(answer, len(batch), seed)
+        kept = [proposal for index, proposal in enumerate(batch) if not going.get(index, False)]
+        if len(kept) == len(batch):
+            return batch
+        return kept + self._searched([*trials, *_running(batch, trials)], len(batch) - len(kept), seed)
+
+
+def _running(proposals: Sequence[Proposal], trials: Sequence[Trial]) -> list[Trial]:
+    """Proposals as pending trials: neither proposed again nor ignored. They do not make the round another one."""
+    number, round = len(trials), next_round(trials) - 1
+    return [Trial(number + i, round, p.x, p.origin, TrialState.RUNNING) for i, p in enumerate(proposals)]
+
+
+def dropped_and_audited(answer: Answer, batch: int, seed: int) -> dict[int, bool]:
+    """Position of each candidate that the filter drops -> whether it really goes (False: evaluated as an audit)."""
+    rng = random.Random(seed)
+    against = sorted((d for d in answer.decisions if not d.keep), key=lambda d: (-d.confidence, d.index))[: batch // 2]
+    return {decision.index: rng.random() >= AUDIT for decision in against}
+
+
+def next_round(trials: Sequence[Trial]) -> int:
+    return 1 + max((trial.round for trial in trials), default=-1)

@@ -1,0 +1,206 @@
+"""What the advisor cost and what came of it: the report's part `advisor`. A function of stored trials and consultations."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llmbo.advisor.ledger import Consultation, Ledger
+from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
+from llmbo.gain import trial_gains
+from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.pareto import hypervolume_trace
+from llmbo.types import Trial
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class OutcomesPart(_Part):
+    """What became of the items of all replies.
+
+    `evaluated` counts trials that stem from a proposal, refined by local search or not; `vetoed` proposals never won on
+    acquisition value; `duplicate`, `illegal` and `unparsable` ones were refused before. Null where there are no proposals.
+    """
+
+    evaluated: int | None
+    vetoed: int | None
+    duplicate: int
+    illegal: int
+    unparsable: int
+
+
+class HookPart(_Part):
+    """`calls`: prompts sent, repairs included. `attempts`: requests, retries included. `cost` in dollars, null if no price is known."""
+
+    calls: int
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+    seconds: float
+    outcomes: OutcomesPart
+
+
+class DirectionGainPart(_Part):
+    """Trials that a direction led to, hypervolume they added, and their best gain over the family at equal share."""
+
+    name: str
+    trials: int
+    hypervolume: float
+    best_gain: float | None
+
+
+class FilterPart(_Part):
+    """`precision`: share of the audited drops that gained less, at equal share, than the median of what was kept of their round."""
+
+    reviewed: int
+    dropped: int
+    audited: list[int]
+    precision: float | None
+
+
+class ProbePart(_Part):
+    """Marginal costs measured for the prompts: their price in evaluations of a candidate, beside the budget."""
+
+    evaluations: float
+    seconds: float
+    noise: float | None
+
+
+class AdvisorPart(_Part):
+    """`stopped` says why there was no advice at some point, null if there always was."""
+
+    advisor: str
+    context: str
+    hooks: dict[str, HookPart]
+    stopped: str | None
+    hypervolume_by_origin: dict[str, float]
+    directions: list[DirectionGainPart]
+    filter: FilterPart | None
+    probe: ProbePart | None
+
+
+def summarise(
+    settings: Mapping[str, Any],
+    ledger: Ledger,
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    dense: Mapping[str, float],
+) -> AdvisorPart:
+    """Add up a run.
+
+    Args:
+        settings: The run's, as stored: `advisor`, `advisor_context`, `advisor_hooks`, `seed`.
+    """
+    consultations = ledger.all()
+    added = _hypervolume_added(trials, objectives)
+    quality = next(objective for objective in objectives if not objective.known)
+    gains = trial_gains(trials, quality, dense)
+    by_origin: Counter[str] = Counter()
+    for trial in trials:
+        by_origin[trial.origin] += added.get(trial.number, 0.0)  # type: ignore[assignment]
+    probe = ledger.known("marginals")
+    reasons = [c.answer.stopped for c in consultations if c.answer is not None and c.answer.stopped]
+    return AdvisorPart(
+        advisor=settings["advisor"],
+        context=settings["advisor_context"],
+        hooks={
+            hook: _hook(hook, [c for c in consultations if c.hook == hook], trials)
+            for hook in settings["advisor_hooks"]
+        },
+        stopped=reasons[-1] if reasons else None,
+        hypervolume_by_origin=dict(by_origin),
+        directions=_directions(ledger, trials, added, gains),
+        filter=_filter([c for c in consultations if c.hook == "filter"], trials, gains)
+        if "filter" in settings["advisor_hooks"]
+        else None,
+        probe=ProbePart(**{key: probe[key] for key in ("evaluations", "seconds", "noise")}) if probe else None,
+    )
+
+
+def _hypervolume_added(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict[int, float]:
+    complete = [trial for trial in trials if trial.complete]
+    trace = [
+        0.0,
+        *hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives)),
+    ]
+    return {trial.number: after - before for trial, before, after in zip(complete, trace, trace[1:], strict=False)}
+
+
+def _hook(hook: str, consultations: Sequence[Consultation], trials: Sequence[Trial]) -> HookPart:
+    exchanges = [exchange for consultation in consultations for exchange in consultation.exchanges]
+    costs = [exchange.cost for exchange in exchanges if exchange.attempts]
+    answers = [consultation.answer for consultation in consultations if consultation.answer is not None]
+    refused = Counter(rejection.kind for answer in answers for rejection in answer.rejections)
+    origin = {"warm_start": WARM_START, "propose": PROPOSE}.get(hook)
+    accepted = sum(len(answer.candidates) for answer in answers)
+    evaluated = sum(trial.origin == origin for trial in trials)
+    return HookPart(
+        calls=sum(exchange.attempts > 0 for exchange in exchanges),
+        attempts=sum(exchange.attempts for exchange in exchanges),
+        prompt_tokens=sum(exchange.prompt_tokens for exchange in exchanges),
+        completion_tokens=sum(exchange.completion_tokens for exchange in exchanges),
+        cost=None if None in costs else round(sum(cost for cost in costs if cost is not None), 6),
+        seconds=round(sum(exchange.seconds for exchange in exchanges), 3),
+        outcomes=OutcomesPart(
+            evaluated=evaluated if origin else None,
+            vetoed=max(0, accepted - evaluated) if origin else None,
+            duplicate=refused["duplicate"],
+            illegal=refused["illegal"],
+            unparsable=refused["unparsable"],
+        ),
+    )
+
+
+def _directions(
+    ledger: Ledger, trials: Sequence[Trial], added: Mapping[int, float], gains: Mapping[int, float]
+) -> list[DirectionGainPart]:
+    followed = ledger.followed()
+    names = dict.fromkeys(d.name for c in ledger.all() if c.answer is not None for d in c.answer.directions)
+    led = {name: [t for t in trials if t.origin == DIRECTIONS and followed.get(t.x) == name] for name in names}
+    return [
+        DirectionGainPart(
+            name=name,
+            trials=len(own),
+            hypervolume=sum(added.get(trial.number, 0.0) for trial in own),
+            best_gain=max((gains[trial.number] for trial in own if trial.number in gains), default=None),
+        )
+        for name, own in led.items()
+    ]
+
+
+def _filter(consultations: Sequence[Consultation], trials: Sequence[Trial], gains: Mapping[int, float]) -> FilterPart:
+    dropped, right = 0, []
+    audited: list[int] = []
+    by_point = {trial.x: trial for trial in trials}
+    for consultation in consultations:
+        reviewed = [tuple(x) for x in consultation.extra.get("reviewed", ())]
+        going = (
+            {
+                reviewed[index]: gone
+                for index, gone in dropped_and_audited(
+                    consultation.answer, len(reviewed), consultation.extra["seed"]
+                ).items()
+            }
+            if consultation.answer is not None and reviewed
+            else {}
+        )
+        dropped += len(going)
+        kept = sorted(
+            gains[by_point[x].number]
+            for x in reviewed
+            if x not in going and x in by_point and by_point[x].number in gains
+        )
+        for x in (x for x, gone in going.items() if not gone and x in by_point):
+            audited.append(by_point[x].number)
+            if kept and by_point[x].number in gains:
+                right.append(gains[by_point[x].number] < kept[len(kept) // 2])
+    return FilterPart(
+        reviewed=sum(len(consultation.extra.get("reviewed", ())) for consultation in consultations),
+        dropped=dropped,
+        audited=audited,
+        precision=sum(right) / len(right) if right else None,
+    )

@@ -1,0 +1,53 @@
+"""`llmbo advise`: look over the advisor's shoulder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmbo.advisor.spec import HOOKS
+from llmbo.cli.common import one_line_errors
+from llmbo.errors import ConfigError, unknown
+
+
+def advise(
+    run: Annotated[Path, typer.Argument(help="A run's folder, e.g. runs/llama.")],
+    hook: Annotated[str, typer.Option(help="warm_start, propose or directions.")] = "propose",
+    advisor: Annotated[str | None, typer.Option(help="Ask another one than the run's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the prompt and ask nobody.")] = False,
+    storage: Annotated[str | None, typer.Option(help="Database URL, if the run has one of its own.")] = None,
+) -> None:
+    """Show the prompt for a run's present state, or ask once and show what would become of the answer.
+
+    The run itself is not changed.
+
+    Example: llmbo advise runs/llama --dry-run
+    """
+    with one_line_errors(interrupted="Interrupted. The run is as it was."):
+        if hook not in HOOKS:
+            raise ConfigError(f"--hook: {unknown('hook', hook, HOOKS)}")
+        if hook == "filter":
+            raise ConfigError("--hook filter reviews a round's candidates, which only a run makes: use another hook.")
+        from rich.console import Console
+
+        from llmbo.advise import COUNT, reopened, shown_answer, shown_prompt, stored_config
+        from llmbo.assemble_advisor import check_advisor
+        from llmbo.models import silence_libraries
+        from llmbo.progress import Display
+
+        silence_libraries()
+        config, facts, url = stored_config(run, storage, advisor)
+        if not dry_run and config.advisor == "none":
+            raise ConfigError("This run has no advisor: name one with --advisor, or look at the prompt with --dry-run.")
+        if not dry_run:
+            check_advisor(config)
+        with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (desk, trials):
+            question = desk.question(hook, trials, COUNT, config.seed)
+            if dry_run:
+                typer.echo(shown_prompt(question))
+                return
+            answer = desk.advisor.ask(question, desk.ledger.open(question.round, hook))
+        for exchange in desk.ledger.exchanges():
+            typer.echo(f"{exchange.reply or exchange.error}\n", err=True)
+        for line in shown_answer(answer, desk):
+            typer.echo(line)

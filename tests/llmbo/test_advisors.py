@@ -1,0 +1,378 @@
+"""What every advisor promises, and what a run with one may cost and can gain, on a toy problem whose quality is a formula."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmbo.acquisition import QNehviProposer
+from llmbo.advisor.client import Limits
+from llmbo.advisor.context import Setting
+from llmbo.advisor.ledger import FILE, Consultation, Ledger, MemoryNotes, read_jsonl
+from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
+from llmbo.advisor.openai_client import OpenAIClient
+from llmbo.advisor.parse import judge
+from llmbo.advisor.probe import measure_marginals
+from llmbo.advisor.proposer import AUDIT, AdvisedProposer, AdvisorDesk, dropped_and_audited
+from llmbo.advisor.replay import ReplayAdvisor
+from llmbo.advisor.roles import Advisor, Answer, Decision, Question, Transcript
+from llmbo.advisor.spec import HOOKS
+from llmbo.advisor.summary import summarise
+from llmbo.baselines import ThresholdProposer
+from llmbo.errors import ConfigError
+from llmbo.loop import run_search
+from llmbo.objectives import ref_point, to_maximize
+from llmbo.pareto import hypervolume
+from llmbo.storage import TrialStore
+from llmbo.strategies import TABLE
+from llmbo.types import Proposal, Trial
+
+LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)
+NUM_INITIAL = 8
+PLACES = 3
+
+
+class Quiet:
+    """An observer that says nothing."""
+
+    def on_proposing(self, round: int) -> None: ...
+
+    def on_trial_start(self, proposal: Proposal, number: int) -> None: ...
+
+    def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """Always proposes the worst legal edits, points the wrong way, and drops the best candidates."""
+
+    toy: Any
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        layers = self.toy.space.num_layers
+        worst = {"layers": [f"0-{layers - 1}"], "neurons_keep": 0}
+        items = [{"base": "dense", "edits": [worst], "target_share": round(0.45 + 0.04 * n, 2)} for n in range(9)]
+        best = sorted(range(len(question.candidates)), key=lambda i: self.toy.evaluate(question.candidates[i])["kl"])
+        return judge(
+            {
+                "proposals": items,
+                "directions": [{"name": "bad", "edits": [{"layers": [f"0-{layers - 1}"], "neurons_delta": -1, "kv_delta": 1}]}],
+                "decisions": [{"id": i, "keep": False, "confidence": 1.0} for i in best],
+            },
+            question,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def desk(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorDesk]:
+    """(toy, advisor's name, hooks, ledger) -> the advisor at its desk."""
+
+    def make(
+        toy: Any, name: str, hooks: tuple[str, ...] = HOOKS, ledger: Ledger | None = None, level: str = "full"
+    ) -> AdvisorDesk:
+        ledger = ledger or Ledger(MemoryNotes())
+        advisors: dict[str, Callable[[], Advisor]] = {
+            "none": NoAdvisor,
+            "hostile": lambda: Hostile(toy),
+            "openai": lambda: LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), LIMITS, ledger),
+            **{name: lambda name=name: OfflineAdvisor(name, OFFLINE[name]) for name in OFFLINE},  # type: ignore[misc]
+        }
+        advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
+        setting = Setting(toy.family, toy.objectives, toy.dense, None, level, 60)
+        probe = None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy], "kl", 0.1)
+        return AdvisorDesk(advisor, ledger, setting, hooks, 1, probe)
+
+    return make
+
+
+def advised(toy: Any, desk: AdvisorDesk) -> AdvisedProposer:
+    places = PLACES if "warm_start" in desk.hooks else 0
+    search = QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL - places, desk)
+    return AdvisedProposer(
+        search, ThresholdProposer(toy.family, toy.objectives, toy.dense), desk, NUM_INITIAL - places, places
+    )
+
+
+def search(proposer: Any, toy: Any, budget: int, seed: int = 0, q: int = 4) -> list[Trial]:
+    """A run without a database."""
+    trials: list[Trial] = []
+    while len(trials) < budget:
+        batch = proposer.propose(trials, q, 1000 * seed + len(trials))
+        round = 1 + max((trial.round for trial in trials), default=-1)
+        trials += [
+            toy.trial(len(trials) + n, proposal, round) for n, proposal in enumerate(batch[: budget - len(trials)])
+        ]
+    return trials
+
+
+def volume(trials: Sequence[Trial], toy: Any) -> float:
+    return hypervolume(to_maximize([t.values for t in trials], toy.objectives), ref_point(toy.objectives))
+
+
+ADVISORS = ["none", "random", "heuristic", "hostile", "openai"]
+
+
+@pytest.mark.parametrize("name", ADVISORS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_contract(
+    make_toy: Callable[..., Any],
+    question: Callable[..., Question],
+    desk: Callable[..., AdvisorDesk],
+    name: str,
+    hook: str,
+) -> None:
+    """At most what was asked for, legal and new; the same question gets the same answer; nothing global is touched."""
+    toy = make_toy(6)
+    asked = question(hook)
+    seen = {trial.x for trial in asked.context.trials} | {toy.space.max_levels}
+    state = torch.random.get_rng_state(), random.getstate()
+    answers = [desk(toy, name).advisor.ask(asked, Ledger(MemoryNotes()).open(3, hook)) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert torch.equal(torch.random.get_rng_state(), state[0]) and random.getstate() == state[1]
+    answer = answers[0]
+    points = [candidate.x for candidate in answer.candidates]
+    assert len(set(points)) == len(points) <= asked.count and seen.isdisjoint(points)
+    assert toy.space.legal(torch.tensor(points, dtype=torch.float64).view(len(points), toy.space.d)).all()
+    assert all(len(d.levels) == toy.space.d and any(d.levels) for d in answer.directions)
+    assert len({d.index for d in answer.decisions}) == len(answer.decisions)
+    assert all(0 <= d.index < len(asked.candidates) for d in answer.decisions)
+    assert answer.stopped is None and (bool(answer) == (name != "none") or (name, hook) == ("heuristic", "filter"))
+    assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "hooks"),
+    [*(("hostile", (hook,)) for hook in HOOKS), *((name, HOOKS) for name in ("none", "hostile", "openai", "dead"))],
+)
+def test_every_hook_alone_keeps_its_bounds(
+    toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str, hooks: tuple[str, ...]
+) -> None:
+    if name == "dead":
+        chat_server.answer = lambda body, handler: chat_server.send(handler, 401, "{}")
+    at = desk(toy, name.replace("dead", "openai"), hooks)
+    trials = search(advised(toy, at), toy, 14)
+    assert len({trial.x for trial in trials}) == 14
+    warm = [trial for trial in trials if trial.origin == "advisor:warm_start"]
+    assert len(warm) <= PLACES and all(NUM_INITIAL - PLACES <= trial.number < NUM_INITIAL for trial in warm[:PLACES])
+    assert {trial.origin for trial in trials} <= {"threshold", "qnehvi", *(f"advisor:{hook}" for hook in hooks)}
+    assert {c.hook for c in at.ledger.all()} <= set(hooks)
+    if name in ("none", "dead"):  # without advice it is the run that the search makes alone
+        alone = search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 14)
+        assert [(t.x, t.origin) for t in trials] == [(t.x, t.origin) for t in alone]
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_hostile_advisor_costs_little(
+    make_toy: Callable[..., Any], desk: Callable[..., AdvisorDesk], seed: int
+) -> None:
+    """The veto: everything it says is wrong, and its places in the design and its drops are bounded."""
+    toy = make_toy(6, seed=seed)
+    alone = volume(search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 28, seed), toy)
+    hostile = volume(search(advised(toy, desk(toy, "hostile")), toy, 28, seed), toy)
+    assert hostile > 0.97 * alone
+
+
+def test_good_advice_helps(make_toy: Callable[..., Any], desk: Callable[..., AdvisorDesk]) -> None:
+    """The rules know the toy's marginal costs, so their first proposals must beat those of chance."""
+    means = {}
+    for name in ("random", "heuristic"):
+        volumes = []
+        for seed in range(2):
+            toy = make_toy(10, seed=seed)
+            volumes.append(volume(search(advised(toy, desk(toy, name, ("warm_start", "propose"))), toy, 16, seed), toy))
+        means[name] = sum(volumes)
+    assert means["heuristic"] > means["random"]
+
+
+def test_at_most_half_a_batch_is_dropped_and_a_tenth_of_that_is_audited() -> None:
+    answer = Answer(decisions=tuple(Decision(i, i == 9, 0.1 * i) for i in range(10)))
+    audits = 0
+    for seed in range(400):
+        going = dropped_and_audited(answer, 10, seed)
+        assert sorted(going) == [4, 5, 6, 7, 8]  # the surest, and never what is to be kept
+        audits += sum(not gone for gone in going.values())
+    assert 0.7 * AUDIT < audits / 2000 < 1.3 * AUDIT
+
+
+def test_dropped_candidates_are_replaced_and_audits_evaluated(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
+    at = desk(toy, "hostile", ("filter",))
+    trials = search(advised(toy, at), toy, 24)
+    evaluated = {trial.x for trial in trials}
+    reviews = [c for c in at.ledger.all() if c.hook == "filter"]
+    assert reviews
+    for review in reviews:
+        assert review.answer is not None
+        going = dropped_and_audited(review.answer, len(review.extra["reviewed"]), review.extra["seed"])
+        assert 0 < len(going) <= len(review.extra["reviewed"]) // 2
+        for index, gone in going.items():
+            assert gone or tuple(review.extra["reviewed"][index]) in evaluated
+    assert all(sum(trial.round == round for trial in trials) == 4 for round in range(6))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., tuple[TrialStore, Ledger]]:
+    """(toy, name) -> a store on disk, and its ledger with its copy in a folder of that name."""
+
+    def open_(toy: Any, name: str = "run") -> tuple[TrialStore, Ledger]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        store = TrialStore.create(f"sqlite:///{tmp_path / name / 'study.db'}", "run", toy.space, toy.objectives, {}, {})
+        return store, Ledger(store, tmp_path / name / FILE)
+
+    return open_
+
+
+def story(store: TrialStore) -> str:
+    return json.dumps([[t.number, t.round, t.x, t.origin, t.state, dict(t.values), t.seconds] for t in store.trials()])
+
+
+def run(toy: Any, at: AdvisorDesk, store: TrialStore, budget: int) -> None:
+    ticks = iter(range(10**6))
+    run_search(advised(toy, at), toy, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
+
+
+@pytest.mark.parametrize("name", ["heuristic", "openai"])
+def test_a_replayed_run_is_the_recorded_one(
+    toy: Any, desk: Callable[..., AdvisorDesk], stored: Any, chat_server: Any, tmp_path: Path, name: str
+) -> None:
+    store, ledger = stored(toy)
+    run(toy, desk(toy, name, ledger=ledger), store, 14)
+    asked = len(chat_server.requests)
+    again, other = stored(toy, "again")
+    run(toy, desk(toy, str(tmp_path / "run" / FILE), ledger=other), again, 14)
+    assert story(again) == story(store) and len(chat_server.requests) == asked
+    assert any(trial.origin.startswith("advisor:") for trial in again.trials())
+    assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
+
+
+class Killed(Exception):
+    """Stands in for a power cut."""
+
+
+@pytest.mark.parametrize("writes", [1, 5])
+def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
+    toy: Any,
+    desk: Callable[..., AdvisorDesk],
+    stored: Any,
+    chat_server: Any,
+    writes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Broken off right after the n-th note is stored."""
+    store, ledger = stored(toy)
+    run(toy, desk(toy, "openai", ledger=ledger), store, 14)
+    asked = len(chat_server.requests)
+    resumed, other = stored(toy, "resumed")
+    keep, count = resumed.set_note, iter(range(1, 100))
+
+    def dying(key: str, value: Any) -> None:
+        keep(key, value)
+        if next(count) == writes:
+            raise Killed
+
+    monkeypatch.setattr(resumed, "set_note", dying)
+    with pytest.raises(Killed):
+        run(toy, desk(toy, "openai", ledger=other), resumed, 14)
+    resumed, other = stored(toy, "resumed")
+    run(toy, desk(toy, "openai", ledger=other), resumed, 14)
+    strip = lambda story: [row[:6] for row in json.loads(story)]  # noqa: E731  (the clock started anew)
+    assert strip(story(resumed)) == strip(story(store))
+    assert len(chat_server.requests) == 2 * asked
+
+
+def test_the_copy_for_people_holds_everything(
+    toy: Any, desk: Callable[..., AdvisorDesk], stored: Any, tmp_path: Path, chat_server: Any
+) -> None:
+    store, ledger = stored(toy)
+    run(toy, desk(toy, "openai", ledger=ledger), store, 16)
+    copy = read_jsonl(tmp_path / "run" / FILE)
+    assert [c.to_dict() for c in copy] == [c.to_dict() for c in ledger.all()]
+    assert {c.hook for c in copy} == set(HOOKS)
+    assert all(exchange.user and exchange.reply for c in copy for exchange in c.exchanges)
+    assert chat_server.secret not in (tmp_path / "run" / FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ("", None), ("{}\n", "line 1"), ("no json\n", "line 1"), ("\x00\n", "line 1")],
+)
+def test_a_recording_that_is_none_is_refused(tmp_path: Path, content: str | None, message: str | None) -> None:
+    file = tmp_path / "recording.jsonl"
+    if content is not None:
+        file.write_text(content)
+    if message is None:
+        assert read_jsonl(file) == []
+        return
+    with pytest.raises(ConfigError, match=message):
+        ReplayAdvisor(file)
+
+
+def test_a_broken_last_line_of_a_recording_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "recording.jsonl"
+    file.write_text(json.dumps(Consultation(2, "propose").to_dict()) + '\n{"round": 3, "ho')
+    assert [c.round for c in read_jsonl(file)] == [2]
+
+
+@pytest.mark.parametrize("name", ["openai", "hostile"])
+def test_the_summary_adds_up(toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str) -> None:
+    at = desk(toy, name)
+    trials = search(advised(toy, at), toy, 16)
+    settings = {"advisor": name, "advisor_context": "full", "advisor_hooks": HOOKS, "seed": 0}
+    part = summarise(settings, at.ledger, trials, toy.objectives, toy.dense)
+    assert sum(part.hypervolume_by_origin.values()) == pytest.approx(volume(trials, toy))
+    assert sum(hook.calls for hook in part.hooks.values()) == len(chat_server.requests)
+    assert sum(hook.prompt_tokens for hook in part.hooks.values()) == 1000 * len(chat_server.requests)
+    for hook in ("warm_start", "propose"):
+        outcomes = part.hooks[hook].outcomes
+        assert outcomes.evaluated == sum(trial.origin == f"advisor:{hook}" for trial in trials)
+    assert sum(direction.trials for direction in part.directions) == sum(
+        t.origin == "advisor:directions" for t in trials
+    )
+    assert part.filter is not None and part.filter.dropped >= len(part.filter.audited)
+    assert part.probe is not None and part.probe.evaluations > 0 and part.stopped is None
+
+
+def test_marginals_are_what_one_level_less_costs(toy: Any) -> None:
+    found = measure_marginals(toy.family, [toy, toy], "kl", 0.5)
+    before = toy.evaluate(found.x)["kl"]
+    for index, cost in enumerate(found.cost):
+        less = tuple(level - (place == index) for place, level in enumerate(found.x))
+        assert cost is None if found.x[index] == 0 else cost == pytest.approx(toy.evaluate(less)["kl"] - before)
+    assert found.noise == 0 and found.evaluations == 0.5 * (1 + sum(cost is not None for cost in found.cost))
+
+
+def test_advice_is_asked_for_less_and_less(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
+    at = desk(toy, "random", ("propose",))
+    trials = [toy.trial(0, Proposal(toy.family.at(0.5), "threshold"))]
+    asked = []
+    for round in range(12):
+        asked += [round] if at.due("propose", trials) else []
+        assert not at.due("filter", trials)  # a hook that is switched off
+        trials.append(toy.trial(len(trials), Proposal(toy.random_points(round + 1, 5)[-1], "qnehvi"), round + 1))
+    assert asked == [0, 1, 3, 6, 10]
+
+
+def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
+    at = desk(toy, "random", ("propose",))
+    trials = toy.trials(toy.family.path[:-1:6].int().tolist())
+    at.consult("propose", trials, 4, 0)
+    later = replace(trials[0], number=len(trials), round=4, x=toy.random_points(1, 5)[0], origin="qnehvi")
+    rows = {row.x for row in at.advise([*trials, later], 1).rows}
+    assert {candidate.x for candidate in at.ledger.candidates("propose")} <= rows
+
+
+def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
+    """Built from the table like any strategy, for problems that have no statistics."""
+    build = TABLE["advised"].build
+    arm = build("advised", toy, toy.objectives, {"by": "random", "hooks": ["propose", "warm_start"], "num_initial": 8})
+    origins = {trial.origin for trial in search(arm, toy, 10)}
+    assert "advisor:warm_start" in origins and "threshold" in origins
+    with pytest.raises(ConfigError, match="did you mean heuristic"):
+        build("advised", toy, toy.objectives, {"by": "heuristics"})
+    with pytest.raises(ConfigError, match="llmbo optimize"):
+        build("advised", toy, toy.objectives, {"by": "transformers:self"})

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line
-from pruning.anatomy import family_of, sizes_of
+from pruning.anatomy import family_of
 from pruning.errors import UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,13 +178,13 @@ def choose_device(device: str) -> str:
 def choose_dtype(
     dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter
 ) -> str:
-    """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on the model's largest matrix product here."""
+    """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on a matrix product of the model's size here."""
     if dtype != "auto":
         return dtype
-    seconds, sizes = {}, sizes_of(config)
+    seconds, hidden = {}, config.hidden_size
     for name in ("float32", "bfloat16"):
-        tokens = torch.ones(256, sizes.hidden_size, dtype=DTYPES[name], device=device)
-        weight = torch.ones(sizes.intermediate_size, sizes.hidden_size, dtype=DTYPES[name], device=device)
+        tokens = torch.ones(256, hidden, dtype=DTYPES[name], device=device)
+        weight = torch.ones(4 * hidden, hidden, dtype=DTYPES[name], device=device)  # about the size of an MLP's
         times = []
         for _ in range(6):
             start = clock()

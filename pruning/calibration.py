@@ -96,7 +96,7 @@ def cut_windows(
     Raises:
         NotEnoughText: Says how many tokens are there and how many are needed.
     """
-    bos = _adds_bos(tokenizer)
+    bos = adds_bos(tokenizer)
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     payload = length - bos
     wanted = sum(counts[split] for split in SPLITS)
@@ -149,7 +149,8 @@ def _deal(
     return TokenWindows(calibration, proxy, heldout, source=source, sha256=sha256, available_tokens=available, bos=bos)
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer starts texts with a BOS token by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 

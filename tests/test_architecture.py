@@ -27,8 +27,10 @@ ORDER = {
         "advisor.probe", "advisor.proposer", "advisor.summary",
         "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table", "report.comparison",
         "report.page", "report.write", "report", "assemble_advisor", "advised", "strategies", "assemble", "advise", "dashboard",
-        "progress", "card", "exporting",
-        "cli.common", "cli.advise", "cli.export", "cli.models", "cli.optimize", "cli.report", "cli.watch", "cli", "__main__",
+        "progress", "card", "exporting", "checkpoints", "perplexity", "tasks",
+        "comparison", "training", "recovery",
+        "cli.common", "cli.advise", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover",
+        "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]

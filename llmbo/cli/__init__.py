@@ -3,9 +3,11 @@
 import typer
 
 from llmbo.cli.advise import advise
+from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
+from llmbo.cli.recover import recover
 from llmbo.cli.report import report
 from llmbo.cli.watch import watch
 
@@ -17,5 +19,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, export, advise, models):
+for command in (optimize, report, watch, export, evaluate, recover, advise, models):
     app.command()(command)

@@ -1,0 +1,71 @@
+"""`llmbo evaluate`: loss, perplexity and benchmark tasks of one or several models, side by side."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmbo.cli.common import one_line_errors, split_list
+
+if TYPE_CHECKING:
+    from llmbo.comparison import Result
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Aliases, hub names or folders, exported ones too.", metavar="MODEL...")
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT; builtin unless --tasks are given."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to use, from its start; 0 takes all.")] = 16384,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    stride: Annotated[
+        int, typer.Option(help="Tokens predicted per window; 0: as many as the window holds. Less gives more context.")
+    ] = 0,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, or paths of its YAML task files, by commas.")] = "",
+    limit: Annotated[int, typer.Option(help="Examples per task; 0 takes all.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File to append the results to, one JSON line per model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the faster one here), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that a model brings along. Exported folders never need it."),
+    ] = False,
+) -> None:
+    """Print loss and perplexity with their full recipe, and scores of benchmark tasks, of several models in one table.
+
+    Example: llmbo evaluate llama exports/llama-54 --text text:notes.txt --tasks arc_easy --limit 100
+    """
+    from rich.console import Console
+
+    with one_line_errors(interrupted="Interrupted. Models that were finished are in the --json file."):
+        from llmbo.comparison import Settings, compare, table
+        from llmbo.models import silence_libraries
+        from llmbo.progress import Display
+
+        silence_libraries()
+        asked = split_list(tasks)
+        settings = Settings(
+            text=text or ("" if asked else "builtin"),
+            tokens=tokens,
+            window=window,
+            stride=stride or window - 1,
+            tasks=tuple(asked),
+            limit=limit or None,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        with Display(Console(stderr=True), 0) as display:
+            results = list(compare(models, settings, display, json))
+    _print(results, table, Console())
+
+
+def _print(results: "list[Result]", table: Any, console: Any) -> None:
+    console.print(table(results))
+    for recipe in dict.fromkeys(str(result.quality.recipe) for result in results if result.quality):
+        typer.echo(f"Recipe: {recipe}")
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        typer.echo(f"Note: {note}")

@@ -1,0 +1,172 @@
+"""Recovery gains, resumes to the same result, and never returns something worse."""
+
+import json
+from contextlib import chdir
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from llmbo.checkpoints import load_checkpoint
+from llmbo.cli import app
+from llmbo.errors import ConfigError, StorageError
+from llmbo.training import Plan, Progress, forward_kl, train
+from pruning.likelihood import quality
+
+PLAN = Plan(steps=12, batch=4, every=4, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with something to learn: every word calls for the next one."""
+    path = tmp_path_factory.mktemp("story") / "words.txt"
+    path.write_text(" ".join(f"w{index % 7}" for index in range(2400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def windows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation windows of a text with something to learn."""
+    ids = (torch.arange(40 * 16) % 7 + 2).view(40, 16)
+    return ids[:32], ids[32:]
+
+
+def run(folder: Path, windows: tuple[torch.Tensor, torch.Tensor], work: Path, plan: Plan, **options: Any) -> Any:
+    model = load_checkpoint(str(folder), "float32", "cpu").model
+    return train(model, options.pop("teacher", None), *windows, plan, work, "cpu", **options)
+
+
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, lora=4, lr=1e-2), replace(PLAN, distil=True)])
+def test_training_returns_the_best_validated_weights(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, plan: Plan
+) -> None:
+    if plan.lora:
+        pytest.importorskip("peft", reason="needs peft: pip install 'llmbo[recovery]'")
+    teacher = None
+    if plan.distil:  # a teacher that knows the text
+        teacher, _ = run(model_folder, windows, tmp_path / "teacher", PLAN)
+    model, progress = run(model_folder, windows, tmp_path / "work", plan, teacher=teacher)
+    assert progress.history[0][0] == 0 and progress.best[1] < progress.history[0][1] - 0.2
+    assert quality(model, windows[1]).loss == pytest.approx(progress.best[1], abs=1e-4)  # merged = with adapters
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    dense = load_checkpoint(str(model_folder), "float32", "cpu").model
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+
+
+def test_a_harmful_plan_returns_the_untrained_model(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    model, progress = run(model_folder, windows, tmp_path, replace(PLAN, lr=1e3, steps=40, patience=2))
+    assert progress.best[0] == 0 and progress.step == 8  # stopped early
+    before = load_checkpoint(str(model_folder), "float32", "cpu").model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [5, 8])
+def test_an_interrupted_training_ends_where_it_would_have_ended(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, stop: int
+) -> None:
+    def interrupt(step: int) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    whole, progress = run(model_folder, windows, tmp_path / "whole", PLAN)
+    with pytest.raises(KeyboardInterrupt):
+        run(model_folder, windows, tmp_path / "parts", PLAN, on_step=interrupt)
+    steps: list[int] = []
+    resumed, again = run(model_folder, windows, tmp_path / "parts", PLAN, on_step=steps.append)
+    assert again.history == progress.history and steps[0] == (stop - 1) // 4 * 4 + 1
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(StorageError, match="other settings"):
+        run(model_folder, windows, tmp_path / "parts", replace(PLAN, seed=1))
+
+
+def test_forward_kl_is_the_textbook_one() -> None:
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(3, 4, 9, generator=rng), torch.randn(3, 4, 9, generator=rng)
+    for temperature in (0.5, 1.0, 3.0):
+        p, q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+        expected = F.kl_div(q, p, reduction="none").sum(-1).mean() * temperature**2
+        torch.testing.assert_close(forward_kl(student, teacher, temperature), expected)
+        assert forward_kl(teacher, teacher, temperature).abs() < 1e-6
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    plan = Plan(steps=100, lr=1.0)
+    rates = [plan.lr_at(step) for step in range(100)]
+    assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert max(rates) == 1 and 0.1 <= min(rates[5:]) < 0.11
+
+
+def test_progress_tells_when_to_stop() -> None:
+    plan = Plan(steps=100, patience=2)
+    assert not Progress([(0, 2.0), (25, 1.0), (50, 1.5)]).is_over(plan)
+    assert Progress([(0, 2.0), (25, 1.0), (50, 1.5), (75, 1.2)]).is_over(plan)
+    assert Progress([(0, 2.0), (100, 1.0)]).is_over(plan)
+    with pytest.raises(ConfigError, match="--steps"):
+        Plan(steps=0)
+
+
+def recover(*words: object) -> Result:
+    common = ("--window", 16, "--heldout", 4, "--device", "cpu", "--dtype", "float32", "--lr", "3e-3")
+    return CliRunner().invoke(app, ["recover", *map(str, (*words, *common))])
+
+
+def test_a_recovered_folder_is_better_and_says_how_it_was_made(model_folder: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "better"
+    result = recover(model_folder, "--out", out, "--steps", 20, "--eval-every", 10, "--text", f"text:{story}")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["better"]  # no checkpoints are left
+    told = json.loads((out / "llmbo.json").read_text())["recovery"]
+    assert told["heldout_loss"]["after"] < told["heldout_loss"]["before"] - 0.2
+    assert f"{told['heldout_loss']['after']:.4f}" in result.output
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, out))
+    assert before.keys() == after.keys() and all(before[name].shape == after[name].shape for name in before)
+    assert load_checkpoint(str(out), "float32", "cpu").tokenizer("w0")["input_ids"] == [2]
+
+
+def test_a_trial_of_a_run_is_exported_and_recovered(finished: Any, tmp_path: Path) -> None:
+    report = finished.report()
+    trial, out = report["front"][0]["trial"], tmp_path / "better"
+    text = report["data"]["source"]
+    with chdir(finished.folder):
+        result = recover("tiny", "--trial", trial, "--out", out, "--steps", 2, "--distil", "--text", text)
+    assert result.exit_code == 0, result.output
+    told = json.loads((out / "llmbo.json").read_text())
+    assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
+    assert [path.name for path in tmp_path.iterdir()] == ["better"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("./nowhere",), "'./nowhere'"),
+        (("{model}", "--steps", 0), "--steps"),
+        (("{model}", "--distil"), "--teacher"),
+        (("{model}", "--distil", "--teacher", "./nowhere"), "'./nowhere'"),
+        (("{model}", "--text", "text:{tmp}/short.txt"), "short.txt"),
+        (("no run", "--trial", 3), "'no run'"),
+        (("{model}", "--out", "{model}"), "not empty"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model_folder: Path, story: Path, tmp_path: Path, words: tuple[Any, ...], said: str
+) -> None:
+    (tmp_path / "short.txt").write_text("w1 " * 40)
+    places = {"model": model_folder, "tmp": tmp_path}
+    given = [str(word).format(**places) for word in words]
+    defaults = {"--steps": 2, "--text": f"text:{story}", "--out": tmp_path / "out"}
+    rest = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+    with chdir(tmp_path):
+        result = recover(*given, *rest)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert said in line
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]

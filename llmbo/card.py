@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmbo.models import ALIASES, LoadedModel
-from llmbo.report import ModelPart, Report, TrialPart, Values
+from llmbo.report.schema import ModelPart, Report, TrialPart, Values
 from pruning.masks import PruningMask
 
 LOADING = {

@@ -176,7 +176,8 @@ def find_trial(report: Report, number: int) -> TrialPart:
 def _check_disk(order: Order) -> None:
     assert order.trial.objectives is not None
     params = order.report.model.params if order.format == "padded" else order.trial.objectives.params
-    needed = round(params * BYTES[order.dtype]) + DISK_MARGIN
+    check = 2 * params if order.format == "gguf" else 0  # a coarse file is checked by an f16 twin
+    needed = round(params * BYTES[order.dtype]) + check + DISK_MARGIN
     place = next(path for path in order.out.absolute().parents if path.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:

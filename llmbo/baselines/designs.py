@@ -91,8 +91,8 @@ class UniformProposer:
 
     def _members(self) -> Iterator[tuple[int, ...]]:
         layers, top = self.space.num_layers, self.space.max_levels
-        for groups in range(top[0], -1, -1):
-            pairs = product([groups], range(top[-1], -1, -1))
+        for groups in range(top[0], 0, -1):  # nothing at all in place of a block is no stock shape
+            pairs = product([groups], range(top[-1], 0, -1))
             points = [(kv,) * layers + (neurons,) * layers for kv, neurons in pairs]
             yield from (points[i] for i in evenly(legal_rows(points, self.space)))
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from llmbo.report.schema import ModelPart as ModelPart
     from llmbo.report.schema import Report as Report
     from llmbo.report.schema import SplitPart as SplitPart
+    from llmbo.report.schema import TrialPart as TrialPart
     from llmbo.report.schema import json_schema as json_schema
     from llmbo.report.write import write_report as write_report
 
 _HOME = {
-    "schema": ("DataPart", "ImportancePart", "ModelPart", "Report", "SplitPart", "json_schema"),
+    "schema": ("DataPart", "ImportancePart", "ModelPart", "Report", "SplitPart", "TrialPart", "json_schema"),
     "build": ("build_report", "environment", "front_of"),
     "write": ("write_report",),
 }

@@ -14,7 +14,8 @@ from llmbo.cli import app
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```(?:sh|console|bash|)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_PARSED = re.compile(r"…|\.\.\.|-completion")  # `--install-completion` would act while it is parsed
+# Placeholders; and `--install-completion` would act while it is parsed.
+NOT_PARSED = re.compile(r"…|\.\.\.|-completion| N( |$)")
 
 
 def commands(page: Path) -> Iterator[str]:

@@ -16,8 +16,8 @@ from llmbo.card import details, licence_of, model_card
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_line
 from llmbo.models import DTYPES, LoadedModel, load_model
-from llmbo.report import Report, TrialPart
-from llmbo.report.files import RUNS
+from llmbo.report.files import find_run, read_report
+from llmbo.report.schema import Report, TrialPart
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
@@ -109,8 +109,7 @@ class Order:
 
 def place_order(run: str, trial: int, format: str, dtype: str, out: Path, max_shard_size: str = "5GB") -> Order:
     """Check a request against the stored run, the format and the disk. Writes nothing."""
-    folder = find_run(run)
-    report = read_report(folder)
+    report = read_run(run)
     if not re.fullmatch(r"\d+([KMGT]B)?", max_shard_size):
         raise ConfigError(f"--max-shard-size must be a size such as 500MB or 5GB, got '{max_shard_size}'.")
     known = formats(f"{report.run.name}-trial-{trial}", max_shard_size)
@@ -129,24 +128,15 @@ def place_order(run: str, trial: int, format: str, dtype: str, out: Path, max_sh
     return order
 
 
-def find_run(run: str) -> Path:
-    """The folder of a run given by path or name.
+def read_run(run: str) -> Report:
+    """The report of a run given by path or name.
 
     Raises:
-        StorageError: There is none, or it has no report yet.
+        StorageError: There is no such run or no report yet, or it cannot be read.
     """
-    for folder in (Path(run), RUNS / run):
-        if (folder / "report.json").is_file():
-            return folder
-        if (folder / "study.db").is_file():
-            raise StorageError(f"The run '{run}' has no report.json yet: run its `llmbo optimize` command again.")
-    known = ", ".join(sorted(path.parent.name for path in RUNS.glob("*/report.json"))) or "none yet"
-    raise StorageError(f"There is no run '{run}': give a folder or a name below {RUNS}/ (there: {known}).")
-
-
-def read_report(folder: Path) -> Report:
+    folder = find_run(run)
     try:
-        return Report.model_validate_json((folder / "report.json").read_bytes())
+        return Report.model_validate(read_report(folder))
     except ValidationError as error:
         reason = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
         raise StorageError(

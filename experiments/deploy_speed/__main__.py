@@ -22,7 +22,7 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel
 
-from llmbo.exporting import find_run, read_report
+from llmbo.exporting import read_run
 from llmbo.models import DTYPES, load_model, silence_libraries
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
@@ -40,7 +40,7 @@ def main() -> None:
     silence_libraries()
     options = _options()
     torch.set_num_threads(options.threads)
-    report = read_report(find_run(options.run))
+    report = read_run(options.run)
     loaded = load_model(report.run.settings["model"], options.dtype, "cpu")
     anatomy = anatomy_of(loaded.model)
     points = [Architecture.from_dict(point.architecture.model_dump()) for point in report.front]

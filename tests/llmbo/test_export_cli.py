@@ -86,7 +86,7 @@ def test_an_exported_trial_measures_what_the_run_measured(
 @pytest.mark.parametrize(
     ("run", "flags", "says"),
     [
-        ("nowhere", {}, "There is no run 'nowhere'.*there: tiny"),
+        ("nowhere", {}, "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
         ("tiny", {"trial": -1}, "no trial -1"),
         ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
@@ -121,8 +121,10 @@ def test_what_the_run_did_not_measure(export: Export, finished: Any, tmp_path: P
     data["trials"][3]["objectives"]["loss"] += 1
     path.write_text(json.dumps(data))
     assert "rebuilt model's proxy loss is" in refused(export("tiny", trial=3, **flags))
-    path.write_text("{")
+    path.write_text(json.dumps(data | {"front": None}))
     assert "is damaged or of another version" in refused(export("tiny", trial=3, **flags))
+    path.write_text("{")
+    assert "cannot be read" in refused(export("tiny", trial=3, **flags))
     path.unlink()
     assert "no report.json yet" in refused(export("tiny", trial=3, **flags))
     assert not (tmp_path / "out").exists()

@@ -5,8 +5,7 @@ architecture and enters as a deterministic model (Daulton et al. 2021, arXiv:210
 arXiv:2310.20708); only quality has a GP.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -27,6 +26,7 @@ from llmbo.objectives import Objective, ref_point, to_maximize
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.threads import one_thread
 from llmbo.types import Advice, AdviceSource, Proposal, Trial, TrialState
 
 # BoTorch 0.18 would compile a C++ kernel at first use: half a minute of silence, and a process killed meanwhile leaves a
@@ -79,7 +79,7 @@ class QNehviProposer:
             initial = start.propose(trials, min(q, max(1, self.num_initial - design)), seed)
             if initial or len(complete) < 3:  # the family may have fewer members than the design
                 return initial
-        with _one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
+        with one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
             torch.manual_seed(seed)
             return self._optimize(trials, complete, q, seed)
 
@@ -294,17 +294,6 @@ def _improve(
 def _top(X: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     order = values.argsort(descending=True, stable=True)[:SHORTLIST]
     return X[order], values[order]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices of a hundred rows lose more to waking threads than they gain: up to ten times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _legal(X: Tensor, space: SearchSpace, seen: set[tuple[int, ...]]) -> Tensor:

@@ -1,6 +1,6 @@
 """Architecture + ranking -> which layers, KV groups and neurons stay; and the masked model that defines what pruning means."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -36,12 +36,7 @@ class Ranking:
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise InvalidMask unless this ranks the units of a model with `anatomy`."""
-        for block in anatomy.blocks:
-            expected = (anatomy.num_hidden_layers, block.units)
-            if self.of(block.kind).shape != expected:
-                raise InvalidMask(
-                    f"Expected a {expected} ranking for {block.kind}, got {tuple(self.of(block.kind).shape)}."
-                )
+        _check_shapes("ranking", self.of, anatomy)
 
     def of(self, kind: BlockKind) -> Tensor:
         """The `num_layers x units` order for blocks of this kind."""
@@ -102,12 +97,8 @@ class PruningMask:
         return self.of(kind)[layer].nonzero().flatten()
 
     def check(self, anatomy: Anatomy) -> None:
-        for block in anatomy.blocks:
-            expected = (anatomy.num_hidden_layers, block.units)
-            if self.of(block.kind).shape != expected:
-                raise InvalidMask(
-                    f"Expected a {expected} mask for {block.kind}, got {tuple(self.of(block.kind).shape)}."
-                )
+        """Raise InvalidMask unless this masks the units of a model with `anatomy`."""
+        _check_shapes("mask", self.of, anatomy)
 
 
 @contextmanager
@@ -125,6 +116,13 @@ def masked(model: PreTrainedModel, mask: PruningMask) -> Iterator[PreTrainedMode
                 for handle in _hide(block, layer, mask.of(block.kind)[index]):
                     stack.callback(handle.remove)
         yield model
+
+
+def _check_shapes(name: str, of: Callable[[BlockKind], Tensor], anatomy: Anatomy) -> None:
+    for block in anatomy.blocks:
+        expected, found = (anatomy.num_hidden_layers, block.units), tuple(of(block.kind).shape)
+        if found != expected:
+            raise InvalidMask(f"Expected a {expected} {name} for {block.kind}, got {found}.")
 
 
 def _hide(block: Block, layer: nn.Module, keep: Tensor) -> list[torch.utils.hooks.RemovableHandle]:

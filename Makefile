@@ -11,7 +11,7 @@ test: venv llama-cpp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 venv: .venv/.installed
 
@@ -33,7 +33,7 @@ llama-cpp: .venv/.llama-cpp
 	@if $(BIN)/python -c 'import llama_cpp' 2>/dev/null; then touch $@; \
 	elif ! command -v $${CXX:-c++} >/dev/null; then echo "No C++ compiler: the tests that need llama.cpp will be skipped."; \
 	elif echo "Building llama.cpp (minutes, once) ..." && \
-	    $(BIN)/pip install --quiet --constraint constraints.txt llama-cpp-python; then touch $@; \
+	    $(BIN)/pip install --quiet --constraint constraints.txt 'llama-cpp-python[server]'; then touch $@; \
 	else echo "llama.cpp could not be built: the tests that need it will be skipped."; fi
 
 # Warnings are errors; the result is build/site.

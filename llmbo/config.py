@@ -62,7 +62,7 @@ class RunConfig:
     neuron_step: int = 0
     calibration_tokens: int = 8192
     proxy_tokens: int = 3072
-    heldout_tokens: int = 3072
+    heldout_tokens: int = 2048
     window: int = 256
     dtype: str = "auto"
     device: str = "auto"

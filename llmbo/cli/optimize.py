@@ -45,7 +45,7 @@ def optimize(
         int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")
     ] = 0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 8192,
-    proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 2048,
+    proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     dtype: Annotated[

@@ -1,10 +1,12 @@
 """Bad settings are refused with flag and value; what may change between two starts is known."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
 
+from llmbo.cli.optimize import optimize
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 
@@ -97,3 +99,11 @@ def test_only_budget_name_place_and_caps_may_change() -> None:
 def test_windows_are_whole() -> None:
     config = RunConfig(model="llama", window=100, calibration_tokens=1099, proxy_tokens=100, heldout_tokens=250)
     assert config.windows == {"calibration": 10, "proxy": 1, "heldout": 2}
+
+
+def test_the_command_line_has_the_defaults_of_the_config() -> None:
+    flags = {name: parameter.default for name, parameter in inspect.signature(optimize).parameters.items()}
+    for item in dataclasses.fields(RunConfig):
+        if item.name != "model":  # it must be given
+            expected = ",".join(item.default) if isinstance(item.default, tuple) else item.default
+            assert flags[item.name] == expected, item.name

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmbo.acquisition import QNehviProposer
 from llmbo.advisor.context import Setting
 from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.proposer import AdvisedProposer
 from llmbo.advisor.spec import HOOKS
-from llmbo.assemble_advisor import Material, build_desk, check_advisor
-from llmbo.baselines import ThresholdProposer
+from llmbo.assemble_advisor import Material, build_advised, check_advisor
 from llmbo.baselines.designs import NUM_INITIAL
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
@@ -59,17 +57,12 @@ class AdvisedStrategy:
             advisor_every=self.every,
         )
         check_advisor(config)
-        quality = next(objective.name for objective in self.objectives if not objective.known)
         statistics = getattr(self.problem, "statistics", None)
         setting = Setting(self.family, self.objectives, self.dense, statistics, self.context, config.budget)
         measure = getattr(self.problem, "marginals", None)
-        probe = None if measure is None else lambda: measure(quality)
-        desk = build_desk(config, Material(setting, None, probe), Ledger(MemoryNotes()))
-        places = round(self.share * self.num_initial) if "warm_start" in self.hooks else 0
-        size = self.num_initial - places
-        search = QNehviProposer(self.family, self.objectives, self.dense, size, desk)
-        design = ThresholdProposer(self.family, self.objectives, self.dense)
-        self._proposer = AdvisedProposer(search, design, desk, size, places)
+        probe = None if measure is None else lambda: measure(setting.quality.name)
+        material = Material(setting, None, probe)
+        self._proposer = build_advised(config, material, Ledger(MemoryNotes()), self.num_initial)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         return self._proposer.propose(trials, q, seed)

@@ -11,14 +11,10 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmbo.acquisition import QNehviProposer
 from llmbo.advisor.context import LayerStatistics, Marginals, Setting
 from llmbo.advisor.ledger import FILE, Ledger
 from llmbo.advisor.probe import measure_marginals
-from llmbo.advisor.proposer import AdvisedProposer
-from llmbo.assemble_advisor import Material, build_desk, check_advisor
-from llmbo.baselines import ThresholdProposer
-from llmbo.baselines.designs import NUM_INITIAL
+from llmbo.assemble_advisor import Material, build_advised, check_advisor
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
@@ -93,21 +89,16 @@ def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective,
     return strategy_of(strategy).build(strategy, problem, objectives, {})
 
 
-def build_advised(
+def proposer_of(
     config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, ledger: Ledger
 ) -> Proposer:
-    """The strategy's proposer with the advisor that the settings name."""
+    """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives)
-    quality = next(objective.name for objective in objectives if not objective.known)
     setting = Setting(
         problem.family, objectives, problem.dense, problem.statistics, config.advisor_context, config.budget
     )
-    desk = build_desk(config, Material(setting, loaded, lambda: problem.marginals(quality)), ledger)
-    places = round(config.advisor_share * NUM_INITIAL) if "warm_start" in config.advisor_hooks else 0
-    search = QNehviProposer(problem.family, objectives, problem.dense, NUM_INITIAL - places, desk)
-    design = ThresholdProposer(problem.family, objectives, problem.dense)
-    return AdvisedProposer(search, design, desk, NUM_INITIAL - places, places)
+    return build_advised(config, Material(setting, loaded, lambda: problem.marginals(setting.quality.name)), ledger)
 
 
 def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
@@ -134,8 +125,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
         statistics, ranking = ranked(model, windows, advance)
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
-        summary = LayerStatistics.of(model, statistics)
-        layer_importance = _importance_parts(model, statistics)
+        layers = layer_scores(model, statistics)
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking) if config.compensation else None
         if table is not None:
@@ -161,8 +151,8 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             proxy=proxy,
             windows=windows,
             dense=dense,
-            statistics=summary,
-            importance=layer_importance,
+            statistics=LayerStatistics.of(layers),
+            importance=_importance_parts(layers),
             **families,
         )
 
@@ -213,7 +203,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
                 {**facts, "dense": dict(problem.dense), "importance": list(problem.importance)},
             )
             ledger = Ledger(store, folder / FILE)
-            proposer = build_advised(config, problem, objectives, loaded, ledger)
+            proposer = proposer_of(config, problem, objectives, loaded, ledger)
             yield Run(config, folder, problem, objectives, proposer, store, ledger)
 
 
@@ -316,13 +306,13 @@ def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:
     ).model_dump()
 
 
-def _importance_parts(model: Any, statistics: Statistics) -> list[dict[str, Any]]:
+def _importance_parts(layers: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
     """Scores per layer to four digits: they are looked at, not computed with."""
     return [
         ImportancePart.model_validate(
             {"method": method, "kind": kind, "scores": [float(f"{score:.4g}") for score in scores.tolist()]}
         ).model_dump()
-        for method, kinds in layer_scores(model, statistics).items()
+        for method, kinds in layers.items()
         for kind, scores in kinds.items()
     ]
 

@@ -1,4 +1,4 @@
-"""The composition root's part for advisors: checked settings -> an advisor at its desk."""
+"""The composition root's part for advisors: checked settings -> an advisor at its desk, and the proposer it advises."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,15 +6,18 @@ from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+from llmbo.acquisition import QNehviProposer
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Marginals, Setting
 from llmbo.advisor.ledger import FILE, Ledger
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
-from llmbo.advisor.proposer import AdvisorDesk
+from llmbo.advisor.proposer import AdvisedProposer, AdvisorDesk
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
 from llmbo.advisor.spec import AdvisorSpec, parse_spec, plugins
+from llmbo.baselines import ThresholdProposer
+from llmbo.baselines.designs import NUM_INITIAL
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, first_line
 from llmbo.models import LoadedModel, load_model
@@ -66,6 +69,22 @@ def build_desk(config: RunConfig, material: Material, ledger: Ledger) -> Advisor
         setting, probe = replace(setting, statistics=None), None
     advisor = _makers(spec, config, material, ledger)[spec.kind]()
     return AdvisorDesk(advisor, ledger, setting, config.advisor_hooks, config.advisor_every, probe)
+
+
+def build_advised(
+    config: RunConfig, material: Material, ledger: Ledger, num_initial: int = NUM_INITIAL
+) -> AdvisedProposer:
+    """The default method with the advisor that the settings name.
+
+    Args:
+        num_initial: Size of the initial design, the advisor's places in it included.
+    """
+    setting, desk = material.setting, build_desk(config, material, ledger)
+    places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
+    size = num_initial - places
+    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, desk)
+    design = ThresholdProposer(setting.family, setting.objectives, setting.dense)
+    return AdvisedProposer(search, design, desk, size, places)
 
 
 def _makers(

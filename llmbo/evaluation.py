@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmbo.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.errors import ConfigError, StorageError
-from llmbo.models import DTYPES
+from llmbo.models import check_dtype
 from llmbo.perplexity import Perplexity, check_window, measure
 from llmbo.report import environment
 from llmbo.tasks import Tasks
@@ -41,8 +41,7 @@ class Settings:
         for flag, value in (("--tokens", self.tokens), ("--limit", self.limit or 0)):
             if value < 0:
                 raise ConfigError(f"{flag} must be at least 0, got {value}.")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,12 @@ def choose_device(device: str) -> str:
     return device
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless `dtype` is "auto" or a key of `DTYPES`."""
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
+
+
 def choose_dtype(
     dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter
 ) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmbo.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.errors import ConfigError, ModelError
-from llmbo.models import DTYPES, choose_dtype
+from llmbo.models import check_dtype, choose_dtype
 from llmbo.training import Plan, Progress, train
 from llmbo.types import Phases
 from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
@@ -51,8 +51,7 @@ class Task:
             raise ConfigError(
                 f"--window must be at least 2 and --heldout at least 1, got {self.window} and {self.heldout}."
             )
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

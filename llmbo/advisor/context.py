@@ -8,7 +8,6 @@ from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmbo.family import ThresholdFamily
 from llmbo.gain import trial_gains
@@ -17,7 +16,6 @@ from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.types import Trial
 from pruning.anatomy import BlockKind
-from pruning.importance import Statistics, activation, block_influence, taylor
 
 KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
 MAX_TRIALS = 20
@@ -34,14 +32,13 @@ class LayerStatistics:
     influence: Mapping[BlockKind, tuple[float, ...]]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, statistics: Statistics) -> "LayerStatistics":
-        scores = {"taylor": taylor(model, statistics), "activation": activation(model, statistics)}
-        sums = {
-            name: {kind: tuple(score.of(kind).double().sum(-1).tolist()) for kind in KINDS}
-            for name, score in scores.items()
-        }
-        influence = block_influence(statistics)
-        return cls(**sums, influence={kind: tuple(influence[kind].double().tolist()) for kind in KINDS})
+    def of(cls, layers: Mapping[str, Mapping[str, Tensor]]) -> "LayerStatistics":
+        """From `pruning.importance.layer_scores`."""
+
+        def per_kind(method: str) -> dict[BlockKind, tuple[float, ...]]:
+            return {kind: tuple(layers[method][kind].double().tolist()) for kind in KINDS}
+
+        return cls(per_kind("taylor"), per_kind("activation"), per_kind("block_influence"))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Choose q points by qLogNEHVI over a discrete pool around the front, then improve each by local search.
 
-Assumes maximisation inside BoTorch; `objectives.to_maximize` fixed the signs. Size is an exact function of the
-architecture and enters as a deterministic model (Daulton et al. 2021, arXiv:2105.08195; Ament et al. 2023,
-arXiv:2310.20708); only quality has a GP.
+Assumes maximisation inside BoTorch; `objectives.to_maximize` fixed the signs. Costs are exact functions of the
+architecture and enter as deterministic models (Daulton et al. 2021, arXiv:2105.08195; Ament et al. 2023,
+arXiv:2310.20708); only what is measured has a GP. Limits on costs are kept by every point of the pool (`SearchSpace.legal`);
+limits on objectives bound the reference point; other measured limits are outcome constraints (Gardner et al. 2014).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,15 +17,16 @@ from botorch.acquisition.multi_objective import logei
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
 from botorch.models import ModelList, SingleTaskGP
 from botorch.models.deterministic import GenericDeterministicModel
+from botorch.models.model import Model
 from botorch.posteriors.torch import TorchPosterior
 from botorch.sampling.get_sampler import get_sampler
+from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
 from torch import Tensor
 
 from llmbo.baselines import RandomProposer, ThresholdProposer
-from llmbo.errors import ConfigError
 from llmbo.family import ThresholdFamily, interpolated
 from llmbo.gain import EPSILON, FamilyCurve
-from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.objectives import Objective, outcomes, ref_point
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
@@ -51,10 +55,11 @@ class QNehviProposer:
 
     Args:
         family: The threshold family: initial design and prior mean.
-        objectives: One measured, one known.
+        objectives: At least one measured, at least one known.
         dense: The dense model's values by objective name.
         num_initial: Members of the family evaluated before the first GP.
         advice: Asked in every round for candidates that join the pool; they must win on acquisition value like any other.
+        limits: Largest allowed values of what is measured.
     """
 
     family: ThresholdFamily
@@ -62,14 +67,12 @@ class QNehviProposer:
     dense: Mapping[str, float]
     num_initial: int = NUM_INITIAL
     advice: AdviceSource | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
     _features: Features = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        measured = [objective.name for objective in self.objectives if not objective.known]
-        if len(measured) != 1 or len(self.objectives) != 2:
-            names = ",".join(objective.name for objective in self.objectives)
-            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {names}.")
-        object.__setattr__(self, "_features", Features(self.family))
+        costs = [objective.name for objective in self.objectives if objective.known]
+        object.__setattr__(self, "_features", Features(self.family, costs))
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         design = sum(trial.origin == "threshold" for trial in trials)
@@ -87,8 +90,7 @@ class QNehviProposer:
         space = self.family.space
         generator = torch.Generator().manual_seed(seed)
         belief = self._belief(complete)
-        train_X = _points(complete, space.d)
-        front = train_X[pareto_front(to_maximize([trial.values for trial in complete], self.objectives))]
+        front = self._front(complete)
         pending = _points([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
         advice = self.advice.advise(trials, seed) if self.advice else Advice()
@@ -111,77 +113,160 @@ class QNehviProposer:
         strays = RandomProposer(space).propose(trials, q, seed) if len(proposals) < q else []
         return (proposals + [stray for stray in strays if stray.x not in seen])[:q]
 
+    def _front(self, complete: Sequence[Trial]) -> Tensor:
+        """Where the front stands, `n x d`; while nothing keeps the limits, the trial that breaks them least."""
+        rows = pareto_front(outcomes(complete, self.objectives))
+        if not rows:
+            excess = [
+                max(trial.values[name] / limit for name, limit in self.limits.items()) if self.limits else 0.0
+                for trial in complete
+            ]
+            rows = [excess.index(min(excess))]
+        return _points([complete[row] for row in rows], self.family.space.d)
+
     def _belief(self, complete: Sequence[Trial]) -> "_Belief":
-        quality = next(objective for objective in self.objectives if not objective.known)
-        size = next(objective for objective in self.objectives if objective.known)
         train_Z = self._features(_points(complete, self.family.space.d))
-        shares = train_Z[:, SHARE]
-        values = torch.tensor([trial.values[quality.name] for trial in complete], dtype=torch.float64)
-        sizes = torch.tensor([trial.values[size.name] for trial in complete], dtype=torch.float64)
-        dense = self.dense[quality.name]
         family = torch.tensor([trial.origin == "threshold" for trial in complete])
-        curve = FamilyCurve.through(shares[family], values[family] - dense)
-        gp = fit_surrogate(train_Z, gains(values, shares, dense, curve).unsqueeze(-1))
-        return _Belief(gp, self._features, curve, dense, self.objectives, quality, size, *_affine(shares, sizes))
+
+        def measured(name: str, sign: float) -> _Measured:
+            costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
+            shares, dense = train_Z[:, SHARE], -sign * self.dense[name]
+            curve = FamilyCurve.through(shares[family], costs[family] - dense)
+            train_Y = gains(costs, shares, dense, curve).unsqueeze(-1)
+            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d), curve, dense)
+
+        beliefs = tuple(
+            _Known(self._features.column(objective.name), objective.sign * self._features.dense[objective.name])
+            if objective.known
+            else measured(objective.name, objective.sign)
+            for objective in self.objectives
+        )
+        names = {objective.name for objective in self.objectives}  # their limits bound the reference point already
+        limits = tuple(
+            (measured(name, -1.0), limit) for name, limit in sorted(self.limits.items()) if name not in names
+        )
+        return _Belief(self._features, beliefs, limits, ref_point(self.objectives))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An objective that is `scale` times a feature column, exactly."""
+
+    column: int
+    scale: float
+
+    def mean(self, Z: Tensor) -> Tensor:
+        return self.scale * Z[..., self.column]
+
+    def above(self, Z: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """How far each of `n` points reaches into each of `k` intervals, `n x k`."""
+        return (torch.minimum(self.mean(Z)[:, None], upper) - lower).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """An objective whose cost (its negative) is log-normal: cost - dense + eps = exp(curve - gain), gain from a GP."""
+
+    gp: SingleTaskGP
+    curve: FamilyCurve
+    dense: float
+
+    def from_gain(self, gain: Tensor, share: Tensor) -> Tensor:
+        return -quality_from_gain(gain, share, self.dense, self.curve)
+
+    @torch.no_grad()
+    def mean(self, Z: Tensor) -> Tensor:
+        return self.from_gain(self.gp.posterior(Z).mean.squeeze(-1), Z[..., SHARE])
+
+    @torch.no_grad()
+    def log_excess(self, Z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of log(cost - dense + eps), `n` each."""
+        posteriors = [self.gp.posterior(chunk) for chunk in Z.split(CHUNK)]
+        mean = self.curve(Z[:, SHARE]) - torch.cat([posterior.mean.squeeze(-1) for posterior in posteriors])
+        variance = torch.cat([posterior.variance.squeeze(-1) for posterior in posteriors])
+        return mean, variance.clamp_min(1e-12).sqrt()
+
+    def above(self, Z: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """Expected reach into each of `k` intervals, `n x k`: a difference of put options (Black and Scholes)."""
+        mean, deviation = self.log_excess(Z)
+        bounds = torch.cat([lower, upper])
+        strikes, column = bounds.unique(return_inverse=True)  # neighbouring cells share their walls
+        strike = -strikes - self.dense + EPSILON
+        d2 = (strike.clamp_min(1e-12).log() - mean[:, None]) / deviation[:, None]
+        expected = (mean + deviation**2 / 2).exp()[:, None]
+        put = strike.clamp_min(0) * torch.special.ndtr(d2) - expected * torch.special.ndtr(d2 - deviation[:, None])
+        put = torch.where(strike > 0, put, 0.0).clamp_min(0)[:, column]
+        return (put[:, : len(lower)] - put[:, len(lower) :]).clamp_min(0)
+
+    def needed_gain(self, Z: Tensor, limit: float) -> Tensor:
+        """The gain at which the cost is just `limit`, of the shape of a point's share."""
+        return self.curve(Z[..., SHARE]) - math.log(max(limit - self.dense + EPSILON, 1e-12))
+
+    def below(self, Z: Tensor, limit: float) -> Tensor:
+        """Probability that the cost keeps a limit, `n`."""
+        mean, deviation = self.log_excess(Z)
+        return torch.special.ndtr((self.curve(Z[:, SHARE]) - mean - self.needed_gain(Z, limit)) / deviation)
 
 
 @dataclass(frozen=True)
 class _Belief:
-    """The fitted surrogate in the objectives' terms. `slope` and `offset` turn a share into the size objective, exactly."""
+    """The fitted surrogate in the objectives' terms.
 
-    gp: SingleTaskGP
+    Args:
+        objectives: In the order of the objectives.
+        limits: Outcome constraints: what is believed of a measured cost, and its largest allowed value.
+        ref_point: For maximisation, `m`.
+    """
+
     features: Features
-    curve: FamilyCurve
-    dense: float
-    objectives: Sequence[Objective]
-    quality: Objective
-    size: Objective
-    slope: float
-    offset: float
+    objectives: tuple[_Known | _Measured, ...]
+    limits: tuple[tuple[_Measured, float], ...]
+    ref_point: Tensor
 
     def expected_improvement(self, X_front: Tensor) -> AcquisitionValue:
-        """Closed-form expected gain in hypervolume over `X_front`, whose qualities are taken at their posterior mean.
+        """Closed-form expected gain in hypervolume over `X_front`, whose measured values are taken at their posterior mean.
 
-        Quality + eps is log-normal and size is known, so the gain is a sum of log-normal put options (Black and Scholes),
-        one for each step of the front's staircase to the right of the candidate.
+        The undominated space is cut into cells; objectives are independent given the point, so the gain in a cell is the
+        product of the expected reach into it along each objective (Emmerich et al. 2006; Yang et al. 2019).
         """
-        height, share = self._mean_quality(X_front), self.features.space.share(X_front)
-        order = share.argsort()
-        left = torch.cat([torch.zeros(1, dtype=torch.float64), share[order]])
-        edge = (self.size.reference - self.offset) / self.slope  # nothing to the right of it counts
-        right = torch.cat([share[order].clamp_max(edge), torch.full((1,), edge, dtype=torch.float64)])
-        staircase = torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), height[order]]).cummin(0).values
-        strike = (
-            staircase.clamp_max(self.quality.reference) - self.dense + EPSILON
-        )  # of the excess, like everything below
+        Z_front = self.features(X_front)
+        front = torch.stack([objective.mean(Z_front) for objective in self.objectives], dim=-1)
+        lower, upper = FastNondominatedPartitioning(self.ref_point, front).hypercell_bounds
 
-        @torch.no_grad()
         def value(X: Tensor) -> Tensor:
             Z = self.features(X)
-            posteriors = [self.gp.posterior(chunk) for chunk in Z.split(CHUNK)]
-            mean = self.curve(Z[:, SHARE]) - torch.cat([posterior.mean.squeeze(-1) for posterior in posteriors])
-            deviation = torch.cat([posterior.variance.squeeze(-1) for posterior in posteriors]).clamp_min(1e-12).sqrt()
-            width = (right - torch.maximum(left, Z[:, SHARE, None])).clamp_min(0)  # n x steps
-            d2 = (strike.clamp_min(1e-12).log() - mean[:, None]) / deviation[:, None]
-            expected = (mean + deviation**2 / 2).exp()[:, None]
-            put = strike * torch.special.ndtr(d2) - expected * torch.special.ndtr(d2 - deviation[:, None])
-            return (width * put.clamp_min(0)).sum(-1)
+            gain = torch.ones(len(X), lower.shape[0], dtype=torch.float64)
+            for column, objective in enumerate(self.objectives):
+                gain = gain * objective.above(Z, lower[:, column], upper[:, column])
+            gain = gain.sum(-1)
+            for measured, limit in self.limits:
+                gain = gain * measured.below(Z, limit)
+            return gain
 
         return value
 
     def log_nehvi(self, X: Tensor, X_baseline: Tensor, X_pending: Tensor) -> Tensor:
         """qLogNEHVI of each of `n` candidates together with the pending points, `n`."""
-        known = GenericDeterministicModel(lambda Z: self.size.sign * (self.slope * Z[..., SHARE, None] + self.offset))
-        model = ModelList(self.gp, known)
+        outputs: list[Model] = [
+            objective.gp if isinstance(objective, _Measured) else _deterministic(objective.mean)
+            for objective in self.objectives
+        ]
+        constraints: list[Callable[[Tensor], Tensor]] = []
+        for measured, limit in self.limits:
+            # the gain that keeps a limit depends on the size: an output of its own, since constraints see outputs only
+            constraints.append(partial(_shortfall, column=len(outputs)))
+            outputs += [measured.gp, _deterministic(partial(measured.needed_gain, limit=limit))]
+        model = ModelList(*outputs)
         Z_baseline = self.features(X_baseline)
         acq_function = logei.qLogNoisyExpectedHypervolumeImprovement(
             model=model,
-            ref_point=ref_point(self.objectives),
+            ref_point=self.ref_point,
             X_baseline=Z_baseline,
             sampler=get_sampler(
                 cast(TorchPosterior, model.posterior(Z_baseline[:1])), torch.Size([MC_SAMPLES]), seed=0
             ),
             objective=GenericMCMultiOutputObjective(self._outcome),
+            constraints=constraints or None,
             X_pending=self.features(X_pending) if len(X_pending) else None,
             cache_root=False,  # there is no joint root with a deterministic model
         )
@@ -189,18 +274,25 @@ class _Belief:
             return acq_function(self.features(X).unsqueeze(1))
 
     def _outcome(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
-        """Samples of (gain, size) -> samples of the objectives, in their order."""
+        """Samples of gains and costs -> samples of the objectives, in their order."""
         assert X is not None
-        value = self.quality.sign * quality_from_gain(
-            samples[..., 0], X[..., SHARE].expand(samples.shape[:-1]), self.dense, self.curve
-        )
-        columns = [value, samples[..., 1]]
-        return torch.stack(columns if self.objectives[0] is self.quality else columns[::-1], dim=-1)
+        share = X[..., SHARE].expand(samples.shape[:-1])
+        columns = [
+            objective.from_gain(samples[..., column], share)
+            if isinstance(objective, _Measured)
+            else samples[..., column]
+            for column, objective in enumerate(self.objectives)
+        ]
+        return torch.stack(columns, dim=-1)
 
-    @torch.no_grad()
-    def _mean_quality(self, X: Tensor) -> Tensor:
-        Z = self.features(X)
-        return quality_from_gain(self.gp.posterior(Z).mean.squeeze(-1), Z[:, SHARE], self.dense, self.curve)
+
+def _deterministic(f: Callable[[Tensor], Tensor]) -> Model:
+    return GenericDeterministicModel(lambda Z: f(Z).unsqueeze(-1))
+
+
+def _shortfall(samples: Tensor, column: int) -> Tensor:
+    """How far the gain in `column` falls short of the one needed, next to it; BoTorch calls it feasible where negative."""
+    return samples[..., column + 1] - samples[..., column]
 
 
 def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
@@ -308,10 +400,3 @@ def _legal(X: Tensor, space: SearchSpace, seen: set[tuple[int, ...]]) -> Tensor:
 def _points(trials: Sequence[Trial], d: int = 0) -> Tensor:
     """`n x d` levels of trials."""
     return torch.tensor([trial.x for trial in trials], dtype=torch.float64).view(len(trials), -1 if trials else d)
-
-
-def _affine(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Slope and offset of the line through measured `x` and `y`."""
-    low, high = int(x.argmin()), int(x.argmax())
-    slope = float((y[high] - y[low]) / (x[high] - x[low])) if x[high] > x[low] else 0.0
-    return slope, float(y[low] - slope * x[low])

@@ -49,11 +49,19 @@ def reopened(
     loaded = load_model(config.model, facts["dtype"], facts["device"])
     with prepared(config, loaded, load_windows(config, loaded), phases) as problem:
         smallest = known_values(problem.space, problem.family.at(0.0))
-        objectives = build_objectives(config.objectives, facts["dense"], smallest, config.reference_point)
+        objectives = build_objectives(
+            config.objectives, facts["dense"], smallest, config.reference_point, config.limits
+        )
         store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
         setting = Setting(
-            problem.family, objectives, facts["dense"], problem.statistics, config.advisor_context, config.budget
+            problem.family,
+            objectives,
+            facts["dense"],
+            problem.statistics,
+            config.advisor_context,
+            config.budget,
+            problem.limits,
         )
         quality = next(objective.name for objective in objectives if not objective.known)
         desk = build_desk(

@@ -41,6 +41,7 @@ class AdvisedStrategy:
     share: float = 0.25
     every: int = 2
     num_initial: int = NUM_INITIAL
+    limits: Mapping[str, float] = field(default_factory=dict)
     _proposer: AdvisedProposer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +59,9 @@ class AdvisedStrategy:
         )
         check_advisor(config)
         statistics = getattr(self.problem, "statistics", None)
-        setting = Setting(self.family, self.objectives, self.dense, statistics, self.context, config.budget)
+        setting = Setting(
+            self.family, self.objectives, self.dense, statistics, self.context, config.budget, self.limits
+        )
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
         material = Material(setting, None, probe)

@@ -20,7 +20,7 @@ from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.models import LoadedModel, load_config, load_model
-from llmbo.objectives import Objective, build_objectives
+from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
 from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
 from llmbo.report.files import RUNS
 from llmbo.space import SearchSpace
@@ -31,7 +31,7 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.compensation import CompensationTable
-from pruning.cost import cost_of
+from pruning.cost import Serving, cost_of
 from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
 from pruning.masks import Ranking
 from pruning.narrowing import narrowing_costs
@@ -46,6 +46,7 @@ class Problem:
 
     Args:
         family: The best allocation known without search; the other two are baselines.
+        limits: Largest allowed values of what is measured; `space` knows the others.
         importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
     """
 
@@ -57,6 +58,7 @@ class Problem:
     proxy: ProxyEvaluator
     windows: TokenWindows
     dense: Mapping[str, float]
+    limits: Mapping[str, float]
     statistics: LayerStatistics
     importance: Sequence[Mapping[str, Any]]
 
@@ -96,7 +98,13 @@ def proposer_of(
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives)
     setting = Setting(
-        problem.family, objectives, problem.dense, problem.statistics, config.advisor_context, config.budget
+        problem.family,
+        objectives,
+        problem.dense,
+        problem.statistics,
+        config.advisor_context,
+        config.budget,
+        problem.limits,
     )
     return build_advised(config, Material(setting, loaded, lambda: problem.marginals(setting.quality.name)), ledger)
 
@@ -120,7 +128,8 @@ def ranked(
 def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> Iterator[Problem]:
     """Measure importance, build the compensation table and open the supernet, for as long as the context lasts."""
     model = loaded.model
-    space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step)
+    serving = Serving(config.context, config.serve_batch)
+    space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
     with phases.phase("importance", len(windows.calibration)) as advance:
         statistics, ranking = ranked(model, windows, advance)
         importance = fisher(model, statistics)
@@ -151,6 +160,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             proxy=proxy,
             windows=windows,
             dense=dense,
+            limits=measured_limits(config.limits),
             statistics=LayerStatistics.of(layers),
             importance=_importance_parts(layers),
             **families,
@@ -184,12 +194,12 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
         if stored and (changes := changed_facts(stored, facts)):
             raise StorageError(_refusal(config, changes))
         with prepared(config, loaded, windows, phases) as problem:
-            if len(problem.family.path) < 2:
+            if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
                     f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."
                 )
             objectives = build_objectives(
-                config.objectives, problem.dense, _smallest(problem.family), config.reference_point
+                config.objectives, problem.dense, _smallest(problem.family), config.reference_point, config.limits
             )
             if fresh:
                 delete_run(url, config.name, own_file)

@@ -82,7 +82,7 @@ def build_advised(
     setting, desk = material.setting, build_desk(config, material, ledger)
     places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
     size = num_initial - places
-    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, desk)
+    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, desk, setting.limits)
     design = ThresholdProposer(setting.family, setting.objectives, setting.dense)
     return AdvisedProposer(search, design, desk, size, places)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmbo.advisor.spec import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
 from llmbo.errors import ConfigError, unknown
-from llmbo.objectives import check_objectives
+from llmbo.objectives import check_objectives, parse_limits
 
 # What each of them is: `llmbo.strategies`. Here, because input is checked before anything heavy is imported.
 STRATEGIES = (
@@ -32,8 +32,11 @@ class RunConfig:
         model: Alias, local folder or hub name.
         budget: Candidates to evaluate.
         batch: Candidates proposed at a time.
-        objectives: Names; exactly one of them a size.
+        objectives: Two or three names; at least one measured quality and one known cost.
         reference_point: One number per objective, or None for the defaults.
+        maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
+        context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
+        serve_batch: Sequences served at a time, for `kv_bytes`.
         text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
@@ -56,6 +59,9 @@ class RunConfig:
     strategy: str = "qnehvi"
     objectives: tuple[str, ...] = ("kl", "params_share")
     reference_point: tuple[float, ...] | None = None
+    maximum: tuple[str, ...] = ()
+    context: int = 2048
+    serve_batch: int = 1
     compensation: bool = True
     text: str = "builtin"
     min_share: float = 0.4
@@ -81,9 +87,9 @@ class RunConfig:
     advisor_price: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for flag in ("budget", "batch"):
+        for flag in ("budget", "batch", "context", "serve_batch"):
             if getattr(self, flag) < 1:
-                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
+                raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(self, flag)}.")
         if self.window < 8:
             raise ConfigError(f"--window must be at least 8 tokens, got {self.window}.")
         for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
@@ -102,9 +108,11 @@ class RunConfig:
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
         check_objectives(self.objectives, self.reference_point)
-        if self.strategy == "qnehvi" and len(self.objectives) != 2:
-            names = ",".join(self.objectives)
-            raise ConfigError(f"The strategy qnehvi optimises one measured quality and one size, got {names}.")
+        share = self.limits.get("params_share", 1.0)
+        if share < self.min_share:
+            raise ConfigError(
+                f"--max params_share={share:g} is below --min-share {self.min_share:g}: no model is left."
+            )
         self._check_advisor()
         if not self.name:
             object.__setattr__(
@@ -147,6 +155,11 @@ class RunConfig:
             return cls(**{**fields, **changes})
         except TypeError as error:
             raise ConfigError(f"The settings of this run are of another version of llmbo ({error}).") from error
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Largest allowed values by name."""
+        return parse_limits(self.maximum)
 
     @property
     def windows(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.objectives import Objective, outcomes, ref_point
 from llmbo.pareto import hypervolume
 from llmbo.report import front_of
 from llmbo.types import Trial
@@ -94,8 +94,7 @@ class Snapshot:
 
 def volume(trials: Sequence[Trial], objectives: Sequence[Objective]) -> float:
     """Hypervolume of the complete trials."""
-    values = [trial.values for trial in trials if trial.complete]
-    return hypervolume(to_maximize(values, objectives), ref_point(objectives))
+    return hypervolume(outcomes([trial for trial in trials if trial.complete], objectives), ref_point(objectives))
 
 
 def trade_offs(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
@@ -104,7 +103,9 @@ def trade_offs(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
     best = max if quality.maximize else min
     notes = []
     for share in TRADE_OFF_SHARES:
-        values = [t.values[quality.name] for t in trials if t.complete and t.values["params_share"] <= share]
+        values = [
+            t.values[quality.name] for t in trials if t.complete and t.feasible and t.values["params_share"] <= share
+        ]
         if values:
             notes.append(f"≤{share:.0%}: {best(values):.2f}")
     return f"{quality.name} {' '.join(notes)}" if notes else ""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from llmbo.space import SearchSpace
 from pruning.architecture import Architecture
-from pruning.cost import cost_of
 from pruning.likelihood import DenseDistribution, dense_distribution
 from pruning.supernet import Supernet
 
@@ -35,7 +34,7 @@ class ProxyEvaluator:
             return cls(space, supernet, windows, dense_distribution(model, windows))
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
-        """`kl`, `loss` (nats/token), `perplexity`, `params` (all of the model), `params_share` (of the decoder blocks)."""
+        """`kl`, `loss` (nats/token), `perplexity`, and every known cost."""
         architecture = self.space.decode(x)
         quality = self.supernet.quality(architecture, self.windows, self.dense)
         assert quality.kl is not None
@@ -49,8 +48,8 @@ class ProxyEvaluator:
 
 def known_values(space: SearchSpace, x: tuple[int, ...]) -> dict[str, float]:
     """What follows from the architecture alone."""
-    cost = cost_of(space.anatomy, space.decode(x))
-    return {"params": float(cost.parameters), "params_share": cost.share}
+    point = torch.tensor([x], dtype=torch.float64)
+    return {name: float(space.cost(name, point)) for name in space.costs}
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llmbo.errors import ConfigError
 from llmbo.space import SearchSpace
 from pruning.anatomy import BlockKind
 from pruning.importance import Importance
@@ -29,10 +30,10 @@ TINY = 1e-30  # a price of nothing, so that logarithms exist
 
 @dataclass(frozen=True)
 class ThresholdFamily:
-    """The legal members, smallest first, the dense model last.
+    """The legal members, smallest first; without limits the dense model is the last.
 
     Args:
-        path: `num_members x d` levels; every row adds one level to the row before.
+        path: `num_members x d` levels; every row adds one level to the row before. Steps that break a limit are left out.
         shares: `num_members` parameter shares, increasing.
         importance: `d` importances, each block's summed over its units.
     """
@@ -54,13 +55,26 @@ class ThresholdFamily:
         Args:
             steps: `d` rows.
             importance: Says what each block matters as a whole.
+
+        Raises:
+            ConfigError: The limits leave no member.
         """
         order = sorted((-price, dimension) for dimension, row in enumerate(steps) for price in row)
-        taken = torch.zeros(len(order) + 1, space.d, dtype=torch.float64)
-        for row, (_, dimension) in enumerate(order, start=1):
-            taken[row, dimension] = 1
-        path = taken.cumsum(0)
+        point = torch.zeros(space.d, dtype=torch.float64)
+        rows = [point.clone()]
+        for _, dimension in order:
+            point[dimension] += 1
+            if space.limits and not space.within_limits(point):
+                point[dimension] -= 1  # a limit on one cost leaves steps that others pay for
+            else:
+                rows.append(point.clone())
+        path = torch.stack(rows)
         path = path[space.legal(path)]
+        if not len(path):
+            limits = ", ".join(f"{name} <= {limit:g}" for name, limit in space.limits.items())
+            raise ConfigError(
+                f"No model with a parameter share of at least {space.min_share} has {limits}: raise --max or lower --min-share."
+            )
         totals = torch.cat([importance.of(block.kind).double().cpu().sum(-1) for block in space.anatomy.blocks])
         return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean()))
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def pareto_front(Y: Tensor) -> list[int]:
-    """Indices of the non-dominated rows of `n x m`; of equal rows the first."""
-    return is_non_dominated(Y, deduplicate=True).nonzero().flatten().tolist() if len(Y) else []
+    """Indices of the non-dominated rows of `n x m`; of equal rows the first. Rows at -inf are no points."""
+    if not len(Y):
+        return []
+    return (is_non_dominated(Y, deduplicate=True) & Y.isfinite().all(-1)).nonzero().flatten().tolist()
 
 
 def hypervolume(Y: Tensor, ref_point: Tensor) -> float:

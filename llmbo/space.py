@@ -3,9 +3,9 @@
 A point x holds one grid level per block: first the KV groups of layers 0..L-1, then the neurons of layers 0..L-1.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,20 +13,25 @@ from torch import Tensor
 from llmbo.errors import ConfigError
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
-from pruning.cost import block_parameters, dense_block_parameters
+from pruning.cost import Serving, block_parameters, dense_block_parameters, flops, kv_bytes, weight_bytes
 
 NEURON_LEVELS = 12
 HARDWARE_MULTIPLE = 32  # widths that are no multiple of this waste lanes of vector units and tensor cores
 
+CostFunction = Callable[[Tensor, Tensor], Tensor]  # kv_groups, neurons (`batch_shape x L` units) -> `batch_shape`
+
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All sub-networks on a grid, down to a smallest size.
+    """All sub-networks on a grid, down to a smallest size and within limits.
 
     Args:
         anatomy: The dense model's sizes.
         min_share: Smallest share of the decoder blocks' parameters that a candidate may keep.
         neuron_step: Neurons per grid level; by default about a twelfth of `intermediate_size`.
+        serving: What FLOPs and bytes are counted for.
+        limits: Largest legal value of known costs, by name.
+        extra_costs: Known costs beyond those of arithmetic, e.g. latency from a table, by name.
 
     Raises:
         ConfigError: `min_share` outside (0, 1), or a step that leaves no choice.
@@ -35,6 +40,9 @@ class SearchSpace:
     anatomy: Anatomy
     min_share: float = 0.4
     neuron_step: int = 0
+    serving: Serving = field(default_factory=Serving)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    extra_costs: Mapping[str, CostFunction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share < 1:
@@ -100,19 +108,47 @@ class SearchSpace:
                 )
         return (*architecture.kv_groups, *(levels[neurons] for neurons in architecture.neurons))
 
-    def share(self, X: Tensor) -> Tensor:
-        """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
+    @cached_property
+    def costs(self) -> dict[str, CostFunction]:
+        """Everything that is known of an architecture without measuring it, by name."""
+        anatomy, serving = self.anatomy, self.serving
+        return {
+            "params": lambda groups, neurons: anatomy.other_parameters + block_parameters(anatomy, groups, neurons),
+            "params_share": lambda groups, neurons: (
+                block_parameters(anatomy, groups, neurons).double() / dense_block_parameters(anatomy)
+            ),
+            "flops": partial(flops, anatomy, serving=serving),
+            "weight_bytes": partial(weight_bytes, anatomy, serving=serving),
+            "kv_bytes": partial(kv_bytes, anatomy, serving=serving),
+            **self.extra_costs,
+        }
+
+    def cost(self, name: str, X: Tensor) -> Tensor:
+        """A known cost, `batch_shape x d` levels -> `batch_shape`, float64."""
         levels = X.round().long()
         neurons = torch.tensor(self.widths["mlp"])[levels[..., self.num_layers :]]
-        return block_parameters(
-            self.anatomy, levels[..., : self.num_layers], neurons
-        ).double() / dense_block_parameters(self.anatomy)
+        return self.costs[name](levels[..., : self.num_layers], neurons).double()
+
+    def share(self, X: Tensor) -> Tensor:
+        """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
+        return self.cost("params_share", X)
 
     def legal(self, X: Tensor) -> Tensor:
-        """Which points may be evaluated: inside the bounds, big enough, with attention somewhere. `n x d` -> `n` booleans."""
+        """Which points may be evaluated: inside the bounds, big enough, within the limits, with attention somewhere.
+
+        `n x d` -> `n` booleans.
+        """
         inside = ((X >= self.bounds[0]) & (X <= self.bounds[1])).all(-1)
         clamped = X.clamp(self.bounds[0], self.bounds[1])
-        return inside & (clamped[..., : self.num_layers] > 0).any(-1) & (self.share(clamped) >= self.min_share)
+        attends = (clamped[..., : self.num_layers] > 0).any(-1)
+        return inside & attends & (self.share(clamped) >= self.min_share) & self.within_limits(clamped)
+
+    def within_limits(self, X: Tensor) -> Tensor:
+        """Which points inside the bounds keep all limits, `n x d` -> `n` booleans."""
+        kept = torch.ones(X.shape[:-1], dtype=torch.bool)
+        for name, limit in self.limits.items():
+            kept &= self.cost(name, X) <= limit
+        return kept
 
 
 def _default_step(intermediate_size: int) -> int:

@@ -26,7 +26,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmbo.errors import StorageError, first_line
-from llmbo.objectives import Objective
+from llmbo.objectives import Objective, feasible, measured_limits, parse_limits
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.architecture import Architecture
@@ -68,6 +68,7 @@ class TrialStore:
     def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
         self._study = study
         self._space = space
+        self._limits = _limits(study.user_attrs["settings"])
         self._names = list(space.names)
 
     @classmethod
@@ -200,7 +201,8 @@ class TrialStore:
     def _trial(self, frozen: FrozenTrial) -> Trial:
         units = [frozen.params[name] for name in self._names]
         layers = self._space.num_layers
-        return _trial(frozen, self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:]))))
+        x = self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:])))
+        return _trial(frozen, x, self._limits)
 
 
 def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial]] | None:
@@ -218,7 +220,7 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
         frozen = optuna.load_study(study_name=name, storage=url).get_trials(deepcopy=False)
     except _OPENING_ERRORS as error:
         raise _unusable(url, error) from error
-    return found[0], found[1], [_trial(trial, ()) for trial in frozen]
+    return found[0], found[1], [_trial(trial, (), _limits(found[0])) for trial in frozen]
 
 
 def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
@@ -274,17 +276,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
-def _trial(frozen: FrozenTrial, x: tuple[int, ...]) -> Trial:
+def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Limits on what is measured; every candidate keeps the others."""
+    return measured_limits(parse_limits(settings.get("maximum", ())))
+
+
+def _trial(frozen: FrozenTrial, x: tuple[int, ...], limits: Mapping[str, float]) -> Trial:
     values = dict(frozen.user_attrs.get("values", {}))
+    state = {"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING)
     return Trial(
         number=frozen.number,
         round=frozen.user_attrs["round"],
         x=x,
         origin=frozen.user_attrs["origin"],
-        state={"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING),
+        state=state,
         seconds=values.pop("seconds", None),
         values=values,
         failure=frozen.user_attrs.get("failure"),
+        feasible=state is not TrialState.COMPLETE or feasible(values, limits),
     )
 
 

@@ -37,6 +37,11 @@ class SearchProblem(Protocol):
     @property
     def dense(self) -> Mapping[str, float]: ...
 
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """Largest allowed values of what is measured; `space` knows the others."""
+        ...
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -97,6 +102,7 @@ class Strategy:
             "family": getattr(problem, self.family),
             "objectives": tuple(objectives),
             "dense": problem.dense,
+            "limits": problem.limits,
             "problem": problem,
             **self.fixed,
         }

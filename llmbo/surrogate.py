@@ -17,6 +17,7 @@ relevance determination (0.71), and deviations from the family smoothed along de
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from botorch.fit import fit_gpytorch_mll
@@ -32,19 +33,29 @@ from torch import Tensor
 from llmbo.family import ThresholdFamily
 from llmbo.gain import EPSILON, FamilyCurve
 
-SHARE = -1  # the feature column that holds the parameter share; the GP does not look at it
+SHARE = -1  # the feature column that holds the parameter share; the GP looks neither at it nor at other costs
 
 
 class Features:
-    """Points -> what the GP sees (`d` weighted levels) and, last, the parameter share."""
+    """Points -> what the GP sees (`d` weighted levels), known costs as shares of the dense model's, and the parameter share.
 
-    def __init__(self, family: ThresholdFamily) -> None:
+    Args:
+        costs: Names of known costs.
+    """
+
+    def __init__(self, family: ThresholdFamily, costs: Sequence[str] = ()) -> None:
         self.space = family.space
+        self.dense = {name: float(self.space.cost(name, self.space.bounds[1])) for name in costs}
         self._scale = (family.importance / family.importance.mean()).sqrt() / family.space.bounds[1]
 
     def __call__(self, X: Tensor) -> Tensor:
-        """`n x d` levels -> `n x (d + 1)` features."""
-        return torch.cat([X * self._scale, self.space.share(X).unsqueeze(-1)], dim=-1)
+        """`n x d` levels -> `n x (d + costs + 1)` features."""
+        costs = [self.space.cost(name, X) / dense for name, dense in self.dense.items()]
+        return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in (*costs, self.space.share(X)))], dim=-1)
+
+    def column(self, cost: str) -> int:
+        """Where a known cost stands."""
+        return self.space.d + list(self.dense).index(cost)
 
 
 def gains(values: Tensor, shares: Tensor, dense: float, curve: FamilyCurve) -> Tensor:
@@ -57,14 +68,14 @@ def quality_from_gain(gain: Tensor, share: Tensor, dense: float, curve: FamilyCu
     return dense + torch.exp(curve(share) - gain) - EPSILON
 
 
-def fit_surrogate(train_Z: Tensor, train_Y: Tensor) -> SingleTaskGP:
+def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int) -> SingleTaskGP:
     """Fit the GP of gains: RBF kernel, the lengthscale prior scaled with dimension (Hvarfner et al. 2024, arXiv:2402.02229).
 
     Args:
-        train_Z: `n x (d + 1)` features.
+        train_Z: `n x (d + costs + 1)` features.
         train_Y: `n x 1` gains.
+        d: Columns that the GP looks at.
     """
-    d = train_Z.shape[-1] - 1
     kernel = RBFKernel(
         active_dims=tuple(range(d)), lengthscale_prior=LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
     )

@@ -28,7 +28,10 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit."""
+    """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit.
+
+    `feasible`: within the limits on what is measured; known limits are kept by every candidate.
+    """
 
     number: int
     round: int
@@ -38,6 +41,7 @@ class Trial:
     values: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
     failure: str | None = None
+    feasible: bool = True
 
     @property
     def complete(self) -> bool:

@@ -160,12 +160,14 @@ class Anatomy(Sizes):
 
     Args:
         other_parameters: Parameters outside the decoder layers (embeddings, final norm, untied head).
+        attention_spans: Tokens that each layer's attention can see, or None for all.
     """
 
     family: Family
     attention: Block
     mlp: Block
     other_parameters: int
+    attention_spans: tuple[int | None, ...]
 
     @property
     def blocks(self) -> tuple[Block, Block]:
@@ -245,6 +247,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         attention=attention,
         mlp=mlp,
         other_parameters=_count(model) - len(layers) * per_layer,
+        attention_spans=_attention_spans(model.config, len(layers)),
     )
 
 
@@ -296,6 +299,13 @@ def _check_widths(places: Places, layers: list[nn.Module], inputs: Mapping[str, 
                     f"Layer {index} has {found} {('rows', 'columns')[axis]} in '{name}' where the config says {width}: "
                     "layers of unequal size, or a model that is pruned already."
                 )
+
+
+def _attention_spans(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:
+    """Sliding windows by layer; without `layer_types` one window holds for all."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _module(places: Places, layer: nn.Module) -> nn.Module:

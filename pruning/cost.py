@@ -1,4 +1,8 @@
-"""What an architecture costs, by arithmetic alone. Exact, so the search never models it."""
+"""What an architecture costs, by arithmetic alone. Exact, so the search never models it.
+
+Many architectures at once: `kv_groups` and `neurons` are `batch_shape x num_layers` counts of kept units, results are
+`batch_shape` tensors of int64.
+"""
 
 from dataclasses import dataclass
 
@@ -10,6 +14,21 @@ from pruning.architecture import Architecture
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How a model will be used.
+
+    Args:
+        context: Tokens that a new token attends to, itself included.
+        sequences: Sequences served at a time.
+        bytes_per_value: Of weights and KV cache, 2 for bfloat16.
+    """
+
+    context: int = 2048
+    sequences: int = 1
+    bytes_per_value: int = 2
+
+
+@dataclass(frozen=True)
 class Cost:
     """Costs of one architecture.
 
@@ -17,29 +36,21 @@ class Cost:
         parameters: All parameters, embeddings and head included.
         block_parameters: Parameters of the decoder layers, the only ones that pruning can remove.
         share: `block_parameters` as a share of the dense model's.
-        flops_per_token: Multiply-adds counted twice, for one token without the part of attention that grows with context.
-        kv_bytes_per_token: KV cache per token at `bytes_per_value`.
-        weight_bytes: Weights at `bytes_per_value`.
+        flops: For one token of one sequence, see `flops`.
+        kv_bytes: KV cache of all sequences.
+        weight_bytes: Weights.
     """
 
     parameters: int
     block_parameters: int
     share: float
-    flops_per_token: int
-    kv_bytes_per_token: int
+    flops: int
+    kv_bytes: int
     weight_bytes: int
 
 
 def block_parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor) -> Tensor:
-    """Parameters of the decoder layers for many architectures at once.
-
-    Args:
-        kv_groups: `batch_shape x num_layers` KV groups kept.
-        neurons: `batch_shape x num_layers` neurons kept.
-
-    Returns:
-        A `batch_shape` tensor of int64.
-    """
+    """Parameters of the decoder layers."""
     total = torch.zeros((), dtype=torch.int64)
     for block, units in ((anatomy.attention, kv_groups), (anatomy.mlp, neurons)):
         units = units.to(torch.int64)
@@ -54,16 +65,43 @@ def dense_block_parameters(anatomy: Anatomy) -> int:
     )
 
 
-def cost_of(anatomy: Anatomy, architecture: Architecture, bytes_per_value: int = 2) -> Cost:
-    """Count the costs of `architecture`; `bytes_per_value` is 2 for bfloat16."""
-    blocks = int(block_parameters(anatomy, torch.tensor(architecture.kv_groups), torch.tensor(architecture.neurons)))
-    parameters = anatomy.other_parameters + blocks
-    matmul = blocks + anatomy.vocab_size * anatomy.hidden_size  # the head multiplies even when its weights are tied
+def flops(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
+    """Floating-point operations for one token: two per weight of blocks and head, four per query feature and attended token.
+
+    Norms, softmax and activation functions are left out, as is usual.
+    """
+    weights = block_parameters(anatomy, kv_groups, neurons) + anatomy.vocab_size * anatomy.hidden_size
+    attended = kv_groups.to(torch.int64) * anatomy.queries_per_group * _seen(anatomy, serving.context)
+    return 2 * weights + 4 * anatomy.head_dim * attended.sum(-1)
+
+
+def kv_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
+    """Bytes of the KV cache; layers with a sliding window keep no more than that."""
+    held = (kv_groups.to(torch.int64) * _seen(anatomy, serving.context)).sum(-1)
+    return 2 * anatomy.head_dim * serving.sequences * serving.bytes_per_value * held
+
+
+def weight_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
+    """Bytes of all weights."""
+    return (anatomy.other_parameters + block_parameters(anatomy, kv_groups, neurons)) * serving.bytes_per_value
+
+
+def cost_of(anatomy: Anatomy, architecture: Architecture, serving: Serving | None = None) -> Cost:
+    """Count the costs of `architecture`."""
+    units = torch.tensor(architecture.kv_groups), torch.tensor(architecture.neurons)
+    serving = serving or Serving()
+    blocks = int(block_parameters(anatomy, *units))
     return Cost(
-        parameters=parameters,
+        parameters=anatomy.other_parameters + blocks,
         block_parameters=blocks,
         share=blocks / dense_block_parameters(anatomy),
-        flops_per_token=2 * matmul,
-        kv_bytes_per_token=2 * sum(architecture.kv_groups) * anatomy.head_dim * bytes_per_value,
-        weight_bytes=parameters * bytes_per_value,
+        flops=int(flops(anatomy, *units, serving)),
+        kv_bytes=int(kv_bytes(anatomy, *units, serving)),
+        weight_bytes=int(weight_bytes(anatomy, *units, serving)),
     )
+
+
+def _seen(anatomy: Anatomy, context: int) -> Tensor:
+    """Tokens that each layer attends to, `num_layers`."""
+    spans = [context if span is None else min(context, span) for span in anatomy.attention_spans]
+    return torch.tensor(spans, dtype=torch.int64)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmbo.family import ThresholdFamily
 from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, to_maximize
+from llmbo.objectives import Objective, outcomes
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.types import Trial
@@ -69,6 +69,7 @@ class Setting:
     statistics: LayerStatistics | None
     level: str
     budget: int
+    limits: Mapping[str, float] = field(default_factory=dict)  # on what is measured; `space` knows the others
 
     @property
     def space(self) -> SearchSpace:
@@ -105,7 +106,7 @@ class Context:
     @cached_property
     def front(self) -> list[Trial]:
         """Non-dominated trials, smallest first."""
-        rows = pareto_front(to_maximize([trial.values for trial in self.complete], self.setting.objectives))
+        rows = pareto_front(outcomes(self.complete, self.setting.objectives))
         return sorted((self.complete[row] for row in rows), key=lambda trial: trial.values["params_share"])
 
     @property

@@ -125,6 +125,8 @@ def _variables(question: Question) -> dict[str, Any]:
         "last_layer": space.num_layers - 1,
         "quality": setting.quality.name if setting.level != "none" else "y",
         "quality_unit": setting.quality.unit,
+        "costs": [o.name for o in setting.objectives if o.name not in (setting.quality.name, "params_share")],
+        "limits": [f"{name} <= {limit:g}" for name, limit in {**space.limits, **setting.limits}.items()],
         "noise": None
         if context.marginals is None or context.marginals.noise is None
         else f"{context.marginals.noise:.4f}",

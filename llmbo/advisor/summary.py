@@ -8,7 +8,7 @@ from llmbo.advisor.ledger import Consultation, Ledger
 from llmbo.advisor.parts import AdvisorPart, DirectionGainPart, FilterPart, HookPart, OutcomesPart, ProbePart
 from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
 from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.objectives import Objective, outcomes, ref_point
 from llmbo.pareto import hypervolume_trace
 from llmbo.types import Trial
 
@@ -55,7 +55,7 @@ def _hypervolume_added(trials: Sequence[Trial], objectives: Sequence[Objective])
     complete = [trial for trial in trials if trial.complete]
     trace = [
         0.0,
-        *hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives)),
+        *hypervolume_trace(outcomes(complete, objectives), ref_point(objectives)),
     ]
     return {trial.number: after - before for trial, before, after in zip(complete, trace, trace[1:], strict=False)}
 

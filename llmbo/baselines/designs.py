@@ -44,7 +44,8 @@ class ThresholdProposer:
         known = [member for member, x in enumerate(rows) if x in taken]
         proposals: list[Proposal] = []
         while len(proposals) < q and len(known) < len(rows):
-            member = 0 if known[0] > 0 else self._between(known, height)
+            ends = [end for end in (0, len(rows) - 1) if end not in known]
+            member = ends[0] if ends else self._between(known, height)
             known = sorted([*known, member])
             proposals.append(Proposal(rows[member], self.origin))
         return proposals

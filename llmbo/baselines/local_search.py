@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmbo.baselines.designs import attempts, fresh, topped_up
-from llmbo.objectives import Objective, to_maximize
+from llmbo.objectives import Objective, outcomes
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial
@@ -24,7 +24,7 @@ class LocalSearchProposer:
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         complete = [trial for trial in trials if trial.complete]
-        front = pareto_front(to_maximize([trial.values for trial in complete], self.objectives))
+        front = pareto_front(outcomes(complete, self.objectives)) or range(len(complete))  # while none keeps the limits
         points = torch.tensor([complete[index].x for index in front])
         found = fresh(self._neighbours(points, q, seed), trials, q, self.space, "local-search")
         return topped_up(found, trials, q, self.space, seed)

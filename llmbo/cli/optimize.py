@@ -31,11 +31,22 @@ def optimize(
         ),
     ] = False,
     objectives: Annotated[
-        str, typer.Option(help="Quality and size, e.g. kl,params_share or loss,params.")
+        str,
+        typer.Option(
+            help="Two or three of kl, loss (measured) and params, params_share, flops, weight_bytes, kv_bytes (counted)."
+        ),
     ] = "kl,params_share",
     reference_point: Annotated[
         str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")
     ] = None,
+    maximum: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max", metavar="NAME=VALUE", help="Limit on any objective, e.g. params_share=0.6; may be repeated."
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that flops and kv_bytes are counted for.")] = 2048,
+    serve_batch: Annotated[int, typer.Option(help="Sequences at a time that kv_bytes is counted for.")] = 1,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
     text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
     min_share: Annotated[
@@ -97,6 +108,9 @@ def optimize(
             strategy=_tied(strategy) if uniform else strategy,
             objectives=tuple(split_list(objectives)),
             reference_point=numbers("--reference-point", reference_point),
+            maximum=tuple(maximum or ()),
+            context=context,
+            serve_batch=serve_batch,
             compensation=compensation,
             text=text,
             min_share=min_share,

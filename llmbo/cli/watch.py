@@ -53,7 +53,7 @@ def _own_database(run: str) -> tuple[str, str]:
 def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
     """The run at each look, the last one complete. Waits for a run that has not begun to search."""
     from llmbo.dashboard import Progress, Snapshot
-    from llmbo.objectives import build_objectives
+    from llmbo.objectives import build_objectives, parse_limits
     from llmbo.storage import follow_run
 
     start, at_first = time.monotonic(), -1
@@ -73,7 +73,8 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
             len(trials) - len(running),
             facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
         )
-        objectives = build_objectives(settings["objectives"], dense, nothing, settings["reference_point"])
+        limits = parse_limits(settings["maximum"])
+        objectives = build_objectives(settings["objectives"], dense, nothing, settings["reference_point"], limits)
         at_first = finished if at_first < 0 else at_first
         ours = finished - at_first
         complete = finished >= budget > 0 and _complete(facts, budget)

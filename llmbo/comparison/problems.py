@@ -103,7 +103,7 @@ def opened(
         measure = _stored(problem.proxy, problem.space, store, proxy_key)
         _check(measure, problem.proxy, problem.family.at(CHECK_SHARE), store, proxy_key)
         reference = run.reference_point or _reference(run.objectives, problem.dense, margin)
-        objectives = build_objectives(run.objectives, problem.dense, smallest, reference)
+        objectives = build_objectives(run.objectives, problem.dense, smallest, reference, run.limits)
         judge, judged = None, tuple[Objective, ...]()
         if heldout:
             with phases.phase("dense model, held-out windows"):

@@ -223,6 +223,10 @@ class RecordedSearch:
         return self.recording.taylor_family
 
     @cached_property
+    def limits(self) -> dict[str, float]:
+        return {}
+
+    @cached_property
     def dense(self) -> dict[str, float]:
         return {name: value for name, value in self.recording.dense.items() if not name.startswith("heldout")}
 

@@ -14,7 +14,7 @@ from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.store import EvaluationStore, Round
 from llmbo.errors import StrategyError
 from llmbo.loop import SEEDS_PER_RUN
-from llmbo.objectives import ref_point, to_maximize
+from llmbo.objectives import feasible, outcomes, ref_point, to_maximize
 from llmbo.pareto import hypervolume, hypervolume_trace
 from llmbo.report import front_of
 from llmbo.strategies import strategy_of
@@ -104,8 +104,8 @@ def run_arm(
             spent += trials[-1].seconds or 0.0
             seconds.append(spent)
             watcher.on_evaluation(arm, seed, len(trials))
-    values = [trial.values for trial in trials if trial.complete]
-    trace = iter(hypervolume_trace(to_maximize(values, problem.objectives), ref_point(problem.objectives)))
+    complete = [trial for trial in trials if trial.complete]
+    trace = iter(hypervolume_trace(outcomes(complete, problem.objectives), ref_point(problem.objectives)))
     last, full = 0.0, list[float]()
     for trial in trials:
         last = next(trace) if trial.complete else last
@@ -176,6 +176,7 @@ def _evaluated(proposal: Proposal, number: int, round_number: int, problem: Open
         TrialState.COMPLETE if complete else TrialState.FAILED,
         evaluation.values if complete else {},
         evaluation.seconds,
+        feasible=complete and feasible(evaluation.values, problem.search.limits),
     )
 
 

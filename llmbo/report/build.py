@@ -9,10 +9,11 @@ from typing import Any
 
 from llmbo.advisor.parts import AdvisorPart
 from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.objectives import KINDS, Objective, outcomes, parse_limits, ref_point
 from llmbo.pareto import hypervolume_trace, pareto_front
 from llmbo.report.schema import (
     ArchitecturePart,
+    ConstraintPart,
     FrontPoint,
     HypervolumePart,
     ObjectivePart,
@@ -28,9 +29,9 @@ PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """The non-dominated complete trials, smallest first."""
+    """The non-dominated complete trials within the limits, smallest first."""
     complete = [trial for trial in trials if trial.complete]
-    front = [complete[index] for index in pareto_front(to_maximize([trial.values for trial in complete], objectives))]
+    front = [complete[index] for index in pareto_front(outcomes(complete, objectives))]
     return sorted(front, key=lambda trial: (trial.values["params"], trial.number))
 
 
@@ -53,7 +54,7 @@ def build_report(
     complete = [trial for trial in trials if trial.complete]
     quality = next(objective for objective in objectives if not objective.known)
     gains = trial_gains(trials, quality, facts["dense"])
-    trace = hypervolume_trace(to_maximize([trial.values for trial in complete], objectives), ref_point(objectives))
+    trace = hypervolume_trace(outcomes(complete, objectives), ref_point(objectives))
     return Report(
         run=facts["run"],
         model=facts["model"],
@@ -74,6 +75,10 @@ def build_report(
             )
             for objective in objectives
         ],
+        constraints=[
+            ConstraintPart(name=name, unit=KINDS[name].unit, maximum=limit, known=KINDS[name].known)
+            for name, limit in parse_limits(facts["run"]["settings"].get("maximum", ())).items()
+        ],
         dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),
         trials=[
             TrialPart(
@@ -86,6 +91,7 @@ def build_report(
                 seconds=trial.seconds,
                 failure=trial.failure,
                 gain=gains.get(trial.number),
+                feasible=trial.feasible,
             )
             for trial in trials
         ],

@@ -31,7 +31,10 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
         Objective(part["name"], part["unit"], part["known"], reference[part["name"]], part["direction"] == "maximize")
         for part in reports[0]["objectives"]
     ]
-    complete = [[trial for trial in report["trials"] if trial["state"] == "complete"] for report in reports]
+    complete = [
+        [trial for trial in report["trials"] if trial["state"] == "complete" and trial.get("feasible", True)]
+        for report in reports
+    ]
     gains = [to_maximize([trial["objectives"] for trial in trials], objectives) for trials in complete]
     all_of_them = [(run, trial) for run, trials in enumerate(complete) for trial in trials]
     joined = to_maximize([trial["objectives"] for _, trial in all_of_them], objectives)

@@ -46,8 +46,11 @@ def _plot(report: Report, axes: Any) -> None:
         style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
         label = _plain(f"{origin} ({len(values)})")
         axes.scatter(*columns(values), s=18, alpha=0.6, linewidths=0, label=label, **style)
-    front = [point.objectives for point in report.front]
-    axes.step(*columns(front), where="post", color="black", lw=1.2, label="front, proxy windows")
+    front = sorted((point.objectives for point in report.front), key=lambda values: getattr(values, size.name))
+    if len(report.objectives) == 2:
+        axes.step(*columns(front), where="post", color="black", lw=1.2, label="front, proxy windows")
+    else:  # of a surface one sees two axes only
+        axes.plot(*columns(front), "o", color="black", mfc="none", ms=6, label="front, proxy windows")
     if seen := [point.heldout for point in report.front if point.heldout]:
         axes.plot(*columns(seen), "x", color="#D55E00", ms=5, label="front, held-out windows")
     axes.plot(*columns([report.dense.objectives]), "*", color="black", ms=11, label="dense model")
@@ -55,6 +58,13 @@ def _plot(report: Report, axes: Any) -> None:
     axes.set_title(_plain(f"{report.model.name}: {len(report.trials)} trials"))
     if quality.direction == "minimize":
         axes.set_ylim(top=1.15 * quality.reference_point)
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+    for constraint in report.constraints:  # what lies beyond a limit
+        shade: dict[str, Any] = {"color": "gray", "alpha": 0.15, "lw": 0, "zorder": 0}
+        if constraint.name == size.name and constraint.maximum < right:
+            axes.axvspan(constraint.maximum, right, **shade)
+        if constraint.name == quality.name and constraint.maximum < top:
+            axes.axhspan(constraint.maximum, top, **shade)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 

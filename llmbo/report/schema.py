@@ -79,19 +79,34 @@ class ObjectivePart(_Part):
     known: bool
 
 
+class ConstraintPart(_Part):
+    """A limit: `known` ones were kept by every candidate, of the others each trial says whether it is `feasible`."""
+
+    name: str
+    unit: str
+    maximum: float
+    known: bool
+
+
 class ArchitecturePart(_Part):
     kv_groups: list[int]
     neurons: list[int]
 
 
 class Values(_Part):
-    """`kl` and `loss` in nats per token; `params` of the whole model; `params_share` of the decoder blocks."""
+    """`kl` and `loss` in nats per token; `params` of the whole model; `params_share` of the decoder blocks.
+
+    `flops` per token and `kv_bytes` at the context and batch that the settings name; `weight_bytes` and `kv_bytes` at 2 bytes a value.
+    """
 
     kl: float
     loss: float
     perplexity: float
     params: int
     params_share: float
+    flops: int
+    weight_bytes: int
+    kv_bytes: int
 
 
 class TrialPart(_Part):
@@ -106,6 +121,7 @@ class TrialPart(_Part):
     seconds: float | None
     failure: str | None
     gain: float | None = None
+    feasible: bool = True
 
 
 class FrontPoint(_Part):
@@ -142,6 +158,7 @@ class Report(_Part):
     data: DataPart
     space: SpacePart
     objectives: list[ObjectivePart]
+    constraints: list[ConstraintPart] = []
     dense: FrontPoint
     trials: list[TrialPart]
     front: list[FrontPoint]

@@ -9,7 +9,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +27,7 @@ from llmbo.advisor.roles import Question
 from llmbo.cli import app
 from llmbo.evaluate import known_values
 from llmbo.family import ThresholdFamily
-from llmbo.objectives import Objective, build_objectives
+from llmbo.objectives import Objective, build_objectives, feasible
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
@@ -48,6 +48,7 @@ class Toy:
     importance: Importance
     names: tuple[str, ...] = ("kl", "params_share")
     reference_point: tuple[float, ...] | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> ThresholdFamily:
@@ -70,7 +71,7 @@ class Toy:
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
         return build_objectives(
-            self.names, self.dense, known_values(self.space, self.family.at(0.0)), self.reference_point
+            self.names, self.dense, known_values(self.space, self.family.at(0.0)), self.reference_point, self.limits
         )
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
@@ -87,7 +88,8 @@ class Toy:
 
     def trial(self, number: int, proposal: Proposal, round: int = 0, state: TrialState = TrialState.COMPLETE) -> Trial:
         values = self.evaluate(proposal.x) if state is TrialState.COMPLETE else {}
-        return Trial(number, round, proposal.x, proposal.origin, state, values, 0.0)
+        kept = not values or feasible(values, self.limits)
+        return Trial(number, round, proposal.x, proposal.origin, state, values, 0.0, feasible=kept)
 
     def trials(self, points: Iterable[tuple[int, ...]], origin: str = "threshold") -> list[Trial]:
         """The points as complete trials."""

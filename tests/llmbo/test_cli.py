@@ -1,5 +1,6 @@
 """The main job from the outside: exit codes, messages, files."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -97,6 +98,31 @@ def test_every_strategy_and_objective_order(llmbo: Any, strategy: str, objective
     assert {trial["origin"] for trial in data["trials"]} == {strategy}
 
 
+def test_three_objectives_within_limits(llmbo: Any) -> None:
+    """A counted limit is kept by every candidate, a measured one by the front; the report says which are which."""
+    free = llmbo(budget=8, objectives="kl,params_share", name="free")
+    assert free.exit_code == 0, free.output
+    kls = sorted(trial["objectives"]["kl"] for trial in llmbo.report("free")["trials"])
+    words = llmbo.flags(budget=18, objectives="kl,params_share,kv_bytes", context=32, serve_batch=3)
+    words += ["--max", "params_share=0.8", "--max", f"kl={kls[2]}"]
+    with contextlib.chdir(llmbo.folder):
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    data = llmbo.report()
+    check_complete(data, 18)
+    assert [(part["name"], part["known"]) for part in data["constraints"]] == [("params_share", True), ("kl", False)]
+    assert [part["name"] for part in data["objectives"]] == ["kl", "params_share", "kv_bytes"]
+    assert [part["reference_point"] for part in data["objectives"][:2]] == [kls[2], 0.8]
+    values = [trial["objectives"] for trial in data["trials"]]
+    assert all(value["params_share"] <= 0.8 for value in values)
+    assert [trial["feasible"] for trial in data["trials"]] == [value["kl"] <= kls[2] for value in values]
+    assert all(point["objectives"]["kl"] <= kls[2] for point in data["front"])
+    assert {trial["origin"] for trial in data["trials"]} == {"threshold", "qnehvi"}
+    groups = data["dense"]["architecture"]["kv_groups"]
+    head_dim = data["model"]["head_dim"]
+    assert data["dense"]["objectives"]["kv_bytes"] == 2 * sum(groups) * head_dim * 32 * 3 * 2
+
+
 def test_the_database_can_be_elsewhere_and_shared(llmbo: Any) -> None:
     url = f"sqlite:///{llmbo.folder / 'shared.db'}"
     for name in ("a", "b"):
@@ -179,7 +205,13 @@ BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "text too short for the windows": ({"calibration_tokens": 1600}, ("1200 tokens", "1728 are needed")),
     "unknown objective": ({"objectives": "kl,speed"}, ("'speed'", "params_share")),
     "one objective": ({"objectives": "kl"}, ("--objectives",)),
-    "three objectives": ({"objectives": "kl,loss,params"}, ("kl,loss,params",)),
+    "no cost": ({"objectives": "kl,loss"}, ("kl,loss", "one cost")),
+    "four objectives": ({"objectives": "kl,loss,params,flops"}, ("kl,loss,params,flops",)),
+    "limit without value": ({"max": "params_share"}, ("--max", "'params_share'")),
+    "limit below the smallest share": ({"max": "params_share=0.3"}, ("--max params_share=0.3", "--min-share 0.4")),
+    "limit that no model keeps": ({"max": "weight_bytes=10"}, ("weight_bytes <= 10", "raise --max")),
+    "limit that no candidate keeps": ({"max": "loss=0.1"}, ("--max loss=0.1", "dense model")),
+    "context": ({"context": 0}, ("--context", "0")),
     "impossible reference": ({"reference_point": "0,1"}, ("--reference-point", "kl")),
     "reference worse than dense": (
         {"objectives": "loss,params_share", "reference_point": "0.01,1"},
@@ -215,7 +247,7 @@ def test_bad_input_is_one_line_and_touches_nothing(llmbo: Any, kind: str, t5_fol
 @pytest.mark.parametrize(
     "kind",
     [
-        "three objectives",
+        "four objectives",
         "impossible reference",
         "short text",
         "reference worse than dense",

@@ -36,7 +36,7 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
             target.kl, abs=1e-4
         )
         assert values["perplexity"] == pytest.approx(torch.tensor(target.loss).exp().item(), rel=1e-3)
-        assert {name: values[name] for name in ("params", "params_share")} == known_values(space, x)
+        assert {name: values[name] for name in space.costs} == known_values(space, x)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-5) and found[0]["params_share"] == 1
     assert found[0]["params"] == sum(p.numel() for p in model.parameters())
     assert found[1]["kl"] > 0.01 and found[2]["kl"] > 0.01

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,3 +153,13 @@ def test_interpolation_meets_its_rows_and_stops_at_the_ends() -> None:
     torch.testing.assert_close(found, torch.tensor(expected).double())
     alone = interpolated(shares[:1], path[:1], torch.tensor([0.1, 0.9]).double())
     torch.testing.assert_close(alone, path[:1].expand(2, 2))
+
+
+def test_under_limits_the_family_goes_on_with_what_they_leave(make_toy: Callable[..., Any]) -> None:
+    """Nested, within every limit, and near to those that bind: a limit on the KV cache does not stop MLPs from growing."""
+    toy = make_toy()
+    limits = {"kv_bytes": 0.6 * toy.dense["kv_bytes"]}
+    limited = replace(toy, space=replace(toy.space, limits=limits)).family
+    assert (limited.path.diff(dim=0).sum(-1) >= 1).all() and (limited.path.diff(dim=0) >= 0).all()
+    assert (toy.space.cost("kv_bytes", limited.path) <= limits["kv_bytes"]).all()
+    assert (limited.path[-1, toy.space.num_layers :] == toy.space.bounds[1, toy.space.num_layers :]).all()

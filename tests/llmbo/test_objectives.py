@@ -6,10 +6,33 @@ import pytest
 import torch
 
 from llmbo.errors import ConfigError
-from llmbo.objectives import OBJECTIVES, Objective, build_objectives, check_objectives, ref_point, to_maximize
+from llmbo.objectives import (
+    KINDS,
+    OBJECTIVES,
+    Objective,
+    build_objectives,
+    check_objectives,
+    feasible,
+    known_limits,
+    measured_limits,
+    outcomes,
+    parse_limits,
+    ref_point,
+    to_maximize,
+)  # fmt: skip
+from llmbo.types import Trial, TrialState
 
-DENSE = {"kl": 0.0, "loss": 3.5, "perplexity": 33.0, "params": 1000.0, "params_share": 1.0}
-SMALLEST = {"params": 400.0, "params_share": 0.4}
+DENSE = {
+    "kl": 0.0,
+    "loss": 3.5,
+    "perplexity": 33.0,
+    "params": 1000.0,
+    "params_share": 1.0,
+    "flops": 5000.0,
+    "weight_bytes": 2000.0,
+    "kv_bytes": 100.0,
+}
+SMALLEST = {"params": 400.0, "params_share": 0.4, "flops": 2000.0, "weight_bytes": 800.0, "kv_bytes": 50.0}
 PAIRS = [(quality, size) for quality in ("kl", "loss") for size in ("params", "params_share")]
 
 
@@ -44,11 +67,12 @@ def test_the_given_reference_point_is_kept() -> None:
     ("names", "reference", "message"),
     [
         (("kl", "speed"), None, "'speed'.*kl, loss, params, params_share"),
-        (("kl", "kl"), None, "two different"),
-        (("kl",), None, "two different"),
-        ((), None, "two different"),
-        (("kl", "loss"), None, "exactly one size"),
-        (("params", "params_share"), None, "exactly one size"),
+        (("kl", "kl"), None, "two or three different"),
+        (("kl",), None, "two or three different"),
+        ((), None, "two or three different"),
+        (("kl", "loss"), None, "at least one cost"),
+        (("params", "params_share"), None, "at least one quality"),
+        (("kl", "loss", "params", "flops"), None, "two or three different"),
         (("kl", "params"), (1.0,), "one number per objective.*got 1"),
         (("kl", "params"), (1.0, 2.0, 3.0), "one number per objective.*got 3"),
         (("kl", "params"), (0.0, 500.0), "kl is 0"),
@@ -84,5 +108,42 @@ def test_a_reference_point_that_nobody_beats_is_refused_with_the_best_value(
 
 def test_every_known_name_can_be_asked_for() -> None:
     for name in OBJECTIVES:
-        partner = "kl" if name.startswith("params") else "params"
+        partner = "kl" if KINDS[name].known else "params"
         check_objectives((name, partner), None)
+
+
+def test_limits_are_told_apart_by_how_they_are_kept() -> None:
+    limits = parse_limits(["params_share=0.6", "kl=0.5", "kv_bytes=1e6"])
+    assert known_limits(limits) == {"params_share": 0.6, "kv_bytes": 1e6} and measured_limits(limits) == {"kl": 0.5}
+    assert feasible({"kl": 0.5}, {"kl": 0.5}) and not feasible({"kl": 0.51}, {"kl": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["params_share"], "NAME=VALUE.*'params_share'"),
+        (["params_share=small"], "NAME=VALUE.*'params_share=small'"),
+        (["params_share=0"], "above 0"),
+        (["kl=nan"], "above 0"),
+        (["parms=3"], "'parms': did you mean params"),
+        (["kl=1", "kl=2"], "kl is given twice"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_limits(words)
+
+
+def test_a_limit_bounds_the_reference_point() -> None:
+    objectives = build_objectives(("kl", "params_share"), DENSE, SMALLEST, (1.2, 1.0), {"params_share": 0.6, "kl": 2.0})
+    assert [objective.reference for objective in objectives] == [1.2, 0.6]
+    with pytest.raises(ConfigError, match=r"--max params_share is 0\.3, but the smallest legal model has 0.4"):
+        build_objectives(("kl", "params_share"), DENSE, SMALLEST, None, {"params_share": 0.3})
+
+
+def test_what_breaks_a_limit_counts_for_nothing() -> None:
+    objectives = build_objectives(("kl", "params"), DENSE, SMALLEST)
+    values = {"kl": 0.1, "params": 500.0}
+    trials = [Trial(n, 0, (), "x", TrialState.COMPLETE, values, feasible=n == 1) for n in range(2)]
+    Y = outcomes(trials, objectives)
+    assert (Y[0] == -math.inf).all() and (Y[1] > ref_point(objectives)).all()

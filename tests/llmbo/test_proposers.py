@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from llmbo.acquisition import QNehviProposer
 from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.config import STRATEGIES
-from llmbo.errors import ConfigError
-from llmbo.objectives import Objective, ref_point, to_maximize
+from llmbo.objectives import Objective, feasible, outcomes, ref_point, to_maximize
 from llmbo.pareto import hypervolume
 from llmbo.strategies import TABLE
 from llmbo.types import Proposal, Proposer, Trial, TrialState
@@ -179,7 +179,7 @@ def run(proposer: Proposer, toy: Any, budget: int, q: int = 4, seed: int = 0) ->
     trials: list[Trial] = []
     while len(trials) < budget:
         proposals = proposer.propose(trials, min(q, budget - len(trials)), 1000 * seed + len(trials))
-        assert proposals
+        assert proposals, f"nothing left after {len(trials)} trials"
         trials += [toy.trial(len(trials) + n, proposal) for n, proposal in enumerate(proposals)]
     return trials
 
@@ -248,7 +248,42 @@ def test_qnehvi_thinks_alike_in_shares_and_in_parameters(toy: Any) -> None:
     assert PROPOSERS["qnehvi"](parameters).propose(trials, 1, 0) == PROPOSERS["qnehvi"](toy).propose(trials, 1, 0)
 
 
-@pytest.mark.parametrize("names", [("kl", "loss", "params"), ("params", "params_share")])
-def test_qnehvi_refuses_objectives_it_cannot_optimise(toy: Any, names: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="qnehvi"):
-        QNehviProposer(toy.family, toy.with_objectives(*names).objectives, toy.dense)
+@pytest.mark.parametrize(
+    "names", [("kl", "params_share", "kv_bytes"), ("flops", "loss"), ("kl", "loss", "weight_bytes")]
+)
+def test_qnehvi_takes_any_two_or_three_objectives(toy: Any, names: tuple[str, ...]) -> None:
+    """On the same trials it proposes what brings more hypervolume in these terms than random points do."""
+    goal = toy.with_objectives(*names)
+    trials = history(goal)["family and search"]
+    proposals = PROPOSERS["qnehvi"](goal).propose(trials, 4, 0)
+
+    def volume(points: Sequence[tuple[int, ...]]) -> float:
+        return hypervolume(outcomes([*trials, *goal.trials(points)], goal.objectives), ref_point(goal.objectives))
+
+    rivals = [volume(goal.random_points(4, seed)) for seed in range(10)]
+    assert volume([proposal.x for proposal in proposals]) > max(rivals)
+
+
+@pytest.mark.parametrize("strategy", list(PROPOSERS))
+def test_known_limits_are_kept_by_every_strategy(make_toy: Callable[..., Any], strategy: str) -> None:
+    toy = make_toy()
+    limits = {"params_share": 0.75, "kv_bytes": 0.9 * toy.dense["kv_bytes"]}
+    toy = replace(toy, space=replace(toy.space, limits=limits))
+    proposer, trials = PROPOSERS[strategy](toy), list[Trial]()
+    while proposals := proposer.propose(trials, 4, len(trials))[: 20 - len(trials)]:
+        trials += [toy.trial(len(trials) + n, proposal) for n, proposal in enumerate(proposals)]
+    assert len(trials) > 9
+    assert all(trial.values[name] <= limit for trial in trials for name, limit in limits.items())
+
+
+@pytest.mark.parametrize("names", [("kl", "params_share"), ("loss", "params_share")])
+def test_qnehvi_keeps_measured_limits_once_it_has_learnt_them(toy: Any, names: tuple[str, str]) -> None:
+    """A limit on kl, which is an objective in one case and nothing but a limit in the other."""
+    goal = toy.with_objectives(*names)
+    goal = replace(goal, limits={"kl": 0.4 * max(trial.values["kl"] for trial in history(toy)["family and search"])})
+    proposer = QNehviProposer(goal.family, goal.objectives, goal.dense, num_initial=7, limits=goal.limits)
+    trials = run(proposer, goal, 27)
+    assert not all(trial.feasible for trial in trials[:7])
+    assert sum(trial.feasible for trial in trials[7:]) >= 18, [trial.values["kl"] for trial in trials]
+    free = run(QNehviProposer(toy.family, toy.with_objectives(*names).objectives, toy.dense, num_initial=7), toy, 27)
+    assert sum(feasible(trial.values, goal.limits) for trial in free[7:]) < 18

@@ -78,6 +78,17 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     torch.testing.assert_close(Z[:, :-1], X / X[0] * weights, rtol=1e-9, atol=1e-12)
 
 
+def test_costs_are_columns_in_shares_of_the_dense_models(toy: Any) -> None:
+    X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
+    features = Features(toy.family, ["flops", "kv_bytes"])
+    Z = features(X)
+    assert Z.shape == (11, toy.space.d + 3)
+    for name in ("flops", "kv_bytes"):
+        torch.testing.assert_close(Z[:, features.column(name)] * features.dense[name], toy.space.cost(name, X))
+    torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
+    assert (Z[0, toy.space.d :] == 1).all()
+
+
 def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:
     points = [*(tuple(row) for row in toy.family.path[:-1:3].int().tolist()), *toy.random_points(50, 1)]
     trials = toy.trials(points)
@@ -86,16 +97,16 @@ def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:
     members = len(points) - 50
     curve = FamilyCurve.through(toy.space.share(X[:members]), values[:members])
     Z, Y = Features(toy.family)(X), gains(values, toy.space.share(X), 0.0, curve)
-    gp = fit_surrogate(Z[:-15], Y[:-15, None])
+    gp = fit_surrogate(Z[:-15], Y[:-15, None], toy.space.d)
     with torch.no_grad():
         predicted = gp.posterior(Z[-15:]).mean.squeeze(-1)
     assert (predicted - Y[-15:]).square().mean() < 0.5 * Y[-15:].var()
 
 
-def test_the_gp_does_not_look_at_the_share(toy: Any) -> None:
-    Z = Features(toy.family)(torch.tensor(toy.random_points(12, 0), dtype=torch.float64))
-    gp = fit_surrogate(Z, torch.sin(3 * Z[:, :1]))
+def test_the_gp_does_not_look_at_costs(toy: Any) -> None:
+    Z = Features(toy.family, ["flops"])(torch.tensor(toy.random_points(12, 0), dtype=torch.float64))
+    gp = fit_surrogate(Z, torch.sin(3 * Z[:, :1]), toy.space.d)
     moved = Z.clone()
-    moved[:, SHARE] = 0
+    moved[:, toy.space.d :] = 0
     with torch.no_grad():
         torch.testing.assert_close(gp.posterior(moved).mean, gp.posterior(Z).mean, rtol=0, atol=0)

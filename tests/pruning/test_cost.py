@@ -1,14 +1,17 @@
 """Costs by arithmetic equal costs counted on the shrunk model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
-from pruning.cost import block_parameters, cost_of, dense_block_parameters
+from pruning.cost import Serving, block_parameters, cost_of, dense_block_parameters
 from pruning.masks import PruningMask
 from pruning.projection import Projection
 from pruning.shrink import shrink
@@ -20,7 +23,8 @@ def test_predicted_equals_counted(
     dense = sum(p.numel() for p in anatomy.layers_of(model).parameters())
     for seed in range(8):
         mask = random_mask(anatomy, seed)
-        cost, small = cost_of(anatomy, mask.architecture, bytes_per_value=8), shrink(model, mask)
+        serving = Serving(context=0, sequences=len(windows), bytes_per_value=8)
+        cost, small = cost_of(anatomy, mask.architecture, serving), shrink(model, mask)
         blocks = list(anatomy.layers_of(small).parameters())
         assert cost.parameters == sum(p.numel() for p in small.parameters())
         assert cost.block_parameters == sum(p.numel() for p in blocks)
@@ -29,12 +33,12 @@ def test_predicted_equals_counted(
 
         multiplied = sum(module.weight.numel() for module in small.modules() if isinstance(module, Projection))
         vectors = sum(p.numel() for p in blocks if p.ndim == 1)  # norms and biases are counted like weights
-        assert cost.flops_per_token == 2 * (multiplied + vectors)
+        assert cost.flops == 2 * (multiplied + vectors)
 
         with torch.no_grad():
             cache = small(windows[:, :4], use_cache=True).past_key_values  # shorter than any sliding window
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
-        assert cost.kv_bytes_per_token == held / windows[:, :4].numel()
+        assert cost_of(anatomy, mask.architecture, replace(serving, context=4)).kv_bytes == held
 
 
 def test_the_full_architecture_costs_the_dense_model(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -64,5 +68,29 @@ def test_cost_never_falls_when_a_unit_is_added(
         wider[layer] += 1
         cost, more = cost_of(anatomy, small), cost_of(anatomy, Architecture(tuple(wider), small.neurons))
         assert more.parameters > cost.parameters
-        assert more.flops_per_token > cost.flops_per_token
-        assert more.kv_bytes_per_token > cost.kv_bytes_per_token
+        assert more.flops > cost.flops
+        assert more.kv_bytes > cost.kv_bytes
+
+
+def test_flops_are_what_torch_counts(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_mask: Callable[..., PruningMask]
+) -> None:
+    mask = random_mask(anatomy, 3)
+    small, batch = shrink(model, mask), windows[:2, :4]  # shorter than any sliding window
+    vectors = sum(p.numel() for p in anatomy.layers_of(small).parameters() if p.ndim == 1)  # added, not multiplied
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        small(batch, use_cache=False)
+    whole = cost_of(anatomy, mask.architecture, Serving(context=batch.shape[1])).flops - 2 * vectors
+    assert counter.get_total_flops() == whole * batch.numel()  # a prefill computes the masked half of attention too
+
+
+def test_a_sliding_window_bounds_cache_and_attention(
+    anatomy: Anatomy, random_architecture: Callable[..., Architecture]
+) -> None:
+    architecture = random_architecture(anatomy, 1)
+    near, far = (cost_of(anatomy, architecture, Serving(context=context)) for context in (10_000, 20_000))
+    growing = sum(
+        groups for groups, span in zip(architecture.kv_groups, anatomy.attention_spans, strict=True) if span is None
+    )
+    assert far.kv_bytes - near.kv_bytes == 2 * growing * anatomy.head_dim * 10_000 * 2
+    assert far.flops - near.flops == 4 * growing * anatomy.queries_per_group * anatomy.head_dim * 10_000

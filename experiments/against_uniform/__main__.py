@@ -8,7 +8,6 @@ compensation. Its held-out loss at the size of a front point is interpolated bet
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     report = Report.model_validate(json.loads((parser.parse_args().run / "report.json").read_text()))
-    settings = {**report.run.settings, "objectives": tuple(report.run.settings["objectives"]), "reference_point": None}
-    config = replace(RunConfig(**settings), dtype=report.run.dtype, device=report.run.device)
+    config = RunConfig.from_settings(
+        report.run.settings, reference_point=None, dtype=report.run.dtype, device=report.run.device
+    )
     loaded = load_model(config.model, config.dtype, config.device)
     windows = load_windows(config, loaded)
     with prepared(config, loaded, windows, Quiet()) as problem:

@@ -1,0 +1,103 @@
+"""Seconds that the default strategy needs to propose a batch, by number of observations and size of the space.
+
+    python -m experiments.proposal_time
+
+No model is loaded: the space is that of SmolLM2-135M (60 dimensions) and of a decoder with 80 layers (160), and a smooth function
+stands for the measurements, since only their number matters here. `d=160 kl,params_share,kv_bytes` has three objectives.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmbo.acquisition import QNehviProposer, candidate_pool
+from llmbo.evaluate import known_values
+from llmbo.family import ThresholdFamily
+from llmbo.objectives import build_objectives
+from llmbo.space import SearchSpace
+from llmbo.types import Proposal, Trial, TrialState
+from pruning.anatomy import anatomy_of
+from pruning.importance import Importance
+
+SHAPES = {
+    "SmolLM2-135M": LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536
+    ),
+    "80 layers": LlamaConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672
+    ),
+}
+
+
+def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
+    """A space and a family of random scores; no weight is allocated."""
+    with torch.device("meta"):
+        anatomy = anatomy_of(AutoModelForCausalLM.from_config(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(units: int, scale: float) -> torch.Tensor:
+        layer = 0.2 + torch.rand(anatomy.num_hidden_layers, 1, generator=generator)
+        return scale * layer * torch.rand(anatomy.num_hidden_layers, units, generator=generator)
+
+    per_group = anatomy.attention.parameters_per_unit / anatomy.mlp.parameters_per_unit
+    groups, neurons = scores(anatomy.num_key_value_heads, per_group), scores(anatomy.intermediate_size, 1.0)
+    importance = Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1))
+    space = SearchSpace(anatomy)
+    return space, ThresholdFamily.from_importance(space, importance)
+
+
+def observed(family: ThresholdFamily, n: int) -> tuple[list[Trial], dict[str, float]]:
+    """`n` trials as a search would have them, members of the family first, and the dense model's values."""
+    space = family.space
+    generator = torch.Generator().manual_seed(1)
+    weights = 0.5 + torch.rand(space.d, generator=generator, dtype=torch.float64)
+    members = family.path[torch.linspace(0, len(family.path) - 2, 12).long()]
+    pool = candidate_pool(family, members, generator, 4 * n)
+    pool = pool[space.legal(pool)]
+    points = torch.cat([members, pool[torch.randperm(len(pool), generator=generator)]]).int().tolist()
+
+    def values(x: Sequence[int]) -> dict[str, float]:
+        missing = 1 - torch.tensor(x, dtype=torch.float64) / space.bounds[1]
+        kl = float((weights * missing.square()).mean() * 3)
+        return {"kl": kl, "loss": 3 + kl, **known_values(space, tuple(x))}
+
+    distinct = list(dict.fromkeys(tuple(x) for x in points if tuple(x) != space.max_levels))[:n]
+    trials = [
+        Trial(i, i // 4, x, "threshold" if i < 12 else "qnehvi", TrialState.COMPLETE, values(x), 1.0)
+        for i, x in enumerate(distinct)
+    ]
+    return trials, values(space.max_levels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4, help="candidates proposed at a time")
+    parser.add_argument("--repeats", type=int, default=3, help="proposals timed, each under a seed of its own")
+    args = parser.parse_args()
+    print("model         d    objectives                 observations  seconds (median)  slowest")
+    for model, config in SHAPES.items():
+        space, family = search_space(config)
+        for names in (("kl", "params_share"), ("kl", "params_share", "kv_bytes")):
+            for n in (100, 300):
+                trials, dense = observed(family, n)
+                objectives = build_objectives(names, dense, known_values(space, family.at(0.0)))
+                proposer = QNehviProposer(family, objectives, dense)
+                seconds = []
+                for seed in range(args.repeats):
+                    start = time.perf_counter()
+                    proposals: list[Proposal] = proposer.propose(trials, args.batch, seed)
+                    seconds.append(time.perf_counter() - start)
+                    assert len(proposals) == args.batch
+                print(
+                    f"{model:12}  {space.d:3}  {','.join(names):25}  {len(trials):12}  {statistics.median(seconds):16.2f}"
+                    f"  {max(seconds):7.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

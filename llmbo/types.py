@@ -20,10 +20,12 @@ class Proposal:
     Args:
         x: One grid level per dimension of the search space.
         origin: Who proposed it, e.g. "threshold" or "qnehvi".
+        why: In an advisor's words; empty where nobody said.
     """
 
     x: tuple[int, ...]
     origin: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Trial:
     seconds: float | None = None
     failure: str | None = None
     feasible: bool = True
+    why: str = ""
 
     @property
     def complete(self) -> bool:
@@ -58,6 +61,7 @@ class Direction:
 
     name: str
     levels: tuple[float, ...]
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class _Bench:
         for other in self.directions:
             if float(torch.cosine_similarity(levels, torch.tensor(other.levels), dim=0)) > SAME_DIRECTION:
                 raise _Illegal(f"the same direction as '{other.name}'", "duplicate")
-        self.directions.append(Direction(part.name or f"direction {len(self.directions) + 1}", tuple(levels.tolist())))
+        name = part.name or f"direction {len(self.directions) + 1}"
+        self.directions.append(Direction(name, tuple(levels.tolist()), part.why))
 
     def decision(self, part: DecisionPart) -> None:
         count = len(self.question.candidates)

@@ -37,9 +37,38 @@ class DirectionGainPart(_Part):
     """Trials that a direction led to, hypervolume they added, and their best gain over the family at equal share."""
 
     name: str
+    why: str = ""
     trials: int
     hypervolume: float
     best_gain: float | None
+
+
+class ProposalPart(_Part):
+    """One accepted proposal. `trial` evaluated it as it was; local search may have led from it to other trials."""
+
+    round: int
+    hook: str
+    why: str
+    trial: int | None
+
+
+class RefusalPart(_Part):
+    """One item of a reply that could not be used: its text, and why not."""
+
+    round: int
+    hook: str
+    kind: str
+    reason: str
+    text: str
+
+
+class DropPart(_Part):
+    """A candidate that the filter was against; `trial` if it was evaluated all the same."""
+
+    round: int
+    confidence: float
+    why: str
+    trial: int | None
 
 
 class FilterPart(_Part):
@@ -49,6 +78,7 @@ class FilterPart(_Part):
     dropped: int
     audited: list[int]
     precision: float | None
+    drops: list[DropPart] = []
 
 
 class ProbePart(_Part):
@@ -68,5 +98,7 @@ class AdvisorPart(_Part):
     stopped: str | None
     hypervolume_by_origin: dict[str, float]
     directions: list[DirectionGainPart]
+    proposals: list[ProposalPart] = []
+    refusals: list[RefusalPart] = []
     filter: FilterPart | None
     probe: ProbePart | None

@@ -1,7 +1,7 @@
 """What a round does with advice. The surrogate keeps the veto: see `AdvisedProposer` for the bounds."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -39,7 +39,7 @@ class AdvisorDesk:
     hooks: tuple[str, ...]
     every: int = 2
     probe: Callable[[], Marginals] | None = None
-    named: dict[tuple[int, ...], str] = field(default_factory=dict)  # this round's direction rows -> direction
+    named: dict[tuple[int, ...], Direction] = field(default_factory=dict)  # this round's rows along a direction
 
     def consult(
         self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: Sequence[Proposal] = ()
@@ -105,7 +105,7 @@ class AdvisorDesk:
         """Every candidate ever proposed: one that was vetoed once may win later."""
         origins = {"warm_start": WARM_START, "propose": PROPOSE}
         return [
-            Proposal(candidate.x, origins[consultation.hook])
+            Proposal(candidate.x, origins[consultation.hook], candidate.why)
             for consultation in self.ledger.all()
             if consultation.hook in origins and consultation.answer is not None and consultation.round <= round
             for candidate in consultation.answer.candidates
@@ -119,9 +119,17 @@ class AdvisorDesk:
             for direction in consultation.answer.directions
         ]
 
-    def nearest(self, x: tuple[int, ...]) -> str:
+    def direction_of(self, x: tuple[int, ...]) -> Direction:
         """The direction whose row, before local search refined it, lies nearest to x."""
-        return self.named[min(self.named, key=lambda row: sum(abs(a - b) for a, b in zip(row, x, strict=True)))]
+        return self.named[_nearest(self.named, x)]
+
+    def explained(self, proposal: Proposal, trials: Sequence[Trial]) -> Proposal:
+        """An advised candidate of the search with the reason given for what it was before local search refined it."""
+        if proposal.origin == DIRECTIONS:
+            direction = self.direction_of(proposal.x)
+            return replace(proposal, why=": ".join(filter(None, (direction.name, direction.why))))
+        rows = {row.x: row.why for row in self._proposed(next_round(trials)) if row.origin == proposal.origin}
+        return replace(proposal, why=rows[_nearest(rows, proposal.x)]) if rows else proposal
 
     def _along(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
         """Front points and members of the family moved along each direction, at any size."""
@@ -138,7 +146,7 @@ class AdvisorDesk:
                 away = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
                 x = rescaled(family, away, rng.uniform(low, high))
                 if x not in taken:
-                    self.named.setdefault(x, direction.name)
+                    self.named.setdefault(x, direction)
                     yield Proposal(x, DIRECTIONS)
 
 
@@ -177,7 +185,7 @@ class AdvisedProposer:
         if not self._first_advice():
             self.desk.consult("warm_start", trials, self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
-        rows = [Proposal(c.x, WARM_START) for c in self._first_advice() if c.x not in taken][:ours]
+        rows = [Proposal(c.x, WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
         known = [*trials, *_running([*before, *rows], trials)]
         return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
 
@@ -185,11 +193,11 @@ class AdvisedProposer:
         return self.desk.ledger.candidates("warm_start")
 
     def _searched(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        """A batch of the search; which direction led to a candidate is noted."""
-        batch = self.search.propose(trials, q, seed)
+        """A batch of the search, with reasons; which direction led to a candidate is noted."""
+        batch = [self.desk.explained(proposal, trials) for proposal in self.search.propose(trials, q, seed)]
         followed = [p.x for p in batch if p.origin == DIRECTIONS]
         if followed:
-            self.desk.ledger.note_directions({x: self.desk.nearest(x) for x in followed})
+            self.desk.ledger.note_directions({x: self.desk.direction_of(x).name for x in followed})
         return batch
 
     def _reviewed(self, batch: list[Proposal], trials: Sequence[Trial], seed: int) -> list[Proposal]:
@@ -214,6 +222,11 @@ def dropped_and_audited(answer: Answer, batch: int, seed: int) -> dict[int, bool
     rng = random.Random(seed)
     against = sorted((d for d in answer.decisions if not d.keep), key=lambda d: (-d.confidence, d.index))[: batch // 2]
     return {decision.index: rng.random() >= AUDIT for decision in against}
+
+
+def _nearest(rows: Iterable[tuple[int, ...]], x: tuple[int, ...]) -> tuple[int, ...]:
+    """The row fewest levels away from x."""
+    return min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row, x, strict=True)))
 
 
 def next_round(trials: Sequence[Trial]) -> int:

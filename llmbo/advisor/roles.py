@@ -78,7 +78,7 @@ class Answer:
         """Inverse of `to_dict`, also after a round trip through JSON."""
         return cls(
             tuple(Candidate(tuple(item["x"]), item["why"]) for item in data["candidates"]),
-            tuple(Direction(item["name"], tuple(item["levels"])) for item in data["directions"]),
+            tuple(Direction(item["name"], tuple(item["levels"]), item.get("why", "")) for item in data["directions"]),
             tuple(Decision(**item) for item in data["decisions"]),
             tuple(Rejection(**item) for item in data["rejections"]),
             data["stopped"],

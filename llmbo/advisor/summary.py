@@ -5,7 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmbo.advisor.ledger import Consultation, Ledger
-from llmbo.advisor.parts import AdvisorPart, DirectionGainPart, FilterPart, HookPart, OutcomesPart, ProbePart
+from llmbo.advisor.parts import (
+    AdvisorPart,
+    DirectionGainPart,
+    DropPart,
+    FilterPart,
+    HookPart,
+    OutcomesPart,
+    ProbePart,
+    ProposalPart,
+    RefusalPart,
+)
 from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
 from llmbo.gain import trial_gains
 from llmbo.objectives import Objective, outcomes, ref_point
@@ -44,11 +54,28 @@ def summarise(
         stopped=reasons[-1] if reasons else None,
         hypervolume_by_origin=dict(by_origin),
         directions=_directions(ledger, trials, added, gains),
+        proposals=_proposals(consultations, trials),
+        refusals=[
+            RefusalPart(round=c.round, hook=c.hook, kind=refusal.kind, reason=refusal.reason, text=refusal.text)
+            for c in consultations
+            if c.answer is not None
+            for refusal in c.answer.rejections
+        ],
         filter=_filter([c for c in consultations if c.hook == "filter"], trials, gains)
         if "filter" in settings["advisor_hooks"]
         else None,
         probe=ProbePart(**{key: probe[key] for key in ("evaluations", "seconds", "noise")}) if probe else None,
     )
+
+
+def _proposals(consultations: Sequence[Consultation], trials: Sequence[Trial]) -> list[ProposalPart]:
+    numbers = {trial.x: trial.number for trial in trials}
+    return [
+        ProposalPart(round=c.round, hook=c.hook, why=candidate.why, trial=numbers.get(candidate.x))
+        for c in consultations
+        if c.answer is not None
+        for candidate in c.answer.candidates
+    ]
 
 
 def _hypervolume_added(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict[int, float]:
@@ -89,11 +116,12 @@ def _directions(
     ledger: Ledger, trials: Sequence[Trial], added: Mapping[int, float], gains: Mapping[int, float]
 ) -> list[DirectionGainPart]:
     followed = ledger.followed()
-    names = dict.fromkeys(d.name for c in ledger.all() if c.answer is not None for d in c.answer.directions)
-    led = {name: [t for t in trials if t.origin == DIRECTIONS and followed.get(t.x) == name] for name in names}
+    reasons = {d.name: d.why for c in ledger.all() if c.answer is not None for d in c.answer.directions}
+    led = {name: [t for t in trials if t.origin == DIRECTIONS and followed.get(t.x) == name] for name in reasons}
     return [
         DirectionGainPart(
             name=name,
+            why=reasons[name],
             trials=len(own),
             hypervolume=sum(added.get(trial.number, 0.0) for trial in own),
             best_gain=max((gains[trial.number] for trial in own if trial.number in gains), default=None),
@@ -103,7 +131,8 @@ def _directions(
 
 
 def _filter(consultations: Sequence[Consultation], trials: Sequence[Trial], gains: Mapping[int, float]) -> FilterPart:
-    dropped, right = 0, []
+    drops: list[DropPart] = []
+    right: list[bool] = []
     audited: list[int] = []
     by_point = {trial.x: trial for trial in trials}
     for consultation in consultations:
@@ -118,7 +147,7 @@ def _filter(consultations: Sequence[Consultation], trials: Sequence[Trial], gain
             if consultation.answer is not None and reviewed
             else {}
         )
-        dropped += len(going)
+        drops += _drops(consultation, reviewed, going, by_point)
         kept = sorted(
             gains[by_point[x].number]
             for x in reviewed
@@ -130,7 +159,27 @@ def _filter(consultations: Sequence[Consultation], trials: Sequence[Trial], gain
                 right.append(gains[by_point[x].number] < kept[len(kept) // 2])
     return FilterPart(
         reviewed=sum(len(consultation.extra.get("reviewed", ())) for consultation in consultations),
-        dropped=dropped,
+        dropped=len(drops),
         audited=audited,
         precision=sum(right) / len(right) if right else None,
+        drops=drops,
     )
+
+
+def _drops(
+    consultation: Consultation,
+    reviewed: Sequence[tuple[int, ...]],
+    going: Mapping[tuple[int, ...], bool],
+    by_point: Mapping[tuple[int, ...], Trial],
+) -> list[DropPart]:
+    decisions = consultation.answer.decisions if consultation.answer is not None else ()
+    against = {reviewed[decision.index]: decision for decision in decisions if not decision.keep}
+    return [
+        DropPart(
+            round=consultation.round,
+            confidence=against[x].confidence,
+            why=against[x].why,
+            trial=by_point[x].number if x in by_point else None,
+        )
+        for x in going
+    ]

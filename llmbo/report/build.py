@@ -92,6 +92,7 @@ def build_report(
                 failure=trial.failure,
                 gain=gains.get(trial.number),
                 feasible=trial.feasible,
+                why=trial.why,
             )
             for trial in trials
         ],

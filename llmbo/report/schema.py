@@ -110,7 +110,10 @@ class Values(_Part):
 
 
 class TrialPart(_Part):
-    """`gain`: quality saved against the threshold family at the same share, in its unit; null where the family is unknown."""
+    """`gain`: quality saved against the threshold family at the same share, in its unit; null where the family is unknown.
+
+    `why`: the advisor's reason for the proposal that the trial stems from, refined by local search or not; empty without one.
+    """
 
     number: int
     round: int
@@ -122,6 +125,7 @@ class TrialPart(_Part):
     failure: str | None
     gain: float | None = None
     feasible: bool = True
+    why: str = ""
 
 
 class FrontPoint(_Part):

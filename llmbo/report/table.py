@@ -36,7 +36,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     quantities = _quantities(runs)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    keys = ("number", "round", "origin", "state", "seconds", "gain", "failure")
+    keys = ("number", "round", "origin", "state", "seconds", "gain", "failure", "why")
     heldout = [f"heldout_{name}" for name in quantities]
     writer.writerow(["run", *keys, "on_front", *quantities, *heldout, "architecture"])
     for label, (_, report) in zip(labels, runs, strict=True):

@@ -34,6 +34,25 @@ def comparable(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in trial.items() if key != "seconds"} for trial in report["trials"]]
 
 
+def assert_reasons_are_the_advisors(report: dict[str, Any]) -> None:
+    """Who was advised carries a reason that was given, everybody else none; refusals and drops are told with theirs."""
+    part = report["advisor"]
+    given = {
+        "advisor:warm_start": {item["why"] for item in part["proposals"] if item["hook"] == "warm_start"},
+        "advisor:propose": {item["why"] for item in part["proposals"]},
+        "advisor:directions": {": ".join(filter(None, (one["name"], one["why"]))) for one in part["directions"]},
+    }
+    for trial in report["trials"]:
+        assert trial["why"] in given.get(trial["origin"], {""})
+    for item in part["proposals"]:
+        assert item["trial"] is None or report["trials"][item["trial"]]["origin"] == f"advisor:{item['hook']}"
+    refused = [
+        hook["outcomes"][kind] for hook in part["hooks"].values() for kind in ("duplicate", "illegal", "unparsable")
+    ]
+    assert len(part["refusals"]) == sum(refused) and all(refusal["reason"] for refusal in part["refusals"])
+    assert len(part["filter"]["drops"]) == part["filter"]["dropped"]
+
+
 def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server: Any) -> None:
     advisor = chat_server.advisor
     result = llmbo(budget=BUDGET, advisor=advisor, advisor_price="1,10")
@@ -44,6 +63,7 @@ def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server:
     assert sum(hook["calls"] for hook in part["hooks"].values()) == len(chat_server.requests) > 0
     assert part["hooks"]["propose"]["cost"] > 0 and part["stopped"] is None and part["probe"]["evaluations"] > 0
     assert any(trial["origin"] == "advisor:warm_start" for trial in report["trials"])
+    assert_reasons_are_the_advisors(report)
     assert f"Advisor {advisor}: {len(chat_server.requests)} calls" in result.output
     assert all(chat_server.secret.encode() not in content for content in llmbo.files().values())
     asked = len(chat_server.requests)

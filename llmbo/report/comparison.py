@@ -1,6 +1,7 @@
 """Reports of several runs -> what they have in common: one reference point, hypervolumes against it, the union front."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from llmbo.errors import ConfigError
@@ -36,7 +37,11 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
         for report in reports
     ]
     gains = [to_maximize([trial["objectives"] for trial in trials], objectives) for trials in complete]
-    all_of_them = [(run, trial) for run, trials in enumerate(complete) for trial in trials]
+    for trials, own in zip(complete, gains, strict=True):  # what breaks a constraint adds no hypervolume
+        own[[trial.get("feasible") is False for trial in trials]] = -inf
+    all_of_them = [
+        (run, trial) for run, trials in enumerate(complete) for trial in trials if trial.get("feasible") is not False
+    ]
     joined = to_maximize([trial["objectives"] for _, trial in all_of_them], objectives)
     union = [{"run": all_of_them[index][0], "trial": all_of_them[index][1]["number"]} for index in pareto_front(joined)]
     traces = [hypervolume_trace(own, ref_point(objectives)) for own in gains]

@@ -130,6 +130,16 @@ class Tab:
         )
         return at[0], at[1]
 
+    def hover(self, key: str) -> None:
+        """Rest the pointer on a trial until the chart tells about it."""
+        x, y = self.where(key)
+        for attempt in range(20):  # a busy machine may draw after the pointer has come
+            self.page.mouse.move(x + attempt % 2, y, steps=3)
+            self.page.wait_for_timeout(100)
+            if self.page.is_visible(".hover"):
+                return
+        raise AssertionError(f"nothing is told about {key}")
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
@@ -193,8 +203,7 @@ def test_hovering_tells_about_a_trial(opened: Open) -> None:
     report = made_up_report()
     report["trials"][7]["why"] = "thin the middle"
     with opened(report) as tab:
-        tab.page.mouse.move(*tab.where("0:7"))
-        tab.page.wait_for_selector(".hover")
+        tab.hover("0:7")
         told = tab.text(".hover")
         values = report["trials"][7]["objectives"]
         assert "trial 7 · threshold" in told and "thin the middle" in told
@@ -317,22 +326,112 @@ def test_what_the_advisor_did_is_shown(opened: Open) -> None:
         "hooks": {"propose": {**hook, "outcomes": outcomes}, "filter": {**hook, "cost": None, "outcomes": outcomes}},
         "stopped": "the server hung up", "hypervolume_by_origin": {"threshold": 0.3, "advisor": 0.02},
         "directions": [{"name": "dip", "trials": 2, "hypervolume": 0.01, "best_gain": None}],
-        "filter": {"reviewed": 9, "dropped": 4, "audited": [3, 9], "precision": 0.75}, "probe": None,
+        "filter": {"reviewed": 9, "dropped": 4, "audited": [3, 9], "precision": 0.75,
+                   "drops": [{"round": 4, "confidence": 0.9, "why": "thin already", "trial": None}]}, "probe": None,
+        "proposals": [{"round": 3, "hook": "propose", "why": "thin the middle", "trial": 13}],
+        "refusals": [{"round": 3, "hook": "propose", "kind": "illegal", "reason": "layer 31 does not exist", "text": "{}"}],
     }  # fmt: skip
-    with opened(made_up_report(advisor=advisor)) as tab:
+    report = made_up_report(advisor=advisor)
+    report["trials"][13]["why"] = "thin the middle"
+    with opened(report) as tab:
+        tab.page.evaluate("document.querySelectorAll('#advisor details').forEach((node) => { node.open = true; })")
         shown = tab.text("#advisor")
         assert all(
-            word in shown for word in ("openai:some-model", "vetoed", "unknown", "hung up", "dip", "0.75", "3, 9")
+            word in shown
+            for word in (
+                "openai:some-model",
+                "vetoed",
+                "unknown",
+                "hung up",
+                "dip",
+                "0.75",
+                "3, 9",
+                "1 trials with",
+                "thin the",
+                "thin already",
+                "layer 31",
+            )
         )
         rows = tab.page.locator("#advisor table").first.locator("tbody tr")
         assert [row.split()[0] for row in rows.all_inner_texts()] == ["propose", "filter"]
         assert "1000 tokens" in tab.text("#cost") and "0.25 USD" in tab.text("#cost")
 
 
-def test_constraints_shade_what_they_forbid(opened: Open) -> None:
-    with opened(made_up_report(constraints=[{"name": "params_share", "max": 0.8}])) as tab:
-        areas = tab.page.evaluate("chart('front-chart').getOption().series.flatMap(s => s.markArea?.data ?? [])")
-        assert [area[0]["xAxis"] for area in areas] == [0.8]
+def constrained_report(maximum: float = 100e6) -> dict[str, Any]:
+    report = made_up_report(constraints=[{"name": "params", "maximum": maximum, "known": True}])
+    for trial in report["trials"]:
+        trial["feasible"] = trial["objectives"]["params"] <= maximum
+    report["front"] = [point for point in report["front"] if point["objectives"]["params"] <= maximum]
+    return report
+
+
+def test_constraints_shade_what_they_forbid_and_mark_who_breaks_them(opened: Open) -> None:
+    report = constrained_report()
+    outside = [trial["number"] for trial in report["trials"] if not trial["feasible"]]
+    with opened(report) as tab:
+        areas = "chart('front-chart').getOption().series.flatMap(s => s.markArea?.data ?? [])"
+        assert tab.page.evaluate(areas) == []  # the axis shows something else
+        tab.page.select_option("#x-axis", "params")
+        assert [area[0]["xAxis"] for area in tab.page.evaluate(areas)] == [100e6]
+        dashed = """chart('front-chart').getOption().series.flatMap(s => s.data ?? [])
+            .filter(point => point.itemStyle?.borderType === 'dashed').map(point => Number(point.key.split(':')[1]))"""
+        assert sorted(tab.page.evaluate(dashed)) == outside != []
+        told = tab.text("#constraints")
+        assert "params ≤ 100 M" in told and f"{len(outside)} of 40 trials" in told
+        tab.page.evaluate(f"update({{selected: '0:{outside[0]}'}})")
+        assert "Breaks a constraint: params" in tab.text("#trial")
+        tab.page.fill("#budget", "1G")  # everything is within that, but not within the constraint
+        best = min((t for t in report["trials"] if t["feasible"]), key=lambda t: t["objectives"]["kl"])
+        assert tab.text("#trial h3") == f"trial {best['number']}"
+        tab.page.focus("#front-chart")
+        walked = set()
+        for _ in range(40):
+            tab.page.keyboard.press("ArrowRight")
+            walked.add(tab.page.evaluate("BY_KEY.get(STATE.selected).trial.feasible"))
+        assert False not in walked
+
+
+def test_three_objectives_and_whatever_else_was_measured(opened: Open) -> None:
+    report = made_up_report()
+    rng = random.Random(3)
+    for trial in report["trials"]:
+        share = trial["objectives"]["params_share"]
+        trial["objectives"] |= {
+            "latency": 40 * share * rng.uniform(0.8, 1.2), "weight_bytes": trial["objectives"]["params"] * 2,
+            "kv_bytes": round(20_000 * share), "flops": round(2e8 * share), "energy": None,
+        }  # fmt: skip
+    dense = report["dense"]["objectives"]
+    dense |= {"latency": 40.0, "weight_bytes": 268_000_000, "kv_bytes": 20_000, "flops": 200_000_000, "energy": None}
+    report["objectives"].append(
+        {"name": "latency", "unit": "ms", "direction": "minimize", "reference_point": 40.0, "known": False}
+    )
+    with opened(report) as tab:
+        assert tab.page.evaluate("[STATE.x, STATE.y, STATE.size]") == ["params_share", "kl", "latency"]
+        sizes = """chart('front-chart').getOption().series.flatMap(s => s.data ?? [])
+            .filter(point => point.symbolSize).map(point => [point.key, point.symbolSize])"""
+        drawn = dict(tab.page.evaluate(sizes))
+        slow = sorted(report["trials"], key=lambda trial: trial["objectives"]["latency"])
+        by_size = [drawn[f"0:{trial['number']}"] for trial in slow]
+        assert by_size == sorted(by_size) and by_size[0] < by_size[-1]
+        for quantity, typed, limit in (
+            ("latency", "25 ms", 25.0),
+            ("weight_bytes", "200 MB", 200e6),
+            ("kv_bytes", "15 kB", 15e3),
+            ("flops", "150 MFLOPs", 150e6),
+        ):
+            tab.page.select_option("#budget-quantity", quantity)
+            tab.page.fill("#budget", typed)
+            fitting = [trial for trial in report["trials"] if trial["objectives"][quantity] <= limit]
+            best = min(fitting, key=lambda trial: trial["objectives"]["kl"])
+            assert tab.text("#budget-answer").startswith(f"trial {best['number']}:")
+        panel = tab.text("#trial")
+        assert "latency (ms)" in panel and "flops (FLOPs/token)" in panel and "energy" not in panel
+        tab.page.select_option("#x-axis", "latency")
+        line = "chart('front-chart').getOption().series.find(s => s.name === 'front, proxy windows').data.map(p => p.value)"
+        steps = tab.page.evaluate(line)
+        both = [(trial["objectives"]["latency"], trial["objectives"]["kl"]) for trial in report["trials"]]
+        best = sorted(p for p in both if not any(a <= p[0] and b <= p[1] and (a, b) != p for a, b in both))
+        assert [tuple(step) for step in steps] == best
 
 
 def test_several_runs_share_a_reference_point_and_a_union_front(opened: Open) -> None:
@@ -371,8 +470,7 @@ def test_hostile_text_stays_text(opened: Open) -> None:
         trial |= {"why": HOSTILE, "failure": HOSTILE}
     other = made_up_report(seed=1)
     with opened(report, other) as tab:
-        tab.page.mouse.move(*tab.where("0:7"))
-        tab.page.wait_for_selector(".hover")
+        tab.hover("0:7")
         tab.page.evaluate("document.getElementById('all-trials').open = true")
         tab.page.wait_for_selector("#all-trials tbody")
         assert HOSTILE in tab.page.text_content("h1") and HOSTILE in tab.page.text_content(".hover")

@@ -37,38 +37,42 @@ function staircase(entries, x, y) {
 }
 
 function hover(entry, x, y) {
-  const names = [...new Set([x, y, "params", "params_share", "gain", ...OBJECTIVES.map((o) => o.name), ...QUANTITIES.filter((name) => /latency|energy/.test(name))])];
+  const names = [...new Set([x, y, ...OBJECTIVES.map((one) => one.name), ...CONSTRAINTS.map((bound) => bound.name), "params", "params_share", "gain", ...QUANTITIES.filter((name) => /latency|energy/.test(name))])];
   const reason = reasonOf(entry);
   return el("div", { class: "hover" },
     el("strong", {}, `${nameOf(entry)} · ${entry.trial.origin}${entry.onFront ? " · on the front" : ""}`),
     ...names.filter((name) => name in entry.values).map((name) => {
       const heldout = entry.heldout?.[name];
       const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${format(name, heldout)})` : "";
-      return el("div", {}, `${words(name)}: ${format(name, entry.values[name])}${seen}`);
+      return el("div", {}, `${words(name)}: ${withUnit(name, entry.values[name])}${seen}`);
     }),
     entry.trial.state !== "complete" ? el("div", {}, entry.trial.state) : null,
+    ...broken(entry).map((text) => el("div", { class: "broken" }, `breaks ${text}`)),
     reason ? el("em", {}, reason) : null);
 }
 
-/** Constraints on the two axes, as the areas that they forbid. Reads `{name, max}`, `{name, min}` and `{name, bound|value}`. */
+/** Constraints on the two axes, as the areas that they forbid. */
 function forbidden(x, y) {
-  const bounds = RUNS.flatMap((run) => run.report.constraints ?? []).filter((bound) => isPlainObject(bound));
-  return bounds.flatMap((bound) => {
-    const axis = { [x]: "xAxis", [y]: "yAxis" }[bound.name];
-    const [upper, lower] = [bound.max ?? bound.upper ?? bound.bound ?? bound.value, bound.min ?? bound.lower];
-    if (!axis) return [];
-    const areas = [];
-    if (typeof upper === "number") areas.push([{ [axis]: upper, name: `${bound.name} > ${format(bound.name, upper)}` }, { [axis]: "max" }]);
-    if (typeof lower === "number") areas.push([{ [axis]: "min", name: `${bound.name} < ${format(bound.name, lower)}` }, { [axis]: lower }]);
-    return areas;
+  return CONSTRAINTS.flatMap(({ name, maximum }) => {
+    const axis = { [x]: "xAxis", [y]: "yAxis" }[name];
+    return axis ? [[{ [axis]: maximum, name: `${words(name)} > ${withUnit(name, maximum)}` }, { [axis]: "max" }]] : [];
   });
+}
+
+/** The diameter of a trial's mark; it grows with the quantity that `size` names. */
+function diameters(entries, size) {
+  const plain = entries.length > 500 ? 7 : 9;
+  const known = entries.map((entry) => entry.values[size]).filter(Number.isFinite);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  return (entry) => (high > low && size in entry.values ? plain - 3 + (14 * (entry.values[size] - low)) / (high - low) : plain);
 }
 
 function drawFront(state) {
   const { x, y } = state;
   const shown = TRIALS.filter((entry) => entry.values && x in entry.values && y in entry.values);
   const tried = shown.filter((entry) => entry.number !== "dense");
-  const point = (entry, extra = {}) => ({ value: [entry.values[x], entry.values[y]], key: entry.key, symbol: symbolOf(entry), ...extra });
+  const diameter = diameters(tried, state.size);
+  const point = (entry, extra = {}) => ({ value: [entry.values[x], entry.values[y]], key: entry.key, symbol: symbolOf(entry), symbolSize: diameter(entry), ...extra });
   const groups = MANY ? RUNS.map((run, index) => [run.label, tried.filter((entry) => entry.run === index)]) : ORIGINS.map((origin) => [origin, tried.filter((entry) => entry.trial.origin === origin)]);
   const step = maximized(x) ? "start" : "end";
   const line = (name, entries, shade, width) => ({
@@ -76,15 +80,15 @@ function drawFront(state) {
     color: shade, lineStyle: { width, color: shade }, symbol: "none", silent: true, z: 3,
   });
   const series = groups.map(([name, entries]) => ({
-    name, type: "scatter", symbolSize: tried.length > 500 ? 7 : 9, z: 4, color: entries.length ? colorOf(entries[0]) : undefined,
+    name, type: "scatter", z: 4, color: entries.length ? colorOf(entries[0]) : undefined,
     symbol: entries.length && !MANY ? symbolOf(entries[0]) : "circle",
     data: entries.map((entry) => point(entry, {
-      itemStyle: entry.trial.state === "complete"
+      itemStyle: eligible(entry)
         ? { opacity: entry.onFront ? 1 : 0.55, borderColor: css("--text"), borderWidth: entry.onFront ? 1 : 0 }
-        : { color: "transparent", borderColor: colorOf(entry), borderWidth: 1.5 },
+        : { color: "transparent", borderColor: colorOf(entry), borderWidth: 1.5, borderType: entry.trial.feasible === false ? "dashed" : "solid" },
     })),
   }));
-  const complete = tried.filter((entry) => entry.trial.state === "complete");
+  const complete = tried.filter(eligible);
   if (MANY) {
     RUNS.forEach((run, index) => series.push({ ...line(run.label, complete.filter((entry) => entry.run === index), color(index), 1), z: 2 }));
     series.push(line("union front", complete, css("--text"), 2));

@@ -16,7 +16,7 @@ const SYMBOLS = ["circle", "rect", "diamond", "triangle", "pin", "arrow", "round
 const QUALITIES = ["kl", "loss", "perplexity", "accuracy", "gain"];
 const UNITS = {
   kl: "nats/token", loss: "nats/token", gain: "nats/token", params: "parameters", params_share: "share of the decoder blocks",
-  flops: "FLOPs/token", accuracy: "share",
+  flops: "FLOPs/token", accuracy: "share", latency: "ms", energy: "J/token",
 };
 
 /** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, onFront}. */
@@ -37,6 +37,7 @@ const TRIALS = RUNS.flatMap((run, index) => {
 const BY_KEY = new Map(TRIALS.map((entry) => [entry.key, entry]));
 const ORIGINS = [...new Set(TRIALS.filter((entry) => entry.number !== "dense").map((entry) => entry.trial.origin))].sort();
 const OBJECTIVES = RUNS[0].report.objectives;
+const CONSTRAINTS = [...new Map(RUNS.flatMap((run) => run.report.constraints ?? []).map((bound) => [`${bound.name}:${bound.maximum}`, bound])).values()];
 const QUANTITIES = [...new Set(TRIALS.flatMap((entry) => Object.keys(entry.values ?? {})))];
 
 function valuesOf(trial) {
@@ -51,12 +52,19 @@ const maximized = (name) => (objective(name)?.direction ?? (["accuracy", "gain"]
 const unitOf = (name) => objective(name)?.unit ?? UNITS[name] ?? (isBytes(name) ? "bytes" : "");
 const isBytes = (name) => /(_bytes|_memory)$/.test(name);
 const isShare = (name) => /(_share|^accuracy)$/.test(name);
-const isQuality = (name) => QUALITIES.includes(name) || objective(name)?.known === false;
+const QUALITY = (OBJECTIVES.find((one) => QUALITIES.includes(one.name)) ?? OBJECTIVES.find((one) => !one.known) ?? OBJECTIVES[0]).name;
+const isQuality = (name) => QUALITIES.includes(name) || name === QUALITY;
+/** Whether a trial may be on a front: measured, and within every constraint. */
+const eligible = (entry) => entry.trial.state === "complete" && entry.trial.feasible !== false;
 const colorOf = (entry) => color(MANY ? entry.run : ORIGINS.indexOf(entry.trial.origin));
 const symbolOf = (entry) => SYMBOLS[ORIGINS.indexOf(entry.trial.origin) % SYMBOLS.length];
 const nameOf = (entry) => `${MANY ? `${RUNS[entry.run].label}, ` : ""}${entry.number === "dense" ? "dense model" : `trial ${entry.number}`}`;
 /** Why the advisor proposed it, if it said so. */
-const reasonOf = (entry) => [entry.trial.why, entry.trial.reason, entry.trial.note].find((text) => typeof text === "string" && text) ?? "";
+const reasonOf = (entry) => (typeof entry.trial.why === "string" ? entry.trial.why : "");
+/** The constraints that a trial breaks, in words. */
+const broken = (entry) => (RUNS[entry.run].report.constraints ?? [])
+  .filter((bound) => entry.trial.feasible === false && entry.values?.[bound.name] > bound.maximum)
+  .map((bound) => `${words(bound.name)} ${format(bound.name, entry.values[bound.name])} > ${format(bound.name, bound.maximum)}`);
 
 const SCALES = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
@@ -75,9 +83,15 @@ function format(name, value) {
   return Number.isInteger(value) ? String(value) : Number(value.toPrecision(4)).toString();
 }
 
+/** The same with its unit, where that says more than the value and its name do. */
+function withUnit(name, value) {
+  const unit = isShare(name) || isBytes(name) || unitOf(name) === name || name === "params" ? "" : unitOf(name);
+  return unit ? `${format(name, value)} ${unit}` : format(name, value);
+}
+
 /** What somebody typed, as a number: "100M", "1.2 GB", "60 %", "90 000 000"; NaN for anything else. */
 function parseAmount(text) {
-  const match = /^([0-9][0-9\s_']*(?:[.,][0-9]+)?|[.,][0-9]+)\s*(k|m|g|t|bn?|%)?i?b?(?:ytes)?(?:ms)?$/i.exec(text.trim());
+  const match = /^([0-9][0-9\s_']*(?:[.,][0-9]+)?|[.,][0-9]+)\s*(k|m|g|t|bn?|%)?i?b?(?:ytes)?(?:ms|flops?)?$/i.exec(text.trim());
   if (!match) return NaN;
   const factor = { k: 1e3, m: 1e6, g: 1e9, b: 1e9, bn: 1e9, t: 1e12, "%": 0.01 }[(match[2] ?? "").toLowerCase()] ?? 1;
   return Number(match[1].replace(/[\s_']/g, "").replace(",", ".")) * factor;

@@ -1,7 +1,7 @@
 "use strict";
 /* The state of the page, the controls that change it, and the keys. */
 
-const STATE = { x: "", y: "", over: "evaluations", everything: false, selected: null, limit: null, format: "hf", quantity: "", run: 0 };
+const STATE = { x: "", y: "", size: "", over: "evaluations", everything: false, selected: null, limit: null, format: "hf", quantity: "", run: 0 };
 const current = (state) => RUNS[BY_KEY.get(state.selected)?.run ?? 0];
 
 /** Change the state and redraw what depends on what changed. */
@@ -9,7 +9,7 @@ function update(changes) {
   const before = { ...STATE };
   Object.assign(STATE, changes);
   const changed = (...names) => names.some((name) => before[name] !== STATE[name]);
-  if (changed("x", "y", "everything", "selected", "limit")) drawFront(STATE);
+  if (changed("x", "y", "size", "everything", "selected", "limit")) drawFront(STATE);
   if (changed("selected", "format")) drawTrial(STATE);
   if (changed("selected", "x", "y")) announce(STATE);
   if (changed("over")) drawHypervolume(STATE);
@@ -27,26 +27,24 @@ function drawEverything() {
   drawHypervolume(STATE);
 }
 
-/** The best quality among the complete trials within the limit. */
+/** The best quality among the trials that may be on a front, within the limit. */
 function bestWithin(name, limit) {
-  const quality = OBJECTIVES.find((candidate) => !candidate.known)?.name ?? "loss";
-  const sign = maximized(quality) ? -1 : 1;
-  const fitting = TRIALS.filter((entry) => entry.number !== "dense" && entry.trial.state === "complete" && entry.values?.[name] <= limit * (1 + 1e-9));
-  return fitting.reduce((best, entry) => (best && sign * best.values[quality] <= sign * entry.values[quality] ? best : entry), null);
+  const sign = maximized(QUALITY) ? -1 : 1;
+  const fitting = TRIALS.filter((entry) => entry.number !== "dense" && eligible(entry) && entry.values?.[name] <= limit * (1 + 1e-9));
+  return fitting.reduce((best, entry) => (best && sign * best.values[QUALITY] <= sign * entry.values[QUALITY] ? best : entry), null);
 }
 
 function applyLimit(name, limit) {
   const answer = document.getElementById("budget-answer");
-  const quality = OBJECTIVES.find((candidate) => !candidate.known)?.name ?? "loss";
   const best = bestWithin(name, limit);
   if (!best) {
-    const sizes = TRIALS.map((entry) => entry.values?.[name]).filter(Number.isFinite);
+    const sizes = TRIALS.filter(eligible).map((entry) => entry.values?.[name]).filter(Number.isFinite);
     answer.textContent = `No trial is that small: the smallest has ${sizes.length ? format(name, Math.min(...sizes)) : "no value"}.`;
     update({ limit: { name, value: limit } });
     return;
   }
-  const seen = typeof best.heldout?.[quality] === "number" ? ` (held-out ${format(quality, best.heldout[quality])})` : "";
-  answer.textContent = `${nameOf(best)}: ${words(name)} ${format(name, best.values[name])}, ${words(quality)} ${format(quality, best.values[quality])}${seen}`;
+  const seen = typeof best.heldout?.[QUALITY] === "number" ? ` (held-out ${format(QUALITY, best.heldout[QUALITY])})` : "";
+  answer.textContent = `${nameOf(best)}: ${words(name)} ${withUnit(name, best.values[name])}, ${words(QUALITY)} ${format(QUALITY, best.values[QUALITY])}${seen}`;
   update({ limit: { name, value: limit }, selected: best.key });
 }
 
@@ -88,7 +86,7 @@ function setUpBudget() {
 }
 
 function setUpAxes() {
-  for (const [id, side] of [["x-axis", "x"], ["y-axis", "y"]]) {
+  for (const [id, side] of [["x-axis", "x"], ["y-axis", "y"], ["mark-size", "size"]]) {
     const select = document.getElementById(id);
     select.append(...QUANTITIES.map((name) => el("option", { value: name, selected: name === STATE[side] }, words(name))));
     select.addEventListener("change", () => update({ [side]: select.value }));
@@ -105,7 +103,7 @@ function setUpKeys() {
     const next = at < 0 ? 0 : Math.min(list.length - 1, Math.max(0, at + step));
     if (list.length) update({ selected: list[next].key });
   };
-  const front = () => staircase(byNumber.filter((entry) => entry.trial.state === "complete" && STATE.x in entry.values && STATE.y in entry.values), STATE.x, STATE.y);
+  const front = () => staircase(byNumber.filter((entry) => eligible(entry) && STATE.x in entry.values && STATE.y in entry.values), STATE.x, STATE.y);
   const keys = {
     ArrowRight: () => walk(front(), 1), ArrowLeft: () => walk(front(), -1), ArrowDown: () => walk(byNumber, 1), ArrowUp: () => walk(byNumber, -1),
     Home: () => walk(front(), -Infinity), End: () => walk(front(), Infinity),
@@ -118,13 +116,13 @@ function setUpKeys() {
 }
 
 function start() {
-  const known = OBJECTIVES.find((candidate) => candidate.known) ?? OBJECTIVES[0];
-  const measured = OBJECTIVES.find((candidate) => !candidate.known) ?? OBJECTIVES[1];
+  const [size, third] = OBJECTIVES.map((one) => one.name).filter((name) => name !== QUALITY);
   const front = TRIALS.filter((entry) => entry.onFront && entry.values).sort((a, b) => a.values.params - b.values.params);
-  Object.assign(STATE, { x: known.name, y: measured.name, selected: (front[Math.floor(front.length / 2)] ?? TRIALS[0]).key });
+  Object.assign(STATE, { x: size ?? "params", y: QUALITY, size: third ?? "", selected: (front[Math.floor(front.length / 2)] ?? TRIALS[0]).key });
   setUpAxes();
   setUpBudget();
   setUpKeys();
+  drawConstraints();
   drawRuns();
   drawParts();
   drawTrials(STATE);

@@ -8,6 +8,14 @@ function fill(id, ...content) {
   section.querySelector(".body").replaceChildren(...shown);
 }
 
+function drawConstraints() {
+  const line = document.getElementById("constraints");
+  const bounds = CONSTRAINTS.map(({ name, maximum }) => `${words(name)} ≤ ${withUnit(name, maximum)}`);
+  const failed = TRIALS.filter((entry) => entry.trial.feasible === false).length;
+  line.hidden = !bounds.length;
+  line.textContent = `Constraints: ${bounds.join(", ")}. ${failed} of ${TRIALS.length - RUNS.length} trials break one: dashed marks, never on the front. Shaded: what is forbidden.`;
+}
+
 function drawRuns() {
   if (!MANY) return;
   const headings = ["run", "model", "text", "trials", "front", "hypervolume", "of the union front"];
@@ -81,6 +89,8 @@ function drawCost(state) {
     money.length ? el("h4", {}, "Advisor: money") : null, money.length ? bars(money, "USD") : null);
 }
 
+const folded = (title, rows) => el("details", {}, el("summary", {}, title), records(rows, title));
+
 /** What each hook of the advisor spent: sums of its number fields whose names match. */
 function spending(advisor, pattern) {
   const hooks = advisor?.hooks ?? [];
@@ -99,10 +109,12 @@ function drawAdvisor(state) {
     if (part === null || typeof part !== "object") return el("p", {}, el("strong", {}, `${words(key)}: `), plain(part));
     const amounts = Object.entries(part);
     const drawn = key === "hypervolume_by_origin" && amounts.every(([, value]) => typeof value === "number" && value >= 0);
-    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(part, words(key)));
+    if (["proposals", "refusals"].includes(key)) return part.length ? folded(`${part.length} ${words(key)}`, part) : null;
+    const { drops, ...rest } = part; // of the filter
+    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(drops ? rest : part, words(key)), drops?.length ? folded(`${drops.length} candidates that the filter was against`, drops) : null);
   });
-  const reasons = explained.map(([trial, reason]) => [String(trial.number), trial.origin, reason]);
-  return fill("advisor", ...shown, reasons.length ? el("details", {}, el("summary", {}, "Reasons given"), table(["trial", "origin", "reason"], reasons, "Reasons given by the advisor")) : null);
+  const reasons = explained.map(([trial, reason]) => ({ trial: trial.number, origin: trial.origin, gain: trial.gain, reason }));
+  return fill("advisor", ...shown, reasons.length ? folded(`${reasons.length} trials with a reason`, reasons) : null);
 }
 
 let order = { column: "number", descending: false };
@@ -126,7 +138,7 @@ function drawTrials(state) {
   const rows = sorted.map((entry) => el("tr", { class: entry.onFront ? "on-front" : null }, ...columns.map((name) =>
     el("td", {}, name === "number"
       ? el("button", { type: "button", class: "plain", onclick: () => { update({ selected: entry.key }); document.getElementById("front").scrollIntoView(); } }, `${entry.number}${entry.onFront ? " ●" : ""}`)
-      : ["run", "origin"].includes(name) ? cell(entry, name) : name === "state" ? `${entry.trial.state}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}` : format(name, cell(entry, name))))));
+      : ["run", "origin"].includes(name) ? cell(entry, name) : name === "state" ? `${entry.trial.state}${entry.trial.feasible === false ? ", infeasible" : ""}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}` : format(name, cell(entry, name))))));
   details.querySelector(".body").replaceChildren(el("p", { class: "muted" }, "● on the front. A heading sorts, a number shows the trial above."),
     el("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "All trials" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows))));
 }

@@ -11,6 +11,7 @@ function drawTrial(state) {
   panel.replaceChildren(
     el("h3", { id: "trial-name" }, nameOf(entry)),
     el("p", { class: "muted" }, `${origin}${place}${entry.trial.state === "complete" ? "" : `, ${entry.trial.state}`}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}`),
+    ...broken(entry).map((text) => el("p", { class: "warning" }, `Breaks a constraint: ${text}`)),
     reason ? el("blockquote", {}, reason) : "",
     entry.values ? numbers(entry) : "",
     el("h4", {}, "What each layer keeps"),
@@ -33,7 +34,8 @@ function numbers(entry) {
   const own = entry.heldout !== null;
   const rows = names.map((name) => {
     const [now, before] = [entry.values[name], dense.values[name]];
-    const cells = [words(name), format(name, now), format(name, before), change(name, now, before)];
+    const label = withUnit(name, now) === format(name, now) ? words(name) : `${words(name)} (${unitOf(name)})`;
+    const cells = [label, format(name, now), format(name, before), change(name, now, before)];
     if (own) cells.splice(2, 0, isQuality(name) ? format(name, entry.heldout[name]) : "");
     return cells;
   });

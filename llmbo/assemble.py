@@ -21,6 +21,7 @@ from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
+from llmbo.pulse import LOCK, LOOKING
 from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
 from llmbo.report.files import RUNS
 from llmbo.space import SearchSpace
@@ -271,7 +272,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / LOCK, timeout=LOOKING)
         lock.acquire()
     except Timeout as error:
         raise StorageError(
@@ -286,8 +287,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # input that was refused leaves nothing behind
-            if {path.name for path in folder.iterdir()} == {".lock"}:
-                (folder / ".lock").unlink()
+            if {path.name for path in folder.iterdir()} == {LOCK}:
+                (folder / LOCK).unlink()
                 for path in made:
                     path.rmdir()
         lock.release()

@@ -82,6 +82,7 @@ class Snapshot:
         doing: The phase, or what goes on inside it.
         budget: Trials in all, 0 while unknown.
         remaining: Seconds left as far as anybody can tell.
+        note: What is wrong, if anything is.
     """
 
     title: str
@@ -90,6 +91,7 @@ class Snapshot:
     progress: Progress
     elapsed: float
     remaining: float | None = None
+    note: str = ""
 
 
 def volume(trials: Sequence[Trial], objectives: Sequence[Objective]) -> float:
@@ -128,6 +130,9 @@ class Dashboard:
         shot, width, height = self._snapshot, options.max_width, options.max_height
         progress = shot.progress
         yield _heading(shot, width)
+        if shot.note:
+            yield Text(shot.note, "yellow", no_wrap=height < SMALLEST_PLOT[1], overflow="ellipsis")
+            height -= len(Text(shot.note).wrap(console, width))
         if shot.budget:
             yield ProgressBar(total=shot.budget, completed=progress.finished, width=width)
             yield Segment.line()  # a bar does not end its line

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,7 +121,7 @@ class TrialStore:
     @_uninterrupted()
     def add_round(self, proposals: Sequence[Proposal]) -> None:
         """Store a round's proposals; they will be evaluated in this order."""
-        plan = [{"x": list(proposal.x), "origin": proposal.origin} for proposal in proposals]
+        plan = [{"x": list(proposal.x), "origin": proposal.origin, "why": proposal.why} for proposal in proposals]
         self._study.set_user_attr(f"{_ROUND}{len(self.rounds()):05d}", plan)
 
     @_uninterrupted()
@@ -135,7 +136,7 @@ class TrialStore:
                 state=optuna.trial.TrialState.RUNNING,
                 params=dict(zip(self._names, units, strict=True)),
                 distributions=self._distributions(),
-                user_attrs={"origin": proposal.origin, "round": round_number},
+                user_attrs={"origin": proposal.origin, "round": round_number, "why": proposal.why},
             )
         )
 
@@ -205,10 +206,11 @@ class TrialStore:
         return _trial(frozen, x, self._limits)
 
 
-def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial]] | None:
+def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial], list[datetime]] | None:
     """Settings, facts and trials of a stored run without its model, hence trials without `x`; None if there is no run yet.
 
-    Only reads, so that any number of watchers may follow a run that goes on.
+    The last part is when trials started and ended, by the clocks of those who ran them. Only reads, so that any number of watchers
+    may follow a run that goes on.
 
     Raises:
         StorageError: The database is there but cannot be read.
@@ -220,7 +222,8 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
         frozen = optuna.load_study(study_name=name, storage=url).get_trials(deepcopy=False)
     except _OPENING_ERRORS as error:
         raise _unusable(url, error) from error
-    return found[0], found[1], [_trial(trial, (), _limits(found[0])) for trial in frozen]
+    moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
+    return found[0], found[1], [_trial(trial, (), _limits(found[0])) for trial in frozen], moments
 
 
 def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
@@ -294,12 +297,16 @@ def _trial(frozen: FrozenTrial, x: tuple[int, ...], limits: Mapping[str, float])
         values=values,
         failure=frozen.user_attrs.get("failure"),
         feasible=state is not TrialState.COMPLETE or feasible(values, limits),
+        why=frozen.user_attrs.get("why", ""),
     )
 
 
 def _rounds(study: optuna.Study) -> list[list[Proposal]]:
     keys = sorted(key for key in study.user_attrs if key.startswith(_ROUND))
-    return [[Proposal(tuple(item["x"]), item["origin"]) for item in study.user_attrs[key]] for key in keys]
+    return [
+        [Proposal(tuple(item["x"]), item["origin"], item.get("why", "")) for item in study.user_attrs[key]]
+        for key in keys
+    ]
 
 
 def _sqlite_path(url: str) -> Path | None:

@@ -26,7 +26,7 @@ ORDER = {
         "advisor.parse", "advisor.render", "advisor.client", "advisor.openai_client", "advisor.local", "advisor.llm",
         "advisor.offline", "advisor.ledger", "advisor.replay", "advisor.probe", "advisor.proposer", "advisor.summary",
         "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table",
-        "report.comparison", "report.page", "report.write", "report", "assemble_advisor", "advised", "strategies",
+        "report.comparison", "report.page", "report.write", "report", "pulse", "assemble_advisor", "advised", "strategies",
         "assemble", "advise", "dashboard", "progress", "card", "exporting", "checkpoints", "perplexity", "tasks",
         "evaluation", "training", "recovery", "comparison", "comparison.config", "comparison.store",
         "comparison.problems", "comparison.recorded", "comparison.runner", "comparison.statistics",

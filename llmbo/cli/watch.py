@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from llmbo.cli.common import one_line_errors
 
 if TYPE_CHECKING:
     from llmbo.dashboard import Snapshot
+    from llmbo.pulse import Pulse
 
 
 def watch(
@@ -32,14 +34,17 @@ def watch(
     with one_line_errors(interrupted="Stopped watching; the run goes on."):
         from rich.console import Console
 
-        url, name = (storage, Path(run).name) if storage else _own_database(run)
+        from llmbo.pulse import Pulse
+        from llmbo.report.files import RUNS
+
+        folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines
-        show(console, _snapshots(url, name, every))
+        show(console, _snapshots(url, name, every, Pulse(folder, shared=storage is not None)))
         console.print(f"The run '{name}' is complete. Its page: llmbo report {run}", highlight=False)
 
 
-def _own_database(run: str) -> tuple[str, str]:
+def _own_database(run: str) -> tuple[Path, str, str]:
     from llmbo.errors import StorageError
     from llmbo.report.files import find_run
 
@@ -47,10 +52,10 @@ def _own_database(run: str) -> tuple[str, str]:
     database = folder / "study.db"
     if not database.exists() and (folder / "report.json").exists():
         raise StorageError(f"'{folder}' has no database of its own: name the run's with --storage URL.")
-    return f"sqlite:///{database}", folder.resolve().name
+    return folder, f"sqlite:///{database}", folder.resolve().name
 
 
-def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
+def _snapshots(url: str, name: str, every: float, pulse: "Pulse") -> Iterator["Snapshot"]:
     """The run at each look, the last one complete. Waits for a run that has not begun to search."""
     from llmbo.dashboard import Progress, Snapshot
     from llmbo.objectives import build_objectives, parse_limits
@@ -60,12 +65,13 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
     for look in count():
         if look:
             time.sleep(every)
+        pulse.feel()
         found = follow_run(url, name)
         if found is None:
             if not look:
                 typer.echo(f"There is no run '{name}' there yet: waiting.", err=True)
             continue
-        settings, facts, trials = found
+        settings, facts, trials, moments = found
         dense, elapsed = facts["dense"], time.monotonic() - start
         nothing = dict.fromkeys(dense, 0.0)  # what is watched has been accepted: no size is too small
         running = [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
@@ -78,13 +84,15 @@ def _snapshots(url: str, name: str, every: float) -> Iterator["Snapshot"]:
         at_first = finished if at_first < 0 else at_first
         ours = finished - at_first
         complete = finished >= budget > 0 and _complete(facts, budget)
+        stopped = pulse.held is False and not complete
         yield Snapshot(
             title=name,
-            doing=", ".join(running[:3]) or ("complete" if complete else "proposing"),
+            doing="stopped" if stopped else ", ".join(running[:3]) or ("complete" if complete else "proposing"),
             budget=budget,
             progress=Progress(trials, objectives, dense),
             elapsed=elapsed,
-            remaining=elapsed / ours * (budget - finished) if ours else None,
+            remaining=elapsed / ours * (budget - finished) if ours and not stopped else None,
+            note="" if complete else pulse.diagnosis(moments, datetime.now()),
         )
         if complete:
             return
@@ -113,6 +121,7 @@ def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
     from llmbo.progress import trial_line
 
     shown: set[int] = set()
+    told = False
     for shot in snapshots:
         for trial in shot.progress.trials:
             if trial.seconds is None or trial.number in shown:
@@ -121,3 +130,6 @@ def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
             known = [other for other in shot.progress.trials if other.number in shown]
             line = trial_line(trial, known, shot.progress.objectives, shot.budget)
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if shot.note and not told:  # once for each silence: it goes on counting
+            console.print(shot.note, highlight=False, markup=False, soft_wrap=True)
+        told = bool(shot.note)

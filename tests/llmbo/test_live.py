@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import chdir
+from contextlib import chdir, nullcontext
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.dashboard import Dashboard, FrontPlot, Progress, Snapshot
+from llmbo.pulse import LOCK, PATIENCE, SHORTEST_SILENCE, Pulse, usual_pause
 from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -139,3 +143,78 @@ def test_a_run_on_a_terminal_is_drawn_live_and_can_be_watched(llmbo: Any) -> Non
     assert not COLOR.search(seen)
     watched = on_a_terminal(["watch", "tiny"], llmbo.folder, lambda text: "is complete" in text)
     assert "3/3 trials" in watched and "●" in watched and "\x1b[?1049h" in watched and "\x1b[?1049l" in watched
+
+
+def test_watching_tells_a_killed_run_from_one_that_works(llmbo: Any) -> None:
+    """A real process, killed in the middle: its watcher says so, and takes it back once somebody goes on with it."""
+    words = [sys.executable, "-m", "llmbo", *llmbo.flags(budget=400, strategy="random", quiet=True)]
+    watching = [sys.executable, "-m", "llmbo", "watch", "tiny", "--every", "0.2"]
+
+    def until(process: subprocess.Popen[str], text: str) -> None:
+        for line in process.stdout or ():
+            if text in line:
+                return
+        raise AssertionError(f"the watcher ended before '{text}'")
+
+    run = subprocess.Popen(words, cwd=llmbo.folder, start_new_session=True)
+    watcher = None
+    try:
+        while not (llmbo.folder / "runs" / "tiny" / "study.db").exists():
+            assert run.poll() is None
+            time.sleep(0.1)
+        watcher = subprocess.Popen(watching, cwd=llmbo.folder, stdout=subprocess.PIPE, text=True)
+        until(watcher, "4/400")
+        run.kill()
+        run.wait()
+        until(watcher, "No process works on this run")
+        run = subprocess.Popen(words, cwd=llmbo.folder, start_new_session=True)
+        until(watcher, "/400")  # trials come again
+    finally:
+        for process in filter(None, (run, watcher)):
+            process.kill()
+            process.wait()
+
+
+NOON = datetime(2026, 1, 1, 12)
+
+
+def every(seconds: float, count: int = 40) -> list[datetime]:
+    """Starts and ends of trials, the last one at noon."""
+    return [NOON - timedelta(seconds=seconds * back) for back in range(count)]
+
+
+def test_silence_is_judged_by_what_is_usual(tmp_path: Path) -> None:
+    shared = Pulse(tmp_path, shared=True)  # nobody here can know whether a process of another machine lives
+    shared.feel()
+    for seconds in (1, 10, 600):
+        usual = every(seconds)
+        last = max(SHORTEST_SILENCE, PATIENCE * seconds)
+        fresh = Pulse(tmp_path, shared=True)
+        assert fresh.diagnosis(usual, NOON + timedelta(seconds=last)) == ""
+        assert "may have stopped" in fresh.diagnosis(usual, NOON + timedelta(seconds=last + 1))
+        assert fresh.diagnosis([*usual, NOON + timedelta(seconds=last + 1)], NOON + timedelta(seconds=last + 1)) == ""
+    night = [moment - timedelta(hours=9) for moment in every(1)] + every(1)
+    assert usual_pause(night) == 1.0  # a pause between two sessions is not what is usual
+    ahead = Pulse(tmp_path, shared=True)  # a machine whose clock is wrong by hours does not count for more than we saw
+    assert ahead.diagnosis([NOON + timedelta(hours=3)], NOON) == ""
+    assert "may have stopped" in ahead.diagnosis([NOON + timedelta(hours=3)], NOON + timedelta(minutes=5))
+
+
+def test_the_lock_says_who_works_on_a_run(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path)
+    for locked in (False, True, False):
+        with FileLock(tmp_path / LOCK) if locked else nullcontext():
+            pulse.feel()
+            assert pulse.held is locked
+            night = NOON + timedelta(hours=9)
+            assert bool(pulse.diagnosis(every(1), night)) is not locked  # started again a moment ago, or stopped
+            if locked:
+                assert "slow, but its process is there" in pulse.diagnosis(every(1), night + timedelta(hours=1))
+
+
+def test_a_picture_with_a_note_fits_too(snapshot: Snapshot) -> None:
+    noted = replace(snapshot, note="No process works on this run: it has stopped. " * 2)
+    for width in (24, 60, 120):
+        for height in (5, 14, 24):
+            lines = drawn(noted, width, height, no_color=True, color_system=None).splitlines()
+            assert all(len(line) <= width for line in lines) and len(lines) <= height and "No process" in lines[1]

@@ -1,0 +1,76 @@
+"""Whether somebody still works on a run, seen from outside: by its lock, or by how long nothing has come against what is usual."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # in the run folder; dies with the process that holds it
+LOOKING = 1.0  # seconds that a starting run waits for a lock: whoever looks at it holds it for an instant
+PATIENCE = 5.0  # usual pauses after which silence is worth a word
+SHORTEST_SILENCE = 30.0  # seconds; below that nothing is said
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process holds the run folder's lock; None where that cannot be told."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return None
+
+
+def usual_pause(moments: Sequence[datetime]) -> float:
+    """Seconds between two starts or ends of trials that all but the longest twentieth (a night between two sessions) stay below."""
+    pauses = sorted((after - before).total_seconds() for before, after in pairwise(sorted(moments)))
+    return pauses[int(0.95 * (len(pauses) - 1))] if pauses else 0.0
+
+
+@dataclass
+class Pulse:
+    """The signs of life of one run, look after look: call `feel`, read what is stored, ask for `diagnosis`.
+
+    Args:
+        folder: Its folder on this machine.
+        shared: Other machines may work on it: a lock that is free here tells nothing.
+        held: Whether a process is known to work on it; None where that cannot be told.
+    """
+
+    folder: Path
+    shared: bool = False
+    held: bool | None = None
+    _moments: int = 0
+    _changed: float = 0.0
+
+    def feel(self) -> None:
+        """Look at the lock. Before what is stored is read: a run lets go of its lock after it has stored its end."""
+        held = is_held(self.folder)
+        self.held = (held or None) if self.shared else held
+
+    def diagnosis(self, moments: Sequence[datetime], now: datetime) -> str:
+        """What there is to say about a run that is not complete; empty while all is as usual.
+
+        Args:
+            moments: When trials started and ended, by the clocks of those who ran them.
+            now: By the clock of whoever looks.
+        """
+        if self.held is False:
+            return "No process works on this run: it has stopped. The command that started it goes on from here."
+        if len(moments) != self._moments or not self._changed:
+            # At the first look only the stored time tells how long a run has been silent, unless somebody is known to
+            # work on it: then it may just have been started again.
+            known = self._changed or self.held or not moments
+            self._changed = now.timestamp() if known else min(now, max(moments)).timestamp()
+            self._moments = len(moments)
+        silent, usual = now.timestamp() - self._changed, usual_pause(moments)
+        if silent <= max(SHORTEST_SILENCE, PATIENCE * usual):
+            return ""
+        verdict = "slow, but its process is there" if self.held else "it may have stopped"
+        return f"Nothing new for {silent:.0f} s, usually within {usual:.0f} s: {verdict}."

@@ -1,10 +1,12 @@
 """A toy search problem whose quality is a formula, and a tiny llama on disk with a tokenizer and a text. Nothing is downloaded."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import math
 import random
+import shutil
 import signal
 import threading
 import zlib
@@ -33,6 +35,7 @@ from llmbo.types import Proposal, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.importance import Importance
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
 TEXT_TOKENS = 1200
 
@@ -234,6 +237,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     result = done(budget=18)
     assert result.exit_code == 0, result.output
     return done
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium): pages are not tested")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 SECRET = "sk-secret-that-must-turn-up-nowhere"

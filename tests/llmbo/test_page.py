@@ -1,10 +1,8 @@
 """The report page in a real headless Chromium, opened from the disk like a user would."""
 
-import importlib.util
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ import pytest
 
 from llmbo.report.page import render_page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LAYERS, GROUPS, NEURONS = 30, 3, 1536
 HOSTILE = "</script><script>window.broken=1</script><img src=x onerror='window.broken=1'>{{7*7}}${1}"
 SMOOTH = 1.0  # seconds that drawing 2,000 trials, or reacting to a click, may take on a busy machine
@@ -139,19 +136,6 @@ class Tab:
             if self.page.is_visible(".hover"):
                 return
         raise AssertionError(f"nothing is told about {key}")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium): the report page is not tested")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 Open = Callable[..., Any]

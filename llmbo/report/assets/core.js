@@ -111,12 +111,14 @@ function el(tag, attributes = {}, ...children) {
 }
 
 function table(headings, rows, caption) {
+  const prose = headings.map((_, column) => rows.some((row) => typeof row[column] === "string" && row[column].length > 24));
+  const kind = (column) => ({ class: prose[column] ? "prose" : null });
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     el("table", {},
       el("caption", { class: "hidden" }, caption),
-      el("thead", {}, el("tr", {}, ...headings.map((heading) => el("th", { scope: "col" }, heading)))),
+      el("thead", {}, el("tr", {}, ...headings.map((heading, column) => el("th", { scope: "col", ...kind(column) }, heading)))),
       el("tbody", {}, ...rows.map(([first, ...rest]) =>
-        el("tr", {}, el("th", { scope: "row" }, first), ...rest.map((cell) => el("td", {}, cell)))))));
+        el("tr", {}, el("th", { scope: "row" }, first), ...rest.map((cell, at) => el("td", kind(at + 1), cell)))))));
 }
 
 /** Any JSON value as lists and tables: parts of the report that this page does not know by name are shown all the same. */

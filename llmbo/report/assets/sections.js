@@ -106,15 +106,16 @@ function drawAdvisor(state) {
   if (!advisor) return fill("advisor");
   const explained = trials.map((trial) => [trial, reasonOf({ trial })]).filter(([, reason]) => reason);
   const shown = Object.entries(advisor).map(([key, part]) => {
-    if (part === null || typeof part !== "object") return el("p", {}, el("strong", {}, `${words(key)}: `), plain(part));
+    if (part === null) return null;
+    if (typeof part !== "object") return el("p", {}, el("strong", {}, `${words(key)}: `), plain(part));
     const amounts = Object.entries(part);
     const drawn = key === "hypervolume_by_origin" && amounts.every(([, value]) => typeof value === "number" && value >= 0);
-    if (["proposals", "refusals"].includes(key)) return part.length ? folded(`${part.length} ${words(key)}`, part) : null;
+    if (["proposals", "refusals"].includes(key)) return part.length ? folded(`${words(key)} (${part.length})`, part) : null;
     const { drops, ...rest } = part; // of the filter
-    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(drops ? rest : part, words(key)), drops?.length ? folded(`${drops.length} candidates that the filter was against`, drops) : null);
+    return el("div", {}, el("h3", {}, words(key)), drawn ? bars(amounts, "") : anything(drops ? rest : part, words(key)), drops?.length ? folded(`what the filter was against (${drops.length})`, drops) : null);
   });
   const reasons = explained.map(([trial, reason]) => ({ trial: trial.number, origin: trial.origin, gain: trial.gain, reason }));
-  return fill("advisor", ...shown, reasons.length ? folded(`${reasons.length} trials with a reason`, reasons) : null);
+  return fill("advisor", ...shown, reasons.length ? folded(`trials with a reason (${reasons.length})`, reasons) : null);
 }
 
 let order = { column: "number", descending: false };

@@ -34,7 +34,8 @@ function numbers(entry) {
   const own = entry.heldout !== null;
   const rows = names.map((name) => {
     const [now, before] = [entry.values[name], dense.values[name]];
-    const label = withUnit(name, now) === format(name, now) ? words(name) : `${words(name)} (${unitOf(name)})`;
+    const unit = withUnit(name, now) === format(name, now) ? "" : unitOf(name);
+    const label = unit ? el("span", {}, `${words(name)} `, el("small", { class: "muted" }, `(${unit})`)) : words(name);
     const cells = [label, format(name, now), format(name, before), change(name, now, before)];
     if (own) cells.splice(2, 0, isQuality(name) ? format(name, entry.heldout[name]) : "");
     return cells;

@@ -32,15 +32,12 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
         Objective(part["name"], part["unit"], part["known"], reference[part["name"]], part["direction"] == "maximize")
         for part in reports[0]["objectives"]
     ]
-    complete = [
-        [trial for trial in report["trials"] if trial["state"] == "complete" and trial.get("feasible", True)]
-        for report in reports
-    ]
+    complete = [[trial for trial in report["trials"] if trial["state"] == "complete"] for report in reports]
     gains = [to_maximize([trial["objectives"] for trial in trials], objectives) for trials in complete]
     for trials, own in zip(complete, gains, strict=True):  # what breaks a constraint adds no hypervolume
-        own[[trial.get("feasible") is False for trial in trials]] = -inf
+        own[[not trial.get("feasible", True) for trial in trials]] = -inf
     all_of_them = [
-        (run, trial) for run, trials in enumerate(complete) for trial in trials if trial.get("feasible") is not False
+        (run, trial) for run, trials in enumerate(complete) for trial in trials if trial.get("feasible", True)
     ]
     joined = to_maximize([trial["objectives"] for _, trial in all_of_them], objectives)
     union = [{"run": all_of_them[index][0], "trial": all_of_them[index][1]["number"]} for index in pareto_front(joined)]

@@ -330,7 +330,7 @@ def test_what_the_advisor_did_is_shown(opened: Open) -> None:
                 "dip",
                 "0.75",
                 "3, 9",
-                "1 trials with",
+                "trials with a reason (1)",
                 "thin the",
                 "thin already",
                 "layer 31",

@@ -13,7 +13,8 @@ function drawConstraints() {
   const bounds = CONSTRAINTS.map(({ name, maximum }) => `${words(name)} ≤ ${withUnit(name, maximum)}`);
   const failed = TRIALS.filter((entry) => entry.trial.feasible === false).length;
   line.hidden = !bounds.length;
-  line.textContent = `Constraints: ${bounds.join(", ")}. ${failed} of ${TRIALS.length - RUNS.length} trials break one: dashed marks, never on the front. Shaded: what is forbidden.`;
+  const outcome = failed ? `${failed} of ${TRIALS.length - RUNS.length} trials break one: dashed marks, never on the front` : "every trial keeps them";
+  line.textContent = `Constraints: ${bounds.join(", ")}; ${outcome}. Shaded: what is forbidden.`;
 }
 
 function drawRuns() {

@@ -29,7 +29,7 @@ from llmbo.gain import EPSILON, FamilyCurve
 from llmbo.objectives import Objective, outcomes, ref_point
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
-from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.surrogate import OFF_FAMILY, SHARE, Features, fit_surrogate, gains, loss_off_family, quality_from_gain
 from llmbo.threads import one_thread
 from llmbo.types import Advice, AdviceSource, Proposal, Trial, TrialState
 
@@ -133,8 +133,10 @@ class QNehviProposer:
             costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
             shares, dense = train_Z[:, SHARE], -sign * self.dense[name]
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
-            train_Y = gains(costs, shares, dense, curve).unsqueeze(-1)
-            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d), curve, dense)
+            kappa = loss_off_family(train_Z, costs, dense, curve)
+            expected = curve(shares) + kappa * train_Z[:, OFF_FAMILY]
+            gp = fit_surrogate(train_Z, gains(costs, expected, dense).unsqueeze(-1), self.family.space.d)
+            return _Measured(gp, curve, kappa, dense)
 
         beliefs = tuple(
             _Known(self._features.column(objective.name), objective.sign * self._features.dense[objective.name])
@@ -166,24 +168,29 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Measured:
-    """An objective whose cost (its negative) is log-normal: cost - dense + eps = exp(curve - gain), gain from a GP."""
+    """An objective whose cost (its negative) is log-normal: cost - dense + eps = exp(expected - gain), gain from a GP."""
 
     gp: SingleTaskGP
     curve: FamilyCurve
+    kappa: float
     dense: float
 
-    def from_gain(self, gain: Tensor, share: Tensor) -> Tensor:
-        return -quality_from_gain(gain, share, self.dense, self.curve)
+    def expected(self, Z: Tensor) -> Tensor:
+        """Log excess of the family at the points' shares, and what points away from it lose on average."""
+        return self.curve(Z[..., SHARE]) + self.kappa * Z[..., OFF_FAMILY]
+
+    def from_gain(self, gain: Tensor, Z: Tensor) -> Tensor:
+        return -quality_from_gain(gain, self.expected(Z).expand_as(gain), self.dense)
 
     @torch.no_grad()
     def mean(self, Z: Tensor) -> Tensor:
-        return self.from_gain(self.gp.posterior(Z).mean.squeeze(-1), Z[..., SHARE])
+        return self.from_gain(self.gp.posterior(Z).mean.squeeze(-1), Z)
 
     @torch.no_grad()
     def log_excess(self, Z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of log(cost - dense + eps), `n` each."""
         posteriors = [self.gp.posterior(chunk) for chunk in Z.split(CHUNK)]
-        mean = self.curve(Z[:, SHARE]) - torch.cat([posterior.mean.squeeze(-1) for posterior in posteriors])
+        mean = self.expected(Z) - torch.cat([posterior.mean.squeeze(-1) for posterior in posteriors])
         variance = torch.cat([posterior.variance.squeeze(-1) for posterior in posteriors])
         return mean, variance.clamp_min(1e-12).sqrt()
 
@@ -201,12 +208,12 @@ class _Measured:
 
     def needed_gain(self, Z: Tensor, limit: float) -> Tensor:
         """The gain at which the cost is just `limit`, of the shape of a point's share."""
-        return self.curve(Z[..., SHARE]) - math.log(max(limit - self.dense + EPSILON, 1e-12))
+        return self.expected(Z) - math.log(max(limit - self.dense + EPSILON, 1e-12))
 
     def below(self, Z: Tensor, limit: float) -> Tensor:
         """Probability that the cost keeps a limit, `n`."""
         mean, deviation = self.log_excess(Z)
-        return torch.special.ndtr((self.curve(Z[:, SHARE]) - mean - self.needed_gain(Z, limit)) / deviation)
+        return torch.special.ndtr((self.expected(Z) - mean - self.needed_gain(Z, limit)) / deviation)
 
 
 @dataclass(frozen=True)
@@ -277,11 +284,8 @@ class _Belief:
     def _outcome(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
         """Samples of gains and costs -> samples of the objectives, in their order."""
         assert X is not None
-        share = X[..., SHARE].expand(samples.shape[:-1])
         columns = [
-            objective.from_gain(samples[..., column], share)
-            if isinstance(objective, _Measured)
-            else samples[..., column]
+            objective.from_gain(samples[..., column], X) if isinstance(objective, _Measured) else samples[..., column]
             for column, objective in enumerate(self.objectives)
         ]
         return torch.stack(columns, dim=-1)

@@ -5,12 +5,14 @@ F(s): the threshold family's excess v - v0 at share s.
 
 Size explains nearly all of v, and the family already says how. So the GP learns only the gain at equal size,
 
-    gain(x) = log (F(share) + eps) - log (v - v0 + eps)        0 on the family, > 0 where x beats it
+    gain(x) = log (F(share) + eps) + kappa |z(x) - z(family at share)|^2 - log (v - v0 + eps)
 
 over the features
 
     z_i = sqrt(I_i / mean I) x_i / max level                   I_i: Fisher importance of block i
 
+It is 0 on the family, and 0 on average off it: what leaves the family loses, the more the farther, and kappa says how much.
+Without that term the search spends its first thirty evaluations on finding out.
 which make equal steps matter about equally, so that one lengthscale serves all sixty dimensions. On 120 measured
 architectures of SmolLM2 this ranked unseen ones better (Spearman 0.82) than unweighted levels (0.79), automatic
 relevance determination (0.71), and deviations from the family smoothed along depth (0.62).
@@ -33,39 +35,56 @@ from torch import Tensor
 from llmbo.family import ThresholdFamily
 from llmbo.gain import EPSILON, FamilyCurve
 
-SHARE = -1  # the feature column that holds the parameter share; the GP looks neither at it nor at other costs
+# feature columns that the GP does not look at, beside other costs
+SHARE = -1  # parameter share
+OFF_FAMILY = -2  # squared distance from the family at equal share
+
+LOSS_OFF_FAMILY = 0.08  # prior kappa; SmolLM2: 0.04-0.06 of structured changes, 0.11 of random vectors
+RIDGE = 1.0  # squared distances squared that the prior is worth
 
 
 class Features:
-    """Points -> what the GP sees (`d` weighted levels), known costs as shares of the dense model's, and the parameter share.
+    """Points -> what the GP sees (`d` weighted levels), known costs as shares of the dense model's, and the columns named above.
 
     Args:
         costs: Names of known costs.
     """
 
     def __init__(self, family: ThresholdFamily, costs: Sequence[str] = ()) -> None:
-        self.space = family.space
+        self.family, self.space = family, family.space
         self.dense = {name: float(self.space.cost(name, self.space.bounds[1])) for name in costs}
         self._scale = (family.importance / family.importance.mean()).sqrt() / family.space.bounds[1]
 
     def __call__(self, X: Tensor) -> Tensor:
-        """`n x d` levels -> `n x (d + costs + 1)` features."""
+        """`n x d` levels -> `n x (d + costs + 2)` features."""
         costs = [self.space.cost(name, X) / dense for name, dense in self.dense.items()]
-        return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in (*costs, self.space.share(X)))], dim=-1)
+        share = self.space.share(X)
+        off = ((X - self.family.profile(share)) * self._scale).square().sum(-1)
+        return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in (*costs, off, share))], dim=-1)
 
     def column(self, cost: str) -> int:
         """Where a known cost stands."""
         return self.space.d + list(self.dense).index(cost)
 
 
-def gains(values: Tensor, shares: Tensor, dense: float, curve: FamilyCurve) -> Tensor:
-    """gain(x) of `n` measured qualities at their shares."""
-    return curve(shares) - torch.log((values - dense).clamp_min(0) + EPSILON)
+def gains(values: Tensor, expected: Tensor, dense: float) -> Tensor:
+    """gain(x) of `n` measured qualities over the `n` log excesses expected there."""
+    return expected - torch.log((values - dense).clamp_min(0) + EPSILON)
 
 
-def quality_from_gain(gain: Tensor, share: Tensor, dense: float, curve: FamilyCurve) -> Tensor:
+def quality_from_gain(gain: Tensor, expected: Tensor, dense: float) -> Tensor:
     """Inverse of `gains`."""
-    return dense + torch.exp(curve(share) - gain) - EPSILON
+    return dense + torch.exp(expected - gain) - EPSILON
+
+
+def loss_off_family(train_Z: Tensor, values: Tensor, dense: float, curve: FamilyCurve) -> float:
+    """What leaving the family costs on average, in log excess per squared distance: kappa.
+
+    Ridge regression towards `LOSS_OFF_FAMILY`, since the first proposals are made before anything was measured off it.
+    """
+    off = train_Z[:, OFF_FAMILY]
+    lost = -gains(values, curve(train_Z[:, SHARE]), dense)
+    return float(((LOSS_OFF_FAMILY * RIDGE + off @ lost) / (RIDGE + off @ off)).clamp_min(0))
 
 
 def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int) -> SingleTaskGP:

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from llmbo.gain import FamilyCurve
-from llmbo.surrogate import SHARE, Features, fit_surrogate, gains, quality_from_gain
+from llmbo.surrogate import (
+    LOSS_OFF_FAMILY,
+    OFF_FAMILY,
+    SHARE,
+    Features,
+    fit_surrogate,
+    gains,
+    loss_off_family,
+    quality_from_gain,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -23,7 +32,7 @@ def test_quality_from_gain_inverts_gains(curve: FamilyCurve, dense: float) -> No
     shares = 0.4 + 0.6 * torch.rand(50, generator=rng, dtype=torch.float64)
     values = dense + 2 * torch.rand(50, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(
-        quality_from_gain(gains(values, shares, dense, curve), shares, dense, curve), values, rtol=1e-9, atol=1e-12
+        quality_from_gain(gains(values, curve(shares), dense), curve(shares), dense), values, rtol=1e-9, atol=1e-12
     )
 
 
@@ -33,10 +42,10 @@ def test_gain_is_zero_on_the_family_and_positive_below_it(curve: FamilyCurve) ->
         torch.tensor([1.5, 0.7, 0.2, 0.0], dtype=torch.float64),
     )
     torch.testing.assert_close(
-        gains(3 + excess, shares, 3.0, curve), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9
+        gains(3 + excess, curve(shares), 3.0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9
     )
-    assert (gains(3 + 0.9 * excess[:3], shares[:3], 3.0, curve) > 0).all()
-    assert (gains(3 + 1.1 * excess[:3], shares[:3], 3.0, curve) < 0).all()
+    assert (gains(3 + 0.9 * excess[:3], curve(shares[:3]), 3.0) > 0).all()
+    assert (gains(3 + 1.1 * excess[:3], curve(shares[:3]), 3.0) < 0).all()
 
 
 def test_the_curve_falls_between_its_points_and_is_flat_outside(curve: FamilyCurve) -> None:
@@ -59,7 +68,7 @@ def test_members_below_the_dense_model_do_not_break_the_logarithm(curve: FamilyC
     )
     assert below(torch.linspace(0, 1, 11, dtype=torch.float64)).isfinite().all()
     assert (
-        gains(torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), 0.0, curve)
+        gains(torch.tensor([-1.0], dtype=torch.float64), curve(torch.tensor([0.5], dtype=torch.float64)), 0.0)
         .isfinite()
         .all()
     )
@@ -69,24 +78,44 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     toy = make_toy(3, 100, 0.1, 7)
     X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
     Z = Features(toy.family)(X)
-    assert Z.shape == (11, toy.space.d + 1)
+    assert Z.shape == (11, toy.space.d + 2)
     torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
-    weights = Z[0, :-1]  # the dense model's: a block's full width, whatever its number of levels
+    weights = Z[0, : toy.space.d]  # the dense model's: a block's full width, whatever its number of levels
     torch.testing.assert_close(
         weights**2 / weights.square().mean(), toy.family.importance / toy.family.importance.mean(), rtol=1e-9, atol=0
     )
-    torch.testing.assert_close(Z[:, :-1], X / X[0] * weights, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(Z[:, : toy.space.d], X / X[0] * weights, rtol=1e-9, atol=1e-12)
+
+
+def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
+    toy: Any, is_member: Callable[..., bool]
+) -> None:
+    members = toy.family.path[::4]
+    points = [x for x in toy.random_points(40, 2) if not is_member(toy.family, x)]
+    others = torch.tensor(points, dtype=torch.float64)
+    features = Features(toy.family)
+    Z = features(torch.cat([members, others]))
+    off = Z[:, OFF_FAMILY]
+    torch.testing.assert_close(off[: len(members)], torch.zeros(len(members), dtype=torch.float64))
+    assert (off[len(members) :] > 0).all()
+
+    curve = FamilyCurve.through(Z[: len(members), SHARE], torch.linspace(1, 0, len(members), dtype=torch.float64))
+    at = curve(Z[:, SHARE])
+    for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
+        values = quality_from_gain(-kappa * off, at, 0.0)
+        assert loss_off_family(Z, values, 0.0, curve) == pytest.approx(kappa, abs=0.01)
+    assert loss_off_family(Z[: len(members)], values[: len(members)], 0.0, curve) == pytest.approx(LOSS_OFF_FAMILY)
 
 
 def test_costs_are_columns_in_shares_of_the_dense_models(toy: Any) -> None:
     X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
     features = Features(toy.family, ["flops", "kv_bytes"])
     Z = features(X)
-    assert Z.shape == (11, toy.space.d + 3)
+    assert Z.shape == (11, toy.space.d + 4)
     for name in ("flops", "kv_bytes"):
         torch.testing.assert_close(Z[:, features.column(name)] * features.dense[name], toy.space.cost(name, X))
     torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
-    assert (Z[0, toy.space.d :] == 1).all()
+    assert Z[0, toy.space.d :].tolist() == [1, 1, 0, 1]  # the dense model is a member of the family
 
 
 def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:
@@ -96,7 +125,7 @@ def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:
     values = torch.tensor([trial.values["kl"] for trial in trials], dtype=torch.float64)
     members = len(points) - 50
     curve = FamilyCurve.through(toy.space.share(X[:members]), values[:members])
-    Z, Y = Features(toy.family)(X), gains(values, toy.space.share(X), 0.0, curve)
+    Z, Y = Features(toy.family)(X), gains(values, curve(toy.space.share(X)), 0.0)
     gp = fit_surrogate(Z[:-15], Y[:-15, None], toy.space.d)
     with torch.no_grad():
         predicted = gp.posterior(Z[-15:]).mean.squeeze(-1)

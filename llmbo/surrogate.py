@@ -11,11 +11,12 @@ over the features
 
     z_i = sqrt(I_i / mean I) x_i / max level                   I_i: Fisher importance of block i
 
-It is 0 on the family, and 0 on average off it: what leaves the family loses, the more the farther, and kappa says how much.
-Without that term the search spends its first thirty evaluations on finding out.
 which make equal steps matter about equally, so that one lengthscale serves all sixty dimensions. On 120 measured
 architectures of SmolLM2 this ranked unseen ones better (Spearman 0.82) than unweighted levels (0.79), automatic
 relevance determination (0.71), and deviations from the family smoothed along depth (0.62).
+
+The gain is 0 on the family, and 0 on average off it: what leaves the family loses, the more the farther, and kappa says
+how much. Without that term a search spends its first thirty evaluations on finding out.
 """
 
 import math

@@ -10,36 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from llmbo.errors import ModelError, first_line
-from llmbo.models import DTYPES, choose_device, choose_dtype, resolve
+from llmbo.models import DTYPES, Checkpoint, choose_device, choose_dtype, resolve
 from pruning.export.rebuild import local_class
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A loaded model.
-
-    Args:
-        name: What the user asked for.
-        source: The folder or hub name behind it.
-    """
-
-    name: str
-    source: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    dtype: str
-    device: str
-
-    @property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 @dataclass(frozen=True)

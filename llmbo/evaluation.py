@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from llmbo.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
+from llmbo.checkpoints import find_checkpoint, load_checkpoint
 from llmbo.errors import ConfigError, StorageError
-from llmbo.models import check_dtype
+from llmbo.models import Checkpoint, check_dtype
 from llmbo.perplexity import Perplexity, check_window, measure
 from llmbo.report import environment
 from llmbo.tasks import Tasks

@@ -53,13 +53,12 @@ ALIASES = {
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to be pruned.
+class Checkpoint:
+    """A loaded model, dense or pruned.
 
     Args:
         name: What the user asked for.
         source: The folder or hub name it was loaded from.
-        fingerprint: Digest of some weights of every tensor, so that a resumed run notices another model.
     """
 
     name: str
@@ -68,6 +67,20 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     dtype: str
     device: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class LoadedModel(Checkpoint):
+    """A model ready to be pruned.
+
+    Args:
+        fingerprint: Digest of some weights of every tensor, so that a resumed run notices another model.
+    """
+
     fingerprint: str
 
 

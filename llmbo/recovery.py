@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmbo.checkpoints import Checkpoint, find_checkpoint, load_checkpoint
-from llmbo.errors import ConfigError, ModelError
-from llmbo.models import check_dtype, choose_dtype
-from llmbo.training import Plan, Progress, train
+from llmbo.checkpoints import find_checkpoint, load_checkpoint
+from llmbo.errors import ConfigError, ModelError, first_line
+from llmbo.exporting import check_disk
+from llmbo.models import Checkpoint, check_dtype, choose_dtype
+from llmbo.training import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
 from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
 from pruning.export.folder import check_out, whole_folder
@@ -47,10 +48,7 @@ class Task:
     device: str
 
     def __post_init__(self) -> None:
-        if self.window < 2 or self.heldout < 1:
-            raise ConfigError(
-                f"--window must be at least 2 and --heldout at least 1, got {self.window} and {self.heldout}."
-            )
+        check_split(self.window, self.heldout)
         check_dtype(self.dtype)
 
 
@@ -86,10 +84,11 @@ def recover(
     check_out(task.out)
     with phases.phase("model"):
         small = load_checkpoint(task.source, "float32", task.device)  # small steps vanish in bfloat16
+        check_disk(task.out, 4 * small.parameters + checkpoint_bytes(small.model, plan))
         kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
         stored = _saved_dtype(task.source)
         teacher = _teacher(task, small, kind) if plan.distil else None
-        windows = _windows(task, plan, small)
+        windows = training_windows(task.text, small.tokenizer, task.window, task.heldout, plan)
     before = quality(small.model, windows.heldout).loss
     work = task.out.with_name(task.out.name + ".recovery")
     with phases.phase("training", plan.steps) as advance:
@@ -114,15 +113,25 @@ def recover(
     return outcome
 
 
-def _windows(task: Task, plan: Plan, small: Checkpoint) -> TokenWindows:
-    """All of the text: the last windows of the seeded order are held out, which `llmbo optimize` never reached with the same
-    seed and window."""
-    text = read_text(task.text)
-    ids = small.tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    total = len(ids) // (task.window - adds_bos(small.tokenizer))
-    training = max(plan.batch, total - 2 * task.heldout)  # too short a text is refused below
-    counts = dict(zip(SPLITS, (training, task.heldout, task.heldout), strict=True))
-    return cut_windows(text, small.tokenizer, counts, task.window, plan.seed)
+def check_split(window: int, heldout: int) -> None:
+    """Raise ConfigError for windows without a prediction, or none to compare on."""
+    if window < 2 or heldout < 1:
+        raise ConfigError(f"--window must be at least 2 and --heldout at least 1, got {window} and {heldout}.")
+
+
+def training_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, window: int, heldout: int, plan: Plan
+) -> TokenWindows:
+    """All of a text: to train on (`calibration`), to choose the best step (`proxy`) and to compare (`heldout`).
+
+    The last windows of the seeded order are held out, which `llmbo optimize` never reached with the same seed and window.
+    """
+    text = read_text(source)
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    total = len(ids) // (window - adds_bos(tokenizer))
+    training = max(plan.batch, total - 2 * heldout)  # too short a text is refused below
+    counts = dict(zip(SPLITS, (training, heldout, heldout), strict=True))
+    return cut_windows(text, tokenizer, counts, window, plan.seed)
 
 
 def _saved_dtype(source: str) -> torch.dtype:
@@ -152,7 +161,10 @@ def _base_model(small: Checkpoint) -> str:
 
 def _details(source: str) -> dict[str, Any]:
     file = Path(source) / "llmbo.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"'{file}' is damaged ({first_line(error)}): export the model again.") from error
     return found
 
 

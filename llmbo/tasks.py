@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmbo.checkpoints import Checkpoint
 from llmbo.errors import ConfigError, EvaluationError, first_line
+from llmbo.models import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from llmbo.errors import ConfigError, StorageError
 from pruning.likelihood import quality
+from pruning.projection import Projection
 
 WARMUP = 0.05  # of all steps
 FLOOR = 0.1  # of the learning rate, where the cosine ends
@@ -130,6 +131,15 @@ def train(
     keeper.bring_back_best()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     return (learner.merge_and_unload() if plan.lora else model).eval(), progress
+
+
+def checkpoint_bytes(model: PreTrainedModel, plan: Plan) -> int:
+    """Disk that the checkpoints of a training take at most: the best weights, and weights with two moments while they are replaced."""
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    if plan.lora:
+        shapes = [module.weight.shape for module in model.modules() if isinstance(module, Projection)]
+        trained = sum(plan.lora * sum(shape) for shape in shapes)
+    return 4 * (1 + 3 + 3) * trained
 
 
 def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

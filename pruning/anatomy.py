@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pruning.errors import UnsupportedModel
 from pruning.families import FAMILIES, Family, Places
+from pruning.modeling_pruned import LayerConfig
 from pruning.projection import Projection, matrix_of
 
 BlockKind = Literal["attention", "mlp"]
@@ -123,18 +124,6 @@ class Block:
             own = {name: count * units for name, count in self.config_counts.items()}
             values["config"] = LayerConfig(self.module_of(layer).config, own)
         return values
-
-
-class LayerConfig:
-    """A model's config as one layer reads it: a few values are its own, all others are the model's, whenever they change."""
-
-    def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
-        vars(self).update(own, shared=shared)
-
-    def __getattr__(self, name: str) -> Any:  # asked only for what is not the layer's own
-        if name == "shared" or name.startswith("__"):  # a copy in the making, or copy and pickle looking for hooks
-            raise AttributeError(name)
-        return getattr(self.shared, name)
 
 
 @dataclass(frozen=True)

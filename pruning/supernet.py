@@ -8,6 +8,7 @@ no memory and no copying of weights, on any device.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -21,31 +22,13 @@ from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
 from pruning.likelihood import DenseDistribution, Quality, quality
 from pruning.masks import Ranking
+from pruning.modeling_pruned import stand_ins
 from pruning.projection import Narrow, Projection, matrix_of
-
-
-class AbsentAttention(nn.Module):
-    """Attention with no KV group left: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class AbsentMLP(nn.Module):
-    """An MLP with no neuron left: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 def absent(block: Block) -> dict[str, nn.Module]:
     """What stands in, by attribute of the decoder layer, for a block without any unit; its norms leave with it."""
-    places = block.places
-    if places.module:
-        whole: dict[str, nn.Module] = {places.module: AbsentAttention() if block.kind == "attention" else AbsentMLP()}
-    else:  # the layer calls the projections itself
-        whole = {**{name: nn.Identity() for name in block.inputs}, places.output: AbsentMLP()}
-    return whole | {name: nn.Identity() for name in (places.norm, places.post_norm) if name}
+    return stand_ins(block.kind, asdict(block.places))
 
 
 class Supernet:

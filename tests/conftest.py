@@ -75,7 +75,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": lambda: Phi3Config(**SIZES, sliding_window=WINDOW),
     "gpt-neox": lambda: GPTNeoXConfig(**MHA),
     "gpt-neox-sequential": lambda: GPTNeoXConfig(**MHA, use_parallel_residual=False, attention_bias=False),
-    "gpt2": lambda: GPT2Config(**MHA | {"tie_word_embeddings": True}, n_inner=24),
+    "gpt2": lambda: GPT2Config(
+        **MHA | {"tie_word_embeddings": True}, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
     "opt": lambda: OPTConfig(
         **MHA | {"tie_word_embeddings": True}, ffn_dim=24, word_embed_proj_dim=32, init_std=0.3, dropout=0.0
     ),

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 # A file may import only what stands above it; a package's `__init__` goes by the package's name. A new file needs a place here.
 ORDER = {
     "pruning": (
-        "errors", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
+        "errors", "modeling_pruned", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
         "likelihood", "importance", "compensation", "supernet", "narrowing", "shrink",
-        "export.modeling_pruned", "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
-        "export.gguf_tokenizer", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
+        "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
+        "export.gguf_tokenizer", "export.gguf_tensors", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "advisor.parts", "config", "models",
@@ -27,11 +27,11 @@ ORDER = {
         "advisor.offline", "advisor.ledger", "advisor.replay", "advisor.probe", "advisor.proposer", "advisor.summary",
         "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table",
         "report.comparison", "report.page", "report.write", "report", "pulse", "assemble_advisor", "advised", "strategies",
-        "assemble", "advise", "dashboard", "progress", "card", "exporting", "checkpoints", "perplexity", "tasks",
-        "evaluation", "training", "recovery", "comparison", "comparison.config", "comparison.store",
+        "assemble", "advise", "dashboard", "progress", "card", "rebuilding", "exporting", "checkpoints", "perplexity",
+        "tasks", "evaluation", "training", "recovery", "reranking", "comparison", "comparison.config", "comparison.store",
         "comparison.problems", "comparison.recorded", "comparison.runner", "comparison.statistics",
         "comparison.result", "comparison.display", "comparison.page", "comparison.session", "cli.common",
-        "cli.advise", "cli.compare", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover",
+        "cli.advise", "cli.compare", "cli.evaluate", "cli.export", "cli.models", "cli.optimize", "cli.recover", "cli.rerank",
         "cli.report", "cli.watch", "cli", "__main__",
     ),
 }  # fmt: skip

@@ -22,14 +22,14 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel
 
-from llmbo.exporting import read_run
 from llmbo.models import DTYPES, load_model, silence_libraries
+from llmbo.rebuilding import read_run
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 from pruning.export import Pruned
 from pruning.export.gguf_file import FILE_TYPES, write_gguf
-from pruning.export.rebuild import described, rebuilt
+from pruning.export.rebuild import rebuilt
 from pruning.masks import PruningMask
 from pruning.shrink import shrink
 
@@ -51,13 +51,14 @@ def main() -> None:
     prompt = torch.randint(anatomy.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         runners: dict[str, dict[str, Callable[[], Times]]] = {"transformers": {}, "llama.cpp": {}}
-        sizes = {}
+        sizes: dict[str, dict[str, int]] = {"transformers": {}, "llama.cpp": {}}
         for name, architecture in chosen.items():
             pruned = cut(loaded.model, anatomy, architecture)
             path = Path(folder, f"{name}.gguf")
             write_gguf(pruned, path, options.gguf_dtype, name)
-            sizes[name] = path.stat().st_size
-            hf = rebuilt(pruned.model, described(pruned.model.config, anatomy, architecture))
+            sizes["llama.cpp"][name] = path.stat().st_size
+            hf = rebuilt(pruned.model, anatomy, architecture)
+            sizes["transformers"][name] = sum(weight.numel() * weight.element_size() for weight in hf.parameters())
             runners["transformers"][name] = _in_transformers(hf, prompt, options.tokens)
             runners["llama.cpp"][name] = _in_llama_cpp(path, prompt[0].tolist(), options.tokens, options.threads)
         times = _measure(runners, options.repeats)
@@ -66,7 +67,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")},
         "platform": platform.platform(),
         "models": {name: architecture.to_dict() for name, architecture in chosen.items()},
-        "gguf_bytes": sizes,
+        "bytes": sizes,
         "seconds": times,
     }
     print(
@@ -76,8 +77,7 @@ def main() -> None:
         f"transformers in {options.dtype}, llama.cpp in {options.gguf_dtype}; speed-ups are medians of paired ratios\n"
     )
     print(_table(times, sizes, options.prompt))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -92,7 +92,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of transformers")
     parser.add_argument("--gguf-dtype", choices=list(FILE_TYPES), default="f16")
-    parser.add_argument("--out", type=Path, help="JSON file for every measured time")
+    parser.add_argument("--out", type=Path, default=Path("deploy_speed.json"), help="JSON file for every measured time")
     return parser.parse_args()
 
 
@@ -158,9 +158,9 @@ def _measure(runners: dict[str, dict[str, Callable[[], Times]]], repeats: int) -
     return times
 
 
-def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, int], prompt: int) -> str:
+def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, dict[str, int]], prompt: int) -> str:
     lines = [
-        "| engine | model | GGUF MB | prefill tok/s | speed-up | decode tok/s | speed-up |",
+        "| engine | model | file MB | prefill tok/s | speed-up | decode tok/s | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     for engine, models in times.items():
@@ -171,7 +171,7 @@ def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, int], prom
                 for part in (0, 1)
             ]
             lines.append(
-                f"| {engine} | {name} | {sizes[name] / 1e6:.0f} | {prompt / prefill:.0f} | {faster[0]:.2f} | "
+                f"| {engine} | {name} | {sizes[engine][name] / 1e6:.0f} | {prompt / prefill:.0f} | {faster[0]:.2f} | "
                 f"{1 / decode:.1f} | {faster[1]:.2f} |"
             )
     return "\n".join(lines)

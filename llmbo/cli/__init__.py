@@ -10,6 +10,7 @@ from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
 from llmbo.cli.recover import recover
 from llmbo.cli.report import report
+from llmbo.cli.rerank import rerank
 from llmbo.cli.watch import watch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -20,5 +21,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, export, evaluate, recover, compare, advise, models):
+for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, models):
     app.command()(command)

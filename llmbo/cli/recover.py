@@ -65,7 +65,7 @@ def recover(
         plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, eval_every, patience, seed)
         with Display(console, 0) as display, _folder(source, trial, out, command, display) as folder:
             task = Task(folder, out, text, window, heldout, teacher, dtype, device)
-            outcome = carry_out(task, plan, command, display, lambda progress: _tell(progress, console))
+            outcome = carry_out(task, plan, command, display, lambda progress: tell(progress, console))
     typer.echo(
         f"{out}: held-out loss {outcome.before:.4f} → {outcome.after:.4f} nats per token (gain {outcome.gain:+.4f}) after "
         f"{outcome.progress.best[0]} steps, {outcome.tokens} tokens."
@@ -91,7 +91,7 @@ def _folder(source: str, trial: int | None, out: Path, command: str, display: An
         yield str(folder)
 
 
-def _tell(progress: "Progress", console: Any) -> None:
+def tell(progress: "Progress", console: Any) -> None:
     step, loss = progress.history[-1]
     best = " (best)" if progress.best[0] == step else ""
     console.print(f"step {step}: validation loss {loss:.4f}{best}", style="dim", highlight=False)

@@ -1,5 +1,6 @@
 """A result folder is whole or not there."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,12 @@ def check_out(out: Path) -> None:
     """Refuse a place that cannot become the result folder.
 
     Raises:
-        UnsupportedExport: It is a file, or a folder with something in it.
+        UnsupportedExport: It is a file, or a folder with something in it, or no folder can be made there.
     """
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        reason = "is a file" if not above.is_dir() else "cannot be written"
+        raise UnsupportedExport(f"The output '{out}' cannot be made, since '{above}' {reason}: choose another place.")
     if out.exists() and not out.is_dir():
         raise UnsupportedExport(f"The output '{out}' is a file: give a folder that is empty or does not exist.")
     if out.is_dir() and any(out.iterdir()):

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pruning.anatomy import Anatomy
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
-from pruning.export.rebuild import MODELS, cast, config_fields, described, local_class, rebuilt
+from pruning.export.rebuild import cast, local_class, rebuilt, stock_config
 from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
+from pruning.projection import matrix_of
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
 TOLERANCE = 1e-4
@@ -48,11 +48,11 @@ def save_hf(
         files: More texts for the folder, by file name.
 
     Raises:
-        UnsupportedExport: The family has no model class for unequal layers, or `out` is taken.
+        UnsupportedExport: `out` is taken.
         ExportFailed: What was written does not load, or computes something else. Nothing is left.
     """
-    config = described(pruned.model.config, pruned.anatomy, pruned.architecture)
-    return _save(pruned, rebuilt(pruned.model, config), out, files or {}, max_shard_size)
+    model = rebuilt(pruned.model, pruned.anatomy, pruned.architecture)
+    return _save(pruned, model, out, files or {}, max_shard_size)
 
 
 def save_padded(
@@ -70,48 +70,52 @@ def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrai
 
 def padded(pruned: Pruned) -> PreTrainedModel:
     """A model of the stock class whose layers all have the widest kept layer's size; what is missing is zero."""
-    check_padding(pruned.anatomy.family.model_type)
     stock: Any = type(pruned.model)
-    model = stock(_padded_config(pruned))
+    model: PreTrainedModel = stock(_padded_config(pruned))
     cast(model, pruned.model.dtype)
     weights = pruned.model.state_dict()
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            target.zero_()
-            if name in weights:  # the weights of an absent block stay zero
-                source = weights[name]
-                target[tuple(slice(0, size) for size in source.shape)] = source
+            source = weights.get(name)  # an absent block has no weights, and all its zeros add nothing
+            target.copy_(source) if source is not None and source.shape == target.shape else target.zero_()
+        for index, units in enumerate(_units(pruned)):
+            _pad_layer(pruned, model, index, units)
     model.generation_config = pruned.model.generation_config
-    result: PreTrainedModel = model.eval()
-    return result
+    return model.eval()
 
 
-def check_padding(model_type: str) -> None:
-    """Refuse families whose fused projections zeros would split in the wrong places.
+def _units(pruned: Pruned) -> list[tuple[int, int]]:
+    """KV groups and neurons of every kept layer."""
+    pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
+    return [pair for pair in pairs if any(pair)]
 
-    Raises:
-        UnsupportedExport: Of another family than those with a class in `rebuild.MODELS`.
-    """
-    if model_type not in MODELS:
-        raise UnsupportedExport(f"Padding knows the families {', '.join(sorted(MODELS))}, not '{model_type}'.")
+
+def _pad_layer(pruned: Pruned, model: PreTrainedModel, index: int, units: tuple[int, int]) -> None:
+    """Put the units of one layer first in every part of the wider projections."""
+    anatomy, wide = pruned.anatomy, anatomy_of(model)
+    small, target = (anatomy.layers_of(each)[index] for each in (pruned.model, model))
+    for block, wide_block, kept in zip(anatomy.blocks, wide.blocks, units, strict=True):
+        if not kept:
+            continue
+        first = torch.arange(kept)
+        for (source, _), (projection, rows) in zip(block.inputs_of(small), wide_block.inputs_of(target), strict=True):
+            matrix_of(projection)[rows.of(first)] = matrix_of(source)
+            if projection.bias is not None:
+                projection.bias[rows.of(first)] = source.bias
+        output = matrix_of(block.output_of(small))
+        matrix_of(wide_block.output_of(target))[:, : output.shape[1]] = output
 
 
 def _padded_config(pruned: Pruned) -> PreTrainedConfig:
-    config, anatomy = pruned.model.config, pruned.anatomy
-    stock: Any = type(config)
-    neurons = max(pruned.architecture.neurons) or 1
+    """Of as few heads as the widest layer has and the family can tell."""
+    anatomy, neurons = pruned.anatomy, max(pruned.architecture.neurons) or 1
     for groups in range(max(pruned.architecture.kv_groups), anatomy.num_key_value_heads + 1):
-        try:
-            return stock(
-                **config_fields(config),
-                head_dim=anatomy.head_dim,
-                num_attention_heads=groups * anatomy.queries_per_group,
-                num_key_value_heads=groups,
-                intermediate_size=neurons,
-            )
-        except StrictDataclassClassValidationError:  # Llama wants heads that divide the hidden size
-            continue
-    raise UnsupportedExport(f"A stock '{config.model_type}' config cannot hold the dense model's own head count.")
+        config = stock_config(pruned.model, anatomy, groups, neurons)
+        if config is not None:
+            return config
+    raise UnsupportedExport(
+        f"A stock '{anatomy.family.model_type}' config cannot hold the dense model's own head count: export --format hf."
+    )
 
 
 def _save(pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: str) -> Check:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,118 +11,67 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import pruning.export.modeling_pruned as pruned
-from pruning.anatomy import Anatomy
+from pruning import modeling_pruned
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
-from pruning.errors import UnsupportedExport
+from pruning.errors import UnsupportedModel
+from pruning.families import FAMILIES
 
-MODELS: dict[str, type[Any]] = {
-    "llama": pruned.PrunedLlamaForCausalLM,
-    "mistral": pruned.PrunedMistralForCausalLM,
-    "qwen2": pruned.PrunedQwen2ForCausalLM,
-    "qwen3": pruned.PrunedQwen3ForCausalLM,
-}
-for _model in MODELS.values():  # the modelling file goes along wherever such a model is saved
-    _model.register_for_auto_class("AutoModelForCausalLM")
-    _model.config_class.register_for_auto_class()
-
-_DERIVED = ("model_type", "architectures", "auto_map", "transformers_version")
-_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "per_layer_config")
-
-
-def layer_widths(anatomy: Anatomy, architecture: Architecture) -> list[dict[str, Any]]:
-    """Every kept layer in transformers' terms, as an entry of `per_layer_config`.
-
-    A layer without attention carries the head counts of the first one that attends: it shares its slot in a static KV cache.
-    """
-    kept = [index for index in range(len(architecture.neurons)) if architecture.keeps_layer(index)]
-    slot = next(architecture.kv_groups[index] for index in kept if architecture.kv_groups[index])
-    widths = []
-    for index in kept:
-        groups, neurons = architecture.kv_groups[index], architecture.neurons[index]
-        absent = [name for name, units in (("attention", groups), ("mlp", neurons)) if units == 0]
-        widths.append(
-            {
-                "num_attention_heads": (groups or slot) * anatomy.queries_per_group,
-                "num_key_value_heads": groups or slot,
-                "intermediate_size": neurons or anatomy.intermediate_size,
-                **({"skip": absent} if absent else {}),
-            }
-        )
-    return widths
+_DERIVED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
 
 
 def is_uniform(architecture: Architecture) -> bool:
-    """Whether all kept layers are equal and whole, so that a stock config can tell their sizes."""
+    """Whether all kept layers are equal and whole, so that a stock config may be able to tell their sizes."""
     pairs = zip(architecture.kv_groups, architecture.neurons, strict=True)
     kept = {(groups, neurons) for groups, neurons in pairs if groups or neurons}
     return len(kept) == 1 and all(kept.pop())
 
 
-def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config says, but for the widths and what transformers writes by itself."""
-    return {key: value for key, value in config.to_dict().items() if key not in (*_DERIVED, *_WIDTHS)}
+def is_stock(model: PreTrainedModel) -> bool:
+    """Whether `model` loads without the modelling file."""
+    return not isinstance(model, modeling_pruned.PrunedModel)
 
 
 def local_class(folder: Path) -> type[Any] | None:
-    """The class of `MODELS` that a saved folder needs; None if a stock one will do."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    return MODELS.get(kind.removeprefix("pruned_")) if kind.startswith("pruned_") else None
+    """The class that a saved folder with layers of unequal size needs; None if a stock one will do."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"].removeprefix("pruned_") not in FAMILIES or not config["model_type"].startswith("pruned_"):
+        return None
+    return getattr(modeling_pruned, config["architectures"][0])
 
 
-def unequal_class(model_type: str) -> type[Any]:
-    """The model class for layers of unequal size.
+def stock_config(small: PreTrainedModel, anatomy: Anatomy, groups: int, neurons: int) -> PreTrainedConfig | None:
+    """A config of the family's own class for equal layers of this size; None if it has no way to tell them.
 
-    Raises:
-        UnsupportedExport: This family has none.
+    Some families tie the size of a head to the number of heads; Llama wants that number to divide the hidden size.
     """
-    if model_type not in MODELS:
-        raise UnsupportedExport(
-            f"Layers of unequal size cannot be saved for models of type '{model_type}': only for {', '.join(sorted(MODELS))}. "
-            "Search with --uniform, or export --format padded."
-        )
-    return MODELS[model_type]
+    config_class: Any = type(small.config)
+    try:
+        config = config_class(**_fields(small.config) | _sizes(small.config, anatomy, groups, neurons))
+        with torch.device("meta"):
+            anatomy_of(type(small)(config))  # compares the modules with what the config says
+    except (StrictDataclassClassValidationError, ValueError, UnsupportedModel):
+        return None
+    return config
 
 
-def described(config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture) -> PreTrainedConfig:
-    """A copy of a shrunk model's `config` that tells the widths: of the stock class if it can hold them.
+def rebuilt(small: PreTrainedModel, anatomy: Anatomy, architecture: Architecture) -> PreTrainedModel:
+    """The weights of `small`, shared and not copied, in a model whose config tells their sizes: of the stock class if it can.
 
-    Raises:
-        UnsupportedExport: A family without a model class for unequal layers.
+    Args:
+        small: The result of `shrink`.
+        anatomy: Of the dense model.
     """
-    fields = {**config_fields(config), "head_dim": anatomy.head_dim}
-    widths = layer_widths(anatomy, architecture)
+    config = None
     if is_uniform(architecture):
-        try:
-            return type(config)(**{**fields, **widths[0]})
-        except StrictDataclassClassValidationError:  # Llama wants heads that divide the hidden size
-            pass
-    model_class = unequal_class(anatomy.family.model_type)
-    dense = {
-        "num_attention_heads": anatomy.num_attention_heads,
-        "num_key_value_heads": anatomy.num_key_value_heads,
-        "intermediate_size": anatomy.intermediate_size,
-    }
-    return model_class.config_class(**fields, **dense, per_layer_config=dict(enumerate(widths)))
-
-
-def rebuilt(small: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """The weights of `small`, shared and not copied, in a model made by `config`.
-
-    Raises:
-        UnsupportedExport: The config cannot describe the shapes that the weights have.
-    """
-    is_stock = type(config) is type(small.config)
-    model_class: Any = type(small) if is_stock else MODELS[small.config.model_type]
+        config = stock_config(small, anatomy, max(architecture.kv_groups), max(architecture.neurons))
+    model_class: Any = type(small)
+    if config is None:
+        model_class = getattr(modeling_pruned, f"Pruned{model_class.__name__}")
+        config = _unequal_config(small.config, anatomy, architecture, model_class.config_class)
     with torch.device("meta"):
         model = model_class(config)
-    try:
-        model.load_state_dict(small.state_dict(), assign=True)
-    except RuntimeError as error:  # the family ties its head size to the number of heads, or fuses projections
-        raise UnsupportedExport(
-            f"A stock '{config.model_type}' config cannot hold this architecture, and llmbo has no model class of its own for that "
-            f"family (it has for {', '.join(sorted(MODELS))})."
-        ) from error
+    model.load_state_dict(small.state_dict(), assign=True)
     _share(model, small.named_buffers())
     model.tie_weights()
     model.generation_config = small.generation_config
@@ -132,6 +82,46 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Change the dtype of the weights in place. Not `model.to`: rotary frequencies are float32 whatever the weights are."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _unequal_config(
+    config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture, config_class: Any
+) -> PreTrainedConfig:
+    family = anatomy.family
+    places: dict[str, Any] = {"layers": family.layers, "neurons": family.intermediate_size}
+    places |= {block.kind: asdict(block.places) for block in anatomy.blocks}
+    dense = _sizes(config, anatomy, anatomy.num_key_value_heads, anatomy.intermediate_size)
+    widths = _layer_widths(config, anatomy, architecture)
+    return config_class(**_fields(config) | dense, pruned_blocks=places, per_layer_config=dict(enumerate(widths)))
+
+
+def _layer_widths(config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture) -> list[dict[str, Any]]:
+    """Every kept layer in the family's own terms, as an entry of `per_layer_config`.
+
+    A layer without attention carries the head counts of the first one that attends: it shares its slot in a static KV cache.
+    """
+    kept = [index for index in range(len(architecture.neurons)) if architecture.keeps_layer(index)]
+    slot = next(architecture.kv_groups[index] for index in kept if architecture.kv_groups[index])
+    widths = []
+    for index in kept:
+        groups, neurons = architecture.kv_groups[index], architecture.neurons[index]
+        absent = [name for name, units in (("attention", groups), ("mlp", neurons)) if units == 0]
+        sizes = _sizes(config, anatomy, groups or slot, neurons or anatomy.intermediate_size)
+        widths.append(sizes | ({"skip": absent} if absent else {}))
+    return widths
+
+
+def _sizes(config: PreTrainedConfig, anatomy: Anatomy, groups: int, neurons: int) -> dict[str, Any]:
+    """Config entries of a layer of this size."""
+    sizes = {"num_attention_heads": groups * anatomy.queries_per_group, anatomy.family.intermediate_size: neurons}
+    if hasattr(config, "num_key_value_heads"):
+        sizes["num_key_value_heads"] = groups
+    return {config.attribute_map.get(name, name): size for name, size in sizes.items()} | {"head_dim": anatomy.head_dim}
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says, but for what transformers writes by itself."""
+    return {key: value for key, value in config.to_dict().items() if key not in _DERIVED}
 
 
 def _share(model: nn.Module, buffers: Iterable[tuple[str, torch.Tensor]]) -> None:

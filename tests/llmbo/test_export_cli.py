@@ -95,6 +95,7 @@ def test_an_exported_trial_measures_what_the_run_measured(
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
         ("tiny", {"max_shard_size": "huge"}, "--max-shard-size .* 'huge'"),
         ("tiny", {"out": __file__}, "is a file"),
+        ("tiny", {"out": f"{__file__}/deeper"}, "cannot be made, since .* is a file"),
         ("tiny", {"model": "/no/such/model"}, "no model folder '/no/such/model'"),
     ],
 )
@@ -118,6 +119,8 @@ def test_what_the_run_did_not_measure(export: Export, finished: Any, tmp_path: P
     flags = {"format": "hf", "out": tmp_path / "out", "folder": tmp_path}
     assert "Trial 1 of the run 'tiny' failed (out of memory)" in refused(export("tiny", trial=1, **flags))
     assert "Trial 2 of the run 'tiny' is not finished" in refused(export("tiny", trial=2, **flags))
+    path.write_text(json.dumps(data | {"model": data["model"] | {"model_type": "opt"}}))
+    assert "no architecture for 'opt' models" in refused(export("tiny", trial=3, **flags | {"format": "gguf"}))
     data["trials"][3]["objectives"]["loss"] += 1
     path.write_text(json.dumps(data))
     assert "rebuilt model's proxy loss is" in refused(export("tiny", trial=3, **flags))

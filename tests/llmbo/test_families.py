@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 from pruning.families import FAMILIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")  # built of the same modules: the other tests of this folder use one
-OTHERS = ("gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt")
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt")
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_is_optimized(
     llmbo: Any, build: Callable[[str], PreTrainedModel], model_folder: Path, tmp_path: Path, name: str
 ) -> None:
@@ -34,7 +33,7 @@ def test_every_family_is_optimized(
 
 
 def test_no_family_is_left_out(build: Callable[[str], PreTrainedModel]) -> None:
-    assert {build(name).config.model_type for name in LLAMAS + OTHERS} == set(FAMILIES)
+    assert {build(name).config.model_type for name in NAMES} == set(FAMILIES)
 
 
 def test_the_documentation_lists_the_supported_families() -> None:

@@ -4,6 +4,7 @@ import json
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from llmbo import exporting
 from llmbo.checkpoints import load_checkpoint
 from llmbo.cli import app
 from llmbo.errors import ConfigError, StorageError
-from llmbo.training import Plan, Progress, forward_kl, train
+from llmbo.training import Plan, Progress, checkpoint_bytes, forward_kl, train
 from pruning.likelihood import quality
 
 PLAN = Plan(steps=12, batch=4, every=4, lr=3e-3)
@@ -69,23 +71,30 @@ def test_a_harmful_plan_returns_the_untrained_model(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("stop", [5, 8])
+@pytest.mark.parametrize(
+    ("stop", "plan"), [(5, PLAN), (8, PLAN), (8, replace(PLAN, lora=4)), (5, replace(PLAN, distil=True))]
+)
 def test_an_interrupted_training_ends_where_it_would_have_ended(
-    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, stop: int
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, stop: int, plan: Plan
 ) -> None:
     def interrupt(step: int) -> None:
         if step == stop:
             raise KeyboardInterrupt
 
-    whole, progress = run(model_folder, windows, tmp_path / "whole", PLAN)
+    if plan.lora:
+        pytest.importorskip("peft", reason="needs peft: pip install 'llmbo[recovery]'")
+    teacher = load_checkpoint(str(model_folder), "float32", "cpu").model if plan.distil else None
+    if teacher is not None:
+        teacher.get_input_embeddings().weight.data += 0.1
+    whole, progress = run(model_folder, windows, tmp_path / "whole", plan, teacher=teacher)
     with pytest.raises(KeyboardInterrupt):
-        run(model_folder, windows, tmp_path / "parts", PLAN, on_step=interrupt)
+        run(model_folder, windows, tmp_path / "parts", plan, teacher=teacher, on_step=interrupt)
     steps: list[int] = []
-    resumed, again = run(model_folder, windows, tmp_path / "parts", PLAN, on_step=steps.append)
+    resumed, again = run(model_folder, windows, tmp_path / "parts", plan, teacher=teacher, on_step=steps.append)
     assert again.history == progress.history and steps[0] == (stop - 1) // 4 * 4 + 1
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     with pytest.raises(StorageError, match="other settings"):
-        run(model_folder, windows, tmp_path / "parts", replace(PLAN, seed=1))
+        run(model_folder, windows, tmp_path / "parts", replace(plan, seed=1), teacher=teacher)
 
 
 def test_forward_kl_is_the_textbook_one() -> None:
@@ -142,6 +151,31 @@ def test_a_trial_of_a_run_is_exported_and_recovered(finished: Any, tmp_path: Pat
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
     assert [path.name for path in tmp_path.iterdir()] == ["better"]
+
+
+def test_too_little_disk_is_found_before_training(
+    model_folder: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = recover(model_folder, "--out", tmp_path / "out", "--steps", 2, "--text", f"text:{story}")
+    assert result.exit_code == 2 and "Too little disk space" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_checkpoints_take_no_more_disk_than_is_checked(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, lora: int
+) -> None:
+    if lora:
+        pytest.importorskip("peft", reason="needs peft: pip install 'llmbo[recovery]'")
+    plan = replace(PLAN, lora=lora, steps=4)
+    small = load_checkpoint(str(model_folder), "float32", "cpu").model
+    expected = checkpoint_bytes(small, plan)
+    run(model_folder, windows, tmp_path, plan)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    overhead = 200_000  # names and archive entries, which do not grow with the weights
+    assert sizes["best.pt"] + 2 * sizes["state.pt"] < expected + overhead
+    assert sizes["best.pt"] + 2 * sizes["state.pt"] > expected / 2 - overhead
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pruning.architecture import Architecture
 from pruning.calibration import read_text
 from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, llama_cpp, save_gguf
-from pruning.export.gguf_file import context_length, gguf_architecture, write_gguf
+from pruning.export.gguf_file import check_gguf, context_length, gguf_architecture, write_gguf
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import Statistics, magnitude
@@ -43,6 +43,14 @@ def pruned_to(
     architecture = Architecture(kv_groups, neurons)
     ranking = magnitude(model, Statistics(anatomy, {}, torch.empty(0))).ranking()
     return Pruned(shrink(model, PruningMask.from_architecture(architecture, ranking)), anatomy, architecture, tokenizer)
+
+
+def with_config(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """The same weights under a changed config."""
+    changed = AutoModelForCausalLM.from_config(type(model.config)(**model.config.to_dict() | changes)).double().eval()
+    changed.load_state_dict(model.state_dict())
+    changed.tie_weights()
+    return changed
 
 
 def opened(path: Path, length: int) -> Any:
@@ -72,7 +80,9 @@ def llama_logits(model: Any, windows: Tensor) -> Tensor:
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("model", ["llama-tied", "llama-biased", "llama-mha", "mistral", "qwen2"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["llama-tied", "llama-biased", "llama-mha", "mistral", "qwen2", "phi3"], indirect=True
+)
 @pytest.mark.parametrize(
     ("kv_groups", "neurons"),
     [
@@ -103,9 +113,7 @@ def test_llama_cpp_computes_the_same(
     indirect=["model"],
 )  # fmt: skip
 def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any], tmp_path: Path) -> None:
-    settings = model.config.to_dict() | {"rope_parameters": {"rope_theta": 500.0, **rope}}
-    scaled = AutoModelForCausalLM.from_config(type(model.config)(**settings)).double().eval()
-    scaled.load_state_dict(model.state_dict())
+    scaled = with_config(model, rope_parameters={"rope_theta": 500.0, **rope})
     cut = pruned_to(scaled, (2, 1, 2, 1, 2), (24, 8, 3, 16, 9))
     write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
@@ -114,23 +122,80 @@ def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any],
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("model", ["qwen3"], indirect=True)
-def test_qwen3_with_equal_layers(model: PreTrainedModel, tmp_path: Path) -> None:
-    cut = pruned_to(model, (1,) * 5, (8,) * 5)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("model", ["qwen3", "gemma2", "gemma3"], indirect=True)
+def test_families_with_equal_layers(model: PreTrainedModel, groups: int, tmp_path: Path) -> None:
+    """Gemma's sliding windows are shorter than the probe, and its attention scale is none that llama.cpp would guess."""
+    if model.config.model_type != "qwen3":
+        model = with_config(model, query_pre_attn_scalar=11)
+    cut = pruned_to(model, (groups, groups, 0, groups, groups), (8, 8, 0, 8, 8))
     write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [("gpt-neox", {}), ("gpt-neox", {"use_parallel_residual": False}), ("gpt2", {})],
+    indirect=["model"],
+)
+def test_families_with_all_heads(model: PreTrainedModel, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = with_config(model, **changes)
+    cut = pruned_to(model, (4, 4, 0, 4, 4), (8, 8, 0, 8, 8))
+    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    tokens = probe(cut.model, 32)
+    found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
+    assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("model", ["qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    ("kv_groups", "neurons"), [((2, 1, 2, 1, 2), (24, 8, 3, 16, 9)), ((0, 1, 0, 0, 2), (8, 0, 24, 0, 5))]
+)
+def test_unequal_layers_with_norms_of_queries_and_keys(
+    model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True})).double().eval()
+    cut = pruned_to(model, kv_groups, neurons)
+    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    tokens = probe(cut.model, 32)
+    found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
+    assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
+
+
 def test_what_llama_cpp_cannot_hold_is_refused() -> None:
     unequal = Architecture((1, 2), (8, 8))
-    with pytest.raises(UnsupportedExport, match=r"'qwen3'.*--format hf"):
-        gguf_architecture("qwen3", unequal)
-    with pytest.raises(UnsupportedExport, match="'gemma9'"):
-        gguf_architecture("gemma9", unequal)
+    with pytest.raises(UnsupportedExport, match=r"'gemma2'.*--format hf"):
+        gguf_architecture("gemma2", unequal)
+    with pytest.raises(UnsupportedExport, match=r"'opt'.*--format hf"):
+        gguf_architecture("opt", unequal)
     assert gguf_architecture("llama", unequal) == "deci"
     assert gguf_architecture("llama", Architecture((1, 0), (8, 0))) == "llama"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "groups", "said"),
+    [
+        ("qwen3", {}, (1, 2, 1, 1, 1), "embeddings as head"),
+        ("qwen3", {"attention_bias": True}, (1, 1, 1, 1, 1), "no attention biases"),
+        ("gpt2", {}, (3, 3, 3, 3, 3), "all attention heads"),
+        ("gpt-neox", {"hidden_act": "relu"}, (4, 4, 4, 4, 4), "activation 'relu'"),
+        ("gemma2", {"attn_logit_softcapping": None}, (1, 1, 1, 1, 1), "caps"),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         (1, 2, 1, 1, 1), "whole heads"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, (1, 2, 1, 1, 1), "'dynamic'"),
+    ],
+    indirect=["model"],
+)  # fmt: skip
+def test_a_config_that_llama_cpp_would_compute_otherwise_is_refused(
+    model: PreTrainedModel, changes: dict[str, Any], groups: tuple[int, ...], said: str
+) -> None:
+    config = type(model.config)(**model.config.to_dict() | changes)
+    with pytest.raises(UnsupportedExport, match=f"'{config.model_type}'.*{said}.*--format hf"):
+        check_gguf(config, anatomy_of(model), Architecture(groups, (8,) * 5))
 
 
 def byte_level(*splitters: Any) -> Tokenizer:

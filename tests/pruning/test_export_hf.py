@@ -22,24 +22,13 @@ from pruning.architecture import Architecture
 from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, load_pruned, save_hf, save_padded
 from pruning.export.hf import padded
-from pruning.export.rebuild import described, is_uniform, rebuilt
+from pruning.export.rebuild import is_stock, rebuilt
 from pruning.masks import PruningMask
 from pruning.shrink import shrink
 
 PATTERNS = ["ABMB-", "MABBB", "UUU-U"]  # U: equal layers
-EXPORTED = pytest.mark.parametrize(
-    "model",
-    [
-        "llama",
-        "llama-mha",
-        "llama-biased",
-        "llama-tied",
-        "mistral",
-        "qwen2",
-        "qwen2-sliding",
-        "qwen3",
-    ],
-    indirect=True,
+ONE_OF_EACH_KIND = pytest.mark.parametrize(
+    "model", ["llama-tied", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt"], indirect=True
 )
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-tied"], indirect=True)
 Draw = Callable[..., Pruned]
@@ -70,14 +59,17 @@ def saved(tmp_path: Path) -> Callable[[Pruned], Path]:
     """A folder as `save_hf` leaves it, without its check: a process of its own takes seconds."""
 
     def save(pruned: Pruned) -> Path:
-        config = described(pruned.model.config, pruned.anatomy, pruned.architecture)
-        rebuilt(pruned.model, config).save_pretrained(tmp_path / "saved")
+        rebuilt(pruned.model, pruned.anatomy, pruned.architecture).save_pretrained(tmp_path / "saved")
         return tmp_path / "saved"
 
     return save
 
 
-@EXPORTED
+def tolerance(model: PreTrainedModel) -> float:
+    """Gemma scales embeddings by a number that `.double()` leaves at float32's digits and a float64 checkpoint does not."""
+    return 1e-4 if model.config.model_type.startswith("gemma") else 1e-12
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_reloaded_model_computes_the_same(
     model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
@@ -85,18 +77,17 @@ def test_a_reloaded_model_computes_the_same(
     cut = pruned(model, pattern)
     expected = logits(cut.model, windows)
     folder = saved(cut)
-    assert (folder / "modeling_pruned.py").exists() != is_uniform(cut.architecture)
+    assert (folder / "modeling_pruned.py").exists() != is_stock(rebuilt(cut.model, cut.anatomy, cut.architecture))
     found = load_pruned(folder)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(logits(found, windows), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits(found, windows), expected, rtol=0, atol=tolerance(model))
     assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in cut.model.parameters())
     found.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype=torch.float64)
-    torch.testing.assert_close(logits(again, windows), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits(again, windows), expected, rtol=0, atol=tolerance(model))
     assert again.config.to_diff_dict() | {"_name_or_path": ""} == found.config.to_diff_dict() | {"_name_or_path": ""}
 
 
-@EXPORTED
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_padding_changes_nothing(
     model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, logits: Any
@@ -112,12 +103,25 @@ def test_folders_load_in_a_process_that_cannot_import_us(
     build: Callable[[str], PreTrainedModel], windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path
 ) -> None:
     """All families in one process, as `save_hf` does it for one. A plain `from_pretrained` must do for stock shapes."""
-    expected = {}
-    for name in ("llama", "llama-tied", "mistral", "qwen2-sliding", "qwen3"):
+    expected, stock = {}, set()
+    for name in (
+        "llama",
+        "llama-tied",
+        "mistral",
+        "qwen2-sliding",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "gpt-neox",
+        "gpt2",
+        "opt",
+    ):
         for pattern in ("MABBB", "UUU-U"):
             cut = pruned(build(name), pattern)
-            config = described(cut.model.config, cut.anatomy, cut.architecture)
-            rebuilt(cut.model, config).save_pretrained(tmp_path / f"{name}{pattern}")
+            made = rebuilt(cut.model, cut.anatomy, cut.architecture)
+            made.save_pretrained(tmp_path / f"{name}{pattern}")
+            stock |= {f"{name}{pattern}"} if is_stock(made) else set()
             padded(cut).save_pretrained(tmp_path / f"{name}{pattern}-padded")
             expected |= dict.fromkeys((f"{name}{pattern}", f"{name}{pattern}-padded"), logits(cut.model, windows))
     save_file({"tokens": windows}, tmp_path / "asked")
@@ -131,7 +135,7 @@ def test_folders_load_in_a_process_that_cannot_import_us(
         found = load_file(tmp_path / f"{name}.out")["logits"]
         torch.testing.assert_close(found, value.float(), rtol=0, atol=1e-5)
         told = json.loads((tmp_path / name / "config.json").read_text())
-        assert ("auto_map" in told) == name.endswith("MABBB")
+        assert ("auto_map" in told) == (name not in stock and not name.endswith("-padded"))
 
 
 @ONE_FAMILY
@@ -141,7 +145,6 @@ def test_unequal_layers_are_not_loaded_as_a_stock_model(model: PreTrainedModel, 
         AutoModelForCausalLM.from_pretrained(saved(pruned(model, "MABBB")), trust_remote_code=False)
 
 
-@EXPORTED
 def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, pruned: Draw, saved: Any) -> None:
     cut = pruned(model, "MABB-")
     config = AutoConfig.from_pretrained(saved(cut), trust_remote_code=True)
@@ -151,16 +154,17 @@ def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, 
     ):
         assert ("attention" in told.skip) == (groups == 0) and ("mlp" in told.skip) == (neurons == 0)
         if groups:
-            assert (told.num_key_value_heads, told.num_attention_heads) == (groups, groups * anatomy.queries_per_group)
+            assert told.num_attention_heads == groups * anatomy.queries_per_group
+            assert getattr(told, "num_key_value_heads", told.num_attention_heads) == groups
         if neurons:
-            assert told.intermediate_size == neurons
+            assert getattr(told, anatomy.family.intermediate_size) == neurons
 
 
-@EXPORTED
 @pytest.mark.parametrize("pattern", ["ABMB-", "MABBB"])
 def test_generation(model: PreTrainedModel, pattern: str, windows: Tensor, pruned: Draw, saved: Any) -> None:
     """With and without a cache, dynamic or static, alone or in a batch padded on the left."""
-    found = load_pruned(saved(pruned(model, pattern)))
+    # transformers' eager attention, which Gemma 2 needs, gives NaN for padded rows in float64.
+    found = load_pruned(saved(pruned(model, pattern)), torch.float32)
     prompt = windows[:1, :8].clamp(min=1)
 
     def greedy(tokens: Tensor, attend: Tensor, **options: Any) -> Tensor:
@@ -178,7 +182,7 @@ def test_generation(model: PreTrainedModel, pattern: str, windows: Tensor, prune
     assert torch.equal(both[1:], greedy(longer, torch.ones_like(longer)))
 
 
-@pytest.mark.parametrize("model", ["llama-tied", "qwen3"], indirect=True)
+@ONE_OF_EACH_KIND
 def test_gradient_checkpointing_gives_the_same_gradients(
     model: PreTrainedModel, windows: Tensor, pruned: Draw, saved: Any
 ) -> None:
@@ -195,7 +199,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         torch.testing.assert_close(checkpointed, plain)
 
 
-@pytest.mark.parametrize("model", ["llama-tied", "qwen3"], indirect=True)
+@ONE_OF_EACH_KIND
 def test_adapters_attach_train_and_merge(
     model: PreTrainedModel, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
 ) -> None:
@@ -314,13 +318,3 @@ def test_heads_that_do_not_divide_the_hidden_size(
     found = load_pruned(saved(cut))
     torch.testing.assert_close(logits(found, windows), logits(cut.model, windows), rtol=0, atol=1e-12)
     assert padded(cut).config.num_attention_heads == 4
-
-
-@pytest.mark.parametrize("model", ["gpt2", "gpt-neox", "phi3"], indirect=True)
-def test_families_without_a_class_of_their_own_are_refused(
-    model: PreTrainedModel, pruned: Draw, tmp_path: Path
-) -> None:
-    for save in (save_hf, save_padded):
-        with pytest.raises(UnsupportedExport, match=f"'{model.config.model_type}'"):
-            save(pruned(model, "BBBBB"), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

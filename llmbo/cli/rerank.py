@@ -1,0 +1,83 @@
+"""`llmbo rerank`: whether a run's front is still one after a short training."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmbo.cli.common import one_line_errors
+from llmbo.cli.recover import tell
+
+if TYPE_CHECKING:
+    from llmbo.reranking import Orders, Reranking
+
+
+def rerank(
+    run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
+    top: Annotated[int, typer.Option(help="Points of the front, evenly over its sizes.")] = 5,
+    steps: Annotated[int, typer.Option(help="Optimizer steps for each.")] = 15,
+    text: Annotated[
+        str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT; by default the run's.")
+    ] = "",
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    distil: Annotated[bool, typer.Option("--distil", help="Learn the dense model's distributions.")] = False,
+    temperature: Annotated[float, typer.Option(help="Softens both distributions in --distil.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; 0 takes 3e-4, with --lora 1e-3.")] = 0.0,
+    heldout: Annotated[
+        int, typer.Option(help="Windows for validation, and as many for the comparison; not trained on.")
+    ] = 12,
+    model: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to train on; by default the run's.")] = None,
+) -> None:
+    """Train some points of the front alike and briefly, and compare their orders before and after.
+
+    Results are in RUN/rerank.json; the same command goes on where it was stopped, a larger --top adds points.
+
+    Example: llmbo rerank runs/llama --top 5 --steps 15
+    """
+    from rich.console import Console
+
+    with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
+        from llmbo.models import silence_libraries
+        from llmbo.progress import Display
+        from llmbo.reranking import rerank as carry_out
+        from llmbo.training import Plan
+
+        silence_libraries()
+        console = Console(stderr=True)
+        plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, every=steps)
+        with Display(console, 0) as display:
+            found = carry_out(
+                run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console)
+            )
+    Console().print(_table(found))
+    tau = {name: _tau(orders) for name, orders in found.orders.items()}
+    typer.echo(
+        f"Kendall's tau of the orders: by loss {tau['loss']}, at equal size {tau['equal_size']}, by KL {tau['kl']}."
+    )
+    gone = set(found.front(found.before)) - set(found.front(found.after))
+    typer.echo(
+        f"No longer on the front after training: {', '.join(map(str, sorted(gone)))}."
+        if gone
+        else "All that were on the front on held-out text before are so after training."
+    )
+
+
+def _table(found: "Reranking") -> Any:
+    from rich.table import Table
+
+    made = Table("trial", "params")
+    for title in ("loss", "after", "KL", "after", "vs neighbours", "after", "front", "after"):
+        made.add_column(title, justify="right")
+    columns = [(found.excess(values), found.front(values)) for values in (found.before, found.after)]
+    for point in found.points:
+        excess = [f"{own[point.trial]:+.3f}" if point.trial in own else "" for own, _ in columns]
+        front = ["yes" if point.trial in front else "no" for _, front in columns]
+        both = [f"{values[name]:.3f}" for name in ("loss", "kl") for values in (point.before, point.after)]
+        made.add_row(str(point.trial), f"{point.params / 1e6:.1f}M", *both, *excess, *front)
+    return made
+
+
+def _tau(orders: "Orders") -> str:
+    return "unknown (too few points)" if orders.tau is None else f"{orders.tau:.2f}"

@@ -1,0 +1,143 @@
+"""Weights as llama.cpp's architectures hold them: their names, the order of their rows, and zeros where a block is missing.
+
+Hugging Face rotates the halves of a head's rows against each other, llama.cpp's `llama` and `deci` rotate adjacent pairs, so
+there the rows of q and k are permuted. Two architectures hold layers of unequal size: `deci`, where a layer with attention but no MLP would
+silently lose its attention and gets a thin MLP of zeros, and where the head size is read only if the first layer has heads, so that a
+first layer without attention gets one head of zeros; and `openelm`, where every layer needs both blocks.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning.anatomy import Anatomy
+from pruning.architecture import Architecture
+from pruning.errors import UnsupportedExport
+from pruning.export.hf import Pruned
+from pruning.projection import matrix_of
+
+THIN = 32  # neurons of the MLP that stands in for none: the block size of q8_0
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+def stored_widths(anatomy: Anatomy, architecture: Architecture, name: str) -> list[tuple[int, int]]:
+    """KV groups and neurons of every kept layer as llama.cpp's architecture `name` holds them, stand-ins of zeros included."""
+    pairs = zip(architecture.kv_groups, architecture.neurons, strict=True)
+    kept = [pair for pair in pairs if any(pair)]
+    return [
+        (groups or int(position == 0 or name == "openelm"), neurons or THIN)
+        for position, (groups, neurons) in enumerate(kept)
+    ]
+
+
+def tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
+    """GGUF names and values in float32, every one once."""
+    config, layers = pruned.model.config, pruned.anatomy.layers_of(pruned.model)
+    names = gguf.get_tensor_name_map(
+        next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture), len(layers)
+    )
+    for name, values in _translated(pruned, architecture):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UnsupportedExport(f"llama.cpp's '{architecture}' has no tensor for '{name}'.")
+        yield found, values.contiguous().numpy()
+    yield from _stand_ins(pruned, architecture)
+    factors = _rotary_factors(pruned)
+    if architecture in ("llama", "deci") and factors is not None:
+        yield "rope_freqs.weight", factors
+
+
+def attention_scale(pruned: Pruned) -> float:
+    """What Gemma multiplies its queries by, as a share of what llama.cpp does, which tells the largest models by their depth."""
+    layers, sizes = len(pruned.anatomy.layers_of(pruned.model)), pruned.anatomy
+    heads = max(pruned.architecture.kv_groups) * sizes.queries_per_group
+    largest = {"gemma2": 46, "gemma3_text": 62}[sizes.family.model_type]
+    divisor = sizes.hidden_size // heads if layers == largest else sizes.head_dim
+    return float((divisor / pruned.model.config.query_pre_attn_scalar) ** 0.5)
+
+
+def _translated(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's names and values, with projections fused or split, and rows ordered, as in llama.cpp."""
+    anatomy = pruned.anatomy
+    head_dim, family = anatomy.head_dim, anatomy.family.model_type
+    state = {name: tensor.detach().float().cpu() for name, tensor in pruned.model.state_dict().items()}
+    scale = attention_scale(pruned) if family.startswith("gemma") else 1.0
+    for name, values in state.items():
+        parent, _, kind = name.rpartition(".")
+        owner, _, module = parent.rpartition(".")
+        if module == "qkv_proj":  # Phi-3
+            groups = len(values) // ((anatomy.queries_per_group + 2) * head_dim)
+            q, k, v = values.split(
+                [groups * anatomy.queries_per_group * head_dim, groups * head_dim, groups * head_dim]
+            )
+            yield from zip(
+                (f"{owner}.{part}_proj.{kind}" for part in "qkv"),
+                (_interleaved(q, head_dim), _interleaved(k, head_dim), v),
+                strict=True,
+            )
+        elif module == "gate_up_proj":
+            gate, up = values.chunk(2)
+            yield from ((f"{owner}.gate_proj.{kind}", gate), (f"{owner}.up_proj.{kind}", up))
+        elif module == "query_key_value":  # GPT-NeoX keeps query, key and value of a head together
+            yield name, values.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+        elif architecture == "openelm" and module in ("q_proj", "k_proj", "v_proj"):
+            if module == "q_proj":
+                yield f"{owner}.qkv_proj.{kind}", torch.cat([state[f"{owner}.{part}_proj.{kind}"] for part in "qkv"])
+        elif architecture in ("llama", "deci") and module in ("q_proj", "k_proj"):
+            yield name, _interleaved(values, head_dim)
+        elif family == "gpt2" and kind == "weight" and module.startswith("c_"):
+            yield name, matrix_of(pruned.model.get_submodule(parent)).detach().float().cpu()  # type: ignore[arg-type]
+        elif family.startswith("gemma") and module.endswith("norm"):
+            yield name, (values + 1) * (scale if module == "q_norm" else 1.0)
+        elif family == "gemma2" and module == "q_proj":
+            yield name, values * scale
+        else:
+            yield name, values
+
+
+def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows i and i + head_dim/2 of every head, which rotate together, next to each other."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _stand_ins(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
+    """Blocks of zeros where llama.cpp cannot do without one; they add nothing to the residual stream."""
+    anatomy, hidden = pruned.anatomy, pruned.anatomy.hidden_size
+    head, queries = anatomy.head_dim, anatomy.head_dim * anatomy.queries_per_group
+    pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
+    stored = stored_widths(anatomy, pruned.architecture, architecture)
+    for position, (real, (groups, _)) in enumerate(zip([pair for pair in pairs if any(pair)], stored, strict=True)):
+        layer = f"blk.{position}"
+        if groups and not real[0]:
+            rows: dict[str, Any] = {"attn_q": (queries, hidden), "attn_k": (head, hidden), "attn_v": (head, hidden)}
+            if architecture == "openelm":
+                rows = {"attn_qkv": (queries + 2 * head, hidden)}
+                yield from ((f"{layer}.attn_{part}_norm.weight", np.ones(head, dtype=np.float32)) for part in "qk")
+            yield from _zeros(layer, "attn_norm", hidden, {**rows, "attn_output": (hidden, queries)})
+        if not real[1]:
+            rows = dict.fromkeys(("ffn_gate", "ffn_up"), (THIN, hidden))
+            yield from _zeros(layer, "ffn_norm", hidden, {**rows, "ffn_down": (hidden, THIN)})
+
+
+def _zeros(layer: str, norm: str, hidden: int, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Array]]:
+    yield f"{layer}.{norm}.weight", np.ones(hidden, dtype=np.float32)
+    for name, shape in shapes.items():
+        yield f"{layer}.{name}.weight", np.zeros(shape, dtype=np.float32)
+
+
+def _rotary_factors(pruned: Pruned) -> Array | None:
+    """What llama.cpp divides the plain rotary frequencies by, `head_dim / 2`; None if they are plain."""
+    rope = getattr(pruned.model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") == "default":
+        return None
+    dim = pruned.anatomy.head_dim
+    plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    actual = pruned.model.get_decoder().rotary_emb.inv_freq.double().cpu()
+    factors: Array = (plain / actual).float().numpy()
+    return factors

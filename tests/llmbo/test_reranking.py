@@ -1,0 +1,151 @@
+"""A front before and after the same short training: laws of the comparison, and the command on a tiny run."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from llmbo import reranking
+from llmbo.cli import app
+from llmbo.reranking import Orders, Point, Reranking
+
+Rerank = Callable[..., Result]
+
+
+def points(*losses: tuple[float, float]) -> Reranking:
+    """Points of sizes 1, 2, .. with these losses before and after; KL is the loss less 1."""
+    return Reranking(
+        tuple(
+            Point(10 + n, n + 1, {"loss": b, "kl": b - 1}, {"loss": a, "kl": a - 1}, 1)
+            for n, (b, a) in enumerate(losses)
+        )
+    )
+
+
+def test_equal_orders_agree_and_opposite_ones_disagree() -> None:
+    assert Orders.of({1: 0.1, 2: 0.2, 3: 0.3}, {1: 5.0, 2: 6.0, 3: 7.0}) == Orders((1, 2, 3), (1, 2, 3), 1.0)
+    assert Orders.of({1: 0.1, 2: 0.2, 3: 0.3}, {1: 7.0, 2: 6.0, 3: 5.0}) == Orders((1, 2, 3), (3, 2, 1), -1.0)
+    assert Orders.of({1: 0.1, 2: 0.2, 3: 0.3}, {1: 5.0, 2: 7.0, 3: 6.0}).tau == pytest.approx(1 / 3)
+    assert Orders.of({1: 0.1}, {1: 0.2}).tau is None and Orders.of({}, {}).tau is None
+    assert Orders.of({1: 0.1, 2: 0.1}, {1: 0.1, 2: 0.2}).tau is None  # nothing to order
+
+
+def test_at_equal_size_a_straight_front_has_no_better_points() -> None:
+    straight = points((5, 3), (4, 2.5), (3, 2), (2, 1.5))
+    for values in (straight.before, straight.after):
+        assert straight.excess(values) == pytest.approx({11: 0.0, 12: 0.0})
+    shifted = points((5, 3), (4, 2.2), (3, 2.3), (2, 1.5))
+    assert shifted.excess(shifted.after)[11] == pytest.approx(2.2 - (3 + 2.3) / 2)
+    assert shifted.excess(shifted.after)[12] == pytest.approx(2.3 - (2.2 + 1.5) / 2)
+    assert shifted.orders["equal_size"].after == (11, 12)
+
+
+def test_a_point_that_training_leaves_behind_is_off_the_front() -> None:
+    found = points((5, 3.0), (4, 3.1), (3, 2.0))
+    assert found.front(found.before) == [10, 11, 12] and found.front(found.after) == [10, 12]
+    assert found.orders["loss"] == Orders((12, 11, 10), (12, 10, 11), pytest.approx(1 / 3))
+    assert found.to_dict()["front"] == {"before": [10, 11, 12], "after": [10, 12]}
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: Path) -> Path:
+    """The finished run in a working directory of one's own."""
+    shutil.copytree(finished.folder / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    return tmp_path
+
+
+@pytest.fixture
+def rerank(copied: Path) -> Rerank:
+    def call(run: str = "tiny", *words: object) -> Result:
+        common = ("--steps", 4, "--batch", 2, "--heldout", 4, "--lr", "3e-3")
+        given = [
+            str(word)
+            for word in (*words, *(w for i in range(0, 8, 2) if common[i] not in words for w in common[i : i + 2]))
+        ]
+        with chdir(copied):
+            return CliRunner().invoke(app, ["rerank", run, *given], env={"COLUMNS": "200"})
+
+    return call
+
+
+def test_the_front_is_trained_and_compared(rerank: Rerank, copied: Path, finished: Any) -> None:
+    result = rerank("tiny", "--top", 3)
+    assert result.exit_code == 0, result.output
+    file = copied / "runs" / "tiny" / "rerank.json"
+    found = json.loads(file.read_text())
+    front = [point["trial"] for point in finished.report()["front"]]
+    trials = [point["trial"] for point in found["points"]]
+    assert len(trials) == 3 and {front[0], front[-1]} <= set(trials) <= set(front)  # the smallest and the largest too
+    sizes = {point["trial"]: point["objectives"]["params"] for point in finished.report()["front"]}
+    for point in found["points"]:
+        assert point["params"] == sizes[point["trial"]] and point["before"]["kl"] > 0
+        assert point["after"] != point["before"] or point["step"] == 0
+        for values in (point["before"], point["after"]):
+            assert f"{values['loss']:.3f}" in result.stdout
+    assert "Kendall's tau" in result.stdout
+    assert not (copied / "runs" / "tiny" / "rerank").exists()  # no checkpoints are left
+    again = rerank("tiny", "--top", 3)  # nothing is trained again
+    assert again.stdout == result.stdout and json.loads(file.read_text()) == found
+
+
+def test_an_interrupted_comparison_goes_on_with_the_next_point(
+    rerank: Rerank, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rerank("tiny", "--top", 3)
+    file = copied / "runs" / "tiny" / "rerank.json"
+    expected = json.loads(file.read_text())
+    file.unlink()
+    train, trained = reranking.train, []
+
+    def second_is_interrupted(*args: Any) -> Any:
+        trained.append(args[5].name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(reranking, "train", second_is_interrupted)
+    stopped = rerank("tiny", "--top", 3)
+    assert stopped.exit_code == 130 and "goes on from" in stopped.stderr
+    assert len(json.loads(file.read_text())["points"]) == 1
+    result = rerank("tiny", "--top", 3)
+    assert result.exit_code == 0 and result.stdout == whole.stdout
+    assert len(trained) == 4 and trained[1] == trained[2]
+    assert json.loads(file.read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "says"),
+    [
+        ("nowhere", (), "There is no run 'nowhere'.*Known runs: tiny"),
+        ("tiny", ("--top", 1), "--top must be at least 2.*got 1"),
+        ("tiny", ("--steps", 0), "--steps must be at least 1"),
+        ("tiny", ("--heldout", 0), "--heldout at least 1"),
+        ("tiny", ("--text", "text:no.txt"), "no.txt"),
+        ("tiny", ("--batch", 500), "tokens"),
+        ("tiny", ("--model", "/no/such/model"), "no model folder '/no/such/model'"),
+    ],
+)
+def test_bad_input_is_one_line(rerank: Rerank, copied: Path, run: str, words: tuple[Any, ...], says: str) -> None:
+    result = rerank(run, *words)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(says, line), line
+    assert not (copied / "runs" / "tiny" / "rerank.json").exists()
+
+
+def test_other_settings_and_damaged_files_are_refused(rerank: Rerank, copied: Path) -> None:
+    file = copied / "runs" / "tiny" / "rerank.json"
+    file.write_text(json.dumps({"settings": {}, "points": []}))
+    assert "other settings" in rerank().stderr
+    file.write_text("{")
+    assert "damaged" in rerank().stderr
+    report = copied / "runs" / "tiny" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"front": []}))
+    assert "has 0 points" in rerank().stderr

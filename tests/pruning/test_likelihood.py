@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pruning import likelihood
 from pruning.anatomy import Anatomy
-from pruning.likelihood import Head, dense_distribution, loss_gradient, quality
+from pruning.likelihood import Head, dense_distribution, loss_gradient, quality, window_qualities
 from pruning.masks import PruningMask
 from pruning.shrink import shrink
 
@@ -76,6 +76,30 @@ def test_kl_with_all_tokens_kept_is_exact(
         dense = dense_distribution(model, windows, batch_size=batch_size, k=V - 1)
         assert quality(other, windows, dense, batch_size).kl == pytest.approx(expected, abs=1e-5)
     assert expected > 0.1
+
+
+@SOME_FAMILIES
+def test_a_window_is_measured_the_same_alone_and_among_others(
+    model: PreTrainedModel, other: PreTrainedModel, windows: Tensor
+) -> None:
+    dense = dense_distribution(model, windows)
+    together = window_qualities(other, windows, dense, batch_size=3)
+    for index in range(len(windows)):
+        alone = quality(other, windows[index : index + 1], dense.rows(index, index + 1))
+        assert (together.loss[index].item(), together.kl[index].item()) == pytest.approx(
+            (alone.loss, alone.kl), abs=1e-10
+        )
+
+
+@ONE_FAMILY
+def test_how_much_is_worked_on_at_once_changes_nothing(
+    model: PreTrainedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cached in (1, 5 * V, 1 << 19):
+        monkeypatch.setattr(likelihood, "CACHED", cached)
+        found.append(quality(model, windows).loss)
+    assert found == [found[0]] * 3
 
 
 @SOME_FAMILIES

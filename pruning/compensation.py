@@ -12,13 +12,14 @@ one triangular solve, a few milliseconds at SmolLM2's size.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind
+from pruning.anatomy import Anatomy, Block, BlockKind, Sizes
 from pruning.importance import Statistics
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
@@ -89,12 +90,34 @@ class CompensationTable:
         self._cache.move_to_end(key)
         return self._cache[key]
 
+    @property
+    def num_values(self) -> tuple[int, int]:
+        """Values in the refitted weights that are kept, and in the factors."""
+        factors = [part for each in self._factors.values() for factor in each for part in (factor.lower, factor.rhs)]
+        return sum(weight.numel() for weight in self._cache.values()), sum(part.numel() for part in factors)
+
     def fill(self, widths: dict[BlockKind, list[int]]) -> None:
         """Solve every listed width of every layer now, so that no candidate waits for it."""
         for block in self.anatomy.blocks:
             for layer in range(self.anatomy.num_hidden_layers):
                 for units in widths[block.kind]:
                     self.weight(layer, block, units)
+
+
+def solved_values(sizes: Sizes, widths: Mapping[BlockKind, Sequence[int]]) -> int:
+    """Values in the refitted weights of these widths in all layers; a dense width needs none."""
+    columns = {"attention": sizes.queries_per_group * sizes.head_dim, "mlp": 1}
+    dense = {"attention": sizes.num_key_value_heads, "mlp": sizes.intermediate_size}
+    each = sum(units * columns[kind] for kind, some in widths.items() for units in some if units < dense[kind])
+    return sizes.num_hidden_layers * sizes.hidden_size * each
+
+
+def factor_values(sizes: Sizes) -> int:
+    """Values in the factors that all widths are solved from, in all layers."""
+    return sizes.num_hidden_layers * sum(
+        inputs * (inputs + sizes.hidden_size)
+        for inputs in (sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size)
+    )
 
 
 def _factor(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> _Factor:

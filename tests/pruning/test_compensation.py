@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, expand_units
-from pruning.compensation import CompensationTable
+from pruning.anatomy import Anatomy, Block, BlockKind, expand_units
+from pruning.compensation import CompensationTable, factor_values, solved_values
 from pruning.importance import Statistics, collect_statistics
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
@@ -217,3 +217,12 @@ def test_columns_of_a_group_are_its_heads(anatomy: Anatomy) -> None:
     group = anatomy.queries_per_group * anatomy.head_dim
     assert anatomy.attention.columns_of(torch.tensor([1])).tolist() == list(range(group, 2 * group))
     assert anatomy.mlp.columns_of(torch.tensor([7, 3])).tolist() == [7, 3]
+
+
+def test_the_tables_size_follows_from_the_models(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Callable[[Anatomy, int], Ranking]
+) -> None:
+    table = CompensationTable(model, collect_statistics(model, windows), random_ranking(anatomy, 0))
+    widths: dict[BlockKind, list[int]] = {"attention": [1], "mlp": [5, 11, 24]}
+    table.fill({"attention": [1], "mlp": [5, 11]})
+    assert table.num_values == (solved_values(anatomy, widths), factor_values(anatomy))

@@ -128,6 +128,7 @@ class QNehviProposer:
     def _belief(self, complete: Sequence[Trial]) -> "_Belief":
         train_Z = self._features(_points(complete, self.family.space.d))
         family = torch.tensor([trial.origin == "threshold" for trial in complete])
+        errors = torch.tensor([trial.values.get("error", 0.0) for trial in complete], dtype=torch.float64)
 
         def measured(name: str, sign: float) -> _Measured:
             costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
@@ -135,8 +136,9 @@ class QNehviProposer:
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
             kappa = loss_off_family(train_Z, costs, dense, curve)
             expected = curve(shares) + kappa * train_Z[:, OFF_FAMILY]
-            gp = fit_surrogate(train_Z, gains(costs, expected, dense).unsqueeze(-1), self.family.space.d)
-            return _Measured(gp, curve, kappa, dense)
+            train_Y = gains(costs, expected, dense).unsqueeze(-1)
+            variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
+            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, kappa, dense)
 
         beliefs = tuple(
             _Known(self._features.column(objective.name), objective.sign * self._features.dense[objective.name])

@@ -1,9 +1,11 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
+import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,25 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
+from llmbo.latency import NAMES, Target, build_target, num_stacks, target_model
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
 from llmbo.pulse import LOCK, LOOKING
+from llmbo.racing import RacingEvaluator
 from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
 from llmbo.report.files import RUNS
 from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, delete_run, differences, stored_run
 from llmbo.strategies import strategy_of
-from llmbo.types import Phases, Proposer
+from llmbo.types import Evaluator, Phases, Proposer
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
+from pruning.choices import Choices, read_items
 from pruning.compensation import CompensationTable
 from pruning.cost import Serving, cost_of
 from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
+from pruning.latency import Workload
 from pruning.masks import Ranking
 from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
@@ -49,6 +55,8 @@ class Problem:
         family: The best allocation known without search; the other two are baselines.
         limits: Largest allowed values of what is measured; `space` knows the others.
         importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
+        heldout_choices: Multiple-choice items that the search never saw; None when nothing asks for accuracy.
+        target: Where latency counts; None when nothing asks for latency.
     """
 
     space: SearchSpace
@@ -62,10 +70,16 @@ class Problem:
     limits: Mapping[str, float]
     statistics: LayerStatistics
     importance: Sequence[Mapping[str, Any]]
+    target: Target | None
+    heldout_choices: Choices | None
 
     def heldout(self) -> ProxyEvaluator:
         """An evaluator on windows that ranking, compensation and search never saw."""
-        return ProxyEvaluator.on(self.windows.heldout, self.space, self.supernet)
+        return ProxyEvaluator.on(self.windows.heldout, self.space, self.supernet, self.heldout_choices)
+
+    def deployed(self, x: tuple[int, ...]) -> dict[str, float]:
+        """Latencies of the model cut for real, if they were asked for."""
+        return self.target.measure(self.space.decode(x)) if self.target else {}
 
     def marginals(self, quality: str) -> Marginals:
         """What one level less costs in each block, measured on two windows that ranking saw."""
@@ -83,6 +97,7 @@ class Run:
     problem: Problem
     objectives: tuple[Objective, ...]
     proposer: Proposer
+    evaluator: Evaluator
     store: TrialStore
     ledger: Ledger
 
@@ -126,11 +141,25 @@ def ranked(
 
 
 @contextmanager
-def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> Iterator[Problem]:
-    """Measure importance, build the compensation table and open the supernet, for as long as the context lasts."""
+def prepared(
+    config: RunConfig,
+    loaded: LoadedModel,
+    windows: TokenWindows,
+    phases: Phases,
+    latency: Mapping[str, Any] | None = None,
+) -> Iterator[Problem]:
+    """Measure importance, build the compensation table and open the supernet, for as long as the context lasts.
+
+    Args:
+        latency: The table of block times of the run that is continued.
+    """
     model = loaded.model
     serving = Serving(config.context, config.serve_batch)
     space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
+    target = _target(config, loaded, space, phases, latency)
+    if target is not None:
+        space = replace(space, extra_costs=target.costs())
+    choices, heldout_choices = _choices(config, loaded)
     with phases.phase("importance", len(windows.calibration)) as advance:
         statistics, ranking = ranked(model, windows, advance)
         importance = fisher(model, statistics)
@@ -148,7 +177,7 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)
             steps = geometric_mean(unit_steps(space, importance), narrowing_steps(space, costs))
         with phases.phase("dense model"):
-            proxy = ProxyEvaluator.on(windows.proxy, space, supernet)
+            proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
         families = {
             "family": ThresholdFamily.from_steps(space, steps, importance),
@@ -164,8 +193,35 @@ def prepared(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, phas
             limits=measured_limits(config.limits),
             statistics=LayerStatistics.of(layers),
             importance=_importance_parts(layers),
+            target=target,
+            heldout_choices=heldout_choices,
             **families,
         )
+
+
+def _target(
+    config: RunConfig, loaded: LoadedModel, space: SearchSpace, phases: Phases, stored: Mapping[str, Any] | None
+) -> Target | None:
+    """The table of block times, if an objective or a limit needs it."""
+    if not {*config.objectives, *config.limits} & {*NAMES}:
+        return None
+    workload = Workload(sequences=config.serve_batch, context=config.context)
+    with phases.phase("latency table", num_stacks(space)) as advance:
+        return build_target(target_model(loaded, config.latency_target), space, workload, stored, on_stack=advance)
+
+
+def _items_digest(config: RunConfig) -> str | None:
+    return hashlib.sha256(Path(config.items).expanduser().read_bytes()).hexdigest() if config.items else None
+
+
+def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Choices | None]:
+    """Every other multiple-choice item for the search, the rest for the finished front."""
+    if not config.items:
+        return None, None
+    items = read_items(Path(config.items))
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    search, heldout = (Choices.of(part, loaded.tokenizer, longest) for part in (items[::2], items[1::2]))
+    return search, heldout
 
 
 @contextmanager
@@ -185,16 +241,20 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
         _check_window(config, load_config(config.model))
     if config.text != "self":
         read_text(config.text)
+    if config.items and len(read_items(Path(config.items))) < 2:
+        raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
     with _locked(folder):
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
             loaded = load_model(config.model, dtype, device)
             windows = load_windows(config, loaded)
-        facts = facts_of(loaded, windows)
-        if stored and (changes := changed_facts(stored, facts)):
-            raise StorageError(_refusal(config, changes))
-        with prepared(config, loaded, windows, phases) as problem:
+        facts = {**facts_of(loaded, windows), "items": _items_digest(config)}
+        if stored:
+            items = ({"items": found.get("items")} for found in (stored, facts))
+            if changes := changed_facts(stored, facts) + differences(*items):
+                raise StorageError(_refusal(config, changes))
+        with prepared(config, loaded, windows, phases, (stored or {}).get("latency")) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
                     f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."
@@ -211,11 +271,17 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
                 problem.space,
                 objectives,
                 config.settings(),
-                {**facts, "dense": dict(problem.dense), "importance": list(problem.importance)},
+                {
+                    **facts,
+                    "dense": dict(problem.dense),
+                    "importance": list(problem.importance),
+                    "latency": problem.target.table.to_dict() if problem.target else None,
+                },
             )
             ledger = Ledger(store, folder / FILE)
             proposer = proposer_of(config, problem, objectives, loaded, ledger)
-            yield Run(config, folder, problem, objectives, proposer, store, ledger)
+            evaluator = RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
+            yield Run(config, folder, problem, objectives, proposer, evaluator, store, ledger)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

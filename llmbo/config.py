@@ -7,7 +7,7 @@ from typing import Any
 
 from llmbo.advisor.spec import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
 from llmbo.errors import ConfigError, unknown
-from llmbo.objectives import check_objectives, parse_limits
+from llmbo.objectives import KINDS, check_objectives, parse_limits
 
 # What each of them is: `llmbo.strategies`. Here, because input is checked before anything heavy is imported.
 STRATEGIES = (
@@ -37,6 +37,9 @@ class RunConfig:
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
+        latency_target: Device for `prefill_latency` and `decode_latency`, "auto" for the run's own.
+        items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
+        racing: Stop candidates whose first windows say that the front dominates them.
         text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
@@ -62,6 +65,9 @@ class RunConfig:
     maximum: tuple[str, ...] = ()
     context: int = 2048
     serve_batch: int = 1
+    latency_target: str = "auto"
+    items: str = ""
+    racing: bool = False
     compensation: bool = True
     text: str = "builtin"
     min_share: float = 0.4
@@ -112,6 +118,16 @@ class RunConfig:
         if share < self.min_share:
             raise ConfigError(
                 f"--max params_share={share:g} is below --min-share {self.min_share:g}: no model is left."
+            )
+        if self.racing and [name for name in self.objectives if not KINDS[name].known] not in (["kl"], ["loss"]):
+            raise ConfigError(
+                f"--racing needs kl or loss as the only measured objective, got {','.join(self.objectives)}."
+            )
+        if (wanted := "accuracy" in self.objectives) != bool(self.items):
+            raise ConfigError(
+                "The objective accuracy needs --items FILE with multiple-choice items."
+                if wanted
+                else f"--items {self.items} is of no use without the objective accuracy: add it to --objectives."
             )
         self._check_advisor()
         if not self.name:

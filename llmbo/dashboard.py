@@ -106,7 +106,9 @@ def trade_offs(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
     notes = []
     for share in TRADE_OFF_SHARES:
         values = [
-            t.values[quality.name] for t in trials if t.complete and t.feasible and t.values["params_share"] <= share
+            t.values[quality.name]
+            for t in trials
+            if t.complete and t.feasible and not t.stopped and t.values["params_share"] <= share
         ]
         if values:
             notes.append(f"≤{share:.0%}: {best(values):.2f}")

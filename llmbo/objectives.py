@@ -47,11 +47,14 @@ class _Kind:
 KINDS = {
     "kl": _Kind("nats/token", False, lambda dense: 1.2),
     "loss": _Kind("nats/token", False, lambda dense: dense + 1.0),
+    "accuracy": _Kind("share of items", False, lambda dense: dense / 2, maximize=True),
     "params": _Kind("parameters", True),
     "params_share": _Kind("share of the decoder blocks' parameters", True),
     "flops": _Kind("FLOPs/token", True),
     "weight_bytes": _Kind("bytes", True),
     "kv_bytes": _Kind("bytes", True),
+    "prefill_latency": _Kind("ms", True),
+    "decode_latency": _Kind("ms/token", True),
 }
 OBJECTIVES = tuple(KINDS)
 MAX_OBJECTIVES = 3
@@ -168,9 +171,9 @@ def to_maximize(values: Sequence[Mapping[str, float]], objectives: Sequence[Obje
 
 
 def outcomes(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Tensor:
-    """`to_maximize` of n complete trials; what is beyond a limit is worse than anything: -inf."""
+    """`to_maximize` of n complete trials; what is beyond a limit, or lost a race, is worse than anything: -inf."""
     Y = to_maximize([trial.values for trial in trials], objectives)
-    Y[torch.tensor([not trial.feasible for trial in trials], dtype=torch.bool)] = -torch.inf
+    Y[torch.tensor([trial.stopped or not trial.feasible for trial in trials], dtype=torch.bool)] = -torch.inf
     return Y
 
 

@@ -21,14 +21,16 @@ how much. Without that term a search spends its first thirty evaluations on find
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import gpytorch
 import torch
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.transforms.outcome import Standardize
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import RBFKernel, ScaleKernel
-from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, Likelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 from torch import Tensor
@@ -88,18 +90,25 @@ def loss_off_family(train_Z: Tensor, values: Tensor, dense: float, curve: Family
     return float(((LOSS_OFF_FAMILY * RIDGE + off @ lost) / (RIDGE + off @ off)).clamp_min(0))
 
 
-def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int) -> SingleTaskGP:
+def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int, train_Yvar: Tensor | None = None) -> SingleTaskGP:
     """Fit the GP of gains: RBF kernel, the lengthscale prior scaled with dimension (Hvarfner et al. 2024, arXiv:2402.02229).
 
     Args:
         train_Z: `n x (d + costs + 1)` features.
         train_Y: `n x 1` gains.
         d: Columns that the GP looks at.
+        train_Yvar: `n` variances of gains that are estimates; whatever noise all measurements share is learnt on top.
     """
     kernel = RBFKernel(
         active_dims=tuple(range(d)), lengthscale_prior=LogNormalPrior(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
     )
-    likelihood = GaussianLikelihood(noise_prior=LogNormalPrior(-4.0, 1.0), noise_constraint=GreaterThan(1e-4))
+    prior: dict[str, Any] = {"noise_prior": LogNormalPrior(-4.0, 1.0), "noise_constraint": GreaterThan(1e-4)}
+    if train_Yvar is None:
+        likelihood: Likelihood = GaussianLikelihood(**prior)
+    else:  # in the units of the standardised outcome
+        fixed = (train_Yvar / train_Y.var()).clamp_min(1e-6)
+        with gpytorch.settings.min_fixed_noise(double_value=1e-6):
+            likelihood = FixedNoiseGaussianLikelihood(fixed, learn_additional_noise=True, **prior)
     model = SingleTaskGP(
         train_Z, train_Y, likelihood=likelihood, covar_module=ScaleKernel(kernel), outcome_transform=Standardize(m=1)
     )

@@ -47,6 +47,11 @@ class Trial:
     why: str = ""
 
     @property
+    def stopped(self) -> bool:
+        """Whether it lost a race: its values are estimates, of which `error` tells the standard error."""
+        return "error" in self.values
+
+    @property
     def complete(self) -> bool:
         return self.state is TrialState.COMPLETE
 

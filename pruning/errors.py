@@ -25,6 +25,10 @@ class UnreadableText(PruningError):
     """The text source does not exist, is not UTF-8 text, or cannot be reached."""
 
 
+class UnreadableItems(PruningError):
+    """The file of multiple-choice items does not exist, or a line of it is no item."""
+
+
 class UnsupportedExport(PruningError):
     """The file format, or what reads it, has no place for this architecture, tokenizer or dtype."""
 

@@ -123,10 +123,10 @@ def dense_distribution(
     ids, logprobs, rest = [], [], []
     head = Head.of(model)
     for batch in windows.split(batch_size):
-        hidden = _hidden(model, batch.to(model.device))[:, :-1]
+        hidden = last_hidden(model, batch.to(model.device))[:, :-1]
         for states in hidden.flatten(0, 1).split(CHUNK):
             logits = head(states)
-            normaliser = _log_normaliser(logits)
+            normaliser = log_normaliser(logits)
             top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
             logprob = top.to(normaliser.dtype) - normaliser[:, None]
             ids.append(index)
@@ -174,13 +174,13 @@ def window_qualities(
     losses, kls = [], []  # of tokens
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size].to(model.device)
-        states = _hidden(model, batch)[:, :-1].flatten(0, 1)
+        states = last_hidden(model, batch)[:, :-1].flatten(0, 1)
         targets = batch[:, 1:].flatten()
         reference = dense.rows(first, first + batch_size) if dense else None
         for start in range(0, len(states), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = head(states[rows])
-            normaliser = _log_normaliser(logits)
+            normaliser = log_normaliser(logits)
             picked = logits.gather(-1, targets[rows, None]).squeeze(-1).to(normaliser.dtype)
             losses.append(normaliser - picked)
             if reference:
@@ -192,11 +192,11 @@ def window_qualities(
     return WindowQualities(by_window(losses), by_window(kls) if dense else None)
 
 
-def _hidden(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def last_hidden(model: PreTrainedModel, batch: Tensor) -> Tensor:
     return model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
 
 
-def _log_normaliser(logits: Tensor) -> Tensor:
+def log_normaliser(logits: Tensor) -> Tensor:
     """log sum exp over the vocabulary in float32 (float64 for float64 logits), `rows x V` -> `rows`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else CHUNK

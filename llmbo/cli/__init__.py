@@ -8,6 +8,7 @@ from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
 from llmbo.cli.optimize import optimize
+from llmbo.cli.profile import profile
 from llmbo.cli.recover import recover
 from llmbo.cli.report import report
 from llmbo.cli.rerank import rerank
@@ -21,5 +22,5 @@ def main() -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 
-for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, models):
+for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models):
     app.command()(command)

@@ -33,7 +33,8 @@ def optimize(
     objectives: Annotated[
         str,
         typer.Option(
-            help="Two or three of kl, loss (measured) and params, params_share, flops, weight_bytes, kv_bytes (counted)."
+            help="Two or three of kl, loss, accuracy (measured), params, params_share, flops, weight_bytes, kv_bytes (counted), "
+            "prefill_latency, decode_latency (summed from a table of block times)."
         ),
     ] = "kl,params_share",
     reference_point: Annotated[
@@ -47,6 +48,15 @@ def optimize(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that flops and kv_bytes are counted for.")] = 2048,
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time that kv_bytes is counted for.")] = 1,
+    latency_target: Annotated[
+        str, typer.Option(help="Where the model will run, for prefill_latency and decode_latency: auto, cpu, cuda.")
+    ] = "auto",
+    items: Annotated[
+        str, typer.Option(help="JSONL file with question, choices and answer (an index) in each line, for accuracy.")
+    ] = "",
+    racing: Annotated[
+        bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
+    ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
     text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
     min_share: Annotated[
@@ -111,6 +121,9 @@ def optimize(
             maximum=tuple(maximum or ()),
             context=context,
             serve_batch=serve_batch,
+            latency_target=latency_target,
+            items=items,
+            racing=racing,
             compensation=compensation,
             text=text,
             min_share=min_share,
@@ -164,9 +177,7 @@ def _optimize(config: Any, fresh: bool, show: str) -> None:
         status = "failed"
         try:
             with display.phase("search", config.budget):
-                run_search(
-                    run.proposer, run.problem.proxy, run.store, config.budget, config.batch, config.seed, display
-                )
+                run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)
             with display.phase("held-out windows"):
                 _measure_heldout(run)
             status = "complete"
@@ -191,9 +202,13 @@ def _measure_heldout(run: "Run") -> None:
     if not missing and "dense_heldout" in run.store.facts:
         return
     evaluator = run.problem.heldout()
-    run.store.set_fact("dense_heldout", evaluator.evaluate(run.problem.space.max_levels))
+
+    def measure(x: tuple[int, ...]) -> dict[str, float]:
+        return {**evaluator.evaluate(x), **run.problem.deployed(x)}
+
+    run.store.set_fact("dense_heldout", measure(run.problem.space.max_levels))
     for trial in missing:
-        run.store.set_heldout(trial.number, evaluator.evaluate(trial.x))
+        run.store.set_heldout(trial.number, measure(trial.x))
 
 
 def _write(run: "Run", display: "Display", status: str) -> Any:

@@ -34,15 +34,20 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
     ]
     complete = [[trial for trial in report["trials"] if trial["state"] == "complete"] for report in reports]
     gains = [to_maximize([trial["objectives"] for trial in trials], objectives) for trials in complete]
-    for trials, own in zip(complete, gains, strict=True):  # what breaks a constraint adds no hypervolume
-        own[[not trial.get("feasible", True) for trial in trials]] = -inf
-    all_of_them = [
-        (run, trial) for run, trials in enumerate(complete) for trial in trials if trial.get("feasible", True)
-    ]
+    for trials, own in zip(
+        complete, gains, strict=True
+    ):  # what breaks a constraint or lost its race adds no hypervolume
+        own[[not _counts(trial) for trial in trials]] = -inf
+    all_of_them = [(run, trial) for run, trials in enumerate(complete) for trial in trials if _counts(trial)]
     joined = to_maximize([trial["objectives"] for _, trial in all_of_them], objectives)
     union = [{"run": all_of_them[index][0], "trial": all_of_them[index][1]["number"]} for index in pareto_front(joined)]
     traces = [hypervolume_trace(own, ref_point(objectives)) for own in gains]
     return _parts(reference, traces, union, hypervolume(joined, ref_point(objectives)), _warnings(reports))
+
+
+def _counts(trial: Mapping[str, Any]) -> bool:
+    """Whether a complete trial keeps the limits and was measured to the end."""
+    return trial.get("feasible", True) and trial["objectives"].get("error") is None
 
 
 def _parts(

@@ -94,9 +94,13 @@ class ArchitecturePart(_Part):
 
 
 class Values(_Part):
-    """`kl` and `loss` in nats per token; `params` of the whole model; `params_share` of the decoder blocks.
+    """`kl` and `loss` in nats per token; `accuracy` as a share of the items; `params` of the whole model;
+    `params_share` of the decoder blocks.
 
     `flops` per token and `kv_bytes` at the context and batch that the settings name; `weight_bytes` and `kv_bytes` at 2 bytes a value.
+    A candidate that lost its race was stopped after `tokens`: its values are estimates with standard error `error`, and it is on no front.
+    Latencies in milliseconds per prompt and per token: in `objectives` summed from the table of block times, in `heldout` measured on the
+    model cut for real.
     """
 
     kl: float
@@ -107,6 +111,11 @@ class Values(_Part):
     flops: int
     weight_bytes: int
     kv_bytes: int
+    tokens: int | None = None
+    error: float | None = None
+    accuracy: float | None = None
+    prefill_latency: float | None = None
+    decode_latency: float | None = None
 
 
 class TrialPart(_Part):

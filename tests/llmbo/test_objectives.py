@@ -66,7 +66,7 @@ def test_the_given_reference_point_is_kept() -> None:
 @pytest.mark.parametrize(
     ("names", "reference", "message"),
     [
-        (("kl", "speed"), None, "'speed'.*kl, loss, params, params_share"),
+        (("kl", "speed"), None, "'speed'.*kl, loss, accuracy, params, params_share"),
         (("kl", "kl"), None, "two or three different"),
         (("kl",), None, "two or three different"),
         ((), None, "two or three different"),

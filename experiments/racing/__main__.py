@@ -1,0 +1,88 @@
+"""Whole searches with and without racing: proxy time and tokens against final hypervolume, several seeds.
+
+    python -m experiments.racing --model llama --budget 100 --seeds 5
+
+Both searches of a seed start alike; runs are kept as runs/racing-SEED-on and -off, and are started over. Preparation is not
+counted: it is the same.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from experiments.quiet import Quiet
+from llmbo.assemble import assemble
+from llmbo.config import RunConfig
+from llmbo.loop import run_search
+from llmbo.models import silence_libraries
+from llmbo.objectives import outcomes, ref_point
+from llmbo.pareto import hypervolume_trace
+
+
+class Unwatched(Quiet):
+    """Implements `llmbo.types.Observer` as well."""
+
+    def on_trial_start(self, *event: object) -> None: ...
+
+    def on_trial_end(self, *event: object) -> None: ...
+
+    def on_proposing(self, *event: object) -> None: ...
+
+
+def main() -> None:
+    silence_libraries()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--strategy", default="qnehvi")
+    parser.add_argument("--budget", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--proxy-tokens", type=int, default=3072)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--heldout-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON file for every figure")
+    options = vars(parser.parse_args())
+    seeds, out = options.pop("seeds"), options.pop("out")
+    torch.set_num_threads(options.pop("threads"))
+    config = RunConfig(**options)
+    rows = []
+    print("seed  racing  stopped  proxy s   tokens   hypervolume")
+    for seed in range(seeds):
+        for racing in (False, True):
+            row = measure(replace(config, seed=seed, racing=racing, name=f"racing-{seed}-{'on' if racing else 'off'}"))
+            rows.append({"seed": seed, "racing": racing, **row})
+            print(
+                f"{seed:4}  {racing!s:6}  {row['stopped']:7.0f}  {row['seconds']:7.1f}  {row['tokens']:7.0f}  {row['hypervolume']:.4f}",
+                flush=True,
+            )
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    for name in ("seconds", "tokens"):
+        saved = [plain[name] / raced[name] for plain, raced in pairs]
+        print(f"{name}: {statistics.mean(saved):.2f} times less with racing, from {min(saved):.2f} to {max(saved):.2f}")
+    gained = [raced["hypervolume"] - plain["hypervolume"] for plain, raced in pairs]
+    print(f"hypervolume: {statistics.mean(gained):+.4f} with racing, from {min(gained):+.4f} to {max(gained):+.4f}")
+    if out:
+        out.write_text(json.dumps({"settings": config.settings(), "rows": rows}, indent=2) + "\n")
+
+
+def measure(config: RunConfig) -> dict[str, float]:
+    with assemble(config, fresh=True, phases=Unwatched()) as run:
+        run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, Unwatched())
+        complete = [trial for trial in run.store.trials() if trial.complete]
+        whole = run.problem.windows.proxy.numel()
+        return {
+            "stopped": sum(trial.stopped for trial in complete),
+            "seconds": sum(trial.seconds or 0.0 for trial in complete),
+            "tokens": sum(trial.values.get("tokens", whole) for trial in complete),
+            "hypervolume": hypervolume_trace(outcomes(complete, run.objectives), ref_point(run.objectives))[-1],
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -69,8 +69,9 @@ class PhaseTable:
     def seconds(self, kv_groups: Tensor, neurons: Tensor) -> Tensor:
         """Of many architectures, `batch_shape x num_layers` units -> `batch_shape`; linear between measured widths."""
         total = self.fixed + self.layer * ((kv_groups > 0) | (neurons > 0)).double().sum(-1)
-        for kind, units in (("attention", kv_groups), ("mlp", neurons)):
-            widths, times = np.array(self.blocks[kind]).T  # type: ignore[index]
+        kept: dict[BlockKind, Tensor] = {"attention": kv_groups, "mlp": neurons}
+        for kind, units in kept.items():
+            widths, times = zip(*self.blocks[kind], strict=True)
             total = total + torch.from_numpy(np.interp(units.numpy(), widths, times)).sum(-1)
         return total
 

@@ -29,7 +29,9 @@ from llmbo.errors import ConfigError
         ({"strategy": "greedy"}, "'greedy'.*qnehvi.*threshold.*random"),
         ({"dtype": "int8"}, "'int8'.*float32, bfloat16"),
         ({"objectives": ("kl", "speed")}, "'speed'"),
-        ({"objectives": ("kl", "loss", "params"), "strategy": "qnehvi"}, "kl,loss,params"),
+        ({"objectives": ("kl", "loss", "params"), "racing": True}, "--racing .* kl,loss,params"),
+        ({"objectives": ("accuracy", "params")}, "--items FILE"),
+        ({"items": "x.jsonl"}, "--items x.jsonl"),
         ({"reference_point": (1.0,)}, "--reference-point"),
         ({"name": "a/b"}, "--name .* 'a/b'"),
         ({"name": ".."}, r"--name .* '\.\.'"),
@@ -78,7 +80,8 @@ CHANGED: dict[str, Any] = {
     "model": "other", "batch": 5, "seed": 1, "strategy": "random", "objectives": ("loss", "params"), "reference_point": (1.0, 0.9),
     "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "calibration_tokens": 5120, "proxy_tokens": 5120,
     "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
-    "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_context": "none", "advisor_every": 1,
+    "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_context": "none", "advisor_every": 1, "maximum": ("kl=0.5",),
+    "context": 99, "serve_batch": 2, "latency_target": "cpu", "racing": True, "items": "x.jsonl",
 }  # fmt: skip
 
 
@@ -92,7 +95,8 @@ def test_only_budget_name_place_and_caps_may_change() -> None:
     }  # a new setting must take a side
     before = RunConfig(model="llama").settings()
     for key, value in CHANGED.items():
-        assert RunConfig(**{"model": "llama", key: value}).settings() != before, key
+        needed = {"objectives": ("accuracy", "params")} if key == "items" else {}
+        assert RunConfig(**{"model": "llama", **needed, key: value}).settings()[key] != before[key], key
     assert RunConfig(model="llama", **free).settings() == before
 
 
@@ -105,5 +109,5 @@ def test_the_command_line_has_the_defaults_of_the_config() -> None:
     flags = {name: parameter.default for name, parameter in inspect.signature(optimize).parameters.items()}
     for item in dataclasses.fields(RunConfig):
         if item.name != "model":  # it must be given
-            expected = ",".join(item.default) if isinstance(item.default, tuple) else item.default
+            expected = ",".join(item.default) or None if isinstance(item.default, tuple) else item.default
             assert flags[item.name] == expected, item.name

@@ -41,6 +41,8 @@ NOT_RUN = {
     "llmbo --show-completion": "asks which shell it was started from, which is none here",
     "llmbo optimize --model ./my-qwen --text hf:": "needs the hub's data sets",
     "llmbo evaluate llama exports/llama-54 --tasks arc_easy": "needs the hub's data sets",
+    "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/test_latency.py does that",
+    "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/test_accuracy.py brings one",
     "python -m experiments.record ": "fits a surrogate to hundreds of evaluations, for minutes",
 }
 # What some commands need beside the packages that `make venv` installs; without it they are skipped.
@@ -55,6 +57,7 @@ SMALLER = {
     r"--trial \d+": "--trial 1",
     r"--steps \d+": "--steps 2",
     r"--reference-point 3\.5,134515008": "--reference-point 9,1e6",  # the tiny model's loss and size
+    r"^(llmbo profile (?!--help).*)$": r"\1 --repeats 1 --check 2",
     r"http://localhost:\d+/v1": "{server}",
     r"(experiments\.deploy_speed .*?)(--threads 2)?$": r"\1 --threads 1 --repeats 1 --prompt 8 --tokens 2",
 }

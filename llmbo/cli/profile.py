@@ -29,7 +29,7 @@ def profile(
     """
     from rich.console import Console
 
-    with one_line_errors(interrupted="Interrupted; nothing was kept."):
+    with one_line_errors(interrupted="Interrupted. A table that was finished is in the cache."):
         from llmbo.baselines import RandomProposer
         from llmbo.errors import ConfigError
         from llmbo.latency import build_target, device_name, num_stacks

@@ -77,13 +77,17 @@ class Toy:
             self.names, self.dense, known_values(self.space, self.family.at(0.0)), self.reference_point, self.limits
         )
 
+    @property
+    def weights(self) -> list[float]:
+        """What each block is worth."""
+        return [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
+
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
         """Implements `types.Evaluator`."""
         missing = [1 - level / most for level, most in zip(x, self.space.max_levels, strict=True)]
-        weights = [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
         neighbours = sum(a * b for a, b in itertools.pairwise(missing))
         kl = (
-            (sum(weight * gone**2 for weight, gone in zip(weights, missing, strict=True)) + neighbours)
+            (sum(weight * gone**2 for weight, gone in zip(self.weights, missing, strict=True)) + neighbours)
             * 3
             / self.space.d
         )

@@ -14,7 +14,7 @@ import torch
 from llmbo.acquisition import QNehviProposer
 from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.config import STRATEGIES
-from llmbo.objectives import Objective, feasible, outcomes, ref_point, to_maximize
+from llmbo.objectives import Objective, outcomes, ref_point, to_maximize
 from llmbo.pareto import hypervolume
 from llmbo.strategies import TABLE
 from llmbo.types import Proposal, Proposer, Trial, TrialState
@@ -288,7 +288,7 @@ def test_known_limits_are_kept_by_every_strategy(make_toy: Callable[..., Any], s
     limits = {"params_share": 0.75, "kv_bytes": 0.9 * toy.dense["kv_bytes"]}
     toy = replace(toy, space=replace(toy.space, limits=limits))
     proposer, trials = PROPOSERS[strategy](toy), list[Trial]()
-    while proposals := proposer.propose(trials, 4, len(trials))[: 20 - len(trials)]:
+    while proposals := proposer.propose(trials, 4, len(trials))[: 14 - len(trials)]:
         trials += [toy.trial(len(trials) + n, proposal) for n, proposal in enumerate(proposals)]
     assert len(trials) > 9
     assert all(trial.values[name] <= limit for trial in trials for name, limit in limits.items())
@@ -297,11 +297,10 @@ def test_known_limits_are_kept_by_every_strategy(make_toy: Callable[..., Any], s
 @pytest.mark.parametrize("names", [("kl", "params_share"), ("loss", "params_share")])
 def test_qnehvi_keeps_measured_limits_once_it_has_learnt_them(toy: Any, names: tuple[str, str]) -> None:
     """A limit on kl, which is an objective in one case and nothing but a limit in the other."""
-    goal = toy.with_objectives(*names)
-    goal = replace(goal, limits={"kl": 0.4 * max(trial.values["kl"] for trial in history(toy)["family and search"])})
-    proposer = QNehviProposer(goal.family, goal.objectives, goal.dense, num_initial=7, limits=goal.limits)
-    trials = run(proposer, goal, 27)
+    free = toy.with_objectives(*names)
+    trials = run(QNehviProposer(free.family, free.objectives, free.dense, num_initial=7), free, 27)
+    limits = {"kl": statistics.median(trial.values["kl"] for trial in trials[7:])}  # which half of that search breaks
+    goal = replace(free, limits=limits)
+    trials = run(QNehviProposer(goal.family, goal.objectives, goal.dense, num_initial=7, limits=limits), goal, 27)
     assert not all(trial.feasible for trial in trials[:7])
-    assert sum(trial.feasible for trial in trials[7:]) >= 18, [trial.values["kl"] for trial in trials]
-    free = run(QNehviProposer(toy.family, toy.with_objectives(*names).objectives, toy.dense, num_initial=7), toy, 27)
-    assert sum(feasible(trial.values, goal.limits) for trial in free[7:]) < 18
+    assert sum(trial.feasible for trial in trials[7:]) >= 16, [trial.values["kl"] for trial in trials]

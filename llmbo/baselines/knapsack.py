@@ -52,7 +52,7 @@ class KnapsackProposer:
         scores, costs = self._scores({trial.x: trial for trial in trials if trial.complete}), self._costs()
         seen = [self.space.max_levels, *(trial.x for trial in trials)]
         while len(proposals) < q:
-            x = self._next(scores, costs, seen, len(seen) - len(probes))
+            x = self._next(scores, costs, seen, max(0, len(seen) - len(probes)))  # a limit may forbid probes
             if x is None:
                 break
             seen.append(x)
@@ -102,9 +102,10 @@ class KnapsackProposer:
         self, scores: list[np.ndarray], costs: list[np.ndarray], seen: list[tuple[int, ...]], position: int
     ) -> tuple[int, ...] | None:
         """The optimum for the next budget that has one not seen yet."""
+        largest = self.space.limits.get("params_share", 1.0)
         for offset in range(MAX_BUDGETS):
             place = van_der_corput(position + offset)
-            budget = 1.0 if offset == MAX_BUDGETS - 1 else 1 - (1 - self.space.min_share) * place
+            budget = largest if offset == MAX_BUDGETS - 1 else largest - (largest - self.space.min_share) * place
             x = self._solve(scores, costs, seen, budget)
             if x is not None:
                 return x

@@ -129,6 +129,7 @@ class Tab:
 
     def hover(self, key: str) -> None:
         """Rest the pointer on a trial until the chart tells about it."""
+        self.page.evaluate("document.getElementById('front-chart').scrollIntoView({block: 'center'})")
         x, y = self.where(key)
         for attempt in range(20):  # a busy machine may draw after the pointer has come
             self.page.mouse.move(x + attempt % 2, y, steps=3)

@@ -134,9 +134,9 @@ class QNehviProposer:
             costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
             shares, dense = train_Z[:, SHARE], -sign * self.dense[name]
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
-            kappa = loss_off_family(train_Z, costs, dense, curve)
-            expected = curve(shares) + kappa * train_Z[:, OFF_FAMILY]
-            train_Y = gains(costs, expected, dense).unsqueeze(-1)
+            over_family, off = gains(costs, curve(shares), dense), train_Z[:, OFF_FAMILY]
+            kappa = loss_off_family(off, over_family)
+            train_Y = (over_family + kappa * off).unsqueeze(-1)
             variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
             return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, kappa, dense)
 
@@ -208,14 +208,18 @@ class _Measured:
         put = torch.where(strike > 0, put, 0.0).clamp_min(0)[:, column]
         return (put[:, : len(lower)] - put[:, len(lower) :]).clamp_min(0)
 
+    def log_limit(self, limit: float) -> float:
+        """Where `log_excess` stands when the cost is just `limit`."""
+        return math.log(max(limit - self.dense + EPSILON, 1e-12))
+
     def needed_gain(self, Z: Tensor, limit: float) -> Tensor:
         """The gain at which the cost is just `limit`, of the shape of a point's share."""
-        return self.expected(Z) - math.log(max(limit - self.dense + EPSILON, 1e-12))
+        return self.expected(Z) - self.log_limit(limit)
 
     def below(self, Z: Tensor, limit: float) -> Tensor:
         """Probability that the cost keeps a limit, `n`."""
         mean, deviation = self.log_excess(Z)
-        return torch.special.ndtr((self.expected(Z) - mean - self.needed_gain(Z, limit)) / deviation)
+        return torch.special.ndtr((self.log_limit(limit) - mean) / deviation)
 
 
 @dataclass(frozen=True)

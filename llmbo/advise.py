@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmbo.advisor.context import Setting, share_of, told_delta
+from llmbo.advisor.context import share_of, told_delta
 from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.proposer import AdvisorDesk
 from llmbo.advisor.render import render
 from llmbo.advisor.roles import Answer, Question
-from llmbo.assemble import load_windows, prepared
-from llmbo.assemble_advisor import Material, build_desk
+from llmbo.assemble import advice_material, load_windows, prepared
+from llmbo.assemble_advisor import build_desk
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.evaluate import known_values
@@ -54,19 +54,8 @@ def reopened(
         )
         store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
-        setting = Setting(
-            problem.family,
-            objectives,
-            facts["dense"],
-            problem.statistics,
-            config.advisor_context,
-            config.budget,
-            problem.limits,
-        )
-        quality = next(objective.name for objective in objectives if not objective.known)
-        desk = build_desk(
-            config, Material(setting, loaded, lambda: problem.marginals(quality)), Ledger(MemoryNotes(stored))
-        )
+        material = advice_material(config, problem, objectives, facts["dense"], loaded)
+        desk = build_desk(config, material, Ledger(MemoryNotes(stored)))
         yield desk, store.trials()
 
 

@@ -113,16 +113,27 @@ def proposer_of(
     """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives)
+    return build_advised(config, advice_material(config, problem, objectives, problem.dense, loaded), ledger)
+
+
+def advice_material(
+    config: RunConfig,
+    problem: Problem,
+    objectives: tuple[Objective, ...],
+    dense: Mapping[str, float],
+    loaded: LoadedModel,
+) -> Material:
+    """What an advisor of a run is made from; `dense` holds the dense model's values as the run has them."""
     setting = Setting(
         problem.family,
         objectives,
-        problem.dense,
+        dense,
         problem.statistics,
         config.advisor_context,
         config.budget,
         problem.limits,
     )
-    return build_advised(config, Material(setting, loaded, lambda: problem.marginals(setting.quality.name)), ledger)
+    return Material(setting, loaded, lambda: problem.marginals(setting.quality.name))
 
 
 def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:

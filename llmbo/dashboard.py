@@ -105,11 +105,7 @@ def trade_offs(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
     best = max if quality.maximize else min
     notes = []
     for share in TRADE_OFF_SHARES:
-        values = [
-            t.values[quality.name]
-            for t in trials
-            if t.complete and t.feasible and not t.stopped and t.values["params_share"] <= share
-        ]
+        values = [t.values[quality.name] for t in trials if t.counts and t.values["params_share"] <= share]
         if values:
             notes.append(f"≤{share:.0%}: {best(values):.2f}")
     return f"{quality.name} {' '.join(notes)}" if notes else ""

@@ -173,7 +173,7 @@ def to_maximize(values: Sequence[Mapping[str, float]], objectives: Sequence[Obje
 def outcomes(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Tensor:
     """`to_maximize` of n complete trials; what is beyond a limit, or lost a race, is worse than anything: -inf."""
     Y = to_maximize([trial.values for trial in trials], objectives)
-    Y[torch.tensor([trial.stopped or not trial.feasible for trial in trials], dtype=torch.bool)] = -torch.inf
+    Y[torch.tensor([not trial.counts for trial in trials], dtype=torch.bool)] = -torch.inf
     return Y
 
 

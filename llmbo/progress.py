@@ -220,6 +220,7 @@ class LivePicture(Silence):
 
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
         self._found = SearchProgress(trials, display.objectives, display.dense)
+        self._live.refresh()  # at once: the next picture may come after the end of a quick search
 
     def _picture(self) -> RenderableType:
         if self._console.width != self._width:  # the terminal has reflowed what we drew: start from a clean screen

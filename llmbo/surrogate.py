@@ -36,7 +36,7 @@ from gpytorch.priors import LogNormalPrior
 from torch import Tensor
 
 from llmbo.family import ThresholdFamily
-from llmbo.gain import EPSILON, FamilyCurve
+from llmbo.gain import EPSILON
 
 # feature columns that the GP does not look at, beside other costs
 SHARE = -1  # parameter share
@@ -80,14 +80,16 @@ def quality_from_gain(gain: Tensor, expected: Tensor, dense: float) -> Tensor:
     return dense + torch.exp(expected - gain) - EPSILON
 
 
-def loss_off_family(train_Z: Tensor, values: Tensor, dense: float, curve: FamilyCurve) -> float:
+def loss_off_family(off: Tensor, gain: Tensor) -> float:
     """What leaving the family costs on average, in log excess per squared distance: kappa.
 
     Ridge regression towards `LOSS_OFF_FAMILY`, since the first proposals are made before anything was measured off it.
+
+    Args:
+        off: `n` squared distances from the family.
+        gain: `n` gains over the family at equal share.
     """
-    off = train_Z[:, OFF_FAMILY]
-    lost = -gains(values, curve(train_Z[:, SHARE]), dense)
-    return float(((LOSS_OFF_FAMILY * RIDGE + off @ lost) / (RIDGE + off @ off)).clamp_min(0))
+    return float(((LOSS_OFF_FAMILY * RIDGE - off @ gain) / (RIDGE + off @ off)).clamp_min(0))
 
 
 def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int, train_Yvar: Tensor | None = None) -> SingleTaskGP:

@@ -55,6 +55,11 @@ class Trial:
     def complete(self) -> bool:
         return self.state is TrialState.COMPLETE
 
+    @property
+    def counts(self) -> bool:
+        """Whether it may stand on the front: measured to the end and within the limits."""
+        return self.complete and self.feasible and not self.stopped
+
 
 @dataclass(frozen=True)
 class Direction:

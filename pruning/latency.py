@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
-from pruning.masks import PruningMask, Ranking
+from pruning.masks import PruningMask
 from pruning.shrink import shrink
 
 Phase = Literal["prefill", "decode"]
@@ -129,8 +129,7 @@ def time_architecture(
     Returns:
         Seconds per prompt and per decoded token, all sequences at a time.
     """
-    mask = PruningMask.from_architecture(architecture, _any_ranking(anatomy_of(model)))
-    small = shrink(model, mask)
+    small = shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
     times: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
     for repetition in range(workload.repeats + 1):
         found = _run(model, workload, clock), _run(small, workload, clock)
@@ -199,10 +198,3 @@ def _run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float])
     for _ in range(workload.steps):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
     return filled - start, (clock() - filled) / workload.steps
-
-
-def _any_ranking(anatomy: Anatomy) -> Ranking:
-    def order(units: int) -> Tensor:
-        return torch.arange(units).expand(anatomy.num_hidden_layers, -1)
-
-    return Ranking(order(anatomy.num_key_value_heads), order(anatomy.intermediate_size))

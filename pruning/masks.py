@@ -64,6 +64,18 @@ class PruningMask:
             )
 
     @classmethod
+    def first_units(cls, anatomy: Anatomy, architecture: Architecture) -> "PruningMask":
+        """Keep the first units of every layer, where only their number matters, as for speed and size.
+
+        Raises:
+            InvalidArchitecture: It does not fit the model.
+        """
+        architecture.check(anatomy)
+        groups = torch.arange(anatomy.num_key_value_heads)[None] < torch.tensor(architecture.kv_groups)[:, None]
+        neurons = torch.arange(anatomy.intermediate_size)[None] < torch.tensor(architecture.neurons)[:, None]
+        return cls(groups, neurons)
+
+    @classmethod
     def from_architecture(cls, architecture: Architecture, ranking: Ranking) -> "PruningMask":
         """Keep the best-ranked units of every layer.
 

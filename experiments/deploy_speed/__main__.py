@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from llmbo.models import DTYPES, load_model, silence_libraries
 from llmbo.rebuilding import read_run
-from pruning.anatomy import Anatomy, anatomy_of
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 from pruning.export import Pruned
@@ -53,7 +53,8 @@ def main() -> None:
         runners: dict[str, dict[str, Callable[[], Times]]] = {"transformers": {}, "llama.cpp": {}}
         sizes: dict[str, dict[str, int]] = {"transformers": {}, "llama.cpp": {}}
         for name, architecture in chosen.items():
-            pruned = cut(loaded.model, anatomy, architecture)
+            small = shrink(loaded.model, PruningMask.first_units(anatomy, architecture))  # what counts is how many
+            pruned = Pruned(small, anatomy, architecture)
             path = Path(folder, f"{name}.gguf")
             write_gguf(pruned, path, options.gguf_dtype, name)
             sizes["llama.cpp"][name] = path.stat().st_size
@@ -94,13 +95,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gguf-dtype", choices=list(FILE_TYPES), default="f16")
     parser.add_argument("--out", type=Path, default=Path("deploy_speed.json"), help="JSON file for every measured time")
     return parser.parse_args()
-
-
-def cut(model: PreTrainedModel, anatomy: Anatomy, architecture: Architecture) -> Pruned:
-    """The first units of every layer: what counts here is how many."""
-    groups = torch.arange(anatomy.num_key_value_heads)[None] < torch.tensor(architecture.kv_groups)[:, None]
-    neurons = torch.arange(anatomy.intermediate_size)[None] < torch.tensor(architecture.neurons)[:, None]
-    return Pruned(shrink(model, PruningMask(groups, neurons)), anatomy, architecture)
 
 
 def _in_transformers(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> Callable[[], Times]:

@@ -103,8 +103,10 @@ def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
     at = curve(Z[:, SHARE])
     for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
         values = quality_from_gain(-kappa * off, at, 0.0)
-        assert loss_off_family(Z, values, 0.0, curve) == pytest.approx(kappa, abs=0.01)
-    assert loss_off_family(Z[: len(members)], values[: len(members)], 0.0, curve) == pytest.approx(LOSS_OFF_FAMILY)
+        assert loss_off_family(off, gains(values, at, 0.0)) == pytest.approx(kappa, abs=0.01)
+    assert loss_off_family(off[: len(members)], gains(values, at, 0.0)[: len(members)]) == pytest.approx(
+        LOSS_OFF_FAMILY
+    )
 
 
 def test_costs_are_columns_in_shares_of_the_dense_models(toy: Any) -> None:

@@ -14,7 +14,6 @@ from llmbo.assemble import advice_material, load_windows, prepared
 from llmbo.assemble_advisor import build_desk
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
-from llmbo.evaluate import known_values
 from llmbo.models import load_model
 from llmbo.objectives import build_objectives
 from llmbo.storage import TrialStore, stored_run
@@ -47,10 +46,9 @@ def reopened(
 ) -> Iterator[tuple[AdvisorDesk, list[Trial]]]:
     """The run's advisor, with what it would read; it keeps its notes to itself."""
     loaded = load_model(config.model, facts["dtype"], facts["device"])
-    with prepared(config, loaded, load_windows(config, loaded), phases) as problem:
-        smallest = known_values(problem.space, problem.family.at(0.0))
+    with prepared(config, loaded, load_windows(config, loaded), phases, facts.get("profiles")) as problem:
         objectives = build_objectives(
-            config.objectives, facts["dense"], smallest, config.reference_point, config.limits
+            config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits
         )
         store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}

@@ -21,7 +21,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
-from llmbo.latency import NAMES, Target, build_target, num_stacks, target_model
+from llmbo.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.models import LoadedModel, load_config, load_model
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
 from llmbo.pulse import LOCK, LOOKING
@@ -56,7 +56,7 @@ class Problem:
         limits: Largest allowed values of what is measured; `space` knows the others.
         importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
         heldout_choices: Multiple-choice items that the search never saw; None when nothing asks for accuracy.
-        target: Where latency counts; None when nothing asks for latency.
+        target: Where the model will run; None when nothing asks for what depends on it.
     """
 
     space: SearchSpace
@@ -73,12 +73,17 @@ class Problem:
     target: Target | None
     heldout_choices: Choices | None
 
+    @property
+    def smallest(self) -> dict[str, float]:
+        """What is known of the smallest legal model that the family has."""
+        return known_values(self.space, self.family.at(0.0))
+
     def heldout(self) -> ProxyEvaluator:
         """An evaluator on windows that ranking, compensation and search never saw."""
         return ProxyEvaluator.on(self.windows.heldout, self.space, self.supernet, self.heldout_choices)
 
     def deployed(self, x: tuple[int, ...]) -> dict[str, float]:
-        """Latencies of the model cut for real, if they were asked for."""
+        """Latency, energy and peak memory of the model cut for real, if they were asked for."""
         return self.target.measure(self.space.decode(x)) if self.target else {}
 
     def marginals(self, quality: str) -> Marginals:
@@ -157,17 +162,17 @@ def prepared(
     loaded: LoadedModel,
     windows: TokenWindows,
     phases: Phases,
-    latency: Mapping[str, Any] | None = None,
+    profiles: Mapping[str, Any] | None = None,
 ) -> Iterator[Problem]:
     """Measure importance, build the compensation table and open the supernet, for as long as the context lasts.
 
     Args:
-        latency: The table of block times of the run that is continued.
+        profiles: Tables of the run that is continued, measured on the device where the model will run.
     """
     model = loaded.model
     serving = Serving(config.context, config.serve_batch)
     space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
-    target = _target(config, loaded, space, phases, latency)
+    target = _target(config, loaded, space, phases, profiles)
     if target is not None:
         space = replace(space, extra_costs=target.costs())
     choices, heldout_choices = _choices(config, loaded)
@@ -213,15 +218,18 @@ def prepared(
 def _target(
     config: RunConfig, loaded: LoadedModel, space: SearchSpace, phases: Phases, stored: Mapping[str, Any] | None
 ) -> Target | None:
-    """The table of block times, if an objective or a limit needs it."""
-    if not {*config.objectives, *config.limits} & {*NAMES}:
+    """What is known of the device where the model will run, if an objective or a limit needs it."""
+    kinds = sorted({KIND_OF[name] for name in (*config.objectives, *config.limits) if name in KIND_OF})
+    if not kinds:
         return None
     workload = Workload(sequences=config.serve_batch, context=config.context)
-    with phases.phase("latency table", num_stacks(space)) as advance:
-        return build_target(target_model(loaded, config.latency_target), space, workload, stored, on_stack=advance)
+    with phases.phase(f"{' and '.join(kinds)} tables", num_measurements(space, kinds)) as advance:
+        model = target_model(loaded, config.latency_target)
+        return build_target(model, space, workload, kinds, stored, on_measured=advance)
 
 
-def _items_digest(config: RunConfig) -> str | None:
+def items_digest(config: RunConfig) -> str | None:
+    """Of the multiple-choice items as they are now; None without any."""
     return hashlib.sha256(Path(config.items).expanduser().read_bytes()).hexdigest() if config.items else None
 
 
@@ -260,18 +268,18 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
             loaded = load_model(config.model, dtype, device)
             windows = load_windows(config, loaded)
-        facts = {**facts_of(loaded, windows), "items": _items_digest(config)}
+        facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:
             items = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*items):
                 raise StorageError(_refusal(config, changes))
-        with prepared(config, loaded, windows, phases, (stored or {}).get("latency")) as problem:
+        with prepared(config, loaded, windows, phases, (stored or {}).get("profiles")) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
                     f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."
                 )
             objectives = build_objectives(
-                config.objectives, problem.dense, _smallest(problem.family), config.reference_point, config.limits
+                config.objectives, problem.dense, problem.smallest, config.reference_point, config.limits
             )
             if fresh:
                 delete_run(url, config.name, own_file)
@@ -286,7 +294,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
                     **facts,
                     "dense": dict(problem.dense),
                     "importance": list(problem.importance),
-                    "latency": problem.target.table.to_dict() if problem.target else None,
+                    "profiles": problem.target.to_dict() if problem.target else None,
                 },
             )
             ledger = Ledger(store, folder / FILE)
@@ -369,10 +377,6 @@ def _locked(folder: Path) -> Iterator[None]:
                 for path in made:
                     path.rmdir()
         lock.release()
-
-
-def _smallest(family: ThresholdFamily) -> dict[str, float]:
-    return known_values(family.space, family.at(0.0))
 
 
 def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, first_line
 from llmbo.models import LoadedModel, load_model
 
-WITHOUT_MARGINALS = ("none", "random", "replay")  # nobody would read what it costs evaluations to measure
+WITHOUT_MARGINALS = ("none", "random", "hostile", "replay")  # nobody would read what it costs evaluations to measure
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class RunConfig:
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
-        latency_target: Device for `prefill_latency` and `decode_latency`, "auto" for the run's own.
+        latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
         racing: Stop candidates whose first windows say that the front dominates them.
         text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
@@ -74,7 +74,7 @@ class RunConfig:
     neuron_step: int = 0
     calibration_tokens: int = 8192
     proxy_tokens: int = 3072
-    heldout_tokens: int = 2048
+    heldout_tokens: int = 1536
     window: int = 256
     dtype: str = "auto"
     device: str = "auto"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -238,9 +239,11 @@ def _converted(alias: Alias) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    source: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    config = AutoConfig.from_pretrained(**source)  # once for both: reading a GGUF file's header takes seconds
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a progress bar here that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantised, but the model still says "gguf"
         model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:

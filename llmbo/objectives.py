@@ -55,6 +55,8 @@ KINDS = {
     "kv_bytes": _Kind("bytes", True),
     "prefill_latency": _Kind("ms", True),
     "decode_latency": _Kind("ms/token", True),
+    "energy": _Kind("J/token", True),
+    "peak_memory": _Kind("bytes", True),
 }
 OBJECTIVES = tuple(KINDS)
 MAX_OBJECTIVES = 3

@@ -77,7 +77,12 @@ def flops(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving
 
 def kv_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
     """Bytes of the KV cache; layers with a sliding window keep no more than that."""
-    held = (kv_groups.to(torch.int64) * _seen(anatomy, serving.context)).sum(-1)
+    return kv_bytes_by_layer(anatomy, kv_groups, serving).sum(-1)
+
+
+def kv_bytes_by_layer(anatomy: Anatomy, kv_groups: Tensor, serving: Serving) -> Tensor:
+    """As `kv_bytes`, `batch_shape x num_layers`."""
+    held = kv_groups.to(torch.int64) * _seen(anatomy, serving.context)
     return 2 * anatomy.head_dim * serving.sequences * serving.bytes_per_value * held
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "pruning": (
         "errors", "modeling_pruned", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
-        "likelihood", "choices", "importance", "compensation", "supernet", "narrowing", "shrink", "latency",
+        "likelihood", "choices", "importance", "compensation", "supernet", "narrowing", "shrink", "latency", "memory",
         "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
         "export.gguf_tokenizer", "export.gguf_tensors", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),
@@ -22,8 +22,9 @@ ORDER = {
         "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "advisor.parts", "config", "models",
         "space", "family", "gain", "pareto", "surrogate", "threads", "baselines.designs", "baselines",
         "baselines.local_search", "baselines.nsga2", "baselines.knapsack", "baselines.optuna_samplers",
-        "baselines.plain_botorch", "latency", "acquisition", "evaluate", "racing", "advisor.context", "advisor.replies", "advisor.roles",
-        "advisor.parse", "advisor.render", "advisor.client", "advisor.openai_client", "advisor.local", "advisor.llm",
+        "baselines.plain_botorch", "energy", "hardware", "acquisition", "evaluate", "racing",
+        "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",
+        "advisor.openai_client", "advisor.local", "advisor.llm",
         "advisor.offline", "advisor.ledger", "advisor.replay", "advisor.probe", "advisor.proposer", "advisor.summary",
         "storage", "loop", "report.schema", "report.files", "report.picture", "report.build", "report.table",
         "report.comparison", "report.page", "report.write", "report", "pulse", "assemble_advisor", "advised", "strategies",

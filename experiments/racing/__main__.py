@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--proxy-tokens", type=int, default=3072)
     parser.add_argument("--calibration-tokens", type=int, default=8192)
-    parser.add_argument("--heldout-tokens", type=int, default=2048)
+    parser.add_argument("--heldout-tokens", type=int, default=1536)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file for every figure")
     options = vars(parser.parse_args())

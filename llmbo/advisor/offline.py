@@ -1,4 +1,4 @@
-"""Advisors without a model: nobody, chance, and rules over the same context that a model reads."""
+"""Advisors without a model: nobody, chance, ill will, and rules over the same context that a model reads."""
 
 import json
 import random
@@ -73,6 +73,31 @@ def _random_contrast(rng: random.Random, layers: int) -> list[Reply]:
         last = min(layers - 1, first + rng.randrange(max(1, layers // 4)))
         edits.append({"layers": [f"{first}-{last}"], rng.choice(["neurons_delta", "neurons_delta", "kv_delta"]): delta})
     return edits
+
+
+def hostile_reply(question: Question) -> Reply:
+    """The stress arm, for which the veto is there: MLPs emptied wholesale, the wrong way pointed out, and of the candidates
+    those dropped that past trials speak for most."""
+    context, layers = question.context, question.context.setting.space.num_layers
+    low, everywhere = min(context.smallest_useful, MAX_SHARE), [f"0-{layers - 1}"]
+
+    def proposal(place: int) -> Reply:
+        share = round(low + (MAX_SHARE - low) * (place + 0.5) / question.count, 3)
+        edits = [{"layers": everywhere, "neurons_keep": 0}]
+        return {"base": "dense", "edits": edits, "target_share": share, "why": "ill will"}
+
+    def direction(place: int) -> Reply:
+        half = [f"{place % layers}-{layers - 1}"]
+        return {"name": f"wrong {place + 1}", "edits": [{"layers": half, "neurons_delta": -1, "kv_delta": 1}]}
+
+    if FORMATS[question.hook][0] == "proposals":
+        return {"proposals": [proposal(place) for place in range(question.count)]}
+    if FORMATS[question.hook][0] == "directions":
+        return {"directions": [direction(place) for place in range(question.count)]}
+    scores = _spoken_for(question)
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])
+    decisions = [{"id": index, "keep": False, "confidence": 1.0, "why": "ill will"} for index in best[: question.count]]
+    return {"decisions": decisions}
 
 
 @dataclass(frozen=True)
@@ -196,13 +221,7 @@ def _directions(question: Question) -> Reply:
 
 def _decisions(question: Question) -> Reply:
     """Against candidates that leave the family the way that measured marginal costs and past trials speak against."""
-    context, family = question.context, question.context.setting.family
-    named = contrasts(context)[:2]
-    scores = [
-        sum(float(torch.cosine_similarity(deviation(family, x), contrast.levels, dim=0)) for contrast in named)
-        for x in question.candidates
-    ]
-    worst = sorted((score, index) for index, score in enumerate(scores) if score < 0)[: question.count]
+    worst = sorted((score, index) for index, score in enumerate(_spoken_for(question)) if score < 0)[: question.count]
     return {
         "decisions": [
             {
@@ -214,6 +233,15 @@ def _decisions(question: Question) -> Reply:
             for score, index in worst
         ]
     }
+
+
+def _spoken_for(question: Question) -> list[float]:
+    """How far each candidate leaves the family along the two best founded contrasts."""
+    family, named = question.context.setting.family, contrasts(question.context)[:2]
+    return [
+        sum(float(torch.cosine_similarity(deviation(family, x), contrast.levels, dim=0)) for contrast in named)
+        for x in question.candidates
+    ]
 
 
 def _contrast(name: str, scores: Tensor, why: str) -> Contrast | None:
@@ -269,4 +297,8 @@ def _halves(values: Sequence[Any], layers: int) -> tuple[Sequence[Any], Sequence
     return values[:layers], values[layers:]
 
 
-OFFLINE: Mapping[str, Callable[[Question], Reply]] = {"random": random_reply, "heuristic": heuristic_reply}
+OFFLINE: Mapping[str, Callable[[Question], Reply]] = {
+    "random": random_reply,
+    "heuristic": heuristic_reply,
+    "hostile": hostile_reply,
+}

@@ -14,6 +14,7 @@ KINDS = {
     "none": None,
     "random": None,
     "heuristic": None,
+    "hostile": None,
     "openai": "MODEL[@BASE_URL]",
     "transformers": "PATH_OR_NAME or self",
     "replay": "FILE",

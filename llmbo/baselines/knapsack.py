@@ -52,7 +52,7 @@ class KnapsackProposer:
         scores, costs = self._scores({trial.x: trial for trial in trials if trial.complete}), self._costs()
         seen = [self.space.max_levels, *(trial.x for trial in trials)]
         while len(proposals) < q:
-            x = self._next(scores, costs, seen, max(0, len(seen) - len(probes)))  # a limit may forbid probes
+            x = self._next(scores, costs, seen, sum(x not in probes for x in seen))
             if x is None:
                 break
             seen.append(x)

@@ -34,7 +34,7 @@ def optimize(
         str,
         typer.Option(
             help="Two or three of kl, loss, accuracy (measured), params, params_share, flops, weight_bytes, kv_bytes (counted), "
-            "prefill_latency, decode_latency (summed from a table of block times)."
+            "prefill_latency, decode_latency, energy, peak_memory (from tables of blocks, measured on the device)."
         ),
     ] = "kl,params_share",
     reference_point: Annotated[
@@ -46,10 +46,10 @@ def optimize(
             "--max", metavar="NAME=VALUE", help="Limit on any objective, e.g. params_share=0.6; may be repeated."
         ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context that flops and kv_bytes are counted for.")] = 2048,
-    serve_batch: Annotated[int, typer.Option(help="Sequences at a time that kv_bytes is counted for.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of context that costs are counted or measured for.")] = 2048,
+    serve_batch: Annotated[int, typer.Option(help="Sequences at a time that costs are counted or measured for.")] = 1,
     latency_target: Annotated[
-        str, typer.Option(help="Where the model will run, for prefill_latency and decode_latency: auto, cpu, cuda.")
+        str, typer.Option(help="Where the model will run, for latency, energy and peak_memory: auto, cpu, cuda.")
     ] = "auto",
     items: Annotated[
         str, typer.Option(help="JSONL file with question, choices and answer (an index) in each line, for accuracy.")
@@ -67,7 +67,7 @@ def optimize(
     ] = 0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 8192,
     proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
-    heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 2048,
+    heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 1536,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     dtype: Annotated[
         str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")

@@ -1,4 +1,4 @@
-"""`llmbo profile`: measure the block times that `--objectives decode_latency` or `prefill_latency` is summed from."""
+"""`llmbo profile`: measure the tables that `--objectives decode_latency`, `peak_memory` and their like are worked out from."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,12 +7,15 @@ import typer
 from llmbo.cli.common import one_line_errors
 
 if TYPE_CHECKING:
-    from llmbo.latency import Check, Target
+    from collections.abc import Sequence
+
+    from llmbo.hardware import Check, Profile
 
 
 def profile(
     model: Annotated[str, typer.Option(help="Alias, local folder or hub name.")],
     latency_target: Annotated[str, typer.Option(help="Where the model will run: auto, cpu, cuda, cuda:1.")] = "auto",
+    measure: Annotated[str, typer.Option(help="Some of latency, memory and energy.")] = "latency,memory",
     context: Annotated[int, typer.Option(help="Tokens of the prompt, which decoding attends to.")] = 2048,
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     neuron_step: Annotated[int, typer.Option(help="Neurons per grid level; 0: about a twelfth of a layer's.")] = 0,
@@ -21,19 +24,19 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto (the faster one here), float32, bfloat16 or float16.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is in the cache.")] = False,
 ) -> None:
-    """Time every kind of block at every width on this machine, and check the sums against whole models.
+    """Measure every kind of block at every width on this machine, and check predictions against whole models.
 
-    The table is kept in the cache, where `llmbo optimize` with the same options finds it.
+    The tables are kept in the cache, where `llmbo optimize` with the same options finds them.
 
     Example: llmbo profile --model llama --context 256
     """
     from rich.console import Console
 
-    with one_line_errors(interrupted="Interrupted. A table that was finished is in the cache."):
+    with one_line_errors(interrupted="Interrupted. Tables that were finished are in the cache."):
         from llmbo.baselines import RandomProposer
-        from llmbo.errors import ConfigError
-        from llmbo.latency import build_target, device_name, num_stacks
-        from llmbo.latency import check as check_table
+        from llmbo.errors import ConfigError, unknown
+        from llmbo.hardware import KIND_OF, build_target, device_name, num_measurements
+        from llmbo.hardware import check as check_tables
         from llmbo.models import choose_device, load_model, silence_libraries
         from llmbo.progress import Display
         from llmbo.space import SearchSpace
@@ -45,40 +48,59 @@ def profile(
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"{flag} must be at least {least}, got {value}.")
+        words, known = measure.split(","), sorted({*KIND_OF.values()})
+        for word in words:
+            if word not in known:
+                raise ConfigError(unknown("name in --measure", word, known))
+        kinds = [kind for kind in known if kind in words]
         silence_libraries()
         with Display(Console(stderr=True), 0) as display:
             with display.phase("model"):
                 dense = load_model(model, dtype, choose_device(latency_target)).model
             space = SearchSpace(anatomy_of(dense), neuron_step=neuron_step)
             workload = Workload(sequences=serve_batch, context=context, repeats=repeats)
-            with display.phase("latency table", num_stacks(space)) as advance:
-                target = build_target(dense, space, workload, fresh=fresh, on_stack=advance)
+            with display.phase("tables", num_measurements(space, kinds)) as advance:
+                target = build_target(dense, space, workload, kinds, fresh=fresh, on_measured=advance)
             with display.phase("whole models", check) as advance:
                 some = [space.decode(row.x) for row in RandomProposer(space).propose([], check, 0)]
-                checked = check_table(target, some, advance)
+                checked = check_tables(target, some, advance)
     console = Console()
     console.print(
         f"{device_name(dense.device)}, {dense.dtype}, {serve_batch} x {context} tokens, {repeats} repetitions"
     )
-    console.print(_table(target))
+    for name, profile in target.profiles.items():
+        console.print(_table(name, profile))
     _print_check(checked, console)
 
 
-def _table(target: "Target") -> Any:
-    """Milliseconds of one block by kind and width."""
+def _table(kind: str, profile: "Profile") -> Any:
+    """What one block takes by kind and width, in each phase."""
     from rich.table import Table
 
-    table = Table("block", "width", *(f"{phase}, ms" for phase in target.table.phases))
-    phases = list(target.table.phases.values())
-    table.add_row("embeddings, norm, head", "", *(f"{1000 * phase.fixed:.3f}" for phase in phases))
-    table.add_row("layer", "", *(f"{1000 * phase.layer:.3f}" for phase in phases))
-    for kind, rows in phases[0].blocks.items():
-        for index, (units, _) in enumerate(rows[1:], 1):
-            table.add_row(kind, str(units), *(f"{1000 * phase.blocks[kind][index][1]:.3f}" for phase in phases))
-    table.caption = "; ".join(
-        f"{name}: half the quartile distance of a stack's time is at most {phase.spread:.1%}"
-        for name, phase in target.table.phases.items()
-    )
+    from llmbo.hardware import MemoryProfile
+
+    unit, scale = {"latency": ("ms", 1e3), "energy": ("mJ", 1e3), "memory": ("MB", 1e-6)}[kind]
+    phases = list(profile.table.phases.values())
+    table = Table("block", "width", *(f"{phase}, {unit}" for phase in profile.table.phases), title=kind)
+
+    def row(name: str, width: str, values: "Sequence[float]") -> None:
+        table.add_row(name, width, *(f"{scale * value:.3f}" for value in values))
+
+    if isinstance(profile, MemoryProfile):
+        blocks = phases
+        table.caption = "while it runs, beyond weights and KV cache"
+    else:
+        blocks = [phase.blocks for phase in phases]
+        row("embeddings, norm, head", "", [phase.fixed for phase in phases])
+        row("layer", "", [phase.layer for phase in phases])
+        table.caption = "; ".join(
+            f"{name}: half the quartile distance of a stack's ratio is at most {phase.spread:.1%}"
+            for name, phase in profile.table.phases.items()
+        )
+    for block, rows in blocks[0].items():
+        for index, (units, _) in enumerate(rows):
+            if units:
+                row(block, str(units), [found[block][index][1] for found in blocks])
     return table
 
 

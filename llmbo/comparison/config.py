@@ -16,7 +16,7 @@ from llmbo.strategies import strategy_of
 T = TypeVar("T")
 
 # Keys of a run that say how to search, not what to search; a comparison has its own.
-_OF_THE_SEARCH = {"budget", "batch", "seed", "strategy", "name", "storage"} | {
+_OF_THE_SEARCH = {"budget", "batch", "seed", "strategy", "name", "storage", "racing"} | {
     item.name for item in dataclasses.fields(RunConfig) if item.name.startswith("advisor")
 }
 

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from llmbo.assemble import load_windows, prepared
+from llmbo.assemble import items_digest, load_windows, prepared
 from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
-from llmbo.evaluate import known_values
 from llmbo.models import LoadedModel, load_model
 from llmbo.objectives import Objective, build_objectives
 from llmbo.space import SearchSpace
@@ -97,20 +96,23 @@ def opened(
         run = replace(config.run, dtype=loaded.dtype, device=loaded.device)
         windows = _windows(config, run, among, loaded)
     with prepared(run, loaded, windows, phases) as problem:
-        smallest = known_values(problem.space, problem.family.at(0.0))
-        recipe = (loaded.fingerprint, loaded.dtype, loaded.device, run.compensation, _digest(windows.calibration))
+        recipe = (
+            *(loaded.fingerprint, loaded.dtype, loaded.device, run.compensation, _digest(windows.calibration)),
+            *([items_digest(run)] if run.items else []),
+            *([problem.target.to_dict()] if problem.target else []),
+        )
         proxy_key, heldout_key = (_key(*recipe, _digest(part)) for part in (windows.proxy, windows.heldout))
         measure = _stored(problem.proxy, problem.space, store, proxy_key)
         _check(measure, problem.proxy, problem.family.at(CHECK_SHARE), store, proxy_key)
         reference = run.reference_point or _reference(run.objectives, problem.dense, margin)
-        objectives = build_objectives(run.objectives, problem.dense, smallest, reference, run.limits)
+        objectives = build_objectives(run.objectives, problem.dense, problem.smallest, reference, run.limits)
         judge, judged = None, tuple[Objective, ...]()
         if heldout:
             with phases.phase("dense model, held-out windows"):
                 evaluator = problem.heldout()
                 judge = _stored(evaluator, problem.space, store, heldout_key)
                 dense = judge(problem.space.max_levels, "dense").values
-            judged = judged_objectives(dense, smallest, margin)
+            judged = judged_objectives(dense, problem.smallest, margin)
         facts = {
             "model": loaded.name,
             "fingerprint": loaded.fingerprint,

@@ -99,8 +99,8 @@ class Values(_Part):
 
     `flops` per token and `kv_bytes` at the context and batch that the settings name; `weight_bytes` and `kv_bytes` at 2 bytes a value.
     A candidate that lost its race was stopped after `tokens`: its values are estimates with standard error `error`, and it is on no front.
-    Latencies in milliseconds per prompt and per token: in `objectives` summed from the table of block times, in `heldout` measured on the
-    model cut for real.
+    Latencies in milliseconds per prompt and per token, `energy` in joules per decoded token, `peak_memory` in bytes: in `objectives`
+    from tables of blocks, in `heldout` measured on the model cut for real.
     """
 
     kl: float
@@ -116,6 +116,8 @@ class Values(_Part):
     accuracy: float | None = None
     prefill_latency: float | None = None
     decode_latency: float | None = None
+    energy: float | None = None
+    peak_memory: float | None = None
 
 
 class TrialPart(_Part):

@@ -41,7 +41,7 @@ NOT_RUN = {
     "llmbo --show-completion": "asks which shell it was started from, which is none here",
     "llmbo optimize --model ./my-qwen --text hf:": "needs the hub's data sets",
     "llmbo evaluate llama exports/llama-54 --tasks arc_easy": "needs the hub's data sets",
-    "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/test_latency.py does that",
+    "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/test_hardware.py does that",
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/test_accuracy.py brings one",
     "llmbo optimize --model llama --budget 60 --advisor replay:": "needs a recording; tests/llmbo/test_advisors.py makes and replays one",
     "python -m experiments.record ": "fits a surrogate to hundreds of evaluations, for minutes",

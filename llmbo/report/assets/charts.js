@@ -37,7 +37,7 @@ function staircase(entries, x, y) {
 }
 
 function hover(entry, x, y) {
-  const names = [...new Set([x, y, ...OBJECTIVES.map((one) => one.name), ...CONSTRAINTS.map((bound) => bound.name), "params", "params_share", "gain", ...QUANTITIES.filter((name) => /latency|energy/.test(name))])];
+  const names = [...new Set([x, y, ...OBJECTIVES.map((one) => one.name), ...CONSTRAINTS.map((bound) => bound.name), "params", "params_share", "gain", ...QUANTITIES.filter((name) => /latency|energy|peak_memory/.test(name))])];
   const reason = reasonOf(entry);
   return el("div", { class: "hover" },
     el("strong", {}, `${nameOf(entry)} · ${entry.trial.origin}${entry.onFront ? " · on the front" : ""}`),

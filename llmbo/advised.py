@@ -37,7 +37,7 @@ class AdvisedStrategy:
     dense: Mapping[str, float]
     by: str = "heuristic"
     hooks: tuple[str, ...] = HOOKS
-    context: str = "full"
+    context_level: str = "full"
     share: float = 0.25
     every: int = 2
     num_initial: int = NUM_INITIAL
@@ -53,14 +53,14 @@ class AdvisedStrategy:
             model="comparison",
             advisor=self.by,
             advisor_hooks=self.hooks,
-            advisor_context=self.context,
+            advisor_context=self.context_level,
             advisor_share=self.share,
             advisor_every=self.every,
         )
         check_advisor(config)
         statistics = getattr(self.problem, "statistics", None)
         setting = Setting(
-            self.family, self.objectives, self.dense, statistics, self.context, config.budget, self.limits
+            self.family, self.objectives, self.dense, statistics, self.context_level, config.budget, self.limits
         )
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)

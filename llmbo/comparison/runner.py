@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from llmbo.advisor.proposer import WARM_START
 from llmbo.comparison.config import Arm, CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.store import EvaluationStore, Round
@@ -146,7 +147,10 @@ def judged_numbers(front: Sequence[Trial], points: int) -> list[Trial]:
 
 
 def _num_initial(outcome: Outcome) -> int:
-    return int({**strategy_of(outcome.arm.strategy).options, **outcome.arm.options}["num_initial"])
+    """Trials of the initial design before those that an advisor may fill: what it does with them is what is compared."""
+    size = int({**strategy_of(outcome.arm.strategy).options, **outcome.arm.options}["num_initial"])
+    own = [trial.origin for trial in outcome.trials[:size]]
+    return own.index(WARM_START) if WARM_START in own else size
 
 
 def _check_proposals(

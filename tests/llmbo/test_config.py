@@ -35,7 +35,10 @@ from llmbo.errors import ConfigError
         ({"reference_point": (1.0,)}, "--reference-point"),
         ({"name": "a/b"}, "--name .* 'a/b'"),
         ({"name": ".."}, r"--name .* '\.\.'"),
-        ({"advisor": "heuristik"}, "'heuristik': did you mean heuristic.*none, random, heuristic, openai:MODEL"),
+        (
+            {"advisor": "heuristik"},
+            "'heuristik': did you mean heuristic.*none, random, heuristic, hostile, openai:MODEL",
+        ),
         ({"advisor": "openai"}, r"'openai:MODEL\[@BASE_URL\]', got 'openai'"),
         ({"advisor": "openai:@http://h/v1"}, "got 'openai:@http"),
         ({"advisor": "openai:m@http:///v1"}, "needs a server"),

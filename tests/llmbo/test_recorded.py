@@ -77,6 +77,25 @@ def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "empty").exists()
 
 
+def test_advised_arms_share_the_design_up_to_the_places_that_the_advisor_fills(tmp_path: Path) -> None:
+    config = tmp_path / "advised.toml"
+    arms = ["random", "heuristic", "hostile"]
+    lines = [f'{{strategy = "advised", label = "{by}", by = "{by}", context_level = "partial"}}' for by in arms]
+    config.write_text(
+        f'strategies = ["qnehvi", {", ".join(lines)}]\nseeds = [0]\ncheckpoints = [16]\n', encoding="utf-8"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with chdir(tmp_path):
+            answer = CliRunner().invoke(app, ["compare", str(config), "--problem", "problem-r-surrogate"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert answer.exit_code == 0, answer.output
+    result = json.loads((tmp_path / "comparisons" / "advised" / "comparison.json").read_text(encoding="utf-8"))
+    assert [arm["label"] for arm in result["arms"]] == ["qnehvi", *arms]
+    assert all(arm["checkpoints"][-1]["hypervolume"] > 0 for arm in result["arms"])
+
+
 @pytest.mark.parametrize("damage", ["evaluations.csv", "problem.json"])
 def test_a_damaged_recording_is_one_line(recording: Recording, tmp_path: Path, damage: str) -> None:
     for name in ("evaluations.csv", "problem.json", FIT):

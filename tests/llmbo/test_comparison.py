@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig
+from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.result import Comparison
 from llmbo.comparison.runner import check_designs, run_arm
@@ -29,6 +29,7 @@ from llmbo.errors import StrategyError
 from llmbo.strategies import TABLE, Strategy
 from llmbo.types import Proposal, Trial
 
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 STRATEGIES = (
     '["threshold", "random", "nsga2-seeded", {strategy = "nsga2-seeded", label = "small population", population = 4}]'
 )
@@ -338,6 +339,11 @@ def test_a_strategy_without_more_to_propose_stays_where_it_is(toy: Any, run: Any
     outcome = run(toy.random_points(3, 1), [])
     assert len(outcome.trials) == 3 and outcome.judgements[-1].hypervolume == outcome.trace[-1]
     assert math.isclose(outcome.seconds[-1], 3.0, abs_tol=0.5)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_of_the_project_can_be_read(path: Path) -> None:
+    assert len({arm.label for arm in read_config(path).arms}) > 1
 
 
 def test_every_design_is_declared(toy: Any) -> None:

@@ -3,16 +3,17 @@
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmbo.advisor.context import Context, deviation
+from llmbo.advisor.context import Context, deviation, share_of
 from llmbo.advisor.parse import judge
 from llmbo.advisor.replies import FORMATS
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
+from llmbo.baselines import ThresholdProposer
 
 Reply = dict[str, Any]
 MAX_SHARE = 0.95  # larger models differ too little from the dense one to tell anything
@@ -102,11 +103,12 @@ def hostile_reply(question: Question) -> Reply:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A direction with a reason: `levels` `d`, largest absolute value 1."""
+    """A direction with a reason: `levels` `d`, largest absolute value 1; `measured` unless it is a rule of thumb."""
 
     name: str
     levels: Tensor
     why: str
+    measured: bool = True
 
 
 def heuristic_reply(question: Question) -> Reply:
@@ -172,7 +174,8 @@ def _flat(context: Context) -> Contrast | None:
     profile = family.profile(torch.tensor([(low + high) / 2], dtype=torch.float64))[0]
     attention, mlp = profile.split(context.setting.space.num_layers)
     scores = torch.cat([torch.zeros_like(attention), _standardised(-_smoothed(mlp))])
-    return _contrast("flatter MLPs", scores, "the family's profile is too steep")
+    contrast = _contrast("flatter MLPs", scores, "the family's profile is too steep")
+    return contrast and replace(contrast, measured=False)
 
 
 def _known(costs: Sequence[float | None]) -> Tensor:
@@ -186,9 +189,15 @@ def _proposals(question: Question) -> Reply:
     """The best trials carried to the widest gaps, and steps of one level along the contrasts at all sizes."""
     context, setting = question.context, question.context.setting
     low = min(context.smallest_useful, MAX_SHARE)
-    named = contrasts(context)
+    # With no trial off the family yet, a rule of thumb is no reason to give up a place of the design: what was measured is.
+    named = [contrast for contrast in contrasts(context) if contrast.measured or context.told]
     best = sorted((n for n in context.gains if context.gains[n] > 0), key=lambda n: -context.gains[n])
     gaps = [round((a + b) / 2, 3) for a, b in context.gaps if low <= (a + b) / 2 < MAX_SHARE]
+    # where the family's own next members would stand: at any other size advice loses to them whatever it knows
+    places = ThresholdProposer(setting.family, setting.objectives, setting.dense).propose(
+        context.trials, question.count, 0
+    )
+    shares = [round(share_of(setting.space, member.x), 3) for member in places]
     items: list[Reply] = []
     for place, number in enumerate(best[: question.count // 2]):
         edits = _edits(named[place % len(named)].levels, setting.space.num_layers) if named else []
@@ -201,9 +210,8 @@ def _proposals(question: Question) -> Reply:
             }
         )
     wanted = question.count - len(items)
-    for place in range(wanted if named else 0):
+    for place, share in enumerate(shares[:wanted] if named else []):
         contrast = named[place % len(named)]
-        share = round(low + (MAX_SHARE - low) * (place + 0.5) / wanted, 3)
         edits = _edits(contrast.levels, setting.space.num_layers)
         items.append({"base": f"threshold:{share}", "edits": edits, "target_share": share, "why": contrast.why})
     return {"proposals": items}

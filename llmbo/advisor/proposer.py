@@ -183,7 +183,7 @@ class AdvisedProposer:
         """`q` places of which the last `ours` are the advisor's; it is asked once, as late as the design allows."""
         before = self.search.propose(trials, q - ours, seed) if q > ours else []
         if not self._first_advice():
-            self.desk.consult("warm_start", trials, self.warm_start, seed)
+            self.desk.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
         rows = [Proposal(c.x, WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
         known = [*trials, *_running([*before, *rows], trials)]

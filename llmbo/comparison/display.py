@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -76,17 +77,20 @@ def table(result: Comparison) -> Table:
     """Means over seeds, the best strategy first."""
     last = result.checkpoints[-1]
     shown = Table(
-        title=f"{result.name}: hypervolume, mean over {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}"
+        title=f"{result.name}: hypervolume, mean over {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
+        box=SIMPLE_HEAD,
     )
+    judged = any(summary.checkpoints[last]["heldout_hypervolume"] for summary in result.summaries)
+    others = {"held-out": "heldout_hypervolume", "gain": "gain", "held-out gain": "heldout_gain"}
+    others = {heading: metric for heading, metric in others.items() if judged or heading == "gain"}
     shown.add_column("strategy")
-    for heading in (*(str(count) for count in result.checkpoints), "held-out", "gain", "held-out gain", "s/proposal"):
-        shown.add_column(heading, justify="right")
+    for heading in (*map(str, result.checkpoints), *others, "s per proposal"):
+        shown.add_column(heading, justify="right", overflow="fold")
     for summary in sorted(result.summaries, key=lambda s: -(s.trace[-1].mean if s.comparable else 0.0)):
         proxies = [
             summary.checkpoints[count]["hypervolume"] if summary.comparable else None for count in result.checkpoints
         ]
-        others = [summary.checkpoints[last][metric] for metric in ("heldout_hypervolume", "gain", "heldout_gain")]
-        cells = [_mean(band) for band in (*proxies, *others)]
+        cells = [_mean(band) for band in (*proxies, *(summary.checkpoints[last][metric] for metric in others.values()))]
         shown.add_row(summary.label, *cells, f"{summary.median_proposal_seconds:.2f}")
     return shown
 

@@ -79,12 +79,15 @@ def table(result: Comparison) -> Table:
     shown = Table(
         title=f"{result.name}: hypervolume, mean over {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
         box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
     )
     judged = any(summary.checkpoints[last]["heldout_hypervolume"] for summary in result.summaries)
     others = {"held-out": "heldout_hypervolume", "gain": "gain", "held-out gain": "heldout_gain"}
     others = {heading: metric for heading, metric in others.items() if judged or heading == "gain"}
     shown.add_column("strategy")
-    for heading in (*map(str, result.checkpoints), *others, "s per proposal"):
+    for heading in (*map(str, result.checkpoints), *others, "s/batch"):
         shown.add_column(heading, justify="right", overflow="fold")
     for summary in sorted(result.summaries, key=lambda s: -(s.trace[-1].mean if s.comparable else 0.0)):
         proxies = [

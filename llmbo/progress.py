@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -259,7 +260,13 @@ def trial_line(trial: Trial, trials: Sequence[Trial], objectives: Sequence[Objec
 def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
-    table = Table(title=f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
+    table = Table(
+        title=f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
         table.add_column(heading, justify="right")
     count = len(report.front)

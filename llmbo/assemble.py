@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.hardware import KIND_OF, Target, build_target, num_measurements, target_model
-from llmbo.models import LoadedModel, load_config, load_model
+from llmbo.models import LoadedModel, load_config, load_model, max_positions
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
 from llmbo.pulse import LOCK, LOOKING
 from llmbo.racing import RacingEvaluator
@@ -238,8 +237,9 @@ def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Ch
     if not config.items:
         return None, None
     items = read_items(Path(config.items))
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    search, heldout = (Choices.of(part, loaded.tokenizer, longest) for part in (items[::2], items[1::2]))
+    search, heldout = (
+        Choices.of(part, loaded.tokenizer, max_positions(loaded.model)) for part in (items[::2], items[1::2])
+    )
     return search, heldout
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,12 +19,21 @@ from transformers import PreTrainedModel
 
 from llmbo.energy import energy_counter
 from llmbo.errors import ConfigError
-from llmbo.models import LoadedModel, cache_dir, choose_device, load_model
+from llmbo.models import LoadedModel, cache_dir, choose_device, load_model, max_positions
 from llmbo.space import CostFunction, SearchSpace
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
-from pruning.latency import PHASES, LatencyTable, PhaseTable, Workload, measure_table, stacks_of, time_architecture
-from pruning.memory import MemoryTable, blocks_of, measure_memory_table, peak_bytes
+from pruning.latency import (
+    PHASES,
+    LatencyTable,
+    PhaseTable,
+    Workload,
+    blocks_of,
+    measure_table,
+    stacks_of,
+    time_architecture,
+)
+from pruning.memory import MemoryTable, measure_memory_table, peak_bytes
 
 MAX_WIDTHS = 12  # per kind; widths between two measured ones are interpolated
 ENERGY_STEPS = 128  # decoded tokens per measurement: counters are renewed every few milliseconds at best
@@ -222,7 +230,7 @@ def _profile(kind: Kind, table: Mapping[str, Any], anatomy: Anatomy, clock: Call
 
 
 def _check_context(model: PreTrainedModel, workload: Workload) -> None:
-    positions = _positions(model)
+    positions = max_positions(model)
     if workload.context + workload.steps > positions:
         raise ConfigError(
             f"--context {workload.context} and {workload.steps} decoded tokens do not fit the model's {positions} positions: "
@@ -231,11 +239,7 @@ def _check_context(model: PreTrainedModel, workload: Workload) -> None:
 
 
 def _energy_steps(model: PreTrainedModel, workload: Workload) -> int:
-    return max(workload.steps, min(ENERGY_STEPS, _positions(model) - workload.context))
-
-
-def _positions(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return max(workload.steps, min(ENERGY_STEPS, max_positions(model) - workload.context))
 
 
 def _scaled(phase: PhaseTable, factor: float) -> CostFunction:

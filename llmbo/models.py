@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -252,6 +253,11 @@ def _convert(gguf: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
         os.mkdir(folder)  # the context manager wants something to remove
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can take at a time; without a limit the largest number there is."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> str:

@@ -257,16 +257,15 @@ def trial_line(trial: Trial, trials: Sequence[Trial], objectives: Sequence[Objec
     return f"trial {count} {trial.origin}: {result} ({seconds}) hypervolume {volume(trials, objectives):.4f}"
 
 
+def result_table(title: str) -> Table:
+    """An empty table that leaves most of a terminal's 80 columns to numbers."""
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+
+
 def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
-    table = Table(
-        title=f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
     for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
         table.add_column(heading, justify="right")
     count = len(report.front)

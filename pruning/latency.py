@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
-from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrink import shrink_to
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -71,8 +70,7 @@ class PhaseTable:
         total = self.fixed + self.layer * ((kv_groups > 0) | (neurons > 0)).double().sum(-1)
         kept: dict[BlockKind, Tensor] = {"attention": kv_groups, "mlp": neurons}
         for kind, units in kept.items():
-            widths, times = zip(*self.blocks[kind], strict=True)
-            total = total + torch.from_numpy(np.interp(units.numpy(), widths, times)).sum(-1)
+            total = total + at_widths(self.blocks[kind], units).sum(-1)
         return total
 
 
@@ -129,7 +127,7 @@ def time_architecture(
     Returns:
         Seconds per prompt and per decoded token, all sequences at a time.
     """
-    small = shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
+    small = shrink_to(model, architecture)
     times: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
     for repetition in range(workload.repeats + 1):
         found = _run(model, workload, clock), _run(small, workload, clock)
@@ -153,13 +151,30 @@ def stacks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> li
     return stacks
 
 
+def blocks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> list[tuple[BlockKind, int]]:
+    """Every kind of block at every width that has any unit, the dense width among them."""
+    return [
+        (block.kind, units) for block in anatomy.blocks for units in sorted({*widths[block.kind], block.units} - {0})
+    ]
+
+
+def at_widths(rows: Sequence[tuple[int, float]], units: Tensor) -> Tensor:
+    """What (width, value) rows, widths ascending, say of blocks of any width, linear between them: the shape of `units`."""
+    widths, values = zip(*rows, strict=True)
+    return torch.from_numpy(np.interp(units.numpy(), widths, values))
+
+
+def a_prompt(model: PreTrainedModel, context: int, sequences: int) -> Tensor:
+    """`sequences x context` token ids on the model's device; which ones they are changes no time and no size."""
+    prompt = torch.arange(context, device=model.device) % model.config.get_text_config().vocab_size
+    return prompt.expand(sequences, -1)
+
+
 def _solve(
     anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]], stacks: Sequence[Architecture], times: Sequence[Timing]
 ) -> PhaseTable:
     """Least squares in relative errors; a width that would take negative time takes none."""
-    columns: list[tuple[BlockKind, int]] = [
-        (block.kind, units) for block in anatomy.blocks for units in sorted({*widths[block.kind], block.units} - {0})
-    ]
+    columns = blocks_of(anatomy, widths)
     rows = [
         [
             1.0,
@@ -190,8 +205,7 @@ def _paired(pairs: Sequence[tuple[float, float]]) -> Timing:
 @torch.inference_mode()
 def _run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds of one prompt, and of one decoded token."""
-    prompt = torch.arange(workload.context, device=model.device) % model.config.get_text_config().vocab_size
-    prompt = prompt.expand(workload.sequences, -1)
+    prompt = a_prompt(model, workload.context, workload.sequences)
     start = clock()
     out = model(prompt, use_cache=True, logits_to_keep=1)
     filled = clock()

@@ -11,18 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import Serving, kv_bytes_by_layer, weight_bytes
-from pruning.latency import PHASES, Phase
-from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.latency import PHASES, Phase, a_prompt, at_widths, blocks_of
+from pruning.shrink import shrink_to
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class MemoryTable:
         peaks = []
         for phase, blocks in self.phases.items():
             for kind, units in kept.items():
-                widths, needed = zip(*blocks[kind], strict=True)
-                peaks.append((torch.from_numpy(np.interp(units.numpy(), widths, needed)) + held[phase]).amax(-1))
+                peaks.append((at_widths(blocks[kind], units) + held[phase]).amax(-1))
         return weight_bytes(anatomy, kv_groups, neurons, self.serving) + torch.stack(peaks).amax(0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def measure_memory_table(
     for index, (kind, units) in enumerate(blocks_of(anatomy, widths)):
         groups, neurons = ([1, *(0,) * (anatomy.num_hidden_layers - 1)], [0] * anatomy.num_hidden_layers)
         (groups if kind == "attention" else neurons)[position] = units
-        needs = _needs(_cut(model, Architecture(tuple(groups), tuple(neurons))), context, sequences)
+        needs = _needs(shrink_to(model, Architecture(tuple(groups), tuple(neurons))), context, sequences)
         own = int(kv_bytes_by_layer(anatomy, torch.tensor(groups), serving).sum())
         # Once the prompt is read the cache is there, and what comes on top does not hold it.
         found: dict[Phase, int] = {"prefill": needs.prefill - own, "decode": needs.decode}
@@ -92,22 +89,11 @@ def measure_memory_table(
     return MemoryTable(serving, phases)
 
 
-def blocks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> list[tuple[BlockKind, int]]:
-    """What `measure_memory_table` measures."""
-    dense = {block.kind: block.units for block in anatomy.blocks}
-    return [(kind, units) for kind in BLOCK_KINDS for units in sorted({*widths[kind], dense[kind]} - {0})]
-
-
 def peak_bytes(model: PreTrainedModel, architecture: Architecture, context: int, sequences: int) -> int:
     """Weights and the largest need of a dense `model` cut for real, whichever units it keeps."""
-    small = _cut(model, architecture)
+    small = shrink_to(model, architecture)
     needs = _needs(small, context, sequences)
     return sum(parameter.nbytes for parameter in small.parameters()) + max(needs.prefill, needs.held + needs.decode)
-
-
-def _cut(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
-    """A shrunk copy that keeps any units: memory depends on their number."""
-    return shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
 
 
 @dataclass(frozen=True)
@@ -121,8 +107,7 @@ class _Needs:
 
 @torch.inference_mode()
 def _needs(model: PreTrainedModel, context: int, sequences: int) -> _Needs:
-    prompt = torch.arange(context, device=model.device) % model.config.get_text_config().vocab_size
-    prompt = prompt.expand(sequences, -1)
+    prompt = a_prompt(model, context, sequences)
     model(prompt[:, :2], use_cache=True, logits_to_keep=1)  # what is made once and stays is no activation
     with _Allocations(model.device) as first:
         out = model(prompt, use_cache=True, logits_to_keep=1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Block, anatomy_of
+from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
 from pruning.masks import PruningMask
@@ -53,6 +54,11 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Compensation
     for position in attending:  # cache layers are made by position and type; the first one tells the length
         anatomy.attention.module_of(layers[position]).layer_idx = 0 if position == attending[0] else position  # type: ignore[assignment]
     return small
+
+
+def shrink_to(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
+    """As `shrink`, keeping the first units of every layer: for speed and memory, which depend on their number alone."""
+    return shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
 
 
 def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: CompensationTable | None) -> None:

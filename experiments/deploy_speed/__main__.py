@@ -30,8 +30,7 @@ from pruning.cost import cost_of
 from pruning.export import Pruned
 from pruning.export.gguf_file import FILE_TYPES, write_gguf
 from pruning.export.rebuild import rebuilt
-from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrink import shrink_to
 
 Times = tuple[float, float]  # seconds of one prefill, and of one decoded token
 
@@ -53,8 +52,7 @@ def main() -> None:
         runners: dict[str, dict[str, Callable[[], Times]]] = {"transformers": {}, "llama.cpp": {}}
         sizes: dict[str, dict[str, int]] = {"transformers": {}, "llama.cpp": {}}
         for name, architecture in chosen.items():
-            small = shrink(loaded.model, PruningMask.first_units(anatomy, architecture))  # what counts is how many
-            pruned = Pruned(small, anatomy, architecture)
+            pruned = Pruned(shrink_to(loaded.model, architecture), anatomy, architecture)
             path = Path(folder, f"{name}.gguf")
             write_gguf(pruned, path, options.gguf_dtype, name)
             sizes["llama.cpp"][name] = path.stat().st_size

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -12,6 +11,7 @@ from rich.table import Table
 from llmbo.comparison.config import Arm
 from llmbo.comparison.result import BandPart, Comparison
 from llmbo.comparison.runner import Outcome
+from llmbo.progress import result_table
 
 
 class CompareDisplay:
@@ -76,13 +76,8 @@ def _duration(seconds: float) -> str:
 def table(result: Comparison) -> Table:
     """Means over seeds, the best strategy first."""
     last = result.checkpoints[-1]
-    shown = Table(
-        title=f"{result.name}: hypervolume, mean over {len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    seeds = f"{len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}"
+    shown = result_table(f"{result.name}: hypervolume, mean over {seeds}")
     judged = any(summary.checkpoints[last]["heldout_hypervolume"] for summary in result.summaries)
     others = {"held-out": "heldout_hypervolume", "gain": "gain", "held-out gain": "heldout_gain"}
     others = {heading: metric for heading, metric in others.items() if judged or heading == "gain"}

@@ -59,18 +59,22 @@ def test_the_stated_rank_correlation_is_good_enough_to_compare_strategies(fit: d
     assert fit["errors"]["kl"]["front_spearman"] >= 0.97
 
 
-def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "empty"))
-    config = tmp_path / "two.toml"
-    config.write_text('strategies = ["threshold", "random"]\nseeds = [0]\ncheckpoints = [4, 8]\n', encoding="utf-8")
+def compared(folder: Path, config: str) -> dict:
+    """What `llmbo compare` on the recorded benchmark writes for a config."""
+    (folder / "some.toml").write_text(config, encoding="utf-8")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with chdir(tmp_path):
-            answer = CliRunner().invoke(app, ["compare", str(config), "--problem", "problem-r-surrogate"])
+        with chdir(folder):
+            answer = CliRunner().invoke(app, ["compare", "some.toml", "--problem", "problem-r-surrogate"])
     finally:
         signal.signal(signal.SIGTERM, before)
     assert answer.exit_code == 0, answer.output
-    result = json.loads((tmp_path / "comparisons" / "two" / "comparison.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "comparisons" / "some" / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "empty"))
+    result = compared(tmp_path, 'strategies = ["threshold", "random"]\nseeds = [0]\ncheckpoints = [4, 8]\n')
     final = {arm["label"]: arm["checkpoints"][-1] for arm in result["arms"]}
     assert final["threshold"]["hypervolume"] > final["random"]["hypervolume"] > 0
     assert final["threshold"]["heldout_hypervolume"] > 0
@@ -78,20 +82,9 @@ def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_advised_arms_share_the_design_up_to_the_places_that_the_advisor_fills(tmp_path: Path) -> None:
-    config = tmp_path / "advised.toml"
     arms = ["random", "heuristic", "hostile"]
     lines = [f'{{strategy = "advised", label = "{by}", by = "{by}", context_level = "partial"}}' for by in arms]
-    config.write_text(
-        f'strategies = ["qnehvi", {", ".join(lines)}]\nseeds = [0]\ncheckpoints = [16]\n', encoding="utf-8"
-    )
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with chdir(tmp_path):
-            answer = CliRunner().invoke(app, ["compare", str(config), "--problem", "problem-r-surrogate"])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert answer.exit_code == 0, answer.output
-    result = json.loads((tmp_path / "comparisons" / "advised" / "comparison.json").read_text(encoding="utf-8"))
+    result = compared(tmp_path, f'strategies = ["qnehvi", {", ".join(lines)}]\nseeds = [0]\ncheckpoints = [16]\n')
     assert [arm["label"] for arm in result["arms"]] == ["qnehvi", *arms]
     assert all(arm["checkpoints"][-1]["hypervolume"] > 0 for arm in result["arms"])
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.cost import Serving, cost_of
-from pruning.memory import MemoryTable, _Allocations, blocks_of, measure_memory_table, peak_bytes
+from pruning.latency import blocks_of
+from pruning.memory import MemoryTable, _Allocations, measure_memory_table, peak_bytes
 
 WIDTHS = {"attention": [0, 1, 2], "mlp": [0, 6, 12, 18, 24]}
 CONTEXT, SEQUENCES = 40, 3

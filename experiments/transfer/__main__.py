@@ -10,24 +10,20 @@ over the threshold family's curve.
 import argparse
 import statistics
 from collections import defaultdict
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-
-import torch
 
 from experiments.quiet import Quiet
 from llmbo.comparison.config import Arm, read_config
 from llmbo.comparison.problems import judged_objectives, opened
+from llmbo.comparison.result import arm_part, measured_curves
 from llmbo.comparison.runner import Outcome, run_arm
 from llmbo.comparison.session import arm_key
-from llmbo.comparison.store import EvaluationStore
+from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.evaluate import ProxyEvaluator
-from llmbo.gain import EPSILON, FamilyCurve
 from llmbo.models import load_model, silence_libraries
-from llmbo.objectives import ref_point, to_maximize
-from llmbo.pareto import hypervolume
 from pruning.calibration import cut_windows, read_text
-
-MEMBERS = 12  # of the family, for the curve that gains are measured against
 
 
 class Unwatched:
@@ -56,41 +52,28 @@ def main() -> None:
     del loaded
     with (
         EvaluationStore.open(arguments.cache) as store,
-        opened(base, [base], config.margin, True, store, Quiet()) as problem,
+        opened(base, [base], config.margin, False, store, Quiet()) as problem,
     ):
         other = ProxyEvaluator.on(windows, problem.space, problem.search.supernet)
-        losses: dict[tuple[int, ...], dict[str, float]] = {}
 
-        def measured(x: tuple[int, ...]) -> dict[str, float]:
-            if x not in losses:
-                losses[x] = other.evaluate(x)
-            return losses[x]
+        @cache
+        def judge(x: tuple[int, ...], origin: str) -> Evaluation:
+            return Evaluation(other.evaluate(x), 0.0)
 
-        family = problem.search.family
-        shares = torch.linspace(float(family.shares[0]), 1, MEMBERS + 1)[:-1].tolist()
-        members = [measured(family.at(share)) for share in shares]
-        dense = measured(problem.space.max_levels)["loss"]
-        curve = FamilyCurve.through(
-            torch.tensor([row["params_share"] for row in members], dtype=torch.float64),
-            torch.tensor([row["loss"] - dense for row in members], dtype=torch.float64),
-        )
-        objectives = judged_objectives({"loss": dense}, problem.search.smallest, config.margin)
+        dense = judge(problem.space.max_levels, "dense").values
+        judged = judged_objectives(dense, problem.search.smallest, config.margin)
+        problem = replace(problem, judge=judge, judged=judged)
+        curves = measured_curves(problem, config)
         found = defaultdict(list)
-        print(f"dense model on {arguments.on}: loss {dense:.3f}, {windows.numel()} tokens")
+        print(f"dense model on {arguments.on}: loss {dense['loss']:.3f}, {windows.numel()} tokens")
         print(f"{'strategy':20} seed  evaluations  hypervolume  mean gain (nats)")
         for arm in arms:
             for seed in config.seeds:
                 outcome = run_arm(arm, seed, arm_key(arm, seed, config), config, problem, store, Unwatched())
-                for judgement in outcome.judgements:
-                    rows = [measured(outcome.trials[number].x) for number in judgement.points]
-                    volume = hypervolume(to_maximize(rows, objectives), ref_point(objectives))
-                    at = torch.tensor([row["params_share"] for row in rows], dtype=torch.float64)
-                    expected = curve(at).exp() - EPSILON
-                    gain = float((expected - torch.tensor([row["loss"] - dense for row in rows])).mean())
-                    found[arm.label, judgement.evaluations].append((volume, gain))
-                    print(
-                        f"{arm.label:20} {seed:4}  {judgement.evaluations:11}  {volume:11.4f}  {gain:+.4f}", flush=True
-                    )
+                for point in arm_part(outcome, problem, curves, config).checkpoints:
+                    volume, gain = point.heldout_hypervolume or 0.0, point.heldout_gain or 0.0
+                    found[arm.label, point.evaluations].append((volume, gain))
+                    print(f"{arm.label:20} {seed:4}  {point.evaluations:11}  {volume:11.4f}  {gain:+.4f}", flush=True)
         for (label, evaluations), values in found.items():
             volumes, gains = zip(*values, strict=True)
             print(f"{label:20} mean  {evaluations:11}  {statistics.mean(volumes):11.4f}  {statistics.mean(gains):+.4f}")

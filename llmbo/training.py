@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -106,6 +107,7 @@ def train(
         StorageError: The checkpoint belongs to another plan or cannot be written.
         ConfigError: LoRA is asked for and peft is not installed.
     """
+    AcceleratorState._reset_state()  # it keeps the precision of the process's first Accelerator, and refuses any other
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)  # LoRA's first factors are random

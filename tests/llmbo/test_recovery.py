@@ -62,6 +62,16 @@ def test_training_returns_the_best_validated_weights(
     assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
 
 
+def test_trainings_of_different_precision_follow_each_other(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    losses = {}
+    for place, precision in enumerate(("no", "bf16", "no")):
+        _, progress = run(model_folder, windows, tmp_path / str(place), Plan(2, every=1), mixed_precision=precision)
+        losses.setdefault(precision, []).append(progress.history)
+    assert losses["no"][0] == losses["no"][1] != losses["bf16"][0]
+
+
 def test_a_harmful_plan_returns_the_untrained_model(
     model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:

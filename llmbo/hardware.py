@@ -30,13 +30,13 @@ from pruning.latency import (
     Workload,
     blocks_of,
     measure_table,
+    measured_seconds,
     stacks_of,
-    time_architecture,
 )
 from pruning.memory import MemoryTable, measure_memory_table, peak_bytes
 
 MAX_WIDTHS = 12  # per kind; widths between two measured ones are interpolated
-ENERGY_STEPS = 128  # decoded tokens per measurement: counters are renewed every few milliseconds at best
+ENERGY_STEPS = 64  # decoded tokens per reading: counters are renewed every few milliseconds at best
 
 Kind = Literal["latency", "energy", "memory"]
 KIND_OF: dict[str, Kind] = {
@@ -72,8 +72,8 @@ class LatencyProfile:
         return {f"{phase}_latency": _scaled(self.table.phases[phase], 1000) for phase in PHASES}
 
     def measure(self, model: PreTrainedModel, architecture: Architecture) -> dict[str, float]:
-        found = time_architecture(model, architecture, self.table.workload)
-        return {f"{phase}_latency": 1000 * timing.seconds for phase, timing in found.items()}
+        found = measured_seconds(self.table, model, architecture)
+        return {f"{phase}_latency": 1000 * seconds for phase, seconds in found.items()}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class EnergyProfile:
         return {"energy": _scaled(self.table.phases["decode"], 1 / self.table.workload.sequences)}
 
     def measure(self, model: PreTrainedModel, architecture: Architecture) -> dict[str, float]:
-        found = time_architecture(model, architecture, self.table.workload, self.counter)
-        return {"energy": found["decode"].seconds / self.table.workload.sequences}
+        found = measured_seconds(self.table, model, architecture, self.counter)
+        return {"energy": found["decode"] / self.table.workload.sequences}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def build_target(
 
     for kind in kinds:
         _check_context(model, workload)
-        own = replace(workload, steps=_energy_steps(model, workload)) if kind == "energy" else workload
+        own = _energy_workload(model, workload) if kind == "energy" else workload
         clock = energy_counter(model.device) if kind == "energy" else benchmark.timer
         table = (stored or {}).get(kind) or _table(kind, model, measured_widths(space), own, clock, fresh, advance)
         profiles[kind] = _profile(kind, table, space.anatomy, clock)
@@ -214,7 +214,8 @@ def _table(
     if kind == "memory":
         table = measure_memory_table(model, widths, workload.context, workload.sequences, on_measured).to_dict()
     else:
-        table = measure_table(model, widths, workload, on_measured, clock).to_dict()
+        phases = PHASES if kind == "latency" else ("decode",)
+        table = measure_table(model, widths, workload, on_measured, clock, phases).to_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"identity": identity, "table": table}, indent=2) + "\n", encoding="utf-8")
@@ -238,8 +239,9 @@ def _check_context(model: PreTrainedModel, workload: Workload) -> None:
         )
 
 
-def _energy_steps(model: PreTrainedModel, workload: Workload) -> int:
-    return max(workload.steps, min(ENERGY_STEPS, max_positions(model) - workload.context))
+def _energy_workload(model: PreTrainedModel, workload: Workload) -> Workload:
+    steps = max(workload.steps, min(ENERGY_STEPS, max_positions(model) - workload.context))
+    return replace(workload, steps=steps, steps_per_reading=steps)
 
 
 def _scaled(phase: PhaseTable, factor: float) -> CostFunction:

@@ -6,9 +6,11 @@ are linear in what one is after,
 
     seconds = fixed (embeddings, final norm, head, framework) + layers * layer + sum of blocks by kind and width
 
-and least squares gives it. Prefill and decoding are told apart: one is bound by arithmetic, the other by memory bandwidth.
-Every repetition times the dense model too, and a stack counts by its ratio to it: a machine that is busy for a while slows
-both. Weights are copied into ordinary modules by `shrink`, as they will be deployed.
+and least squares gives it, under the knowledge that no block is faster than a narrower one. Prefill and decoding are told
+apart: one is bound by arithmetic, the other by memory bandwidth. A stack takes turns with the dense model and counts by the
+ratio of their fastest readings: other work on the machine only ever adds time, and one that is slower for a while slows both.
+All ratios are taken at one speed, the dense model's median over the whole measurement, or drift would end up in the widths.
+Weights are copied into ordinary modules by `shrink`, as they will be deployed.
 """
 
 import statistics
@@ -18,17 +20,20 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.utils import benchmark
 from transformers import PreTrainedModel
 
 from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
+from pruning.errors import PruningError
 from pruning.shrink import shrink_to
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 FEW_LAYERS = 2
+FASTEST = 3  # readings that are averaged: a single one may be luck
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,31 @@ class Workload:
     Args:
         sequences: At a time.
         context: Tokens of the prompt, which decoding attends to.
-        steps: Tokens decoded after each prompt; a decode time is their mean.
+        steps: Tokens decoded after each prompt.
         repeats: Repetitions that count; one more warms up.
+        steps_per_reading: Tokens decoded between two readings of the clock: more for one too coarse for single ones.
     """
 
     sequences: int = 1
     context: int = 256
-    steps: int = 16
-    repeats: int = 7
+    steps: int = 8
+    repeats: int = 12
+    steps_per_reading: int = 1
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds, and their spread: half the distance between the quartiles as a share of the median."""
+    """Time as a ratio to the dense model's.
 
-    seconds: float
+    Args:
+        ratio: Of the means of the `FASTEST` readings.
+        spread: Half the distance between the quartiles of the paired ratios as a share of their median.
+        dense: Median seconds of the dense model meanwhile.
+    """
+
+    ratio: float
     spread: float
+    dense: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ def measure_table(
     workload: Workload,
     on_stack: Callable[[int], None] | None = None,
     clock: Callable[[], float] = benchmark.timer,
+    phases: Sequence[Phase] = PHASES,
 ) -> LatencyTable:
     """Time every stack on the model's device.
 
@@ -104,16 +119,20 @@ def measure_table(
         widths: Units of each kind to measure, the dense width among them.
         on_stack: Called with the number of stacks done.
         clock: Seconds; must wait for the device, as `torch.utils.benchmark.timer` does.
+        phases: Those that the clock is fine enough for.
+
+    Raises:
+        PruningError: The clock stood still.
     """
     anatomy = anatomy_of(model)
     stacks = stacks_of(anatomy, widths)
     measured = []
     for index, stack in enumerate(stacks):
-        measured.append(time_architecture(model, stack, workload, clock))
+        measured.append(time_architecture(model, stack, workload, clock, phases))
         if on_stack:
             on_stack(index + 1)
-    phases = {phase: _solve(anatomy, widths, stacks, [timing[phase] for timing in measured]) for phase in PHASES}
-    return LatencyTable(workload, phases)
+    solved = {phase: _solve(anatomy, widths, stacks, [timing[phase] for timing in measured]) for phase in phases}
+    return LatencyTable(workload, solved)
 
 
 def time_architecture(
@@ -121,20 +140,34 @@ def time_architecture(
     architecture: Architecture,
     workload: Workload,
     clock: Callable[[], float] = benchmark.timer,
+    phases: Sequence[Phase] = PHASES,
 ) -> dict[Phase, Timing]:
-    """Time a shrunk copy, which keeps any units: speed depends on their number. It takes turns with the dense `model`.
-
-    Returns:
-        Seconds per prompt and per decoded token, all sequences at a time.
-    """
+    """Time a shrunk copy, which keeps any units: speed depends on their number. It takes turns with the dense `model`."""
     small = shrink_to(model, architecture)
-    times: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
+    readings: dict[Phase, tuple[list[float], list[float]]] = {phase: ([], []) for phase in phases}
     for repetition in range(workload.repeats + 1):
-        found = _run(model, workload, clock), _run(small, workload, clock)
-        if repetition:
-            for phase, dense, own in zip(PHASES, *found, strict=True):
-                times[phase].append((dense, own))
-    return {phase: _paired(pairs) for phase, pairs in times.items()}
+        for index, timed in enumerate((model, small)):
+            found = _run(timed, workload, clock)
+            if repetition:
+                for phase in phases:
+                    readings[phase][index].extend(found[phase])
+    return {phase: _paired(*pair) for phase, pair in readings.items()}
+
+
+def measured_seconds(
+    table: LatencyTable,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    clock: Callable[[], float] = benchmark.timer,
+) -> dict[Phase, float]:
+    """Of a shrunk copy of the dense `model`, per prompt and per decoded token, all sequences at a time.
+
+    Like the table's they are seconds at the speed that the machine had when the table was measured.
+    """
+    full = Architecture.full(anatomy_of(model))
+    units = torch.tensor(full.kv_groups), torch.tensor(full.neurons)
+    timed = time_architecture(model, architecture, table.workload, clock, tuple(table.phases))
+    return {phase: timing.ratio * float(table.phases[phase].seconds(*units)) for phase, timing in timed.items()}
 
 
 def stacks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> list[Architecture]:
@@ -173,7 +206,7 @@ def a_prompt(model: PreTrainedModel, context: int, sequences: int) -> Tensor:
 def _solve(
     anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]], stacks: Sequence[Architecture], times: Sequence[Timing]
 ) -> PhaseTable:
-    """Least squares in relative errors; a width that would take negative time takes none."""
+    """Least squares in relative errors. Nothing takes negative time, and a block none less than a narrower one."""
     columns = blocks_of(anatomy, widths)
     rows = [
         [
@@ -183,32 +216,39 @@ def _solve(
         ]
         for stack in stacks
     ]
-    seconds = torch.tensor([timing.seconds for timing in times], dtype=torch.float64)
-    design = torch.tensor(rows, dtype=torch.float64) / seconds[:, None]
-    # gelsd: with one layer, or a single width, some unknowns only show in sums, and their smallest solution does
-    found = torch.linalg.lstsq(design, torch.ones(len(stacks), 1, dtype=torch.float64), driver="gelsd").solution
-    fixed, layer, *each = found.flatten().clamp_min(0).tolist()
+    seconds = np.array([timing.ratio for timing in times]) * statistics.median(timing.dense for timing in times)
+    # A block's time as the sum of its increments over the widths up to its own: the unknowns are then all at least 0.
+    kinds = np.array([kind for kind, _ in columns])
+    sums = np.eye(2 + len(columns))
+    sums[2:, 2:] = np.tril(kinds[:, None] == kinds)
+    increments, _ = nnls(np.array(rows) @ sums / seconds[:, None], np.ones(len(stacks)))
+    fixed, layer, *each = (sums @ increments).tolist()
     blocks: dict[BlockKind, list[tuple[int, float]]] = {kind: [(0, 0.0)] for kind in BLOCK_KINDS}
     for (kind, units), value in zip(columns, each, strict=True):
         blocks[kind].append((units, value))
     return PhaseTable(fixed, layer, blocks, max(timing.spread for timing in times))
 
 
-def _paired(pairs: Sequence[tuple[float, float]]) -> Timing:
-    """Of (dense, own) seconds by repetition: the median ratio at the dense model's median speed."""
-    ratios = [own / dense for dense, own in pairs]
-    ratio = statistics.median(ratios)
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratio, ratio, ratio)
-    return Timing(ratio * statistics.median(dense for dense, _ in pairs), (high - low) / (2 * ratio))
+def _paired(dense: Sequence[float], own: Sequence[float]) -> Timing:
+    """Of readings that were taken in turns."""
+    if min(dense) <= 0:
+        raise PruningError("The clock showed no progress between two readings: decode more tokens (steps_per_reading).")
+    ratios = [mine / theirs for theirs, mine in zip(dense, own, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    fastest = [statistics.mean(sorted(readings)[:FASTEST]) for readings in (own, dense)]
+    return Timing(fastest[0] / fastest[1], (high - low) / (2 * middle), statistics.median(dense))
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of one prompt, and of one decoded token."""
+def _run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float]) -> dict[Phase, list[float]]:
+    """Seconds of one prompt, and per decoded token by reading."""
     prompt = a_prompt(model, workload.context, workload.sequences)
-    start = clock()
+    readings = [clock()]
     out = model(prompt, use_cache=True, logits_to_keep=1)
-    filled = clock()
-    for _ in range(workload.steps):
+    readings.append(clock())
+    for step in range(workload.steps):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return filled - start, (clock() - filled) / workload.steps
+        if (step + 1) % workload.steps_per_reading == 0:
+            readings.append(clock())
+    prefill, *decode = np.diff(readings).tolist()
+    return {"prefill": [prefill], "decode": [seconds / workload.steps_per_reading for seconds in decode]}

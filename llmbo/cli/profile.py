@@ -19,7 +19,7 @@ def profile(
     context: Annotated[int, typer.Option(help="Tokens of the prompt, which decoding attends to.")] = 2048,
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     neuron_step: Annotated[int, typer.Option(help="Neurons per grid level; 0: about a twelfth of a layer's.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Repetitions that count.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Repetitions that count.")] = 12,
     check: Annotated[int, typer.Option(help="Random architectures to measure as a whole; 0 for none.")] = 20,
     dtype: Annotated[str, typer.Option(help="auto (the faster one here), float32, bfloat16 or float16.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is in the cache.")] = False,

@@ -27,9 +27,9 @@ from pruning.latency import Workload
 def times_follow_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine whose times are proportional to the number of parameters, and a cache of its own."""
 
-    def run(model: PreTrainedModel, *others: object) -> tuple[float, float]:
+    def run(model: PreTrainedModel, *others: object) -> dict[str, list[float]]:
         size = sum(parameter.numel() for parameter in model.parameters())
-        return 1e-6 * size, 1e-7 * size
+        return {"prefill": [1e-6 * size], "decode": [1e-7 * size] * 4}
 
     monkeypatch.setattr(blocks, "_run", run)
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "cache"))
@@ -129,10 +129,10 @@ def test_energy_is_power_times_time(
     time.sleep(0.2)
     assert counter() - start == pytest.approx(55 * (time.monotonic() - before), rel=0.05)
 
-    def run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float]) -> tuple[float, float]:
+    def run(model: PreTrainedModel, workload: Workload, clock: Callable[[], float]) -> dict[str, list[float]]:
         size = sum(parameter.numel() for parameter in model.parameters())
         unit = 0.0 * clock()  # joules come from the counter, which is asked
-        return unit + 1e-6 * size, unit + 1e-7 * size
+        return {"decode": [unit + 1e-7 * size]}
 
     monkeypatch.setattr(blocks, "_run", run)
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "cache"))

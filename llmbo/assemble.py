@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmbo.assemble_advisor import Material, build_advised, check_advisor
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
-from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
+from llmbo.family import ThresholdFamily, best_moves, geometric_mean, moved_family, narrowing_steps, unit_steps
 from llmbo.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.models import LoadedModel, load_config, load_model, max_positions
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
@@ -39,11 +40,16 @@ from pruning.compensation import CompensationTable
 from pruning.cost import Serving, cost_of
 from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
 from pruning.latency import Workload
+from pruning.likelihood import dense_distribution
 from pruning.masks import Ranking
+from pruning.moves import move_costs
 from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
 ALLOCATION_PART = 4  # one in so many calibration windows prices the family's steps; all of them do it no better
+# Where the family is corrected, as parts of the way from its smallest member to the dense model: beyond these nothing is gained.
+MOVED = (0.07, 0.23, 0.4)
+SECOND_ORDER = 1.5  # more than 1 allows for what several moves cost together
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Problem:
     """A prepared model: everything that search strategies share and none of what tells them apart.
 
     Args:
-        family: The best allocation known without search; the other two are baselines.
+        family: The best allocation known without search; the other three are baselines.
+        threshold_family: The same before widths were moved between blocks.
         limits: Largest allowed values of what is measured; `space` knows the others.
         importance: Scores per layer, as the report shows them (fields of `ImportancePart`).
         heldout_choices: Multiple-choice items that the search never saw; None when nothing asks for accuracy.
@@ -60,6 +67,7 @@ class Problem:
 
     space: SearchSpace
     family: ThresholdFamily
+    threshold_family: ThresholdFamily
     fisher_family: ThresholdFamily
     taylor_family: ThresholdFamily
     supernet: Supernet
@@ -191,11 +199,15 @@ def prepared(
             generator = torch.Generator(model.device).manual_seed(config.seed)
             costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)
             steps = geometric_mean(unit_steps(space, importance), narrowing_steps(space, costs))
+        threshold_family = ThresholdFamily.from_steps(space, steps, importance)
+        with phases.phase("moves", len(MOVED) * len(some)) as advance:
+            family = with_moves(threshold_family, supernet, some, generator, advance)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
         families = {
-            "family": ThresholdFamily.from_steps(space, steps, importance),
+            "family": family,
+            "threshold_family": threshold_family,
             "fisher_family": ThresholdFamily.from_importance(space, importance),
             "taylor_family": taylor_family,
         }
@@ -212,6 +224,39 @@ def prepared(
             heldout_choices=heldout_choices,
             **families,
         )
+
+
+def with_moves(
+    family: ThresholdFamily,
+    supernet: Supernet,
+    windows: torch.Tensor,
+    generator: torch.Generator,
+    on_window: Callable[[int], None],
+) -> ThresholdFamily:
+    """The family corrected by what a level more or less of each block changes in some of its members, by `windows`."""
+    space = family.space
+    low = float(family.shares[0])
+    anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in MOVED))
+    anchors = [x for x in anchors if x != space.max_levels]
+    dense = dense_distribution(supernet.model, windows)
+    moves = []
+
+    def advance(before: int, done: int) -> None:
+        on_window(before + done)
+
+    for index, x in enumerate(anchors):
+        costs = move_costs(
+            supernet,
+            space.decode(x),
+            space.neighbouring_widths(x),
+            windows,
+            dense,
+            generator,
+            on_window=partial(advance, index * len(windows)),
+        )
+        first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
+        moves.append(best_moves(space, x, first + SECOND_ORDER * second))
+    return moved_family(family, anchors, moves)
 
 
 def _target(

@@ -11,9 +11,9 @@ from llmbo.objectives import KINDS, check_objectives, parse_limits
 
 # What each of them is: `llmbo.strategies`. Here, because input is checked before anything heavy is imported.
 STRATEGIES = (
-    "qnehvi", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random", "random-vectors", "knapsack", "local-search",
-    "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2", "optuna-nsga2-seeded",
-    "optuna-gp", "optuna-gp-seeded",
+    "qnehvi", "threshold-moved", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random", "random-vectors",
+    "knapsack", "local-search", "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2",
+    "optuna-nsga2-seeded", "optuna-gp", "optuna-gp-seeded",
 )  # fmt: skip
 MAX_NAME_BYTES = 250  # file systems take 255
 MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own

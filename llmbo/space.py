@@ -94,6 +94,12 @@ class SearchSpace:
         widths = self.widths["mlp"]
         return Architecture(tuple(groups), tuple(widths[level] for level in neurons))
 
+    def neighbouring_widths(self, x: tuple[int, ...]) -> dict[BlockKind, Tensor]:
+        """Units of every block at a level less and a level more, its own where there is none: `num_layers x 2` by kind."""
+        levels = torch.tensor(x)[:, None] + torch.tensor([-1, 1])
+        groups, neurons = levels.clamp_min(0).minimum(torch.tensor(self.max_levels)[:, None]).split(self.num_layers)
+        return {"attention": groups, "mlp": torch.tensor(self.widths["mlp"])[neurons]}
+
     def encode(self, architecture: Architecture) -> tuple[int, ...]:
         """The point of an architecture on the grid.
 

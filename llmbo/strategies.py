@@ -15,7 +15,8 @@ from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposer
 
-Design = Literal["threshold", "random"]
+Design = Literal["moved", "threshold", "random"]
+Family = Literal["family", "threshold_family", "fisher_family", "taylor_family"]
 Options = Mapping[str, Any]
 
 
@@ -27,6 +28,9 @@ class SearchProblem(Protocol):
 
     @property
     def family(self) -> ThresholdFamily: ...
+
+    @property
+    def threshold_family(self) -> ThresholdFamily: ...
 
     @property
     def fisher_family(self) -> ThresholdFamily: ...
@@ -59,7 +63,7 @@ class Strategy:
     design: Design | None = None
     wrapped: bool = True
     fixed: Options = field(default_factory=dict)
-    family: Literal["family", "fisher_family", "taylor_family"] = "family"
+    family: Family = "family"
 
     @property
     def type(self) -> Any:
@@ -118,9 +122,10 @@ _DESIGNS = "llmbo.baselines.designs"
 _NSGA2 = "llmbo.baselines.nsga2:Nsga2Proposer"
 _OPTUNA = "llmbo.baselines.optuna_samplers:OptunaProposer"
 TABLE: dict[str, Strategy] = {
-    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "threshold", wrapped=False, fixed={"advice": None}),
-    "advised": Strategy("llmbo.advised:AdvisedStrategy", "threshold", wrapped=False),  # for comparisons only
-    "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
+    "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "moved", wrapped=False, fixed={"advice": None}),
+    "advised": Strategy("llmbo.advised:AdvisedStrategy", "moved", wrapped=False),  # for comparisons only
+    "threshold-moved": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
+    "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}, family="threshold_family"),
     "threshold-fisher": Strategy(
         f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold-fisher"}, family="fisher_family"
     ),
@@ -157,4 +162,5 @@ def design_of(design: Design, problem: SearchProblem, objectives: Sequence[Objec
     """The proposer of an initial design."""
     if design == "random":
         return RandomProposer(problem.space)
-    return ThresholdProposer(problem.family, tuple(objectives), problem.dense)
+    family = problem.family if design == "moved" else problem.threshold_family
+    return ThresholdProposer(family, tuple(objectives), problem.dense)

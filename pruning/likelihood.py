@@ -107,6 +107,38 @@ def loss_gradient(hidden: Tensor, head: Head, windows: Tensor, generator: torch.
     return gradient
 
 
+@torch.no_grad()
+def kl_gradient(hidden: Tensor, head: Head, dense: DenseDistribution) -> Tensor:
+    """Gradient of every window's mean KL divergence from the dense model with respect to `hidden`, in closed form.
+
+    With P the model's probabilities and D the dense model's it is P - D for the tokens kept, and P scaled by 1 - D(rest) / P(rest)
+    for all others, which only count together.
+
+    Args:
+        hidden: `B x T x hidden_size`, after the final norm.
+        dense: Of the same `B` windows.
+
+    Returns:
+        A `B x T x hidden_size` tensor; the last position predicts nothing and gets zero.
+    """
+    gradient = torch.zeros_like(hidden)
+    predicted = hidden.shape[1] - 1
+    for window, states in enumerate(hidden[:, :-1]):
+        for start in range(0, predicted, CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = head(states[rows])
+            excess = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+            excess.sub_(excess.amax(-1, keepdim=True)).exp_()
+            excess.div_(excess.sum(-1, keepdim=True))  # softmax
+            ids = dense.top_ids[window, rows]
+            top = excess.gather(-1, ids)
+            rest = (1 - top.sum(-1, keepdim=True)).clamp_min(torch.finfo(excess.dtype).eps)
+            excess.mul_(1 - dense.rest_logprobs[window, rows, None].exp() / rest)
+            excess.scatter_(-1, ids, top - dense.top_logprobs[window, rows].exp())
+            gradient[window, :-1][rows] = head.pull_back(logits, excess) / predicted
+    return gradient
+
+
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One outcome for each row of `rows x V`, `rows x 1`: one uniform number each, so the draws do not depend on V."""
     cumulative = probabilities.cumsum(-1)

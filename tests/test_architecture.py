@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "pruning": (
         "errors", "modeling_pruned", "projection", "families", "anatomy", "architecture", "masks", "cost", "calibration",
-        "likelihood", "choices", "importance", "compensation", "supernet", "narrowing", "shrink", "latency", "memory",
+        "likelihood", "choices", "importance", "compensation", "supernet", "narrowing", "moves", "shrink", "latency", "memory",
         "export.rebuild", "export.folder", "export.verify", "export.hf", "export.reload_hf",
         "export.gguf_tokenizer", "export.gguf_tensors", "export.gguf_file", "export.llama_cpp", "export.reload_gguf", "export",
     ),

@@ -2,8 +2,8 @@
 
     python -m experiments.allocation experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt
 
-The families are those of `llmbo.assemble.Problem`: the default one, Fisher scores, and Taylor scores as in LLM-Pruner
-(arXiv:2305.11627); with and without compensation, on the config's held-out windows.
+The families are those of `llmbo.assemble.Problem`: the default one, the same before widths were moved between blocks, Fisher
+scores, and Taylor scores as in LLM-Pruner (arXiv:2305.11627); with and without compensation, on the config's held-out windows.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from llmbo.comparison.store import EvaluationStore
 from llmbo.models import silence_libraries
 
 SHARES = (0.45, 0.55, 0.65, 0.75, 0.85)
-FAMILIES = ("family", "fisher_family", "taylor_family")
+FAMILIES = ("family", "threshold_family", "fisher_family", "taylor_family")
 
 
 def main() -> None:

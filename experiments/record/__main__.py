@@ -70,6 +70,7 @@ def recorded(problem: OpenProblem, store: EvaluationStore) -> Recording:
     return Recording(
         problem.space,
         problem.search.family,
+        problem.search.threshold_family,
         problem.search.fisher_family,
         problem.search.taylor_family,
         tuple(points),

@@ -103,7 +103,7 @@ def opened(
         )
         proxy_key, heldout_key = (_key(*recipe, _digest(part)) for part in (windows.proxy, windows.heldout))
         measure = _stored(problem.proxy, problem.space, store, proxy_key)
-        _check(measure, problem.proxy, problem.family.at(CHECK_SHARE), store, proxy_key)
+        _check(measure, problem.proxy, problem.threshold_family.at(CHECK_SHARE), store, proxy_key)
         reference = run.reference_point or _reference(run.objectives, problem.dense, margin)
         objectives = build_objectives(run.objectives, problem.dense, problem.smallest, reference, run.limits)
         judge, judged = None, tuple[Objective, ...]()

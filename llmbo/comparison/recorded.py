@@ -55,6 +55,7 @@ class Recording:
 
     space: SearchSpace
     family: ThresholdFamily
+    threshold_family: ThresholdFamily
     fisher_family: ThresholdFamily
     taylor_family: ThresholdFamily
     points: tuple[tuple[int, ...], ...]
@@ -78,9 +79,10 @@ class Recording:
             return cls(
                 space,
                 _family(space, data["family"]),
+                _family(space, data["threshold_family"]),
                 _family(space, data["fisher_family"]),
                 _family(space, data["taylor_family"]),
-                points=tuple(tuple(DIGITS.index(digit) for digit in row["x"]) for row in rows),
+                points=tuple(_levels(row["x"]) for row in rows),
                 origins=tuple(row["origin"] for row in rows),
                 values={name: np.array([float(row[name] or "nan") for row in rows]) for name in TARGETS},
                 dense=data["dense"],
@@ -98,9 +100,10 @@ class Recording:
             "min_share": self.space.min_share,
             "neuron_step": self.space.neuron_step,
             "dense": dict(self.dense),
-            "family": _steps(self.family),
-            "fisher_family": _steps(self.fisher_family),
-            "taylor_family": _steps(self.taylor_family),
+            "family": _members(self.family),
+            "threshold_family": _members(self.threshold_family),
+            "fisher_family": _members(self.fisher_family),
+            "taylor_family": _members(self.taylor_family),
         }
         (folder / PROBLEM).write_text(json.dumps(data) + "\n", encoding="utf-8")
         with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
@@ -110,7 +113,7 @@ class Recording:
             for row, (x, origin, share) in enumerate(zip(self.points, self.origins, shares, strict=True)):
                 cells = [float(self.values[name][row]) for name in TARGETS]
                 numbers = ["" if math.isnan(cell) else f"{cell:.5f}" for cell in cells]
-                writer.writerow(["".join(DIGITS[level] for level in x), origin, f"{share:.5f}", *numbers])
+                writer.writerow([_digits(x), origin, f"{share:.5f}", *numbers])
 
     def features(self, points: Sequence[tuple[int, ...]]) -> Array:
         """F(x), `n x 2d`."""
@@ -215,6 +218,10 @@ class RecordedSearch:
         return self.recording.family
 
     @property
+    def threshold_family(self) -> ThresholdFamily:
+        return self.recording.threshold_family
+
+    @property
     def fisher_family(self) -> ThresholdFamily:
         return self.recording.fisher_family
 
@@ -298,19 +305,22 @@ def _smoothed(part: Array) -> Array:
     return (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
 
 
-def _steps(family: ThresholdFamily) -> dict[str, Any]:
-    """A family's smallest member, the dimension that gains a level at every step, and the blocks' importance."""
-    steps = family.path.diff(dim=0).argmax(-1).tolist()
-    return {"start": family.path[0].int().tolist(), "steps": steps, "importance": family.importance.tolist()}
+def _members(family: ThresholdFamily) -> dict[str, Any]:
+    """A family's members, smallest first, one digit per block, and the blocks' importance."""
+    return {"members": [_digits(x) for x in family.path.int().tolist()], "importance": family.importance.tolist()}
 
 
 def _family(space: SearchSpace, data: Mapping[str, Any]) -> ThresholdFamily:
-    path = [list(data["start"])]
-    for dimension in data["steps"]:
-        path.append(path[-1].copy())
-        path[-1][dimension] += 1
-    points = torch.tensor(path, dtype=torch.float64)
+    points = torch.tensor([_levels(row) for row in data["members"]], dtype=torch.float64)
     return ThresholdFamily(space, points, space.share(points), torch.tensor(data["importance"], dtype=torch.float64))
+
+
+def _digits(x: Sequence[int]) -> str:
+    return "".join(DIGITS[level] for level in x)
+
+
+def _levels(row: str) -> tuple[int, ...]:
+    return tuple(DIGITS.index(digit) for digit in row)
 
 
 def _anatomy(config: Mapping[str, Any]) -> Any:

@@ -161,7 +161,7 @@ class Curves:
 def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
     """Measure as many members of the threshold family as a front has judged points; the store remembers them."""
     quality = next(objective for objective in problem.objectives if not objective.known)
-    family = problem.search.family
+    family = problem.search.threshold_family
     shares = torch.linspace(float(family.shares[0]), 1.0, max(config.judged_points, 12) + 1)[:-1].tolist()
     members = list(dict.fromkeys(family.at(share) for share in shares))
     dense = problem.search.dense[quality.name]

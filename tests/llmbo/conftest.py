@@ -58,6 +58,10 @@ class Toy:
         return ThresholdFamily.from_importance(self.space, self.importance)
 
     @property
+    def threshold_family(self) -> ThresholdFamily:
+        return self.family
+
+    @property
     def fisher_family(self) -> ThresholdFamily:
         return self.family
 

@@ -34,7 +34,7 @@ def test_a_recording_reads_back_what_was_written(recording: Recording, tmp_path:
     assert again.points == recording.points and again.origins == recording.origins and again.dense == recording.dense
     for name, values in recording.values.items():
         np.testing.assert_array_equal(again.values[name], values)
-    for name in ("family", "fisher_family", "taylor_family"):
+    for name in ("family", "threshold_family", "fisher_family", "taylor_family"):
         assert torch.equal(getattr(again, name).path, getattr(recording, name).path)
 
 

@@ -1,0 +1,171 @@
+"""What widening or narrowing single blocks of a *pruned* model changes: how to move width between blocks at equal size.
+
+Scores taken at the dense model (`importance`, `narrowing`) do not know that all other blocks are pruned as well. Here the KL
+divergence from the dense model is expanded at the pruned model itself. With y = V_k z_k what a block of width k writes,
+dy = V_w z_w - V_k z_k its change at width w, D the dense model's next-token distribution and P the pruned one's,
+
+    first(w)  = E_t [ g_t . dy_t ]          g_t: gradient of token t's KL(D || P), zero at the dense model
+    second(w) = E_t [ (h_t . dy_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
+
+both from one forward pass and two backward passes, for all blocks. Terms between different blocks are left out, so a
+move of many blocks changes more than the sum; weighing `second` twice allows for that.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pruning.anatomy import Block, BlockKind
+from pruning.architecture import Architecture
+from pruning.importance import frozen
+from pruning.likelihood import DenseDistribution, Head, kl_gradient, loss_gradient
+from pruning.projection import matrix_of
+from pruning.supernet import Supernet
+
+ORDERS = 2  # first and second
+
+
+def move_costs(
+    supernet: Supernet,
+    architecture: Architecture,
+    moves: Mapping[BlockKind, Tensor],
+    windows: Tensor,
+    dense: DenseDistribution,
+    generator: torch.Generator,
+    batch_size: int = 2,
+    on_window: Callable[[int], None] | None = None,
+) -> dict[BlockKind, Tensor]:
+    """Change of KL by moving one block at a time, all others as in `architecture`, nats per token.
+
+    Memory: activations of `batch_size` windows of the architecture widened by all moves.
+
+    Args:
+        supernet: Open.
+        moves: `num_layers x num_moves` units by kind: the widths to try.
+        windows: `num_windows x length` token ids.
+        dense: The dense model's distribution on them.
+        generator: Draws tokens, on the model's device.
+        on_window: Called with the number of windows done.
+
+    Returns:
+        `num_layers x num_moves x 2` by kind, float32: the two orders.
+    """
+    model, anatomy = supernet.model, supernet.anatomy
+    costs = {kind: torch.zeros(*units.shape, ORDERS, device=model.device) for kind, units in moves.items()}
+    widest = Architecture(
+        _widest(architecture.kv_groups, moves["attention"]), _widest(architecture.neurons, moves["mlp"])
+    )
+    outputs = [
+        (index, block, block.output_of(layer))
+        for index, layer in enumerate(anatomy.layers_of(model))
+        for block in anatomy.blocks
+    ]
+    writers = {
+        (block.kind, index): _Writer(supernet, index, block, matrix_of(output), output.bias)
+        for index, block, output in outputs
+    }
+    head, embeddings = Head.of(model), model.get_input_embeddings()
+    done = 0
+    with (
+        supernet.active(widest),
+        frozen(model),
+        torch.enable_grad(),
+        _listening(supernet, architecture, widest, moves, costs, writers, windows.shape[1] - 1) as pass_back,
+    ):
+        for batch in windows.split(batch_size):
+            batch = batch.to(model.device)
+            inputs = embeddings(batch).detach().requires_grad_()
+            hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            reference = dense.rows(done, done + len(batch))
+            pass_back(0, hidden, kl_gradient(hidden, head, reference), retain_graph=True)
+            pass_back(1, hidden, loss_gradient(hidden, head, batch, generator))
+            done += len(batch)
+            if on_window:
+                on_window(done)
+    return {kind: cost / (windows.shape[0] * (windows.shape[1] - 1)) for kind, cost in costs.items()}
+
+
+def _widest(kept: Sequence[int], moves: Tensor) -> tuple[int, ...]:
+    return tuple(torch.cat([torch.tensor(kept)[:, None], moves], -1).amax(-1).tolist())
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What a block adds at any width. Args: `matrix` and `bias` are the dense output projection's."""
+
+    supernet: Supernet
+    index: int
+    block: Block
+    matrix: Tensor
+    bias: Tensor | None
+
+    def __call__(self, z: Tensor, units: int) -> Tensor:
+        if not units:  # a dropped block loses its bias as well
+            return z.new_zeros(*z.shape[:-1], len(self.matrix))
+        table, columns = self.supernet.compensation, units * self.block.columns_per_unit
+        repaired = table is not None and units < self.block.units
+        weight = table.weight(self.index, self.block, units) if table and repaired else self.matrix[:, :columns]
+        return F.linear(z[..., :columns], weight, self.bias)
+
+
+@contextmanager
+def _listening(
+    supernet: Supernet,
+    architecture: Architecture,
+    widest: Architecture,
+    moves: Mapping[BlockKind, Tensor],
+    costs: Mapping[BlockKind, Tensor],
+    writers: Mapping[tuple[BlockKind, int], _Writer],
+    predicted: int,
+) -> Iterator[Callable[..., None]]:
+    """Make the widest model compute `architecture`, and collect `costs` whenever the yielded function runs backward."""
+    order = 0
+
+    def pass_back(of: int, hidden: Tensor, gradient: Tensor, **options: bool) -> None:
+        nonlocal order
+        order = of
+        hidden.backward(gradient * predicted, **options)  # of every token's own loss, not of the window's mean
+
+    def narrowed(index: int, block: Block) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+        own = architecture.units(block.kind)[index]
+        tried = moves[block.kind][index].tolist()
+        into, write = costs[block.kind][index], writers[block.kind, index]
+
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            y = write(args[0], own)
+            z, before = args[0].detach(), y.detach()
+
+            def on_gradient(gradient: Tensor) -> None:
+                kept = (gradient * before).float().sum(-1)
+                for move, units in enumerate(tried):
+                    if units != own:
+                        change = (gradient * write(z, units)).float().sum(-1) - kept
+                        into[move, order] += change.square().sum() / 2 if order else change.sum()
+
+            y.requires_grad_()  # what a dropped block writes depends on nothing
+            y.register_hook(on_gradient)
+            return y
+
+        return hook
+
+    handles = [
+        block.output_of(layer).register_forward_hook(narrowed(index, block))
+        for index, layer in _layers(supernet, widest)
+        for block in supernet.anatomy.blocks
+        if widest.units(block.kind)[index]
+    ]
+    try:
+        yield pass_back
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(supernet: Supernet, active: Architecture) -> Iterator[tuple[int, nn.Module]]:
+    """Layers of the active model, with their index in the dense one."""
+    kept = [index for index in range(supernet.anatomy.num_hidden_layers) if active.keeps_layer(index)]
+    return zip(kept, supernet.anatomy.layers_of(supernet.model), strict=True)

@@ -1,0 +1,147 @@
+"""What moves are said to cost equals direct computation at the pruned model, and asking leaves no trace."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.architecture import Architecture
+from pruning.compensation import CompensationTable
+from pruning.importance import collect_statistics
+from pruning.likelihood import DenseDistribution, dense_distribution
+from pruning.masks import Ranking
+from pruning.moves import move_costs
+from pruning.narrowing import narrowing_costs
+from pruning.supernet import Supernet
+
+Draw = Callable[[Anatomy, int], Ranking]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def opened(model: PreTrainedModel, windows: Tensor, ranking: Ranking, compensated: bool) -> Supernet:
+    table = CompensationTable(model, collect_statistics(model, windows), ranking) if compensated else None
+    return Supernet(model, ranking, table)
+
+
+def all_moves(anatomy: Anatomy) -> dict[BlockKind, Tensor]:
+    """Every width of every block."""
+    return {
+        block.kind: torch.arange(block.units + 1).repeat(anatomy.num_hidden_layers, 1) for block in anatomy.blocks
+    }
+
+
+def pruned(anatomy: Anatomy) -> Architecture:
+    """Some of everything: a layer without attention, one without neurons, one whole."""
+    groups = [anatomy.num_key_value_heads] * anatomy.num_hidden_layers
+    neurons = [anatomy.intermediate_size // 2] * anatomy.num_hidden_layers
+    groups[0], neurons[0] = 0, anatomy.intermediate_size
+    if anatomy.num_hidden_layers > 2:
+        groups[2], neurons[1] = 1, 0
+    return Architecture(tuple(groups), tuple(neurons))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_first_orders_are_derivatives_of_the_divergence(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw, compensated: bool
+) -> None:
+    """Blocks are blended from their own output towards that of the other width; autograd says what the first bit changes."""
+    architecture, moves = pruned(anatomy), all_moves(anatomy)
+    dense = dense_distribution(model, windows, k=8)
+    with opened(model, windows, random_ranking(anatomy, 2), compensated) as supernet:
+        found = move_costs(supernet, architecture, moves, windows, dense, generator())
+        for block in anatomy.blocks:
+            assert found[block.kind].shape == (*moves[block.kind].shape, 2)
+            for layer, own in enumerate(architecture.units(block.kind)):
+                assert not found[block.kind][layer, own].any()  # staying costs nothing
+                assert (found[block.kind][layer, :, 1] >= 0).all()
+        index = min(1, anatomy.num_hidden_layers - 1)
+        block = anatomy.blocks[1]
+        own, other = architecture.units("mlp")[index], anatomy.intermediate_size
+        expected = blended(supernet, architecture, index, own, other, windows, dense)
+    assert float(found[block.kind][index, other, 0]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def blended(
+    supernet: Supernet, architecture: Architecture, index: int, own: int, other: int, windows: Tensor, dense: DenseDistribution
+) -> float:
+    """d KL / d t of an MLP that writes (1 - t) own + t other, at t = 0."""
+    block = next(block for block in supernet.anatomy.blocks if block.kind == "mlp")
+    widest = Architecture(
+        architecture.kv_groups,
+        tuple(max(own, other) if layer == index else units for layer, units in enumerate(architecture.neurons)),
+    )
+    dense_output = block.output_of(supernet.anatomy.layers_of(supernet.model)[index])
+    bias = dense_output.bias
+    weights = {units: supernet.output_weight(index, block, units) for units in (own, other) if units}
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def write(module: object, args: tuple[Tensor], output: Tensor) -> Tensor:
+        def of(units: int) -> Tensor:
+            if not units:
+                return torch.zeros_like(output)
+            y = args[0][..., : units * block.columns_per_unit] @ weights[units].T
+            return y if bias is None else y + bias
+
+        return (1 - t) * of(own) + t * of(other)
+
+    with supernet.active(widest) as model, torch.enable_grad():
+        kept = [layer for layer in range(supernet.anatomy.num_hidden_layers) if widest.keeps_layer(layer)]
+        layer = supernet.anatomy.layers_of(model)[kept.index(index)]
+        handle = block.output_of(layer).register_forward_hook(write)
+        logits = model(windows, use_cache=False).logits[:, :-1]
+        handle.remove()
+        ids, top, others = dense.top_ids.clone(), dense.top_logprobs.clone(), dense.rest_logprobs.clone()
+        logprobs = logits.log_softmax(-1).gather(-1, ids)
+        rest = torch.log(1 - logprobs.exp().sum(-1))
+        kl = (top.exp() * (top - logprobs)).sum(-1) + others.exp() * (others - rest)
+        (slope,) = torch.autograd.grad(kl.mean(), t)
+    return float(slope)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"], indirect=True)
+def test_at_the_dense_model_moves_cost_what_narrowing_does(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw
+) -> None:
+    moves = all_moves(anatomy)
+    dense = dense_distribution(model, windows)
+    with opened(model, windows, random_ranking(anatomy, 3), True) as supernet:
+        found = move_costs(supernet, Architecture.full(anatomy), moves, windows, dense, generator(), batch_size=2)
+        widths = {kind: units[0].tolist() for kind, units in moves.items()}
+        narrowed = narrowing_costs(supernet, windows, widths, generator(), batch_size=2)
+    for kind, costs in found.items():
+        assert costs[..., 0].abs().max() < 1e-6  # the divergence has its minimum there
+        predicted = windows.shape[1] - 1
+        expected = narrowed[kind] * windows.shape[1] / predicted
+        torch.testing.assert_close(costs[..., 1], expected, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt2"], indirect=True)
+def test_a_dropped_layer_can_come_back_and_asking_leaves_no_trace(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw,
+    unchanged: Callable[[PreTrainedModel], AbstractContextManager[None]],
+) -> None:  # fmt: skip
+    full = Architecture.full(anatomy)
+    dropped = Architecture((0, *full.kv_groups[1:]), (0, *full.neurons[1:]))
+    up = {
+        "attention": torch.tensor([[1]] + [[anatomy.num_key_value_heads]] * (anatomy.num_hidden_layers - 1)),
+        "mlp": torch.tensor([[anatomy.intermediate_size]] * anatomy.num_hidden_layers),
+    }
+    dense = dense_distribution(model, windows)
+    done: list[int] = []
+    with unchanged(model), opened(model, windows, random_ranking(anatomy, 1), False) as supernet:
+        found = move_costs(supernet, dropped, up, windows, dense, generator(), on_window=done.append)
+        stay = move_costs(
+            supernet, dropped, {kind: torch.zeros_like(units) for kind, units in up.items()}, windows, dense, generator()
+        )
+    assert found["mlp"][0].any() and found["attention"][0].any()
+    assert not found["mlp"][1:].any()  # they stay as they are
+    assert not stay["mlp"][0].any() and stay["mlp"][1:].any()
+    assert done[-1] == len(windows)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -102,3 +102,13 @@ def test_a_smallest_share_outside_0_and_1_is_refused(make_space: Callable[..., S
 def test_a_step_without_a_choice_is_refused(make_space: Callable[..., SearchSpace], step: int) -> None:
     with pytest.raises(LlmboError, match=rf"--neuron-step .* {step}"):
         make_space(2, 24, 0.4, step)
+
+
+def test_neighbouring_widths_are_those_of_a_level_less_and_more(make_space: Callable[..., SearchSpace]) -> None:
+    space = make_space(neurons=24, neuron_step=10)  # the last step is shorter
+    for level in range(space.max_levels[-1] + 1):
+        x = (1,) * space.num_layers + (level,) * space.num_layers
+        found = space.neighbouring_widths(x)
+        assert found["attention"].tolist() == [[0, 2]] * space.num_layers
+        below, above = (space.widths["mlp"][min(max(at, 0), space.max_levels[-1])] for at in (level - 1, level + 1))
+        assert found["mlp"].tolist() == [[below, above]] * space.num_layers

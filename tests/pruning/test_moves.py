@@ -32,9 +32,7 @@ def opened(model: PreTrainedModel, windows: Tensor, ranking: Ranking, compensate
 
 def all_moves(anatomy: Anatomy) -> dict[BlockKind, Tensor]:
     """Every width of every block."""
-    return {
-        block.kind: torch.arange(block.units + 1).repeat(anatomy.num_hidden_layers, 1) for block in anatomy.blocks
-    }
+    return {block.kind: torch.arange(block.units + 1).repeat(anatomy.num_hidden_layers, 1) for block in anatomy.blocks}
 
 
 def pruned(anatomy: Anatomy) -> Architecture:
@@ -69,7 +67,13 @@ def test_first_orders_are_derivatives_of_the_divergence(
 
 
 def blended(
-    supernet: Supernet, architecture: Architecture, index: int, own: int, other: int, windows: Tensor, dense: DenseDistribution
+    supernet: Supernet,
+    architecture: Architecture,
+    index: int,
+    own: int,
+    other: int,
+    windows: Tensor,
+    dense: DenseDistribution,
 ) -> float:
     """d KL / d t of an MLP that writes (1 - t) own + t other, at t = 0."""
     block = next(block for block in supernet.anatomy.blocks if block.kind == "mlp")
@@ -138,7 +142,12 @@ def test_a_dropped_layer_can_come_back_and_asking_leaves_no_trace(
     with unchanged(model), opened(model, windows, random_ranking(anatomy, 1), False) as supernet:
         found = move_costs(supernet, dropped, up, windows, dense, generator(), on_window=done.append)
         stay = move_costs(
-            supernet, dropped, {kind: torch.zeros_like(units) for kind, units in up.items()}, windows, dense, generator()
+            supernet,
+            dropped,
+            {kind: torch.zeros_like(units) for kind, units in up.items()},
+            windows,
+            dense,
+            generator(),
         )
     assert found["mlp"][0].any() and found["attention"][0].any()
     assert not found["mlp"][1:].any()  # they stay as they are

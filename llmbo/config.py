@@ -11,8 +11,8 @@ from llmbo.objectives import KINDS, check_objectives, parse_limits
 
 # What each of them is: `llmbo.strategies`. Here, because input is checked before anything heavy is imported.
 STRATEGIES = (
-    "qnehvi", "threshold-moved", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random", "random-vectors",
-    "knapsack", "local-search", "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2",
+    "qnehvi", "qnehvi-plain", "threshold-moved", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random",
+    "random-vectors", "knapsack", "local-search", "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2",
     "optuna-nsga2-seeded", "optuna-gp", "optuna-gp-seeded",
 )  # fmt: skip
 MAX_NAME_BYTES = 250  # file systems take 255

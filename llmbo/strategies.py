@@ -123,6 +123,13 @@ _NSGA2 = "llmbo.baselines.nsga2:Nsga2Proposer"
 _OPTUNA = "llmbo.baselines.optuna_samplers:OptunaProposer"
 TABLE: dict[str, Strategy] = {
     "qnehvi": Strategy("llmbo.acquisition:QNehviProposer", "moved", wrapped=False, fixed={"advice": None}),
+    "qnehvi-plain": Strategy(
+        "llmbo.acquisition:QNehviProposer",
+        "threshold",
+        wrapped=False,
+        fixed={"advice": None},
+        family="threshold_family",
+    ),
     "advised": Strategy("llmbo.advised:AdvisedStrategy", "moved", wrapped=False),  # for comparisons only
     "threshold-moved": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
     "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}, family="threshold_family"),

@@ -4,6 +4,7 @@ B: windows.   T: tokens per window.   V: vocabulary.   k: tokens kept of the den
 Everything is in nats and averaged over the T - 1 predicted positions of each window.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -93,50 +94,56 @@ def loss_gradient(hidden: Tensor, head: Head, windows: Tensor, generator: torch.
         A `B x T x hidden_size` tensor; the last position predicts nothing and gets zero.
     """
     gradient = torch.zeros_like(hidden)
-    predicted = windows.shape[1] - 1
-    for window, (states, targets) in enumerate(zip(hidden[:, :-1], windows[:, 1:], strict=True)):
-        for start in range(0, predicted, CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = head(states[rows])
-            excess = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-            excess.sub_(excess.amax(-1, keepdim=True)).exp_()
-            excess.div_(excess.sum(-1, keepdim=True))  # softmax
-            wanted = targets[rows, None] if generator is None else _drawn(excess, generator)
-            excess.scatter_add_(-1, wanted, excess.new_full((len(excess), 1), -1.0))
-            gradient[window, :-1][rows] = head.pull_back(logits, excess) / predicted
+    targets = windows[:, 1:]
+    for window, rows, logits, excess in _probabilities(hidden, head):
+        wanted = targets[window, rows, None] if generator is None else _drawn(excess, generator)
+        excess.scatter_add_(-1, wanted, excess.new_full((len(excess), 1), -1.0))
+        gradient[window, rows] = head.pull_back(logits, excess) / targets.shape[1]
     return gradient
 
 
 @torch.no_grad()
-def kl_gradient(hidden: Tensor, head: Head, dense: DenseDistribution) -> Tensor:
-    """Gradient of every window's mean KL divergence from the dense model with respect to `hidden`, in closed form.
+def divergence_gradients(
+    hidden: Tensor, head: Head, dense: DenseDistribution, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Gradients by `hidden` of every window's mean KL divergence from the dense model, and of the loss of tokens drawn from this one.
 
-    With P the model's probabilities and D the dense model's it is P - D for the tokens kept, and P scaled by 1 - D(rest) / P(rest)
-    for all others, which only count together.
+    With P the model's probabilities and D the dense model's the first is P - D for the tokens kept, and P scaled by
+    1 - D(rest) / P(rest) for all others, which only count together. The second is `loss_gradient`'s.
 
     Args:
         hidden: `B x T x hidden_size`, after the final norm.
         dense: Of the same `B` windows.
+        generator: Draws tokens, on the device of `hidden`.
 
     Returns:
-        A `B x T x hidden_size` tensor; the last position predicts nothing and gets zero.
+        Two `B x T x hidden_size` tensors; the last position predicts nothing and gets zero.
     """
-    gradient = torch.zeros_like(hidden)
+    divergence, loss = torch.zeros_like(hidden), torch.zeros_like(hidden)
     predicted = hidden.shape[1] - 1
-    for window, states in enumerate(hidden[:, :-1]):
+    for window, rows, logits, excess in _probabilities(hidden, head):
+        drawn, ids = _drawn(excess, generator), dense.top_ids[window, rows]
+        top = excess.gather(-1, ids)
+        excess.scatter_add_(-1, drawn, excess.new_full((len(excess), 1), -1.0))
+        loss[window, rows] = head.pull_back(logits, excess) / predicted
+        excess.scatter_add_(-1, drawn, excess.new_full((len(excess), 1), 1.0))
+        rest = (1 - top.sum(-1, keepdim=True)).clamp_min(torch.finfo(excess.dtype).eps)
+        excess.mul_(1 - dense.rest_logprobs[window, rows, None].exp() / rest)
+        excess.scatter_(-1, ids, top - dense.top_logprobs[window, rows].exp())
+        divergence[window, rows] = head.pull_back(logits, excess) / predicted
+    return divergence, loss
+
+
+def _probabilities(hidden: Tensor, head: Head) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Window, rows, logits (`rows x V`) and next-token probabilities, the caller's to change, of all predicted positions."""
+    predicted = hidden.shape[1] - 1
+    for window, states in enumerate(hidden):
         for start in range(0, predicted, CHUNK):
-            rows = slice(start, start + CHUNK)
+            rows = slice(start, min(start + CHUNK, predicted))
             logits = head(states[rows])
-            excess = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-            excess.sub_(excess.amax(-1, keepdim=True)).exp_()
-            excess.div_(excess.sum(-1, keepdim=True))  # softmax
-            ids = dense.top_ids[window, rows]
-            top = excess.gather(-1, ids)
-            rest = (1 - top.sum(-1, keepdim=True)).clamp_min(torch.finfo(excess.dtype).eps)
-            excess.mul_(1 - dense.rest_logprobs[window, rows, None].exp() / rest)
-            excess.scatter_(-1, ids, top - dense.top_logprobs[window, rows].exp())
-            gradient[window, :-1][rows] = head.pull_back(logits, excess) / predicted
-    return gradient
+            softmax = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+            softmax.sub_(softmax.amax(-1, keepdim=True)).exp_()
+            yield window, rows, logits, softmax.div_(softmax.sum(-1, keepdim=True))
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:

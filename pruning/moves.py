@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
 from pruning.importance import frozen
-from pruning.likelihood import DenseDistribution, Head, kl_gradient, loss_gradient
+from pruning.likelihood import DenseDistribution, Head, divergence_gradients
 from pruning.projection import matrix_of
 from pruning.supernet import Supernet
 
@@ -80,9 +80,9 @@ def move_costs(
             batch = batch.to(model.device)
             inputs = embeddings(batch).detach().requires_grad_()
             hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            reference = dense.rows(done, done + len(batch))
-            pass_back(0, hidden, kl_gradient(hidden, head, reference), retain_graph=True)
-            pass_back(1, hidden, loss_gradient(hidden, head, batch, generator))
+            first, second = divergence_gradients(hidden, head, dense.rows(done, done + len(batch)), generator)
+            pass_back(0, hidden, first, retain_graph=True)
+            pass_back(1, hidden, second)
             done += len(batch)
             if on_window:
                 on_window(done)

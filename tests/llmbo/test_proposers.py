@@ -24,6 +24,7 @@ from pruning.importance import Importance
 # Options keep the slow ones quick.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qnehvi": {"num_initial": 6},
+    "qnehvi-plain": {"num_initial": 6},
     "botorch": {"num_initial": 4, "num_restarts": 1, "raw_samples": 4, "mc_samples": 8, "maxiter": 3},
 }
 

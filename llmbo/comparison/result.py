@@ -204,10 +204,16 @@ def arm_part(outcome: Outcome, problem: OpenProblem, curves: Curves, config: Com
 
 
 def union_front(outcomes: Sequence[Outcome], problem: OpenProblem) -> list[UnionPoint]:
-    """The front of all trials of all arms on one problem, judged on held-out windows where that is wanted."""
+    """The front of all trials of all arms on one problem, with held-out values of the points that some arm's front was judged by.
+
+    Judging all of them would cost more than judging the arms: a union of many seeds has a hundred points.
+    """
     found: dict[tuple[int, ...], set[str]] = {}
     trials: dict[tuple[int, ...], Trial] = {}
+    judged: set[tuple[int, ...]] = set()
     for outcome in outcomes:
+        numbers = {number for judgement in outcome.judgements for number in judgement.points}
+        judged |= {trial.x for trial in outcome.trials if trial.number in numbers}
         for trial in outcome.trials:
             if trial.complete:
                 found.setdefault(trial.x, set()).add(outcome.arm.label)
@@ -220,7 +226,7 @@ def union_front(outcomes: Sequence[Outcome], problem: OpenProblem) -> list[Union
                 digest=architecture.digest,
                 found_by=sorted(found[trial.x]),
                 values=dict(trial.values),
-                heldout=problem.judge(trial.x, trial.origin).values if problem.judge else None,
+                heldout=problem.judge(trial.x, trial.origin).values if problem.judge and trial.x in judged else None,
                 **architecture.to_dict(),
             )
         )

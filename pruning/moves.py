@@ -8,12 +8,12 @@ dy = V_w z_w - V_k z_k its change at width w, D the dense model's next-token dis
     second(w) = E_t [ (h_t . dy_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
 
 both from one forward pass and two backward passes, for all blocks. Terms between different blocks are left out, so a
-move of many blocks changes more than the sum; weighing `second` twice allows for that.
+move of many blocks changes more than the sum; weighing `second` more allows for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
 from pruning.importance import frozen
 from pruning.likelihood import DenseDistribution, Head, divergence_gradients
-from pruning.projection import matrix_of
 from pruning.supernet import Supernet
 
 ORDERS = 2  # first and second
@@ -54,27 +53,18 @@ def move_costs(
     Returns:
         `num_layers x num_moves x 2` by kind, float32: the two orders.
     """
-    model, anatomy = supernet.model, supernet.anatomy
+    model = supernet.model
     costs = {kind: torch.zeros(*units.shape, ORDERS, device=model.device) for kind, units in moves.items()}
     widest = Architecture(
         _widest(architecture.kv_groups, moves["attention"]), _widest(architecture.neurons, moves["mlp"])
     )
-    outputs = [
-        (index, block, block.output_of(layer))
-        for index, layer in enumerate(anatomy.layers_of(model))
-        for block in anatomy.blocks
-    ]
-    writers = {
-        (block.kind, index): _Writer(supernet, index, block, matrix_of(output), output.bias)
-        for index, block, output in outputs
-    }
     head, embeddings = Head.of(model), model.get_input_embeddings()
     done = 0
     with (
         supernet.active(widest),
         frozen(model),
         torch.enable_grad(),
-        _listening(supernet, architecture, widest, moves, costs, writers, windows.shape[1] - 1) as pass_back,
+        _listening(supernet, architecture, widest, moves, costs, windows.shape[1] - 1) as pass_back,
     ):
         for batch in windows.split(batch_size):
             batch = batch.to(model.device)
@@ -93,23 +83,12 @@ def _widest(kept: Sequence[int], moves: Tensor) -> tuple[int, ...]:
     return tuple(torch.cat([torch.tensor(kept)[:, None], moves], -1).amax(-1).tolist())
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """What a block adds at any width. Args: `matrix` and `bias` are the dense output projection's."""
-
-    supernet: Supernet
-    index: int
-    block: Block
-    matrix: Tensor
-    bias: Tensor | None
-
-    def __call__(self, z: Tensor, units: int) -> Tensor:
-        if not units:  # a dropped block loses its bias as well
-            return z.new_zeros(*z.shape[:-1], len(self.matrix))
-        table, columns = self.supernet.compensation, units * self.block.columns_per_unit
-        repaired = table is not None and units < self.block.units
-        weight = table.weight(self.index, self.block, units) if table and repaired else self.matrix[:, :columns]
-        return F.linear(z[..., :columns], weight, self.bias)
+def _written(supernet: Supernet, index: int, block: Block, z: Tensor, units: int) -> Tensor:
+    """What a block adds at any width; a dropped one loses its bias as well."""
+    if not units:
+        return z.new_zeros(*z.shape[:-1], supernet.anatomy.hidden_size)
+    bias = supernet.output_of(index, block).bias
+    return F.linear(z[..., : units * block.columns_per_unit], supernet.output_weight(index, block, units), bias)
 
 
 @contextmanager
@@ -119,7 +98,6 @@ def _listening(
     widest: Architecture,
     moves: Mapping[BlockKind, Tensor],
     costs: Mapping[BlockKind, Tensor],
-    writers: Mapping[tuple[BlockKind, int], _Writer],
     predicted: int,
 ) -> Iterator[Callable[..., None]]:
     """Make the widest model compute `architecture`, and collect `costs` whenever the yielded function runs backward."""
@@ -133,7 +111,7 @@ def _listening(
     def narrowed(index: int, block: Block) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
         own = architecture.units(block.kind)[index]
         tried = moves[block.kind][index].tolist()
-        into, write = costs[block.kind][index], writers[block.kind, index]
+        into, write = costs[block.kind][index], partial(_written, supernet, index, block)
 
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             y = write(args[0], own)

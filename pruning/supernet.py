@@ -51,6 +51,11 @@ class Supernet:
                     raise InvalidMask(f"The compensation table was made for another ranking of {block.kind} units.")
         self.ranking = ranking
         self.compensation = compensation
+        self._outputs = {
+            (block.kind, index): block.output_of(layer)
+            for index, layer in enumerate(self.anatomy.layers_of(model))
+            for block in self.anatomy.blocks
+        }
 
     def __enter__(self) -> Self:
         self._reorder(inverse=False)
@@ -72,12 +77,15 @@ class Supernet:
         """Mean next-token loss of the sub-network, nats per token."""
         return self.quality(architecture, windows).loss
 
+    def output_of(self, index: int, block: Block) -> Projection:
+        """The dense output projection of a block of layer `index`, whichever sub-network is active."""
+        return self._outputs[block.kind, index]
+
     def output_weight(self, index: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x (units * columns_per_unit)` weight that a block of layer `index` writes with at this width."""
         if self.compensation is not None and units < block.units:
             return self.compensation.weight(index, block, units)
-        output = block.output_of(self.anatomy.layers_of(self.model)[index])
-        return matrix_of(output)[:, : units * block.columns_per_unit]
+        return matrix_of(self.output_of(index, block))[:, : units * block.columns_per_unit]
 
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:

@@ -16,13 +16,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from llmbo.baselines.designs import fresh, van_der_corput
 from llmbo.errors import ConfigError
+from llmbo.family import NODE_LIMIT
 from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial
 
 FRACTIONS = (0.5,)  # of a block's levels; Puzzle probes every width, which costs more than most budgets here hold
 GROWTH = 2.0  # exponent of a score in the removed fraction, where one probe must do: errors grow with its square
-NODE_LIMIT = 20_000  # of the search tree, per budget; a limit in seconds would make answers depend on the machine
 MAX_BUDGETS = 64  # tried in one proposal before saying that nothing is left
 
 

@@ -72,7 +72,7 @@ class RunConfig:
     text: str = "builtin"
     min_share: float = 0.4
     neuron_step: int = 0
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 16384
     proxy_tokens: int = 3072
     heldout_tokens: int = 1536
     window: int = 256

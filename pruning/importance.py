@@ -9,6 +9,7 @@ Scores are `L x U`; larger means "hurts more if removed". Only `taylor` and `fis
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
 from pruning.likelihood import Head, loss_gradient
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
+
+GRAM_BLOCK = 192  # columns of a Gram matrix that are added to at a time
 
 
 @dataclass
@@ -58,13 +61,19 @@ class BlockStatistics:
 
 @dataclass
 class Statistics:
-    """What one pass over the calibration windows leaves behind; every score is a function of this and the weights."""
+    """What one pass over the calibration windows leaves behind; every score is a function of this and the weights.
+
+    Args:
+        num_scored_windows: Windows that had a backward pass: `taylor` and `fisher` are sums over these alone.
+    """
 
     anatomy: Anatomy
     blocks: dict[BlockKind, BlockStatistics]
     layer_cosine: Tensor
     num_windows: int = 0
     num_tokens: int = 0
+    num_scored_windows: int = 0
+    num_scored_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,19 @@ class Importance:
 
 
 def collect_statistics(
-    model: PreTrainedModel, windows: Tensor, batch_size: int = 2, on_window: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int = 2,
+    on_window: Callable[[int], None] | None = None,
+    scored: int | None = None,
 ) -> Statistics:
     """One forward and backward pass over `windows`; no weight gradients, so it costs about two forward passes.
 
     Args:
         windows: `num_windows x length` token ids.
         batch_size: Windows per pass. Results do not depend on it: the loss is averaged within each window only.
+        scored: Only the first so many windows have a backward pass; by default all. Scores of units settle on fewer tokens
+            than the Gram matrices do, which have `C^2` entries.
         on_window: Called with the number of windows done.
     """
     anatomy = anatomy_of(model)
@@ -105,16 +120,27 @@ def collect_statistics(
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
     embeddings, head = model.get_input_embeddings(), Head.of(model)
-    with frozen(model), _listening(model, statistics, windows.shape[1]), torch.enable_grad():
-        for batch in windows.split(batch_size):
+    scored = len(windows) if scored is None else scored
+    with frozen(model), _listening(model, statistics, windows.shape[1]):
+        parts = [part.split(batch_size) for part in (windows[:scored], windows[scored:]) if len(part)]
+        for batch in chain.from_iterable(parts):
+            backward = statistics.num_windows < scored
             batch = batch.to(device)
-            inputs = embeddings(batch).detach().requires_grad_()  # the only leaf: gradients reach every z, no weight
-            hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            hidden.backward(loss_gradient(hidden, head, batch))
+            with torch.set_grad_enabled(backward):
+                # The only leaf: gradients reach every z, no weight.
+                inputs = embeddings(batch).detach().requires_grad_(backward)
+                hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            if backward:
+                hidden.backward(loss_gradient(hidden, head, batch))
+                statistics.num_scored_windows += len(batch)
+                statistics.num_scored_tokens += batch.numel()
             statistics.num_windows += len(batch)
             statistics.num_tokens += batch.numel()
             if on_window:
                 on_window(statistics.num_windows)
+    for block in statistics.blocks.values():
+        for gram in block.gram:
+            _mirror_lower(gram)
     return statistics
 
 
@@ -124,7 +150,7 @@ def taylor(model: PreTrainedModel, statistics: Statistics) -> Importance:
     Absolute before summing over columns: the signs inside a KV group cancel, which would make a group look hundreds of
     times less important per parameter than a neuron. Molchanov et al. 2019, arXiv:1906.10771; LLM-Pruner, arXiv:2305.11627.
     """
-    scores = {kind: block.taylor / statistics.num_windows for kind, block in statistics.blocks.items()}
+    scores = {kind: block.taylor / statistics.num_scored_windows for kind, block in statistics.blocks.items()}
     return _importance(scores)
 
 
@@ -135,7 +161,7 @@ def fisher(model: PreTrainedModel, statistics: Statistics) -> Importance:
     Theis et al. 2018, arXiv:1801.05787. Token by token, an empirical Fisher that ignores the tokens' correlations.
     Thresholded per parameter it allocates widths better than `taylor`: see `experiments/allocation`.
     """
-    scores = {kind: block.fisher / (2 * statistics.num_tokens) for kind, block in statistics.blocks.items()}
+    scores = {kind: block.fisher / (2 * statistics.num_scored_tokens) for kind, block in statistics.blocks.items()}
     return _importance(scores)
 
 
@@ -289,19 +315,34 @@ def _block_listeners(
         z = args[0].detach().reshape(-1, length, block.columns)  # B x T x C
         tokens = z.flatten(0, 1).float()
         sums.total[index] += tokens.sum(0)
-        sums.gram[index].addmm_(tokens.T, tokens)
+        _add_lower(sums.gram[index], tokens)
         sums.square[index] = sums.gram[index].diagonal()
+        if not args[0].requires_grad:  # a window without a backward pass
+            return
         if block.places.post_norm:
             passing.append(z)
         else:
             args[0].register_hook(lambda grad: add(z, grad))
 
     def follow(norm: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        if not y.requires_grad:
+            return
         z, scale = passing.pop(), (y / args[0]).detach().nan_to_num(0.0, 0.0, 0.0)
         weight = matrix_of(output)
         y.register_hook(lambda grad: add(z, (grad * scale) @ weight))
 
     return listen, follow
+
+
+def _add_lower(gram: Tensor, tokens: Tensor) -> None:
+    """Add zT z to the lower half of `gram`, and to some more: nearly half the work is saved, as it is symmetric."""
+    for first in range(0, len(gram), GRAM_BLOCK):
+        block = slice(first, first + GRAM_BLOCK)
+        gram[first:, block].addmm_(tokens[:, first:].T, tokens[:, block])
+
+
+def _mirror_lower(gram: Tensor) -> None:
+    gram.tril_().add_(gram.tril(-1).T)
 
 
 def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:

@@ -75,9 +75,30 @@ def test_statistics_do_not_depend_on_the_batch(model: PreTrainedModel, anatomy: 
             assert torch.equal(found.neurons, expected.neurons)
 
 
-def test_grams_are_second_moments_of_the_output_inputs(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+@pytest.mark.parametrize("scored", [0, 1, 3])
+def test_windows_without_a_backward_pass_add_to_moments_and_to_no_score(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, scored: int
 ) -> None:
+    whole, part = collect_statistics(model, windows), collect_statistics(model, windows, scored=scored)
+    assert (part.num_windows, part.num_scored_windows, part.num_tokens) == (5, scored, 50)
+    torch.testing.assert_close(part.layer_cosine, whole.layer_cosine, **CLOSE)
+    for block in anatomy.blocks:
+        found, expected = part.blocks[block.kind], whole.blocks[block.kind]
+        torch.testing.assert_close(found.gram, expected.gram, **CLOSE)
+        torch.testing.assert_close(found.square, expected.square, **CLOSE)
+        if not scored:
+            assert not found.taylor.any() and not found.fisher.any()
+    if scored:
+        alone = collect_statistics(model, windows[:scored])
+        for method in (taylor, fisher):
+            torch.testing.assert_close(method(model, part).layers, method(model, alone).layers, **CLOSE)
+
+
+@pytest.mark.parametrize("block_size", [5, 192])
+def test_grams_are_second_moments_of_the_output_inputs(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pruning.importance.GRAM_BLOCK", block_size)
     statistics = collect_statistics(model, windows)
     for block in anatomy.blocks:
         z = output_inputs(model, anatomy, block, windows)

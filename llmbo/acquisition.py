@@ -29,7 +29,17 @@ from llmbo.gain import EPSILON, FamilyCurve
 from llmbo.objectives import Objective, outcomes, ref_point
 from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
-from llmbo.surrogate import OFF_FAMILY, SHARE, Features, fit_surrogate, gains, loss_off_family, quality_from_gain
+from llmbo.surrogate import (
+    CHANGE,
+    OFF_FAMILY,
+    SHARE,
+    Features,
+    expected_fall,
+    fit_surrogate,
+    gains,
+    prior_weights,
+    quality_from_gain,
+)
 from llmbo.threads import one_thread
 from llmbo.types import Advice, AdviceSource, Proposal, Trial, TrialState
 
@@ -45,6 +55,8 @@ LOCAL_ROUNDS = 3
 LOCAL_STARTS = 4
 LOCAL_NEIGHBOURS = 96
 CHUNK = 256  # candidates in one posterior: it holds their joint covariance
+
+IN_NATS = ("kl", "loss")  # the unit of expansions
 
 AcquisitionValue = Callable[[Tensor], Tensor]
 
@@ -134,11 +146,15 @@ class QNehviProposer:
             costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
             shares, dense = train_Z[:, SHARE], -sign * self.dense[name]
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
-            over_family, off = gains(costs, curve(shares), dense), train_Z[:, OFF_FAMILY]
-            kappa = loss_off_family(off, over_family)
-            train_Y = (over_family + kappa * off).unsqueeze(-1)
+            expected = curve(shares)
+            over_family, off = gains(costs, expected, dense), train_Z[:, OFF_FAMILY]
+            fall = expected_fall(train_Z[:, CHANGE], expected) if name in IN_NATS else torch.zeros_like(off)
+            beta, kappa = prior_weights(fall, off, over_family)
+            if name not in IN_NATS:  # the expansions are of KL
+                beta = 0.0
+            train_Y = (over_family - beta * fall + kappa * off).unsqueeze(-1)
             variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
-            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, kappa, dense)
+            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, beta, kappa, dense)
 
         beliefs = tuple(
             _Known(self._features.column(objective.name), objective.sign * self._features.dense[objective.name])
@@ -174,12 +190,14 @@ class _Measured:
 
     gp: SingleTaskGP
     curve: FamilyCurve
+    beta: float
     kappa: float
     dense: float
 
     def expected(self, Z: Tensor) -> Tensor:
-        """Log excess of the family at the points' shares, and what points away from it lose on average."""
-        return self.curve(Z[..., SHARE]) + self.kappa * Z[..., OFF_FAMILY]
+        """Log excess of the family at the points' shares, what its expansions expect, and what points away from it lose beyond that."""
+        family = self.curve(Z[..., SHARE])
+        return family - self.beta * expected_fall(Z[..., CHANGE], family) + self.kappa * Z[..., OFF_FAMILY]
 
     def from_gain(self, gain: Tensor, Z: Tensor) -> Tensor:
         return -quality_from_gain(gain, self.expected(Z).expand_as(gain), self.dense)

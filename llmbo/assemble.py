@@ -20,7 +20,8 @@ from llmbo.assemble_advisor import Material, build_advised, check_advisor
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
-from llmbo.family import ThresholdFamily, best_moves, geometric_mean, moved_family, narrowing_steps, unit_steps
+from llmbo.expansion import STEPS, best_moves, expansions, moved_family
+from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.models import LoadedModel, load_config, load_model, max_positions
 from llmbo.objectives import Objective, build_objectives, known_limits, measured_limits
@@ -32,7 +33,7 @@ from llmbo.space import SearchSpace
 from llmbo.storage import TrialStore, delete_run, differences, stored_run
 from llmbo.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
-from pruning.anatomy import Anatomy, anatomy_of
+from pruning.anatomy import Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.choices import Choices, read_items
@@ -46,7 +47,8 @@ from pruning.moves import move_costs
 from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
-ALLOCATION_PART = 4  # one in so many calibration windows prices the family's steps; all of them do it no better
+SCORED_TOKENS = 8192  # of the calibration windows score units; all of them enter the refits, which need more
+ALLOCATION_TOKENS = 2048  # of them price the family's steps; four times as many do it no better
 # Where the family is corrected, as parts of the way from its smallest member to the dense model: beyond these nothing is gained.
 MOVED = (0.07, 0.23, 0.4)
 SECOND_ORDER = 1.5  # more than 1 allows for what several moves cost together
@@ -159,7 +161,8 @@ def ranked(
     model: PreTrainedModel, windows: TokenWindows, on_window: Callable[[int], None] | None = None
 ) -> tuple[Statistics, Ranking]:
     """What one pass over the calibration windows tells, and which units of each layer stay first."""
-    statistics = collect_statistics(model, windows.calibration, on_window=on_window)
+    scored = max(1, SCORED_TOKENS // windows.calibration.shape[1])
+    statistics = collect_statistics(model, windows.calibration, on_window=on_window, scored=scored)
     return statistics, activation(model, statistics).ranking()
 
 
@@ -194,14 +197,14 @@ def prepared(
             table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
     del statistics
     with Supernet(model, ranking, table) as supernet:
-        some = windows.calibration[: max(1, len(windows.calibration) // ALLOCATION_PART)]
+        some = windows.calibration[: max(1, ALLOCATION_TOKENS // windows.calibration.shape[1])]
         with phases.phase("allocation", len(some)) as advance:
             generator = torch.Generator(model.device).manual_seed(config.seed)
             costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)
             steps = geometric_mean(unit_steps(space, importance), narrowing_steps(space, costs))
         threshold_family = ThresholdFamily.from_steps(space, steps, importance)
         with phases.phase("moves", len(MOVED) * len(some)) as advance:
-            family = with_moves(threshold_family, supernet, some, generator, advance)
+            family = with_moves(threshold_family, supernet, some, costs, generator, advance)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
@@ -230,16 +233,17 @@ def with_moves(
     family: ThresholdFamily,
     supernet: Supernet,
     windows: torch.Tensor,
+    narrowing: Mapping[BlockKind, torch.Tensor],
     generator: torch.Generator,
     on_window: Callable[[int], None],
 ) -> ThresholdFamily:
-    """The family corrected by what a level more or less of each block changes in some of its members, by `windows`."""
+    """The family corrected by what a level more or less of each block changes in some of its members, by `windows`; it keeps that."""
     space = family.space
     low = float(family.shares[0])
     anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in MOVED))
     anchors = [x for x in anchors if x != space.max_levels]
     dense = dense_distribution(supernet.model, windows)
-    moves = []
+    moves, measured = [], []
 
     def advance(before: int, done: int) -> None:
         on_window(before + done)
@@ -248,15 +252,17 @@ def with_moves(
         costs = move_costs(
             supernet,
             space.decode(x),
-            space.neighbouring_widths(x),
+            space.neighbouring_widths(x, STEPS),
             windows,
             dense,
             generator,
             on_window=partial(advance, index * len(windows)),
         )
         first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
-        moves.append(best_moves(space, x, first + SECOND_ORDER * second))
-    return moved_family(family, anchors, moves)
+        one_level = [STEPS.index(step) for step in (-1, 1)]
+        moves.append(best_moves(space, x, (first + SECOND_ORDER * second)[:, one_level]))
+        measured.append(first + second)
+    return replace(moved_family(family, anchors, moves), expansions=expansions(space, anchors, measured, narrowing))
 
 
 def _target(

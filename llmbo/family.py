@@ -11,17 +11,16 @@ points, not a formula. Two ways to price a step:
 The geometric mean of both is better than either: see `experiments/allocation`. *Which* units stay at a
 level follows from another ranking (see `pruning.importance`).
 
-Both prices are taken at the dense model. `moved_family` corrects some members by what a level more or less of every block
-changes *there* (`pruning.moves`), and all others by interpolation.
+Both prices are taken at the dense model; `llmbo.expansion` corrects the family by what a level more or less of every block
+changes at pruned members.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
-import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from llmbo.errors import ConfigError
@@ -30,7 +29,6 @@ from pruning.anatomy import BlockKind
 from pruning.importance import Importance
 
 Steps = Sequence[Sequence[float]]  # per dimension, the price of every step up from level 0; never rising
-NODE_LIMIT = 20_000  # of the search tree; a limit in seconds would make answers depend on the machine
 TINY = 1e-30  # a price of nothing, so that logarithms exist
 
 
@@ -42,12 +40,14 @@ class ThresholdFamily:
         path: `num_members x d` levels. Unless moved, every row adds a level to the row before; steps that break a limit are left out.
         shares: `num_members` parameter shares, increasing.
         importance: `d` importances, each block's summed over its units.
+        expansions: What single blocks change around some members, where that was measured.
     """
 
     space: SearchSpace
     path: Tensor
     shares: Tensor
     importance: Tensor
+    expansions: "Expansions | None" = None
 
     @classmethod
     def from_importance(cls, space: SearchSpace, importance: Importance) -> "ThresholdFamily":
@@ -92,6 +92,42 @@ class ThresholdFamily:
         """Levels of the family at any share, interpolated between members: `n` -> `n x d`, not rounded."""
         return interpolated(self.shares, self.path, share)
 
+    def expected_change(self, X: Tensor) -> Tensor:
+        """KL expected on top of the family's at equal share, nats: `n x d` levels -> `n`; 0 where nothing is known, and for members."""
+        share = self.space.share(X)
+        if self.expansions is None:
+            return torch.zeros_like(share)
+        own = interpolated(self.shares, self._changes, share)
+        return ((self.expansions.changes_at(X) - own) * self.expansions.weights(share)).sum(-1)
+
+    @cached_property
+    def _changes(self) -> Tensor:
+        """What the expansions say of the members themselves, `num_members x anchors`."""
+        assert self.expansions is not None
+        return self.expansions.changes_at(self.path)
+
+
+@dataclass(frozen=True)
+class Expansions:
+    """KL around some members, block by block (`pruning.moves`): what to expect of models in between and nearby.
+
+    Args:
+        shares: `k` parameter shares of the members, increasing.
+        changes: `k x d x levels`, nats: what each member changes by when one block alone goes to that level.
+    """
+
+    shares: Tensor
+    changes: Tensor
+
+    def changes_at(self, X: Tensor) -> Tensor:
+        """Every member's changes summed over blocks, `n x d` levels -> `n x k`."""
+        levels = X.round().long().T  # d x n
+        return torch.stack([change.gather(1, levels).sum(0) for change in self.changes], dim=-1)
+
+    def weights(self, share: Tensor) -> Tensor:
+        """How much each member has to say about models of a share, `n` -> `n x k`: linear between neighbours."""
+        return interpolated(self.shares, torch.eye(len(self.shares), dtype=torch.float64), share)
+
 
 def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
     """Rows of `path` (`m x d`, at increasing `shares`) at any share, the ends beyond them: `n` -> `n x d`."""
@@ -100,57 +136,6 @@ def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
     low, high = shares[right - 1], shares[right]
     weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only row
     return torch.lerp(path[right - 1], path[right], weight)
-
-
-def moved_family(
-    family: ThresholdFamily, anchors: Sequence[tuple[int, ...]], moves: Sequence[Tensor]
-) -> ThresholdFamily:
-    """Move width between blocks at equal size: by whole levels at the anchors, in between and towards the dense model by interpolation.
-
-    A member that would become illegal, by a limit for instance, stays as it was.
-
-    Args:
-        anchors: Members, by increasing share.
-        moves: `d` levels to add to each of them (`best_moves`).
-    """
-    space = family.space
-    if not anchors:
-        return family
-    at = space.share(torch.tensor([*anchors, space.max_levels], dtype=torch.float64))
-    offsets = interpolated(at, torch.stack([*moves, torch.zeros(space.d, dtype=torch.float64)]), family.shares)
-    rows = (family.path + offsets).round().clamp(*space.bounds)
-    path = torch.where(space.legal(rows)[:, None], rows, family.path)
-    shares = space.share(path)
-    order = shares.argsort(stable=True)
-    larger = shares[order].diff(prepend=torch.tensor([-1.0], dtype=torch.float64)) > 0
-    return ThresholdFamily(space, path[order][larger], shares[order][larger], family.importance)
-
-
-def best_moves(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
-    """Which blocks should give a level to which at no larger size: `d` of -1, 0 and 1, an exact knapsack by HiGHS.
-
-    Args:
-        costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.moves`).
-    """
-    here, steps = torch.tensor(x, dtype=torch.float64), torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
-    changes = torch.cat([costs.double().cpu(), torch.zeros(space.d, 1, dtype=torch.float64)], dim=1)
-    levels = here[:, None] + steps
-    possible = (levels >= 0) & (levels <= space.bounds[1][:, None])
-    rows = [here.repeat(space.d, 1).diagonal_scatter(column.clamp(*space.bounds)) for column in levels.T]
-    sizes = torch.stack([space.share(row) for row in rows], dim=1) - space.share(here[None])
-    answer = milp(
-        torch.where(possible, changes, 0.0).flatten().numpy(),
-        integrality=np.ones(3 * space.d),
-        bounds=Bounds(0, possible.double().flatten().numpy()),
-        constraints=[
-            LinearConstraint(np.kron(np.eye(space.d), np.ones(3)), 1, 1),
-            LinearConstraint(sizes.flatten().numpy()[None], -np.inf, 0),
-        ],
-        options={"node_limit": NODE_LIMIT, "mip_rel_gap": 1e-3},
-    )
-    if answer.x is None:
-        return torch.zeros(space.d, dtype=torch.float64)
-    return steps[torch.from_numpy(answer.x).view(space.d, 3).argmax(-1)]
 
 
 def unit_steps(space: SearchSpace, importance: Importance) -> list[list[float]]:

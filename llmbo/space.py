@@ -3,7 +3,7 @@
 A point x holds one grid level per block: first the KV groups of layers 0..L-1, then the neurons of layers 0..L-1.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -94,9 +94,9 @@ class SearchSpace:
         widths = self.widths["mlp"]
         return Architecture(tuple(groups), tuple(widths[level] for level in neurons))
 
-    def neighbouring_widths(self, x: tuple[int, ...]) -> dict[BlockKind, Tensor]:
-        """Units of every block at a level less and a level more, its own where there is none: `num_layers x 2` by kind."""
-        levels = torch.tensor(x)[:, None] + torch.tensor([-1, 1])
+    def neighbouring_widths(self, x: tuple[int, ...], steps: Sequence[int] = (-1, 1)) -> dict[BlockKind, Tensor]:
+        """Units of every block `steps` levels from its own, as far as there are so many: `num_layers x steps` by kind."""
+        levels = torch.tensor(x)[:, None] + torch.tensor(steps)
         groups, neurons = levels.clamp_min(0).minimum(torch.tensor(self.max_levels)[:, None]).split(self.num_layers)
         return {"attention": groups, "mlp": torch.tensor(self.widths["mlp"])[neurons]}
 

@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from llmbo.baselines.designs import fresh, van_der_corput
 from llmbo.errors import ConfigError
-from llmbo.family import NODE_LIMIT
+from llmbo.expansion import NODE_LIMIT
 from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial

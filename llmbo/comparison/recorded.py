@@ -29,7 +29,7 @@ from llmbo.comparison.problems import Measure, OpenProblem, judged_objectives
 from llmbo.comparison.store import Evaluation
 from llmbo.errors import StorageError, first_line
 from llmbo.evaluate import known_values
-from llmbo.family import ThresholdFamily
+from llmbo.family import Expansions, ThresholdFamily
 from llmbo.objectives import build_objectives
 from llmbo.space import SearchSpace
 from pruning.anatomy import anatomy_of
@@ -306,13 +306,22 @@ def _smoothed(part: Array) -> Array:
 
 
 def _members(family: ThresholdFamily) -> dict[str, Any]:
-    """A family's members, smallest first, one digit per block, and the blocks' importance."""
-    return {"members": [_digits(x) for x in family.path.int().tolist()], "importance": family.importance.tolist()}
+    """A family's members, smallest first, one digit per block, the blocks' importance, and what is known around members."""
+    found: dict[str, Any] = {
+        "members": [_digits(x) for x in family.path.int().tolist()],
+        "importance": family.importance.tolist(),
+    }
+    if family.expansions is not None:
+        shares, changes = family.expansions.shares, family.expansions.changes
+        found["expansions"] = {"shares": shares.tolist(), "changes": (changes * 1e6).round().div(1e6).tolist()}
+    return found
 
 
 def _family(space: SearchSpace, data: Mapping[str, Any]) -> ThresholdFamily:
     points = torch.tensor([_levels(row) for row in data["members"]], dtype=torch.float64)
-    return ThresholdFamily(space, points, space.share(points), torch.tensor(data["importance"], dtype=torch.float64))
+    importance = torch.tensor(data["importance"], dtype=torch.float64)
+    around = {key: torch.tensor(rows, dtype=torch.float64) for key, rows in data.get("expansions", {}).items()}
+    return ThresholdFamily(space, points, space.share(points), importance, Expansions(**around) if around else None)
 
 
 def _digits(x: Sequence[int]) -> str:

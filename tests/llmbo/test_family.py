@@ -10,10 +10,8 @@ import torch
 
 from llmbo.family import (
     ThresholdFamily,
-    best_moves,
     geometric_mean,
     interpolated,
-    moved_family,
     narrowing_steps,
     unit_steps,
 )
@@ -171,68 +169,3 @@ def test_under_limits_the_family_goes_on_with_what_they_leave(make_toy: Callable
     assert (limited.path.diff(dim=0).sum(-1) >= 1).all() and (limited.path.diff(dim=0) >= 0).all()
     assert (toy.space.cost("kv_bytes", limited.path) <= limits["kv_bytes"]).all()
     assert (limited.path[-1, toy.space.num_layers :] == toy.space.bounds[1, toy.space.num_layers :]).all()
-
-
-def test_moving_nothing_changes_nothing(family: ThresholdFamily) -> None:
-    middle = tuple(family.path[len(family.path) // 2].int().tolist())
-    for anchors in ([], [middle]):
-        still = moved_family(family, anchors, [torch.zeros(family.space.d)] * len(anchors))
-        assert torch.equal(still.path, family.path) and torch.equal(still.shares, family.shares)
-
-
-def test_anchors_move_others_follow_and_all_stay_legal(family: ThresholdFamily) -> None:
-    space = family.space
-    anchors = [tuple(family.path[len(family.path) * part // 4].int().tolist()) for part in (1, 2)]
-    costs = [torch.randn(space.d, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    moves = [best_moves(space, x, cost) for x, cost in zip(anchors, costs, strict=True)]
-    moved = moved_family(family, anchors, moves)
-    assert space.legal(moved.path).all() and (moved.shares.diff() > 0).all()
-    assert tuple(moved.path[-1].int().tolist()) == space.max_levels
-    torch.testing.assert_close(moved.shares, space.share(moved.path), rtol=0, atol=0)
-    rows = {tuple(row) for row in moved.path.int().tolist()}
-    shares = {round(share, 12) for share in moved.shares.tolist()}
-    for x, move in zip(anchors, moves, strict=True):
-        target = torch.tensor(x) + move
-        if bool(space.legal(target[None])):
-            there = tuple(target.int().tolist())
-            assert there in rows or round(float(space.share(target)), 12) in shares  # another member of its size
-
-
-def test_a_move_that_breaks_a_limit_is_not_made(make_toy: Callable[..., Any]) -> None:
-    """Less attention in the limit's stead would be legal; more of it is not."""
-    toy = make_toy(4, 24, 0.3, 4)
-    limit = 0.5 * float(toy.space.cost("kv_bytes", toy.space.bounds[1]))
-    space = replace(toy.space, limits={"kv_bytes": limit})
-    family = ThresholdFamily.from_importance(space, toy.importance)
-    x = family.at(0.5)
-    up = torch.tensor([1.0] * space.num_layers + [-1.0] * space.num_layers)
-    moved = moved_family(
-        family, [x], [torch.minimum(up, space.bounds[1] - torch.tensor(x)).clamp_min(-torch.tensor(x))]
-    )
-    assert (space.cost("kv_bytes", moved.path) <= limit).all()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_moves_are_the_best_of_all(make_toy: Callable[..., Any], seed: int) -> None:
-    """Against every combination of a level less, none and a level more."""
-    space = make_toy(3, 24, 0.1, 8).space
-    generator = torch.Generator().manual_seed(seed)
-    costs = torch.randn(space.d, 2, generator=generator)
-    x = tuple(int(torch.randint(top + 1, (), generator=generator)) for top in space.max_levels)
-    found = best_moves(space, x, costs)
-    here = torch.tensor(x, dtype=torch.float64)
-    steps = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=space.d)), dtype=torch.float64)
-    rows = here + steps
-    possible = ((rows >= 0) & (rows <= space.bounds[1])).all(-1)
-    steps = steps[possible & (space.share(rows.clamp(*space.bounds)) <= space.share(here) + 1e-12)]
-
-    def cost(moves: torch.Tensor) -> torch.Tensor:
-        return torch.where(moves < 0, costs[:, 0].double(), torch.where(moves > 0, costs[:, 1].double(), 0.0)).sum(-1)
-
-    assert any(torch.equal(found, row) for row in steps)
-    assert float(cost(found)) == pytest.approx(float(cost(steps).min()), rel=2e-3, abs=1e-9)
-
-
-def test_nothing_moves_when_every_move_costs(family: ThresholdFamily) -> None:
-    x = family.at(0.5)
-    assert not best_moves(family.space, x, torch.ones(family.space.d, 2)).any()

@@ -3,6 +3,7 @@
 import json
 import signal
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.comparison.recorded import FIT, Recording, Surrogate, find_recorded
 from llmbo.errors import StorageError
+from llmbo.family import Expansions
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "problem_r_surrogate"
 
@@ -29,6 +31,9 @@ def fit() -> dict:
 
 def test_a_recording_reads_back_what_was_written(recording: Recording, tmp_path: Path) -> None:
     config = json.loads((FOLDER / "problem.json").read_text(encoding="utf-8"))["config"]
+    some = torch.rand(2, recording.space.d, 13, dtype=torch.float64).mul(1e6).round().div(1e6)
+    known = Expansions(torch.tensor([0.5, 1.0], dtype=torch.float64), some)
+    recording = replace(recording, family=replace(recording.family, expansions=known))
     recording.write(tmp_path, config)
     again = Recording.read(tmp_path)
     assert again.points == recording.points and again.origins == recording.origins and again.dense == recording.dense
@@ -36,6 +41,9 @@ def test_a_recording_reads_back_what_was_written(recording: Recording, tmp_path:
         np.testing.assert_array_equal(again.values[name], values)
     for name in ("family", "threshold_family", "fisher_family", "taylor_family"):
         assert torch.equal(getattr(again, name).path, getattr(recording, name).path)
+    assert again.threshold_family.expansions is None and again.family.expansions is not None
+    assert torch.equal(again.family.expansions.changes, some)
+    assert torch.equal(again.family.expansions.shares, known.shares)
 
 
 def test_recorded_architectures_are_legal_and_distinct(recording: Recording) -> None:

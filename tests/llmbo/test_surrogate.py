@@ -1,5 +1,6 @@
 """The surrogate's coordinates can be undone, and its GP learns what it is shown."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,15 +9,17 @@ import torch
 
 from llmbo.gain import FamilyCurve
 from llmbo.surrogate import (
+    LARGEST_FALL,
     LOSS_OFF_FAMILY,
     OFF_FAMILY,
     SHARE,
     Features,
+    expected_fall,
     fit_surrogate,
     gains,
-    loss_off_family,
+    prior_weights,
     quality_from_gain,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     toy = make_toy(3, 100, 0.1, 7)
     X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
     Z = Features(toy.family)(X)
-    assert Z.shape == (11, toy.space.d + 2)
+    assert Z.shape == (11, toy.space.d + 3)
     torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
     weights = Z[0, : toy.space.d]  # the dense model's: a block's full width, whatever its number of levels
     torch.testing.assert_close(
@@ -101,23 +104,43 @@ def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
 
     curve = FamilyCurve.through(Z[: len(members), SHARE], torch.linspace(1, 0, len(members), dtype=torch.float64))
     at = curve(Z[:, SHARE])
+    nothing = torch.zeros_like(off)
     for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
         values = quality_from_gain(-kappa * off, at, 0.0)
-        assert loss_off_family(off, gains(values, at, 0.0)) == pytest.approx(kappa, abs=0.01)
-    assert loss_off_family(off[: len(members)], gains(values, at, 0.0)[: len(members)]) == pytest.approx(
-        LOSS_OFF_FAMILY
-    )
+        assert prior_weights(nothing, off, gains(values, at, 0.0))[1] == pytest.approx(kappa, abs=0.01)
+    first = slice(len(members))
+    assert prior_weights(nothing[first], off[first], gains(values, at, 0.0)[first])[1] == pytest.approx(LOSS_OFF_FAMILY)
+
+
+def test_what_expansions_are_worth_is_found_again() -> None:
+    """And nobody believes them blindly where little is measured."""
+    generator = torch.Generator().manual_seed(0)
+    fall = 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)
+    off = torch.rand(60, generator=generator, dtype=torch.float64)
+    for beta, kappa in ((0.0, 0.1), (0.5, 0.0), (1.5, 0.02)):
+        gain = beta * fall - kappa * off
+        assert prior_weights(fall, off, gain) == pytest.approx((beta, kappa), abs=0.05)
+        before, after = prior_weights(fall[:1], off[:1], gain[:1])[0], prior_weights(fall, off, gain)[0]
+        assert abs(before - 1) <= abs(after - 1) + 1e-9
+    assert prior_weights(fall, off, -fall)[0] == 0  # not even when they are wrong throughout
+
+
+def test_an_expected_fall_is_the_logarithm_of_what_is_left() -> None:
+    excess = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
+    found = expected_fall(torch.tensor([0.0, -0.05, -9.0], dtype=torch.float64), excess.log())
+    assert found[:2].tolist() == pytest.approx([0.0, -math.log(0.9)])
+    assert float(found[2]) == pytest.approx(-math.log(LARGEST_FALL))  # far beyond what an expansion is good for
 
 
 def test_costs_are_columns_in_shares_of_the_dense_models(toy: Any) -> None:
     X = torch.tensor([toy.space.max_levels, *toy.random_points(10, 0)], dtype=torch.float64)
     features = Features(toy.family, ["flops", "kv_bytes"])
     Z = features(X)
-    assert Z.shape == (11, toy.space.d + 4)
+    assert Z.shape == (11, toy.space.d + 5)
     for name in ("flops", "kv_bytes"):
         torch.testing.assert_close(Z[:, features.column(name)] * features.dense[name], toy.space.cost(name, X))
     torch.testing.assert_close(Z[:, SHARE], toy.space.share(X), rtol=0, atol=0)
-    assert Z[0, toy.space.d :].tolist() == [1, 1, 0, 1]  # the dense model is a member of the family
+    assert Z[0, toy.space.d :].tolist() == [1, 1, 0, 0, 1]  # the dense model is a member of the family
 
 
 def test_the_gp_predicts_unseen_points_better_than_their_mean(toy: Any) -> None:

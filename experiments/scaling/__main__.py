@@ -10,6 +10,7 @@ measures as the share of the floor.
 import argparse
 from dataclasses import dataclass
 
+from llmbo.assemble import ALLOCATION_TOKENS, MOVED, SCORED_TOKENS
 from llmbo.space import HARDWARE_MULTIPLE, NEURON_LEVELS
 from pruning.anatomy import BlockKind, Sizes
 from pruning.compensation import factor_values, solved_values
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=200)
     parser.add_argument("--proxy-tokens", type=int, default=3072)
-    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--share", type=float, default=0.7, help="mean share of the blocks that candidates keep")
     parser.add_argument("--efficiency", type=float, default=0.4)
     parser.add_argument(
@@ -81,9 +82,10 @@ def main() -> None:
         ):
             print(f"  {size / 1e9:8.2f} GB  {text}")
         candidate = 2 * (options.share * blocks + other / 2) * options.proxy_tokens
-        calibration = (
-            6 * (blocks + other / 2) * options.calibration_tokens * 1.25
-        )  # the allocation pass takes a quarter more
+        # Forward and backward for scores, for prices, and at each member that width is moved in; the rest is forward only.
+        both = min(SCORED_TOKENS, options.calibration_tokens) + ALLOCATION_TOKENS * (1 + len(MOVED))
+        alone = max(0, options.calibration_tokens - SCORED_TOKENS)
+        calibration = (6 * both + 2 * alone) * (blocks + other / 2)
         attention, mlp = sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size
         cholesky = sizes.num_hidden_layers * sum(n**3 / 3 + n**2 * sizes.hidden_size for n in (attention, mlp))
         group = sizes.queries_per_group * sizes.head_dim

@@ -56,7 +56,7 @@ LOCAL_STARTS = 4
 LOCAL_NEIGHBOURS = 96
 CHUNK = 256  # candidates in one posterior: it holds their joint covariance
 
-IN_NATS = ("kl", "loss")  # the unit of expansions
+OF_EXPANSIONS = ("kl", "loss")  # what they speak of: KL, and what is in its unit and rises with it
 
 AcquisitionValue = Callable[[Tensor], Tensor]
 
@@ -148,10 +148,9 @@ class QNehviProposer:
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
             expected = curve(shares)
             over_family, off = gains(costs, expected, dense), train_Z[:, OFF_FAMILY]
-            fall = expected_fall(train_Z[:, CHANGE], expected) if name in IN_NATS else torch.zeros_like(off)
-            beta, kappa = prior_weights(fall, off, over_family)
-            if name not in IN_NATS:  # the expansions are of KL
-                beta = 0.0
+            fall = expected_fall(train_Z[:, CHANGE], expected)
+            speaks = self.family.expansions is not None and name in OF_EXPANSIONS
+            beta, kappa = prior_weights(fall if speaks else None, off, over_family)
             train_Y = (over_family - beta * fall + kappa * off).unsqueeze(-1)
             variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
             return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, beta, kappa, dense)

@@ -19,8 +19,8 @@ relevance determination (0.71), and deviations from the family smoothed along de
 
 The gain is 0 on the family, and 0 on average off it: c says what derivatives at pruned members let expect, and beyond that what
 leaves the family loses, the more the farther. beta and kappa say how much, and are regressed on what was measured. Without
-kappa a search spends its first thirty evaluations on finding out. With c eight measured points rank unseen ones as well
-as thirty do without (Spearman 0.66 to 0.69 against 0.45 to 0.53 and 0.79, 1,700 architectures of SmolLM2).
+kappa a search spends its first thirty evaluations on finding out. Among 2,266 measured architectures of SmolLM2 c alone ranks gains
+with Spearman 0.75; the GP with eight points off the family 0.74 (0.62 without c), with eighty 0.81 (0.77).
 """
 
 import math
@@ -93,17 +93,17 @@ def expected_fall(change: Tensor, log_excess: Tensor) -> Tensor:
     return -torch.log((1 + change / log_excess.exp()).clamp_min(LARGEST_FALL))
 
 
-def prior_weights(fall: Tensor, off: Tensor, gain: Tensor) -> tuple[float, float]:
+def prior_weights(fall: Tensor | None, off: Tensor, gain: Tensor) -> tuple[float, float]:
     """beta and kappa: ridge regression towards their priors, since the first proposals are made before anything off the family is measured.
 
     Args:
-        fall: `n` gains that the expansions let expect; all 0 where there are none.
+        fall: `n` gains that the expansions let expect; None where there are none, and beta is 0.
         off: `n` squared distances from the family.
         gain: `n` gains over the family at equal share.
     """
-    prior = torch.tensor([1.0, BEYOND_EXPECTED if fall.any() else LOSS_OFF_FAMILY], dtype=torch.float64)
+    prior = torch.tensor([0.0, LOSS_OFF_FAMILY] if fall is None else [1.0, BEYOND_EXPECTED], dtype=torch.float64)
     ridge = torch.tensor(RIDGE, dtype=torch.float64)
-    A = torch.stack([fall, -off], dim=-1)
+    A = torch.stack([torch.zeros_like(off) if fall is None else fall, -off], dim=-1)
     found = torch.linalg.solve(A.T @ A + ridge.diag(), A.T @ gain + ridge * prior).clamp_min(0)
     return float(found[0]), float(found[1])
 

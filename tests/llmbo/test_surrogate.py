@@ -9,6 +9,7 @@ import torch
 
 from llmbo.gain import FamilyCurve
 from llmbo.surrogate import (
+    BEYOND_EXPECTED,
     LARGEST_FALL,
     LOSS_OFF_FAMILY,
     OFF_FAMILY,
@@ -104,12 +105,11 @@ def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
 
     curve = FamilyCurve.through(Z[: len(members), SHARE], torch.linspace(1, 0, len(members), dtype=torch.float64))
     at = curve(Z[:, SHARE])
-    nothing = torch.zeros_like(off)
     for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
         values = quality_from_gain(-kappa * off, at, 0.0)
-        assert prior_weights(nothing, off, gains(values, at, 0.0))[1] == pytest.approx(kappa, abs=0.01)
+        assert prior_weights(None, off, gains(values, at, 0.0)) == (0, pytest.approx(kappa, abs=0.01))
     first = slice(len(members))
-    assert prior_weights(nothing[first], off[first], gains(values, at, 0.0)[first])[1] == pytest.approx(LOSS_OFF_FAMILY)
+    assert prior_weights(None, off[first], gains(values, at, 0.0)[first]) == (0, pytest.approx(LOSS_OFF_FAMILY))
 
 
 def test_what_expansions_are_worth_is_found_again() -> None:
@@ -122,6 +122,8 @@ def test_what_expansions_are_worth_is_found_again() -> None:
         assert prior_weights(fall, off, gain) == pytest.approx((beta, kappa), abs=0.05)
         before, after = prior_weights(fall[:1], off[:1], gain[:1])[0], prior_weights(fall, off, gain)[0]
         assert abs(before - 1) <= abs(after - 1) + 1e-9
+    nothing_yet = torch.zeros(12, dtype=torch.float64)  # all members of the family
+    assert prior_weights(nothing_yet, nothing_yet, nothing_yet) == pytest.approx((1.0, BEYOND_EXPECTED))
     assert prior_weights(fall, off, -fall)[0] == 0  # not even when they are wrong throughout
 
 

@@ -1,9 +1,10 @@
-"""Every front point of a finished run against the uniform-width model of the same size, on the run's held-out windows.
+"""Every front point of a finished run against the uniform-width model of the same size, on held-out windows.
 
     python -m experiments.against_uniform runs/llama
 
 A uniform model keeps the same number of neurons in every layer and all KV groups; it gets the same ranking and
-compensation. Its held-out loss at the size of a front point is interpolated between the two nearest uniform widths.
+compensation. Its held-out loss at the size of a front point is interpolated between the two nearest uniform widths. Both are
+measured on more windows than a run judges its front on: near the dense model they differ by hundredths of a nat.
 """
 
 import argparse
@@ -17,16 +18,18 @@ from llmbo.assemble import load_windows, prepared
 from llmbo.config import RunConfig
 from llmbo.models import load_model, silence_libraries
 from llmbo.report import Report
+from pruning.architecture import Architecture
 
 
 def main() -> None:
     silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    report = Report.model_validate(json.loads((parser.parse_args().run / "report.json").read_text()))
-    config = RunConfig.from_settings(
-        report.run.settings, reference_point=None, dtype=report.run.dtype, device=report.run.device
-    )
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens that both are measured on")
+    arguments = parser.parse_args()
+    report = Report.model_validate(json.loads((arguments.run / "report.json").read_text()))
+    settings = report.run.settings | {"heldout_tokens": arguments.tokens}
+    config = RunConfig.from_settings(settings, reference_point=None, dtype=report.run.dtype, device=report.run.device)
     loaded = load_model(config.model, config.dtype, config.device)
     windows = load_windows(config, loaded)
     with prepared(config, loaded, windows, Quiet()) as problem:
@@ -39,17 +42,18 @@ def main() -> None:
             if uniform[-1]["params_share"] < smallest:
                 break
         uniform.reverse()  # smallest first, as interpolation wants it
+        kept = [Architecture(tuple(p.architecture.kv_groups), tuple(p.architecture.neurons)) for p in report.front]
+        front = [heldout.evaluate(problem.space.encode(architecture)) for architecture in kept]
     shares = np.array([values["params_share"] for values in uniform])
     losses = np.array([values["loss"] for values in uniform])
     print("trial  share   held-out loss   uniform of that size   gain (nats)")
     worse = 0
-    for point in report.front:
-        assert point.heldout is not None, "the run is not finished"
-        share, loss = point.objectives.params_share, point.heldout.loss
+    for point, values in zip(report.front, front, strict=True):
+        share, loss = values["params_share"], values["loss"]
         expected = float(np.interp(share, shares, losses))
-        worse += share <= 0.8 and loss >= expected
+        worse += loss >= expected
         print(f"{point.trial:5}  {share:.3f}  {loss:14.3f}  {expected:21.3f}  {expected - loss:12.3f}")
-    print(f"front points with share <= 0.8 that do not beat uniform width: {worse}")
+    print(f"front points that do not beat uniform width: {worse} of {len(front)}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from pruning.narrowing import narrowing_costs
 from pruning.supernet import Supernet
 
 SCORED_TOKENS = 8192  # of the calibration windows score units; all of them enter the refits, which need more
-ALLOCATION_TOKENS = 2048  # of them price the family's steps; four times as many do it no better
+ALLOCATION_TOKENS = 2048  # of them, at most a quarter, price the family's steps; four times as many do it no better
 # Where the family is corrected, as parts of the way from its smallest member to the dense model: beyond these nothing is gained.
 MOVED = (0.07, 0.23, 0.4)
 SECOND_ORDER = 1.5  # more than 1 allows for what several moves cost together
@@ -197,7 +197,8 @@ def prepared(
             table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
     del statistics
     with Supernet(model, ranking, table) as supernet:
-        some = windows.calibration[: max(1, ALLOCATION_TOKENS // windows.calibration.shape[1])]
+        priced = min(ALLOCATION_TOKENS // windows.calibration.shape[1], len(windows.calibration) // 4)
+        some = windows.calibration[: max(1, priced)]
         with phases.phase("allocation", len(some)) as advance:
             generator = torch.Generator(model.device).manual_seed(config.seed)
             costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)

@@ -8,8 +8,6 @@ measured on more windows than a run judges its front on: near the dense model th
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 
@@ -17,19 +15,23 @@ from experiments.quiet import Quiet
 from llmbo.assemble import load_windows, prepared
 from llmbo.config import RunConfig
 from llmbo.models import load_model, silence_libraries
-from llmbo.report import Report
-from pruning.architecture import Architecture
+from llmbo.rebuilding import architecture_of, find_trial, read_run
 
 
 def main() -> None:
     silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", help="folder of a finished run, or its name below runs/")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens that both are measured on")
     arguments = parser.parse_args()
-    report = Report.model_validate(json.loads((arguments.run / "report.json").read_text()))
-    settings = report.run.settings | {"heldout_tokens": arguments.tokens}
-    config = RunConfig.from_settings(settings, reference_point=None, dtype=report.run.dtype, device=report.run.device)
+    report = read_run(arguments.run)
+    config = RunConfig.from_settings(
+        report.run.settings,
+        reference_point=None,
+        heldout_tokens=arguments.tokens,
+        dtype=report.run.dtype,
+        device=report.run.device,
+    )
     loaded = load_model(config.model, config.dtype, config.device)
     windows = load_windows(config, loaded)
     with prepared(config, loaded, windows, Quiet()) as problem:
@@ -42,7 +44,7 @@ def main() -> None:
             if uniform[-1]["params_share"] < smallest:
                 break
         uniform.reverse()  # smallest first, as interpolation wants it
-        kept = [Architecture(tuple(p.architecture.kv_groups), tuple(p.architecture.neurons)) for p in report.front]
+        kept = [architecture_of(find_trial(report, point.trial)) for point in report.front]
         front = [heldout.evaluate(problem.space.encode(architecture)) for architecture in kept]
     shares = np.array([values["params_share"] for values in uniform])
     losses = np.array([values["loss"] for values in uniform])

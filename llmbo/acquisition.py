@@ -146,14 +146,13 @@ class QNehviProposer:
             costs = -sign * torch.tensor([trial.values[name] for trial in complete], dtype=torch.float64)
             shares, dense = train_Z[:, SHARE], -sign * self.dense[name]
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
-            expected = curve(shares)
-            over_family, off = gains(costs, expected, dense), train_Z[:, OFF_FAMILY]
-            fall = expected_fall(train_Z[:, CHANGE], expected)
             speaks = self.family.expansions is not None and name in OF_EXPANSIONS
-            beta, kappa = prior_weights(fall if speaks else None, off, over_family)
-            train_Y = (over_family - beta * fall + kappa * off).unsqueeze(-1)
+            fall = expected_fall(train_Z[:, CHANGE], curve(shares)) if speaks else None
+            weights = prior_weights(fall, train_Z[:, OFF_FAMILY], gains(costs, curve(shares), dense))
+            expected = _Expected(curve, *weights)
+            train_Y = gains(costs, expected(train_Z), dense).unsqueeze(-1)
             variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
-            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), curve, beta, kappa, dense)
+            return _Measured(fit_surrogate(train_Z, train_Y, self.family.space.d, variance), expected, dense)
 
         beliefs = tuple(
             _Known(self._features.column(objective.name), objective.sign * self._features.dense[objective.name])
@@ -184,19 +183,25 @@ class _Known:
 
 
 @dataclass(frozen=True)
+class _Expected:
+    """Log excess of the family at the points' shares, what its expansions expect, and what points away from it lose beyond that."""
+
+    curve: FamilyCurve
+    beta: float
+    kappa: float
+
+    def __call__(self, Z: Tensor) -> Tensor:
+        family = self.curve(Z[..., SHARE])
+        return family - self.beta * expected_fall(Z[..., CHANGE], family) + self.kappa * Z[..., OFF_FAMILY]
+
+
+@dataclass(frozen=True)
 class _Measured:
     """An objective whose cost (its negative) is log-normal: cost - dense + eps = exp(expected - gain), gain from a GP."""
 
     gp: SingleTaskGP
-    curve: FamilyCurve
-    beta: float
-    kappa: float
+    expected: _Expected
     dense: float
-
-    def expected(self, Z: Tensor) -> Tensor:
-        """Log excess of the family at the points' shares, what its expansions expect, and what points away from it lose beyond that."""
-        family = self.curve(Z[..., SHARE])
-        return family - self.beta * expected_fall(Z[..., CHANGE], family) + self.kappa * Z[..., OFF_FAMILY]
 
     def from_gain(self, gain: Tensor, Z: Tensor) -> Tensor:
         return -quality_from_gain(gain, self.expected(Z).expand_as(gain), self.dense)

@@ -20,7 +20,7 @@ from llmbo.assemble_advisor import Material, build_advised, check_advisor
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.evaluate import ProxyEvaluator, known_values
-from llmbo.expansion import STEPS, best_moves, expansions, moved_family
+from llmbo.expansion import ONE_LEVEL, STEPS, best_moves, expansions, moved_family
 from llmbo.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
 from llmbo.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.models import LoadedModel, load_config, load_model, max_positions
@@ -260,8 +260,7 @@ def with_moves(
             on_window=partial(advance, index * len(windows)),
         )
         first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
-        one_level = [STEPS.index(step) for step in (-1, 1)]
-        moves.append(best_moves(space, x, (first + SECOND_ORDER * second)[:, one_level]))
+        moves.append(best_moves(space, x, (first + SECOND_ORDER * second)[:, ONE_LEVEL]))
         measured.append(first + second)
     return replace(moved_family(family, anchors, moves), expansions=expansions(space, anchors, measured, narrowing))
 

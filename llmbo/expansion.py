@@ -19,6 +19,7 @@ from llmbo.space import SearchSpace
 from pruning.anatomy import BlockKind
 
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor
+ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be moved at once
 NODE_LIMIT = 20_000  # of the search tree; a limit in seconds would make answers depend on the machine
 
 

@@ -92,9 +92,8 @@ class ThresholdFamily:
         """Levels of the family at any share, interpolated between members: `n` -> `n x d`, not rounded."""
         return interpolated(self.shares, self.path, share)
 
-    def expected_change(self, X: Tensor) -> Tensor:
-        """KL expected on top of the family's at equal share, nats: `n x d` levels -> `n`; 0 where nothing is known, and for members."""
-        share = self.space.share(X)
+    def expected_change(self, X: Tensor, share: Tensor) -> Tensor:
+        """KL expected on top of the family's at equal share, nats: `n x d` levels, `n` -> `n`; 0 for members, and if nothing is known."""
         if self.expansions is None:
             return torch.zeros_like(share)
         own = interpolated(self.shares, self._changes, share)

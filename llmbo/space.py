@@ -94,7 +94,7 @@ class SearchSpace:
         widths = self.widths["mlp"]
         return Architecture(tuple(groups), tuple(widths[level] for level in neurons))
 
-    def neighbouring_widths(self, x: tuple[int, ...], steps: Sequence[int] = (-1, 1)) -> dict[BlockKind, Tensor]:
+    def neighbouring_widths(self, x: tuple[int, ...], steps: Sequence[int]) -> dict[BlockKind, Tensor]:
         """Units of every block `steps` levels from its own, as far as there are so many: `num_layers x steps` by kind."""
         levels = torch.tensor(x)[:, None] + torch.tensor(steps)
         groups, neurons = levels.clamp_min(0).minimum(torch.tensor(self.max_levels)[:, None]).split(self.num_layers)

@@ -70,7 +70,7 @@ class Features:
         costs = [self.space.cost(name, X) / dense for name, dense in self.dense.items()]
         share = self.space.share(X)
         off = ((X - self.family.profile(share)) * self._scale).square().sum(-1)
-        columns = (*costs, self.family.expected_change(X), off, share)
+        columns = (*costs, self.family.expected_change(X, share), off, share)
         return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in columns)], dim=-1)
 
     def column(self, cost: str) -> int:

@@ -38,6 +38,7 @@ from pruning.importance import Importance
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
 TEXT_TOKENS = 1200
+FAMILIES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3)]  # as `make_toy` takes them
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,12 @@ def make_toy(make_space: Callable[..., SearchSpace]) -> Callable[..., Toy]:
         return Toy(space, Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1)))
 
     return make
+
+
+@pytest.fixture(params=[(case, seed) for case in FAMILIES for seed in range(2)], ids=str)
+def family(request: pytest.FixtureRequest, make_toy: Callable[..., Any]) -> ThresholdFamily:
+    case, seed = request.param
+    return make_toy(*case, seed=seed).family
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ from llmbo.space import SearchSpace
 from pruning.cost import dense_block_parameters
 from pruning.importance import Importance
 
-CASES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3)]
-
-
-@pytest.fixture(params=[(case, seed) for case in CASES for seed in range(2)], ids=str)
-def family(request: pytest.FixtureRequest, make_toy: Callable[..., Any]) -> ThresholdFamily:
-    case, seed = request.param
-    return make_toy(*case, seed=seed).family
-
 
 def test_every_member_adds_one_level_to_the_one_before(family: ThresholdFamily) -> None:
     steps = family.path[1:] - family.path[:-1]

@@ -108,7 +108,7 @@ def test_neighbouring_widths_are_those_of_a_level_less_and_more(make_space: Call
     space = make_space(neurons=24, neuron_step=10)  # the last step is shorter
     for level in range(space.max_levels[-1] + 1):
         x = (1,) * space.num_layers + (level,) * space.num_layers
-        found = space.neighbouring_widths(x)
+        found = space.neighbouring_widths(x, (-1, 1))
         assert found["attention"].tolist() == [[0, 2]] * space.num_layers
         below, above = (space.widths["mlp"][min(max(at, 0), space.max_levels[-1])] for at in (level - 1, level + 1))
         assert found["mlp"].tolist() == [[below, above]] * space.num_layers

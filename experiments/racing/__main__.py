@@ -2,29 +2,31 @@
 
     python -m experiments.racing --model llama --budget 100 --seeds 5
 
-Both searches of a seed start alike; runs are kept as runs/racing-SEED-on and -off, and are started over. Preparation is not
-counted: it is the same.
+All searches share one prepared model and its windows; both of a seed start alike. Their databases are thrown away.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from experiments.quiet import Quiet
-from llmbo.assemble import assemble
+from llmbo.assemble import Problem, build_proposer, load_windows, prepared
 from llmbo.config import RunConfig
 from llmbo.loop import run_search
-from llmbo.models import silence_libraries
-from llmbo.objectives import outcomes, ref_point
+from llmbo.models import load_model, silence_libraries
+from llmbo.objectives import build_objectives, outcomes, ref_point
 from llmbo.pareto import hypervolume_trace
+from llmbo.racing import RacingEvaluator
+from llmbo.storage import TrialStore
 
 
-class Unwatched(Quiet):
-    """Implements `llmbo.types.Observer` as well."""
+class Unwatched:
+    """Implements `llmbo.types.Observer`."""
 
     def on_trial_start(self, *event: object) -> None: ...
 
@@ -51,16 +53,19 @@ def main() -> None:
     seeds, out = options.pop("seeds"), options.pop("out")
     torch.set_num_threads(options.pop("threads"))
     config = RunConfig(**options)
+    loaded = load_model(config.model, config.dtype, config.device)
     rows = []
-    print("seed  racing  stopped  proxy s   tokens   hypervolume")
-    for seed in range(seeds):
-        for racing in (False, True):
-            row = measure(replace(config, seed=seed, racing=racing, name=f"racing-{seed}-{'on' if racing else 'off'}"))
-            rows.append({"seed": seed, "racing": racing, **row})
-            print(
-                f"{seed:4}  {racing!s:6}  {row['stopped']:7.0f}  {row['seconds']:7.1f}  {row['tokens']:7.0f}  {row['hypervolume']:.4f}",
-                flush=True,
-            )
+    with prepared(config, loaded, load_windows(config, loaded), Quiet()) as problem:
+        print("seed  racing  stopped  proxy s   tokens   hypervolume")
+        for seed in range(seeds):
+            for racing in (False, True):
+                row = measure(problem, replace(config, seed=seed, racing=racing))
+                rows.append({"seed": seed, "racing": racing, **row})
+                print(
+                    f"{seed:4}  {racing!s:6}  {row['stopped']:7.0f}  {row['seconds']:7.1f}  {row['tokens']:7.0f}"
+                    f"  {row['hypervolume']:.4f}",
+                    flush=True,
+                )
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     for name in ("seconds", "tokens"):
         saved = [plain[name] / raced[name] for plain, raced in pairs]
@@ -71,17 +76,22 @@ def main() -> None:
         out.write_text(json.dumps({"settings": config.settings(), "rows": rows}, indent=2) + "\n")
 
 
-def measure(config: RunConfig) -> dict[str, float]:
-    with assemble(config, fresh=True, phases=Unwatched()) as run:
-        run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, Unwatched())
-        complete = [trial for trial in run.store.trials() if trial.complete]
-        whole = run.problem.windows.proxy.numel()
-        return {
-            "stopped": sum(trial.stopped for trial in complete),
-            "seconds": sum(trial.seconds or 0.0 for trial in complete),
-            "tokens": sum(trial.values.get("tokens", whole) for trial in complete),
-            "hypervolume": hypervolume_trace(outcomes(complete, run.objectives), ref_point(run.objectives))[-1],
-        }
+def measure(problem: Problem, config: RunConfig) -> dict[str, float]:
+    """One search from its first proposal to its last evaluation."""
+    objectives = build_objectives(config.objectives, problem.dense, problem.smallest, config.reference_point)
+    with tempfile.TemporaryDirectory() as folder:
+        store = TrialStore.create(f"sqlite:///{folder}/study.db", "racing", problem.space, objectives, config.settings(), {})
+        evaluator = RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
+        proposer = build_proposer(config.strategy, problem, objectives)
+        run_search(proposer, evaluator, store, config.budget, config.batch, config.seed, Unwatched())
+        complete = [trial for trial in store.trials() if trial.complete]
+    whole = problem.windows.proxy.numel()
+    return {
+        "stopped": sum(trial.stopped for trial in complete),
+        "seconds": sum(trial.seconds or 0.0 for trial in complete),
+        "tokens": sum(trial.values.get("tokens", whole) for trial in complete),
+        "hypervolume": hypervolume_trace(outcomes(complete, objectives), ref_point(objectives))[-1],
+    }
 
 
 if __name__ == "__main__":

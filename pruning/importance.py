@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
-from pruning.likelihood import Head, loss_gradient
+from pruning.likelihood import Head, last_hidden, loss_gradient
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
 
@@ -119,7 +119,7 @@ def collect_statistics(
         },
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
-    embeddings, head = model.get_input_embeddings(), Head.of(model)
+    head = Head.of(model)
     scored = len(windows) if scored is None else scored
     with frozen(model), _listening(model, statistics, windows.shape[1]):
         parts = [part.split(batch_size) for part in (windows[:scored], windows[scored:]) if len(part)]
@@ -127,9 +127,7 @@ def collect_statistics(
             backward = statistics.num_windows < scored
             batch = batch.to(device)
             with torch.set_grad_enabled(backward):
-                # The only leaf: gradients reach every z, no weight.
-                inputs = embeddings(batch).detach().requires_grad_(backward)
-                hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+                hidden = last_hidden(model, batch, leaf=backward)
             if backward:
                 hidden.backward(loss_gradient(hidden, head, batch))
                 statistics.num_scored_windows += len(batch)

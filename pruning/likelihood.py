@@ -231,8 +231,14 @@ def window_qualities(
     return WindowQualities(by_window(losses), by_window(kls) if dense else None)
 
 
-def last_hidden(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    return model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
+def last_hidden(model: PreTrainedModel, batch: Tensor, leaf: bool = False) -> Tensor:
+    """What the head reads, `B x T x hidden_size`.
+
+    Args:
+        leaf: Let gradients reach every activation, from the embeddings on: in a frozen model nothing else asks for them.
+    """
+    inputs = model.get_input_embeddings()(batch).detach().requires_grad_(leaf)
+    return model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
 from pruning.importance import frozen
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients
+from pruning.likelihood import DenseDistribution, Head, divergence_gradients, last_hidden
 from pruning.supernet import Supernet
 
 ORDERS = 2  # first and second
@@ -58,7 +58,7 @@ def move_costs(
     widest = Architecture(
         _widest(architecture.kv_groups, moves["attention"]), _widest(architecture.neurons, moves["mlp"])
     )
-    head, embeddings = Head.of(model), model.get_input_embeddings()
+    head = Head.of(model)
     done = 0
     with (
         supernet.active(widest),
@@ -67,9 +67,7 @@ def move_costs(
         _listening(supernet, architecture, widest, moves, costs, windows.shape[1] - 1) as pass_back,
     ):
         for batch in windows.split(batch_size):
-            batch = batch.to(model.device)
-            inputs = embeddings(batch).detach().requires_grad_()
-            hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            hidden = last_hidden(model, batch.to(model.device), leaf=True)
             first, second = divergence_gradients(hidden, head, dense.rows(done, done + len(batch)), generator)
             pass_back(0, hidden, first, retain_graph=True)
             pass_back(1, hidden, second)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pruning.anatomy import Block, BlockKind
 from pruning.importance import frozen
-from pruning.likelihood import Head, loss_gradient
+from pruning.likelihood import Head, last_hidden, loss_gradient
 from pruning.supernet import Supernet
 
 Widths = Mapping[BlockKind, Sequence[int]]
@@ -53,13 +53,12 @@ def narrowing_costs(
         block.kind: torch.zeros(anatomy.num_hidden_layers, len(widths[block.kind]), device=model.device)
         for block in anatomy.blocks
     }
-    embeddings, head = model.get_input_embeddings(), Head.of(model)
+    head = Head.of(model)
     done = 0
     with frozen(model), _listening(supernet, widths, costs, windows.shape[1]), torch.enable_grad():
         for batch in windows.split(batch_size):
             batch = batch.to(model.device)
-            inputs = embeddings(batch).detach().requires_grad_()
-            hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            hidden = last_hidden(model, batch, leaf=True)
             hidden.backward(loss_gradient(hidden, head, batch, generator))
             done += len(batch)
             if on_window:

@@ -80,7 +80,9 @@ def measure(problem: Problem, config: RunConfig) -> dict[str, float]:
     """One search from its first proposal to its last evaluation."""
     objectives = build_objectives(config.objectives, problem.dense, problem.smallest, config.reference_point)
     with tempfile.TemporaryDirectory() as folder:
-        store = TrialStore.create(f"sqlite:///{folder}/study.db", "racing", problem.space, objectives, config.settings(), {})
+        store = TrialStore.create(
+            f"sqlite:///{folder}/study.db", "racing", problem.space, objectives, config.settings(), {}
+        )
         evaluator = RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
         proposer = build_proposer(config.strategy, problem, objectives)
         run_search(proposer, evaluator, store, config.budget, config.batch, config.seed, Unwatched())

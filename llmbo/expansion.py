@@ -10,17 +10,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmbo.family import Expansions, ThresholdFamily, interpolated
+from llmbo.knapsack import cheapest
 from llmbo.space import SearchSpace
 from pruning.anatomy import BlockKind
 
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor
 ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be moved at once
-NODE_LIMIT = 20_000  # of the search tree; a limit in seconds would make answers depend on the machine
 
 
 def moved_family(
@@ -48,7 +47,7 @@ def moved_family(
 
 
 def best_moves(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
-    """Which blocks should give a level to which at no larger size: `d` of -1, 0 and 1, an exact knapsack by HiGHS.
+    """Which blocks should give a level to which at no larger size: `d` of -1, 0 and 1.
 
     Args:
         costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.moves`).
@@ -59,19 +58,8 @@ def best_moves(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
     possible = (levels >= 0) & (levels <= space.bounds[1][:, None])
     rows = [here.repeat(space.d, 1).diagonal_scatter(column.clamp(*space.bounds)) for column in levels.T]
     sizes = torch.stack([space.share(row) for row in rows], dim=1) - space.share(here[None])
-    answer = milp(
-        torch.where(possible, changes, 0.0).flatten().numpy(),
-        integrality=np.ones(3 * space.d),
-        bounds=Bounds(0, possible.double().flatten().numpy()),
-        constraints=[
-            LinearConstraint(np.kron(np.eye(space.d), np.ones(3)), 1, 1),
-            LinearConstraint(sizes.flatten().numpy()[None], -np.inf, 0),
-        ],
-        options={"node_limit": NODE_LIMIT, "mip_rel_gap": 1e-3},
-    )
-    if answer.x is None:
-        return torch.zeros(space.d, dtype=torch.float64)
-    return steps[torch.from_numpy(answer.x).view(space.d, 3).argmax(-1)]
+    chosen = cheapest(list(changes.where(possible, np.inf).numpy()), list(sizes.numpy()), -np.inf, 0.0)
+    return torch.zeros(space.d, dtype=torch.float64) if chosen is None else steps[chosen]
 
 
 def expansions(

@@ -20,7 +20,7 @@ ORDER = {
     ),
     "llmbo": (
         "__init__", "errors", "types", "objectives", "advisor", "advisor.spec", "advisor.parts", "config", "models",
-        "space", "family", "expansion", "gain", "pareto", "surrogate", "threads", "baselines.designs", "baselines",
+        "space", "family", "knapsack", "expansion", "gain", "pareto", "surrogate", "threads", "baselines.designs", "baselines",
         "baselines.local_search", "baselines.nsga2", "baselines.knapsack", "baselines.optuna_samplers",
         "baselines.plain_botorch", "energy", "hardware", "acquisition", "evaluate", "racing",
         "advisor.context", "advisor.replies", "advisor.roles", "advisor.parse", "advisor.render", "advisor.client",

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from llmbo.baselines.designs import fresh, van_der_corput
 from llmbo.errors import ConfigError
-from llmbo.expansion import NODE_LIMIT
+from llmbo.knapsack import cheapest
 from llmbo.objectives import Objective
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial
@@ -114,28 +114,17 @@ class KnapsackProposer:
     def _solve(
         self, scores: list[np.ndarray], costs: list[np.ndarray], seen: list[tuple[int, ...]], budget: float
     ) -> tuple[int, ...] | None:
-        sizes = [len(score) for score in scores]
-        starts = np.cumsum([0, *sizes[:-1]])
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        one_level = (owner == np.arange(len(sizes))[:, None]).astype(float)
-        taken = np.zeros((len(seen), len(owner)))
+        starts = np.cumsum([0, *map(len, scores[:-1])])
+        taken = np.zeros((len(seen), sum(map(len, scores))))
         for row, x in zip(taken, seen, strict=True):
             row[starts + np.array(x)] = 1
-        attention = np.concatenate([np.arange(size) > 0 for size in sizes]) & (owner < self.space.num_layers)
-        answer = milp(
-            np.concatenate(scores),
-            integrality=np.ones(len(owner)),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_level, 1, 1),
-                LinearConstraint(np.concatenate(costs)[None], self.space.min_share, budget),
-                LinearConstraint(taken, -np.inf, len(sizes) - 1),
-                LinearConstraint(attention[None].astype(float), 1, np.inf),
-            ],
-            options={"node_limit": NODE_LIMIT, "mip_rel_gap": 1e-3},
-        )
-        if answer.x is None:
+        attention = [(np.arange(len(s)) > 0) & (block < self.space.num_layers) for block, s in enumerate(scores)]
+        also = [
+            LinearConstraint(taken, -np.inf, len(scores) - 1),
+            LinearConstraint(np.concatenate(attention)[None].astype(float), 1, np.inf),
+        ]
+        x = tuple(cheapest(scores, costs, self.space.min_share, budget, also) or ())
+        if not x:
             return None
-        x = tuple(int(choice.argmax()) for choice in np.split(answer.x, starts[1:]))
         legal = bool(self.space.legal(torch.tensor([x], dtype=torch.float64)))
         return x if legal and x not in seen else None

@@ -3,20 +3,22 @@
     python -m experiments.proposal_time
 
 No model is loaded: the space is that of SmolLM2-135M (60 dimensions) and of a decoder with 80 layers (160), and a smooth function
-stands for the measurements, since only their number matters here. `d=160 kl,params_share,kv_bytes` has three objectives.
+stands for the measurements and the expansions behind the prior mean, since only their number matters here.
+`kl,params_share,kv_bytes` has three objectives.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmbo.acquisition import QNehviProposer, candidate_pool
 from llmbo.evaluate import known_values
-from llmbo.family import ThresholdFamily
+from llmbo.family import Expansions, ThresholdFamily
 from llmbo.objectives import build_objectives
 from llmbo.space import SearchSpace
 from llmbo.types import Proposal, Trial, TrialState
@@ -34,7 +36,7 @@ SHAPES = {
 
 
 def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
-    """A space and a family of random scores; no weight is allocated."""
+    """A space and a family of random scores, with expansions at four members; no weight is allocated."""
     with torch.device("meta"):
         anatomy = anatomy_of(AutoModelForCausalLM.from_config(config))
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +49,14 @@ def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
     groups, neurons = scores(anatomy.num_key_value_heads, per_group), scores(anatomy.intermediate_size, 1.0)
     importance = Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1))
     space = SearchSpace(anatomy)
-    return space, ThresholdFamily.from_importance(space, importance)
+    family = ThresholdFamily.from_importance(space, importance)
+    members = torch.tensor([family.at(share) for share in (0.45, 0.55, 0.65, 1.0)], dtype=torch.float64)
+    levels = torch.arange(int(space.bounds[1].max()) + 1, dtype=torch.float64)
+    missing = (1 - levels / space.bounds[1][:, None]).clamp_min(0).square() * torch.rand(
+        space.d, 1, generator=generator
+    )
+    own = missing.expand(len(members), -1, -1).gather(-1, members.long()[..., None])
+    return space, replace(family, expansions=Expansions(space.share(members), 0.1 * (missing - own)))
 
 
 def observed(family: ThresholdFamily, n: int) -> tuple[list[Trial], dict[str, float]]:

@@ -31,7 +31,7 @@ from llmbo.pareto import pareto_front
 from llmbo.space import SearchSpace
 from llmbo.surrogate import (
     CHANGE,
-    ROUGHNESS,
+    OFF_FAMILY,
     SHARE,
     Features,
     expected_fall,
@@ -148,7 +148,7 @@ class QNehviProposer:
             curve = FamilyCurve.through(shares[family], costs[family] - dense)
             speaks = self.family.expansions is not None and name in OF_EXPANSIONS
             fall = expected_fall(train_Z[:, CHANGE], curve(shares)) if speaks else None
-            weights = prior_weights(fall, train_Z[:, ROUGHNESS], gains(costs, curve(shares), dense))
+            weights = prior_weights(fall, train_Z[:, OFF_FAMILY], gains(costs, curve(shares), dense))
             expected = _Expected(curve, *weights)
             train_Y = gains(costs, expected(train_Z), dense).unsqueeze(-1)
             variance = (errors / ((costs - dense).clamp_min(0) + EPSILON)) ** 2 if errors.any() else None
@@ -192,7 +192,7 @@ class _Expected:
 
     def __call__(self, Z: Tensor) -> Tensor:
         family = self.curve(Z[..., SHARE])
-        return family - self.beta * expected_fall(Z[..., CHANGE], family) + self.kappa * Z[..., ROUGHNESS]
+        return family - self.beta * expected_fall(Z[..., CHANGE], family) + self.kappa * Z[..., OFF_FAMILY]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ Size explains nearly all of v, and the family already says how. So the GP learns
     gain(x) = log (F(share) + eps) + beta c(x) + kappa r(x) - log (v - v0 + eps)
 
     c(x) = log (1 + D(x) / (F(share) + eps))        D: what the family's expansions expect on top of it (`llmbo.expansion`), nats
-    r(x) = |e - S e|^2,  e = z(x) - z(family at share)     S: every layer with half of either neighbour, attention and MLPs apart
+    r(x) = |e - S e|^2,  e = z(x) - z(family at share)     S: every layer with half of either neighbour, attention and MLPs apart,
+                                                           or 0 where no c tells directions apart
 
 over the features
 
@@ -20,8 +21,8 @@ relevance determination (0.71), and deviations from the family smoothed along de
 
 The gain is 0 on the family, and 0 on average off it: c says what derivatives at pruned members let expect, and beyond that what
 leaves the family unevenly along depth loses. beta and kappa say how much, and are regressed on what was measured. Without
-kappa a search spends its first thirty evaluations on finding out. With a loss of all distance, |e|^2 instead of r, it
-stays near the family though better models lie farther away: of five searches of 200 evaluations only one came loose.
+kappa a search spends its first thirty evaluations on finding out. If all distance counted beside c, the search
+would stay near the family though better models lie farther away: of five such searches of 200 evaluations only one came loose.
 Among 2,266 measured architectures of SmolLM2 c alone ranks gains with Spearman 0.75.
 """
 
@@ -47,11 +48,11 @@ from llmbo.gain import EPSILON
 
 # feature columns that the GP does not look at, beside other costs
 SHARE = -1  # parameter share
-ROUGHNESS = -2  # r(x)
+OFF_FAMILY = -2  # r(x)
 CHANGE = -3  # KL expected on top of the family's at equal share
 
-LOSS_ROUGH = 0.2  # prior kappa
-BEYOND_EXPECTED = 0.04  # prior kappa where D says a part of it
+LOSS_OFF_FAMILY = 0.08  # prior kappa without c; SmolLM2: 0.04-0.06 of structured changes, 0.11 of random vectors
+BEYOND_EXPECTED = 0.04  # prior kappa with it
 RIDGE = (0.01, 1.0)  # sums of squared c and r that the priors of beta and kappa are worth
 LARGEST_FALL = 0.3  # of the excess, to which expansions may let it fall: they are good for small steps only
 
@@ -73,7 +74,8 @@ class Features:
         costs = [self.space.cost(name, X) / dense for name, dense in self.dense.items()]
         share = self.space.share(X)
         away = (X - self.family.profile(share)) * self._scale
-        columns = (*costs, self.family.expected_change(X, share), _roughness(away), share)
+        off = away if self.family.expansions is None else _uneven(away)
+        columns = (*costs, self.family.expected_change(X, share), off.square().sum(-1), share)
         return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in columns)], dim=-1)
 
     def column(self, cost: str) -> int:
@@ -81,12 +83,12 @@ class Features:
         return self.space.d + list(self.dense).index(cost)
 
 
-def _roughness(away: Tensor) -> Tensor:
-    """Of `n x d` deviations, a value for each layer's attention and then for each MLP: what their neighbours do not share, `n`."""
+def _uneven(away: Tensor) -> Tensor:
+    """e - S e of `n x d` deviations, a value for each layer's attention and then for each MLP: what neighbours do not share."""
     profiles = away.unflatten(-1, (2, -1))
     padded = F.pad(profiles, (1, 1), mode="replicate")
     smooth = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
-    return (profiles - smooth).square().sum((-1, -2))
+    return (profiles - smooth).flatten(-2)
 
 
 def gains(values: Tensor, expected: Tensor, dense: float) -> Tensor:
@@ -104,17 +106,17 @@ def expected_fall(change: Tensor, log_excess: Tensor) -> Tensor:
     return -torch.log((1 + change / log_excess.exp()).clamp_min(LARGEST_FALL))
 
 
-def prior_weights(fall: Tensor | None, rough: Tensor, gain: Tensor) -> tuple[float, float]:
+def prior_weights(fall: Tensor | None, off: Tensor, gain: Tensor) -> tuple[float, float]:
     """beta and kappa: ridge regression towards their priors, since the first proposals are made before anything off the family is measured.
 
     Args:
         fall: `n` gains that the expansions let expect; None where there are none, and beta is 0.
-        rough: `n` values of r.
+        off: `n` values of r.
         gain: `n` gains over the family at equal share.
     """
-    prior = torch.tensor([0.0, LOSS_ROUGH] if fall is None else [1.0, BEYOND_EXPECTED], dtype=torch.float64)
+    prior = torch.tensor([0.0, LOSS_OFF_FAMILY] if fall is None else [1.0, BEYOND_EXPECTED], dtype=torch.float64)
     ridge = torch.tensor(RIDGE, dtype=torch.float64)
-    A = torch.stack([torch.zeros_like(rough) if fall is None else fall, -rough], dim=-1)
+    A = torch.stack([torch.zeros_like(off) if fall is None else fall, -off], dim=-1)
     found = torch.linalg.solve(A.T @ A + ridge.diag(), A.T @ gain + ridge * prior).clamp_min(0)
     return float(found[0]), float(found[1])
 

@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from llmbo.family import Expansions
 from llmbo.gain import FamilyCurve
 from llmbo.surrogate import (
     BEYOND_EXPECTED,
     LARGEST_FALL,
-    LOSS_ROUGH,
-    ROUGHNESS,
+    LOSS_OFF_FAMILY,
+    OFF_FAMILY,
     SHARE,
     Features,
-    _roughness,
+    _uneven,
     expected_fall,
     fit_surrogate,
     gains,
@@ -92,38 +94,40 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     torch.testing.assert_close(Z[:, : toy.space.d], X / X[0] * weights, rtol=1e-9, atol=1e-12)
 
 
-def test_members_are_not_rough_and_what_is_is_expected_to_lose(toy: Any, is_member: Callable[..., bool]) -> None:
+def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
+    toy: Any, is_member: Callable[..., bool]
+) -> None:
     members = toy.family.path[::4]
-    points = [x for x in toy.random_points(400, 2) if not is_member(toy.family, x)]
+    points = [x for x in toy.random_points(40, 2) if not is_member(toy.family, x)]
     others = torch.tensor(points, dtype=torch.float64)
     features = Features(toy.family)
     Z = features(torch.cat([members, others]))
-    rough = Z[:, ROUGHNESS]
-    torch.testing.assert_close(rough[: len(members)], torch.zeros(len(members), dtype=torch.float64))
-    assert (rough[len(members) :] > 0).all()
+    off = Z[:, OFF_FAMILY]
+    torch.testing.assert_close(off[: len(members)], torch.zeros(len(members), dtype=torch.float64))
+    assert (off[len(members) :] > 0).all()
 
     curve = FamilyCurve.through(Z[: len(members), SHARE], torch.linspace(1, 0, len(members), dtype=torch.float64))
     at = curve(Z[:, SHARE])
-    for kappa in (0.0, 0.03, 0.5):  # what is lost is found again, once enough is measured
-        values = quality_from_gain(-kappa * rough, at, 0.0)
-        assert prior_weights(None, rough, gains(values, at, 0.0)) == (0, pytest.approx(kappa, abs=0.01))
+    for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
+        values = quality_from_gain(-kappa * off, at, 0.0)
+        assert prior_weights(None, off, gains(values, at, 0.0)) == (0, pytest.approx(kappa, abs=0.01))
     first = slice(len(members))
-    assert prior_weights(None, rough[first], gains(values, at, 0.0)[first]) == (0, pytest.approx(LOSS_ROUGH))
+    assert prior_weights(None, off[first], gains(values, at, 0.0)[first]) == (0, pytest.approx(LOSS_OFF_FAMILY))
 
 
 def test_what_expansions_are_worth_is_found_again() -> None:
     """And nobody believes them blindly where little is measured."""
     generator = torch.Generator().manual_seed(0)
     fall = 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)
-    rough = torch.rand(60, generator=generator, dtype=torch.float64)
+    off = torch.rand(60, generator=generator, dtype=torch.float64)
     for beta, kappa in ((0.0, 0.1), (0.5, 0.0), (1.5, 0.02)):
-        gain = beta * fall - kappa * rough
-        assert prior_weights(fall, rough, gain) == pytest.approx((beta, kappa), abs=0.05)
-        before, after = prior_weights(fall[:1], rough[:1], gain[:1])[0], prior_weights(fall, rough, gain)[0]
+        gain = beta * fall - kappa * off
+        assert prior_weights(fall, off, gain) == pytest.approx((beta, kappa), abs=0.05)
+        before, after = prior_weights(fall[:1], off[:1], gain[:1])[0], prior_weights(fall, off, gain)[0]
         assert abs(before - 1) <= abs(after - 1) + 1e-9
     nothing_yet = torch.zeros(12, dtype=torch.float64)  # all members of the family
     assert prior_weights(nothing_yet, nothing_yet, nothing_yet) == pytest.approx((1.0, BEYOND_EXPECTED))
-    assert prior_weights(fall, rough, -fall)[0] == 0  # not even when they are wrong throughout
+    assert prior_weights(fall, off, -fall)[0] == 0  # not even when they are wrong throughout
 
 
 def test_an_expected_fall_is_the_logarithm_of_what_is_left() -> None:
@@ -167,13 +171,18 @@ def test_the_gp_does_not_look_at_costs(toy: Any) -> None:
         torch.testing.assert_close(gp.posterior(moved).mean, gp.posterior(Z).mean, rtol=0, atol=0)
 
 
-def test_what_neighbours_share_is_not_rough(toy: Any) -> None:
-    """A step of the same weight in all layers costs nothing; in one layer it does, and twice the step four times as much."""
-    features = Features(toy.family)
+def test_where_directions_are_priced_only_what_neighbours_do_not_share_counts(toy: Any) -> None:
+    """A step of all layers alike is free, one of a single layer is not, and twice the step costs four times as much."""
+    no_changes = torch.zeros(1, toy.space.d, int(toy.space.bounds[1].max()) + 1, dtype=torch.float64)
+    known = replace(toy.family, expansions=Expansions(torch.ones(1, dtype=torch.float64), no_changes))
+    X = torch.tensor(toy.random_points(40, 2), dtype=torch.float64)
+    all_of_it, uneven = Features(toy.family)(X)[:, OFF_FAMILY], Features(known)(X)[:, OFF_FAMILY]
+    assert (uneven <= all_of_it).all() and (uneven < all_of_it).any()
+    assert Features(known)(toy.family.path)[:, OFF_FAMILY].abs().max() < 1e-12
+
     even, single = torch.zeros(2, toy.space.d, dtype=torch.float64)
     even[: toy.space.num_layers] = 0.3
     single[0] = 0.3
-    assert _roughness(torch.stack([even, single, 2 * single, -even])).tolist() == pytest.approx(
-        [0, expected := float(_roughness(single[None])), 4 * expected, 0]
-    )
-    assert expected > 0 and features(toy.family.path)[:, ROUGHNESS].abs().max() < 1e-12
+    assert not _uneven(even[None]).any()
+    assert float(_uneven(2 * single[None]).square().sum()) == pytest.approx(4 * float(_uneven(single).square().sum()))
+    assert _uneven(single).any()

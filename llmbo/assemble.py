@@ -121,6 +121,13 @@ def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective,
     return strategy_of(strategy).build(strategy, problem, objectives, {})
 
 
+def evaluator_of(
+    config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], store: TrialStore
+) -> Evaluator:
+    """The proxy, as it is or with races against the trials in `store`."""
+    return RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
+
+
 def proposer_of(
     config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, ledger: Ledger
 ) -> Proposer:
@@ -350,7 +357,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             )
             ledger = Ledger(store, folder / FILE)
             proposer = proposer_of(config, problem, objectives, loaded, ledger)
-            evaluator = RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
+            evaluator = evaluator_of(config, problem, objectives, store)
             yield Run(config, folder, problem, objectives, proposer, evaluator, store, ledger)
 
 

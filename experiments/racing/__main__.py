@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from experiments.quiet import Quiet
-from llmbo.assemble import Problem, build_proposer, load_windows, prepared
+from llmbo.assemble import Problem, build_proposer, evaluator_of, load_windows, prepared
 from llmbo.config import RunConfig
 from llmbo.loop import run_search
 from llmbo.models import load_model, silence_libraries
 from llmbo.objectives import build_objectives, outcomes, ref_point
 from llmbo.pareto import hypervolume_trace
-from llmbo.racing import RacingEvaluator
 from llmbo.storage import TrialStore
 
 
@@ -83,7 +82,7 @@ def measure(problem: Problem, config: RunConfig) -> dict[str, float]:
         store = TrialStore.create(
             f"sqlite:///{folder}/study.db", "racing", problem.space, objectives, config.settings(), {}
         )
-        evaluator = RacingEvaluator(problem.proxy, objectives, store.trials) if config.racing else problem.proxy
+        evaluator = evaluator_of(config, problem, objectives, store)
         proposer = build_proposer(config.strategy, problem, objectives)
         run_search(proposer, evaluator, store, config.budget, config.batch, config.seed, Unwatched())
         complete = [trial for trial in store.trials() if trial.complete]

@@ -1,0 +1,96 @@
+"""A run of the first version opens for ever: its report, its database, its recorded advice, and the run itself, continued and exported.
+
+`data/first_version` was written by `llmbo optimize --model model --name tiny …` (`FLAGS`, budget 18) before the house was
+ordered. It is never written anew: what changes must still read it, or refuse it in one line and raise `schema_version`.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from llmbo.cli import app
+
+OLD = Path(__file__).parent / "data" / "first_version"
+FLAGS = (
+    "--model model --text text:words.txt --window 16 --calibration-tokens 128 --proxy-tokens 64 --heldout-tokens 64 "
+    "--dtype float32 --device cpu"
+).split()
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """`llmbo WORDS` in a copy of the old run's working directory."""
+    shutil.copytree(OLD, tmp_path / "old")
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.chdir(tmp_path / "old"):
+        yield lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+    signal.signal(signal.SIGTERM, before)
+
+
+def report(folder: Path = OLD) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "tiny" / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_old_run_holds_every_kind_of_trial() -> None:
+    """Or the tests below would prove little."""
+    origins = {trial["origin"] for trial in report()["trials"]}
+    assert origins == {"threshold", "advisor:warm_start", "qnehvi"} and report()["run"]["status"] == "complete"
+
+
+@pytest.mark.parametrize(("format", "part"), [("html", "<html"), ("csv", "advisor:warm_start"), ("md", "| trial |")])
+def test_its_report_is_rendered(run: Run, format: str, part: str) -> None:
+    done = run("report", "tiny", "--format", format, "--out", "out.txt")
+    assert done.exit_code == 0, done.output
+    assert part in Path("out.txt").read_text(encoding="utf-8")
+
+
+def test_its_study_opens_in_optuna(run: Run) -> None:
+    study = optuna.load_study(study_name="tiny", storage="sqlite:///runs/tiny/study.db")
+    assert [trial.values for trial in study.trials] == [
+        [trial["objectives"][name] for name in ("kl", "params_share")] for trial in report()["trials"]
+    ]
+
+
+def test_it_is_followed_to_its_end(run: Run) -> None:
+    done = run("watch", "tiny")
+    assert done.exit_code == 0 and "trial 18/18" in done.output and "is complete" in done.output
+
+
+def test_it_goes_on_and_keeps_what_it_has(run: Run) -> None:
+    done = run("optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic")
+    assert done.exit_code == 0, done.output
+    old, new = report(), report(Path())
+    assert len(new["trials"]) == 20 and new["trials"][:18] == old["trials"]
+    before, after = ({point["trial"]: point["heldout"] for point in part["front"]} for part in (old, new))
+    assert before.keys() & after.keys() and all(
+        before[number] == after[number] for number in before.keys() & after.keys()
+    )
+
+
+def test_a_changed_setting_is_refused_by_name(run: Run) -> None:
+    done = run("optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic", "--seed", 1)
+    assert done.exit_code == 2 and "seed: 0 -> 1" in done.output
+
+
+def test_its_advice_is_replayed(run: Run) -> None:
+    done = run("optimize", *FLAGS, "--name", "other", "--budget", 12, "--advisor", "replay:runs/tiny/advisor.jsonl")
+    assert done.exit_code == 0, done.output
+    trials = json.loads(Path("runs/other/report.json").read_text(encoding="utf-8"))["trials"]
+    assert [trial["architecture"] for trial in trials] == [trial["architecture"] for trial in report()["trials"][:12]]
+
+
+def test_a_trial_of_it_is_exported(run: Run) -> None:
+    done = run("export", "tiny", "--trial", 3, "--format", "hf", "--out", "small")
+    assert done.exit_code == 0, done.output
+    details = json.loads(Path("small/llmbo.json").read_text(encoding="utf-8"))
+    assert details["architecture"] == report()["trials"][3]["architecture"]

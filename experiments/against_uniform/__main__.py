@@ -12,10 +12,10 @@ import argparse
 import numpy as np
 
 from experiments.quiet import Quiet
-from llmbo.assemble import load_windows, prepared
 from llmbo.config import RunConfig
-from llmbo.models import load_model, silence_libraries
-from llmbo.rebuilding import architecture_of, find_trial, read_run
+from llmbo.models.loading import load_model, silence_libraries
+from llmbo.run.assemble import load_windows, prepared
+from llmbo.run.rebuild import architecture_of, find_trial, read_run
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m experiments.allocation experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt
 
-The families are those of `llmbo.assemble.Problem`: the default one, the same before widths were moved between blocks, Fisher
+The families are those of `llmbo.run.assemble.Problem`: the default one, the same before widths were moved between blocks, Fisher
 scores, and Taylor scores as in LLM-Pruner (arXiv:2305.11627); with and without compensation, on the config's held-out windows.
 """
 
@@ -14,7 +14,7 @@ from experiments.quiet import Quiet
 from llmbo.comparison.config import read_config
 from llmbo.comparison.problems import opened
 from llmbo.comparison.store import EvaluationStore
-from llmbo.models import silence_libraries
+from llmbo.models.loading import silence_libraries
 
 SHARES = (0.45, 0.55, 0.65, 0.75, 0.85)
 FAMILIES = ("family", "threshold_family", "fisher_family", "taylor_family")

@@ -22,8 +22,8 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel
 
-from llmbo.models import DTYPES, load_model, silence_libraries
-from llmbo.rebuilding import read_run
+from llmbo.models.loading import DTYPES, load_model, silence_libraries
+from llmbo.run.rebuild import read_run
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of

@@ -16,11 +16,11 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmbo.acquisition import QNehviProposer, candidate_pool
-from llmbo.evaluate import known_values
-from llmbo.family import Expansions, ThresholdFamily
-from llmbo.objectives import build_objectives
-from llmbo.space import SearchSpace
+from llmbo.problem.family import Expansions, ThresholdFamily
+from llmbo.problem.objectives import build_objectives
+from llmbo.problem.proxy import known_values
+from llmbo.problem.space import SearchSpace
+from llmbo.search.acquisition import QNehviProposer, candidate_pool
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.anatomy import anatomy_of
 from pruning.importance import Importance

@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llmbo.assemble import ranked
-from llmbo.family import ThresholdFamily
-from llmbo.models import load_model, silence_libraries
-from llmbo.space import SearchSpace
+from llmbo.models.loading import load_model, silence_libraries
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.space import SearchSpace
+from llmbo.run.assemble import ranked
 from pruning.anatomy import BLOCK_KINDS, Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from experiments.quiet import Quiet
-from llmbo.assemble import Problem, build_proposer, evaluator_of, load_windows, prepared
 from llmbo.config import RunConfig
-from llmbo.loop import run_search
-from llmbo.models import load_model, silence_libraries
-from llmbo.objectives import build_objectives, outcomes, ref_point
-from llmbo.pareto import hypervolume_trace
-from llmbo.storage import TrialStore
+from llmbo.models.loading import load_model, silence_libraries
+from llmbo.problem.objectives import build_objectives, outcomes, ref_point
+from llmbo.run.assemble import Problem, build_proposer, evaluator_of, load_windows, prepared
+from llmbo.run.store import TrialStore
+from llmbo.search.loop import run_search
+from llmbo.search.pareto import hypervolume_trace
 
 
 class Unwatched:

@@ -22,7 +22,7 @@ from llmbo.comparison.config import read_config
 from llmbo.comparison.problems import OpenProblem, opened
 from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fitted_theta
 from llmbo.comparison.store import EvaluationStore
-from llmbo.models import load_config, silence_libraries
+from llmbo.models.loading import load_config, silence_libraries
 
 FOLDS = 8
 FRONT = 1.25  # times the KL of the measured threshold families

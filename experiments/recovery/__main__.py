@@ -17,9 +17,9 @@ from typing import Any
 
 from experiments.quiet import Quiet
 from experiments.recovery.cut import main as cut
-from llmbo.models import silence_libraries
-from llmbo.recovery import Outcome, Task, recover
-from llmbo.training import Plan, Progress
+from llmbo.models.loading import silence_libraries
+from llmbo.training.recovery import Outcome, Task, recover
+from llmbo.training.trainer import Plan, Progress
 
 METHODS: dict[str, dict[str, Any]] = {
     "all weights": {},

@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from llmbo.family import ThresholdFamily
-from llmbo.models import load_model
-from llmbo.space import SearchSpace
+from llmbo.models.loading import load_model
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
 from pruning.calibration import cut_windows, read_text
 from pruning.compensation import CompensationTable

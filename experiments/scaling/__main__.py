@@ -10,8 +10,8 @@ measures as the share of the floor.
 import argparse
 from dataclasses import dataclass
 
-from llmbo.assemble import ALLOCATION_TOKENS, MOVED, SCORED_TOKENS
-from llmbo.space import HARDWARE_MULTIPLE, NEURON_LEVELS
+from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS
+from llmbo.run.assemble import ALLOCATION_TOKENS, MOVED, SCORED_TOKENS
 from pruning.anatomy import BlockKind, Sizes
 from pruning.compensation import factor_values, solved_values
 

@@ -9,11 +9,11 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from llmbo.family import ThresholdFamily
-from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, outcomes
-from llmbo.pareto import pareto_front
-from llmbo.space import SearchSpace
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.objectives import Objective, outcomes
+from llmbo.problem.space import SearchSpace
+from llmbo.search.gain import trial_gains
+from llmbo.search.pareto import pareto_front
 from llmbo.types import Trial
 from pruning.anatomy import BlockKind
 

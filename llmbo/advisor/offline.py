@@ -13,7 +13,7 @@ from llmbo.advisor.context import Context, deviation, share_of
 from llmbo.advisor.parse import judge
 from llmbo.advisor.replies import FORMATS
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
-from llmbo.baselines import ThresholdProposer
+from llmbo.search.baselines import ThresholdProposer
 
 Reply = dict[str, Any]
 MAX_SHARE = 0.95  # larger models differ too little from the dense one to tell anything

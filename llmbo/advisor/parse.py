@@ -12,7 +12,7 @@ from torch import Tensor
 from llmbo.advisor.context import share_of
 from llmbo.advisor.replies import FORMATS, MAX_TEXT, DecisionPart, DirectionPart, EditPart, ProposalPart, RejectionKind
 from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
-from llmbo.family import ThresholdFamily
+from llmbo.problem.family import ThresholdFamily
 from llmbo.types import Direction
 
 MAX_REPLY = 64_000  # characters; far more than any useful reply

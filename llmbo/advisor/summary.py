@@ -17,9 +17,9 @@ from llmbo.advisor.parts import (
     RefusalPart,
 )
 from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
-from llmbo.gain import trial_gains
-from llmbo.objectives import Objective, outcomes, ref_point
-from llmbo.pareto import hypervolume_trace
+from llmbo.problem.objectives import Objective, outcomes, ref_point
+from llmbo.search.gain import trial_gains
+from llmbo.search.pareto import hypervolume_trace
 from llmbo.types import Trial
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from llmbo.advisor.spec import HOOKS
 from llmbo.cli.common import one_line_errors
+from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError, unknown
 
 
@@ -30,10 +30,10 @@ def advise(
             raise ConfigError("--hook filter reviews a round's candidates, which only a run makes: use another hook.")
         from rich.console import Console
 
-        from llmbo.advise import COUNT, reopened, shown_answer, shown_prompt, stored_config
-        from llmbo.assemble_advisor import check_advisor
-        from llmbo.models import silence_libraries
-        from llmbo.progress import Display
+        from llmbo.advisor.assemble import check_advisor
+        from llmbo.display.progress import Display
+        from llmbo.models.loading import silence_libraries
+        from llmbo.run.preview import COUNT, reopened, shown_answer, shown_prompt, stored_config
 
         silence_libraries()
         config, facts, url = stored_config(run, storage, advisor)

@@ -8,7 +8,7 @@ import typer
 from llmbo.cli.common import one_line_errors, split_list
 
 if TYPE_CHECKING:
-    from llmbo.evaluation import Result
+    from llmbo.evaluation.table import Result
 
 
 def evaluate(
@@ -41,9 +41,9 @@ def evaluate(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. Models that were finished are in the --json file."):
-        from llmbo.evaluation import Settings, compare, table
-        from llmbo.models import silence_libraries
-        from llmbo.progress import Display
+        from llmbo.display.progress import Display
+        from llmbo.evaluation.table import Settings, compare, table
+        from llmbo.models.loading import silence_libraries
 
         silence_libraries()
         asked = split_list(tasks)

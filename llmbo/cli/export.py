@@ -34,10 +34,10 @@ def export(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. Nothing was left in the output folder."):
-        from llmbo.exporting import export as carry_out
-        from llmbo.exporting import place_order
-        from llmbo.models import silence_libraries
-        from llmbo.progress import Display
+        from llmbo.deploy.export import export as carry_out
+        from llmbo.deploy.export import place_order
+        from llmbo.display.progress import Display
+        from llmbo.models.loading import silence_libraries
 
         silence_libraries()
         order = place_order(run, trial, format, dtype, out, max_shard_size)

@@ -10,8 +10,8 @@ from llmbo.cli.common import numbers, one_line_errors, split_list
 from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmbo.assemble import Run
-    from llmbo.progress import Display
+    from llmbo.display.progress import Display
+    from llmbo.run.assemble import Run
 
 
 def optimize(
@@ -164,10 +164,10 @@ def _tied(strategy: str) -> str:
 def _optimize(config: Any, fresh: bool, show: str) -> None:
     from rich.console import Console
 
-    from llmbo.assemble import assemble
-    from llmbo.loop import run_search
-    from llmbo.models import silence_libraries
-    from llmbo.progress import advice_line, build_display, summary
+    from llmbo.display.progress import advice_line, build_display, summary
+    from llmbo.models.loading import silence_libraries
+    from llmbo.run.assemble import assemble
+    from llmbo.search.loop import run_search
 
     silence_libraries()
 
@@ -214,7 +214,7 @@ def _measure_heldout(run: "Run") -> None:
 def _write(run: "Run", display: "Display", status: str) -> Any:
     from llmbo.advisor.summary import summarise
     from llmbo.report import build_report, environment, write_report
-    from llmbo.storage import shown_url
+    from llmbo.run.store import shown_url
 
     facts, storage = run.store.facts, run.config.storage
     earlier = facts.get("run", {"seconds": {}, "peak_memory_bytes": 0})

@@ -9,7 +9,7 @@ from llmbo.cli.common import one_line_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmbo.hardware import Check, Profile
+    from llmbo.problem.hardware import Check, Profile
 
 
 def profile(
@@ -33,13 +33,13 @@ def profile(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. Tables that were finished are in the cache."):
-        from llmbo.baselines import RandomProposer
+        from llmbo.display.progress import Display
         from llmbo.errors import ConfigError, unknown
-        from llmbo.hardware import KIND_OF, build_target, device_name, num_measurements
-        from llmbo.hardware import check as check_tables
-        from llmbo.models import choose_device, load_model, silence_libraries
-        from llmbo.progress import Display
-        from llmbo.space import SearchSpace
+        from llmbo.models.loading import choose_device, load_model, silence_libraries
+        from llmbo.problem.hardware import KIND_OF, build_target, device_name, num_measurements
+        from llmbo.problem.hardware import check as check_tables
+        from llmbo.problem.space import SearchSpace
+        from llmbo.search.baselines import RandomProposer
         from pruning.anatomy import anatomy_of
         from pruning.latency import Workload
 
@@ -77,7 +77,7 @@ def _table(kind: str, profile: "Profile") -> Any:
     """What one block takes by kind and width, in each phase."""
     from rich.table import Table
 
-    from llmbo.hardware import MemoryProfile
+    from llmbo.problem.hardware import MemoryProfile
 
     unit, scale = {"latency": ("ms", 1e3), "energy": ("mJ", 1e3), "memory": ("MB", 1e-6)}[kind]
     phases = list(profile.table.phases.values())

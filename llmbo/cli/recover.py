@@ -13,7 +13,7 @@ import typer
 from llmbo.cli.common import one_line_errors
 
 if TYPE_CHECKING:
-    from llmbo.training import Progress
+    from llmbo.training.trainer import Progress
 
 
 def recover(
@@ -54,11 +54,11 @@ def recover(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
-        from llmbo.models import silence_libraries
-        from llmbo.progress import Display
-        from llmbo.recovery import Task
-        from llmbo.recovery import recover as carry_out
-        from llmbo.training import Plan
+        from llmbo.display.progress import Display
+        from llmbo.models.loading import silence_libraries
+        from llmbo.training.recovery import Task
+        from llmbo.training.recovery import recover as carry_out
+        from llmbo.training.trainer import Plan
 
         silence_libraries()
         console, command = Console(stderr=True), shlex.join(["llmbo", *sys.argv[1:]])
@@ -80,7 +80,7 @@ def _folder(source: str, trial: int | None, out: Path, command: str, display: An
     if trial is None:
         yield source
         return
-    from llmbo.exporting import export, place_order
+    from llmbo.deploy.export import export, place_order
     from pruning.export.folder import check_out
 
     check_out(out)

@@ -8,7 +8,7 @@ from llmbo.cli.common import one_line_errors
 from llmbo.cli.recover import tell
 
 if TYPE_CHECKING:
-    from llmbo.reranking import Orders, Reranking
+    from llmbo.training.rerank import Orders, Reranking
 
 
 def rerank(
@@ -39,10 +39,10 @@ def rerank(
     from rich.console import Console
 
     with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
-        from llmbo.models import silence_libraries
-        from llmbo.progress import Display
-        from llmbo.reranking import rerank as carry_out
-        from llmbo.training import Plan
+        from llmbo.display.progress import Display
+        from llmbo.models.loading import silence_libraries
+        from llmbo.training.rerank import rerank as carry_out
+        from llmbo.training.trainer import Plan
 
         silence_libraries()
         console = Console(stderr=True)

@@ -12,8 +12,8 @@ import typer
 from llmbo.cli.common import one_line_errors
 
 if TYPE_CHECKING:
-    from llmbo.dashboard import Snapshot
-    from llmbo.pulse import Pulse
+    from llmbo.display.dashboard import Snapshot
+    from llmbo.run.heartbeat import Pulse
 
 
 def watch(
@@ -34,8 +34,8 @@ def watch(
     with one_line_errors(interrupted="Stopped watching; the run goes on."):
         from rich.console import Console
 
-        from llmbo.pulse import Pulse
         from llmbo.report.files import RUNS
+        from llmbo.run.heartbeat import Pulse
 
         folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
@@ -57,9 +57,9 @@ def _own_database(run: str) -> tuple[Path, str, str]:
 
 def _snapshots(url: str, name: str, every: float, pulse: "Pulse") -> Iterator["Snapshot"]:
     """The run at each look, the last one complete. Waits for a run that has not begun to search."""
-    from llmbo.dashboard import Progress, Snapshot
-    from llmbo.objectives import build_objectives, parse_limits
-    from llmbo.storage import follow_run
+    from llmbo.display.dashboard import Progress, Snapshot
+    from llmbo.problem.objectives import build_objectives, parse_limits
+    from llmbo.run.store import follow_run
 
     start, at_first = time.monotonic(), -1
     for look in count():
@@ -107,7 +107,7 @@ def _complete(facts: Mapping[str, Any], budget: int) -> bool:
 def _picture(console: Any, snapshots: Iterator["Snapshot"]) -> None:
     from rich.live import Live
 
-    from llmbo.dashboard import Dashboard
+    from llmbo.display.dashboard import Dashboard
 
     last = None
     with Live(console=console, screen=True, auto_refresh=False) as live:
@@ -118,7 +118,7 @@ def _picture(console: Any, snapshots: Iterator["Snapshot"]) -> None:
 
 
 def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
-    from llmbo.progress import trial_line
+    from llmbo.display.progress import trial_line
 
     shown: set[int] = set()
     told = False

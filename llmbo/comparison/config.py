@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmbo.config import MAX_NAME_BYTES, RunConfig
 from llmbo.errors import ConfigError, first_line, unknown
-from llmbo.strategies import strategy_of
+from llmbo.search.strategies import strategy_of
 
 T = TypeVar("T")
 

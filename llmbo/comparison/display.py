@@ -11,7 +11,7 @@ from rich.table import Table
 from llmbo.comparison.config import Arm
 from llmbo.comparison.result import BandPart, Comparison
 from llmbo.comparison.runner import Outcome
-from llmbo.progress import result_table
+from llmbo.display.progress import result_table
 
 
 class CompareDisplay:

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
-from llmbo.assemble import items_digest, load_windows, prepared
 from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
-from llmbo.models import LoadedModel, load_model
-from llmbo.objectives import Objective, build_objectives
-from llmbo.space import SearchSpace
-from llmbo.strategies import SearchProblem
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.objectives import Objective, build_objectives
+from llmbo.problem.space import SearchSpace
+from llmbo.run.assemble import items_digest, load_windows, prepared
+from llmbo.search.strategies import SearchProblem
 from llmbo.types import Evaluator, Phases
 from pruning.calibration import SPLITS, Text, TokenWindows, cut_windows, read_text
 

@@ -28,14 +28,14 @@ from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.problems import Measure, OpenProblem, judged_objectives
 from llmbo.comparison.store import Evaluation
 from llmbo.errors import StorageError, first_line
-from llmbo.evaluate import known_values
-from llmbo.family import Expansions, ThresholdFamily
-from llmbo.objectives import build_objectives
-from llmbo.space import SearchSpace
+from llmbo.problem.family import Expansions, ThresholdFamily
+from llmbo.problem.objectives import build_objectives
+from llmbo.problem.proxy import known_values
+from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
 
 Array = NDArray[np.float64]
-EPSILON = 0.02  # nats, as in `llmbo.gain`
+EPSILON = 0.02  # nats, as in `llmbo.search.gain`
 TABLE, PROBLEM, FIT = "evaluations.csv", "problem.json", "fit.json"
 TARGETS = ("kl", "loss", "heldout_loss", "heldout_kl")
 FITTED_ROWS = 1000

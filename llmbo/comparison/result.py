@@ -13,9 +13,9 @@ from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import Judgement, Outcome, judged_numbers
 from llmbo.comparison.statistics import Band, bands, evaluations_to_reach, paired
 from llmbo.comparison.statistics import band as band_of
-from llmbo.gain import EPSILON, FamilyCurve
-from llmbo.objectives import Objective
+from llmbo.problem.objectives import Objective
 from llmbo.report import front_of
+from llmbo.search.gain import EPSILON, FamilyCurve
 from llmbo.types import Trial
 
 METRICS = ("hypervolume", "heldout_hypervolume", "gain", "heldout_gain")

@@ -14,11 +14,11 @@ from llmbo.comparison.config import Arm, CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.store import EvaluationStore, Round
 from llmbo.errors import StrategyError
-from llmbo.loop import SEEDS_PER_RUN
-from llmbo.objectives import feasible, outcomes, ref_point, to_maximize
-from llmbo.pareto import hypervolume, hypervolume_trace
+from llmbo.problem.objectives import feasible, outcomes, ref_point, to_maximize
 from llmbo.report import front_of
-from llmbo.strategies import strategy_of
+from llmbo.search.loop import SEEDS_PER_RUN
+from llmbo.search.pareto import hypervolume, hypervolume_trace
+from llmbo.search.strategies import strategy_of
 from llmbo.types import Proposal, Trial, TrialState
 
 

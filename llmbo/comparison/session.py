@@ -29,7 +29,7 @@ from llmbo.comparison.result import (
 from llmbo.comparison.runner import Outcome, check_designs, run_arm
 from llmbo.comparison.store import EvaluationStore
 from llmbo.errors import StorageError
-from llmbo.objectives import Objective
+from llmbo.problem.objectives import Objective
 from llmbo.report import environment
 
 

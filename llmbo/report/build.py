@@ -8,9 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from llmbo.advisor.parts import AdvisorPart
-from llmbo.gain import trial_gains
-from llmbo.objectives import KINDS, Objective, outcomes, parse_limits, ref_point
-from llmbo.pareto import hypervolume_trace, pareto_front
+from llmbo.problem.objectives import KINDS, Objective, outcomes, parse_limits, ref_point
+from llmbo.problem.space import SearchSpace
 from llmbo.report.schema import (
     ArchitecturePart,
     ConstraintPart,
@@ -22,7 +21,8 @@ from llmbo.report.schema import (
     TrialPart,
     Values,
 )
-from llmbo.space import SearchSpace
+from llmbo.search.gain import trial_gains
+from llmbo.search.pareto import hypervolume_trace, pareto_front
 from llmbo.types import Trial
 
 PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")

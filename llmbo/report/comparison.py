@@ -25,8 +25,8 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
         union = [{"run": 0, "trial": point["trial"]} for point in reports[0]["front"]]
         return _parts(reference, [volume["trace"]], union, volume["final"], [])
 
-    from llmbo.objectives import Objective, ref_point, to_maximize
-    from llmbo.pareto import hypervolume, hypervolume_trace, pareto_front
+    from llmbo.problem.objectives import Objective, ref_point, to_maximize
+    from llmbo.search.pareto import hypervolume, hypervolume_trace, pareto_front
 
     objectives = [
         Objective(part["name"], part["unit"], part["known"], reference[part["name"]], part["direction"] == "maximize")

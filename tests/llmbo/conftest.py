@@ -27,10 +27,10 @@ from typer.testing import CliRunner
 from llmbo.advisor.context import Context, LayerStatistics, Marginals, Setting
 from llmbo.advisor.roles import Question
 from llmbo.cli import app
-from llmbo.evaluate import known_values
-from llmbo.family import ThresholdFamily
-from llmbo.objectives import Objective, build_objectives, feasible
-from llmbo.space import SearchSpace
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.objectives import Objective, build_objectives, feasible
+from llmbo.problem.proxy import known_values
+from llmbo.problem.space import SearchSpace
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.importance import Importance

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.acquisition import QNehviProposer, candidate_pool, smooth_changes, uniform_widths
-from llmbo.objectives import ref_point
-from llmbo.pareto import hypervolume
-from llmbo.surrogate import SHARE, quality_from_gain
+from llmbo.problem.objectives import ref_point
+from llmbo.search.acquisition import QNehviProposer, candidate_pool, smooth_changes, uniform_widths
+from llmbo.search.pareto import hypervolume
+from llmbo.search.surrogate import SHARE, quality_from_gain
 
 SAMPLES = 300
 

@@ -16,7 +16,6 @@ from typing import Any
 import jsonschema
 import pytest
 
-from llmbo.acquisition import QNehviProposer
 from llmbo.advisor.client import Limits, LLMClient
 from llmbo.advisor.context import Setting
 from llmbo.advisor.ledger import Ledger, MemoryNotes
@@ -25,7 +24,8 @@ from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import extract_object
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorDesk
 from llmbo.advisor.replies import FORMATS, reply_schema
-from llmbo.baselines import ThresholdProposer
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.baselines import ThresholdProposer
 from llmbo.types import Trial
 
 HOOKS = ("warm_start", "directions")
@@ -113,7 +113,7 @@ def test_a_run_advised_through_llama_cpp(make_toy: Callable[..., Any], llama_ser
 @needs_weights
 def test_a_run_advised_by_the_very_model(make_toy: Callable[..., Any]) -> None:
     from llmbo.advisor.local import MODE, TransformersClient
-    from llmbo.models import load_model
+    from llmbo.models.loading import load_model
 
     loaded = load_model("llama", "float32", "cpu")
     toy = make_toy(4)

@@ -13,7 +13,7 @@ from jinja2 import meta
 from llmbo.advisor.parse import parse_reply
 from llmbo.advisor.render import environment, estimated_tokens, render, render_repair, token_limit
 from llmbo.advisor.roles import Question, Rejection
-from llmbo.advisor.spec import HOOKS
+from llmbo.config.advisor import HOOKS
 
 TEMPLATES = sorted(file.name for file in files("prompts").iterdir() if file.name.endswith(".j2"))
 
@@ -34,7 +34,7 @@ def test_prompts_are_short_enough(question: Callable[..., Question], hook: str, 
 def test_the_estimate_is_an_upper_bound(question: Callable[..., Question]) -> None:
     from transformers import AutoTokenizer
 
-    from llmbo.models import load_config, resolve
+    from llmbo.models.loading import load_config, resolve
 
     load_config("llama")  # converts it on first use
     tokenizer = AutoTokenizer.from_pretrained(resolve("llama"))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.acquisition import QNehviProposer
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
 from llmbo.advisor.ledger import FILE, Consultation, Ledger, MemoryNotes, read_jsonl
@@ -18,19 +17,20 @@ from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge
-from llmbo.advisor.probe import measure_marginals
 from llmbo.advisor.proposer import AUDIT, AdvisedProposer, AdvisorDesk, dropped_and_audited
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Decision, Question, Transcript
-from llmbo.advisor.spec import HOOKS
 from llmbo.advisor.summary import summarise
-from llmbo.baselines import ThresholdProposer
+from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError
-from llmbo.loop import run_search
-from llmbo.objectives import ref_point, to_maximize
-from llmbo.pareto import hypervolume
-from llmbo.storage import TrialStore
-from llmbo.strategies import TABLE
+from llmbo.problem.marginals import measure_marginals
+from llmbo.problem.objectives import ref_point, to_maximize
+from llmbo.run.store import TrialStore
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.baselines import ThresholdProposer
+from llmbo.search.loop import run_search
+from llmbo.search.pareto import hypervolume
+from llmbo.search.strategies import TABLE
 from llmbo.types import Proposal, Trial
 
 LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)

@@ -16,9 +16,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from llmbo.assemble import Problem
 from llmbo.cli import app
 from llmbo.report import Report
+from llmbo.run.assemble import Problem
 
 START_TIMEOUT = 120.0  # seconds until the first trial of a subprocess, on a busy machine
 

@@ -26,7 +26,7 @@ from llmbo.comparison.runner import check_designs, run_arm
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
 from llmbo.errors import StrategyError
-from llmbo.strategies import TABLE, Strategy
+from llmbo.search.strategies import TABLE, Strategy
 from llmbo.types import Proposal, Trial
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmbo.evaluate import ProxyEvaluator, known_values, out_of_memory
-from llmbo.models import load_model
-from llmbo.space import SearchSpace
+from llmbo.models.loading import load_model
+from llmbo.problem.proxy import ProxyEvaluator, known_values, out_of_memory
+from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
 from pruning.importance import activation, collect_statistics
 from pruning.likelihood import dense_distribution, quality

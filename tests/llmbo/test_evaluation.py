@@ -11,8 +11,8 @@ from click.testing import Result
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from llmbo.checkpoints import load_checkpoint
 from llmbo.cli import app
+from llmbo.models.checkpoints import load_checkpoint
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.hf import Pruned, save_hf

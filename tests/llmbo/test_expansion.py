@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmbo.expansion import STEPS, best_moves, expansions, moved_family
-from llmbo.family import Expansions, ThresholdFamily
-from llmbo.space import SearchSpace
+from llmbo.problem.expansion import STEPS, best_moves, expansions, moved_family
+from llmbo.problem.family import Expansions, ThresholdFamily
+from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
 

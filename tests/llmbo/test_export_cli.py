@@ -18,11 +18,11 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llmbo import exporting
-from llmbo.assemble import load_windows
 from llmbo.cli import app
 from llmbo.config import RunConfig
-from llmbo.models import load_model
+from llmbo.deploy import export as exporting
+from llmbo.models.loading import load_model
+from llmbo.run.assemble import load_windows
 from pruning.export import load_pruned
 from pruning.likelihood import quality
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llmbo import models
+from llmbo.models import loading as models
 from pruning.families import FAMILIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.family import (
+from llmbo.problem.family import (
     ThresholdFamily,
     geometric_mean,
     interpolated,
     narrowing_steps,
     unit_steps,
 )
-from llmbo.space import SearchSpace
+from llmbo.problem.space import SearchSpace
 from pruning.cost import dense_block_parameters
 from pruning.importance import Importance
 

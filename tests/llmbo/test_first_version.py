@@ -6,6 +6,7 @@ ordered. It is never written anew: what changes must still read it, or refuse it
 
 import contextlib
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -20,10 +21,24 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 
 OLD = Path(__file__).parent / "data" / "first_version"
-FLAGS = (
-    "--model model --text text:words.txt --window 16 --calibration-tokens 128 --proxy-tokens 64 --heldout-tokens 64 "
-    "--dtype float32 --device cpu"
-).split()
+FLAGS = [
+    "--model",
+    "model",
+    "--text",
+    "text:words.txt",
+    "--window",
+    "16",
+    "--calibration-tokens",
+    "128",
+    "--proxy-tokens",
+    "64",
+    "--heldout-tokens",
+    "64",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
 Run = Callable[..., Result]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from llmbo.gain import trial_gains
-from llmbo.objectives import Objective
+from llmbo.problem.objectives import Objective
+from llmbo.search.gain import trial_gains
 from llmbo.types import Trial, TrialState
 
 KL = Objective("kl", "nats/token", known=False, reference=1.2)

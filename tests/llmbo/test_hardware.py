@@ -14,11 +14,11 @@ from click.testing import Result
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from llmbo import hardware
 from llmbo.cli import app
-from llmbo.energy import energy_counter
-from llmbo.hardware import MAX_WIDTHS, measured_widths
-from llmbo.space import SearchSpace
+from llmbo.problem import hardware
+from llmbo.problem.energy import energy_counter
+from llmbo.problem.hardware import MAX_WIDTHS, measured_widths
+from llmbo.problem.space import SearchSpace
 from pruning import latency as blocks
 from pruning.latency import Workload
 

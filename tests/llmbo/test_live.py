@@ -22,8 +22,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.dashboard import Dashboard, FrontPlot, Progress, Snapshot
-from llmbo.pulse import LOCK, PATIENCE, SHORTEST_SILENCE, Pulse, usual_pause
+from llmbo.display.dashboard import Dashboard, FrontPlot, Progress, Snapshot
+from llmbo.run.heartbeat import LOCK, PATIENCE, SHORTEST_SILENCE, Pulse, usual_pause
 from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.acquisition import QNehviProposer
-from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.errors import EvaluationError
-from llmbo.loop import run_search
-from llmbo.storage import TrialStore
+from llmbo.run.store import TrialStore
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.baselines import RandomProposer, ThresholdProposer
+from llmbo.search.loop import run_search
 from llmbo.types import Proposal, Proposer, Trial, TrialState
 
 

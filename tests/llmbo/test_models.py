@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PretrainedConfig, T5Config
 
 from llmbo.errors import ConfigError, LlmboError, ModelError
-from llmbo.models import ALIASES, choose_device, choose_dtype, load_config, load_model, resolve
+from llmbo.models.loading import ALIASES, choose_device, choose_dtype, load_config, load_model, resolve
 
 
 @pytest.fixture

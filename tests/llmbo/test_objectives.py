@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmbo.errors import ConfigError
-from llmbo.objectives import (
+from llmbo.problem.objectives import (
     KINDS,
     OBJECTIVES,
     Objective,

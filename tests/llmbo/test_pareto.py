@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmbo.pareto import hypervolume, hypervolume_trace, pareto_front
+from llmbo.search.pareto import hypervolume, hypervolume_trace, pareto_front
 
 
 def points(n: int, m: int, seed: int, ties: bool = False) -> Tensor:

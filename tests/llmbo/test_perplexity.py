@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmbo.checkpoints import Checkpoint, load_checkpoint
 from llmbo.errors import ConfigError
-from llmbo.perplexity import measure, pieces
+from llmbo.evaluation.perplexity import measure, pieces
+from llmbo.models.checkpoints import Checkpoint, load_checkpoint
 from pruning.calibration import Text, read_text
 from pruning.errors import NotEnoughText
 
@@ -89,7 +89,7 @@ def test_a_text_of_one_token_is_refused(tiny: Checkpoint) -> None:
 def test_a_bos_token_gives_the_first_token_a_context(
     tiny: Checkpoint, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmbo.perplexity.adds_bos", lambda tokenizer: True)
+    monkeypatch.setattr("llmbo.evaluation.perplexity.adds_bos", lambda tokenizer: True)
     found = measure(tiny.model, tiny.tokenizer, text, 16, 15, max_tokens=15)
     ids: Tensor = torch.tensor([[tiny.tokenizer.bos_token_id, *tiny.tokenizer(text.content)["input_ids"][:15]]])
     with torch.no_grad():

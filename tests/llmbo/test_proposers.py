@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.acquisition import QNehviProposer
-from llmbo.baselines import RandomProposer, ThresholdProposer
 from llmbo.config import STRATEGIES
-from llmbo.objectives import Objective, outcomes, ref_point, to_maximize
-from llmbo.pareto import hypervolume
-from llmbo.strategies import TABLE
+from llmbo.problem.objectives import Objective, outcomes, ref_point, to_maximize
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.baselines import RandomProposer, ThresholdProposer
+from llmbo.search.pareto import hypervolume
+from llmbo.search.strategies import TABLE
 from llmbo.types import Proposal, Proposer, Trial, TrialState
 from pruning.importance import Importance
 

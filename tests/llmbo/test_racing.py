@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import Result
 
-from llmbo.racing import ALPHA, MIN_WINDOWS, checkpoints, estimate, lost
-from llmbo.surrogate import fit_surrogate
+from llmbo.search.racing import ALPHA, MIN_WINDOWS, checkpoints, estimate, lost
+from llmbo.search.surrogate import fit_surrogate
 
 WINDOWS = 12
 

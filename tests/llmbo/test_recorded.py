@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.comparison.recorded import FIT, Recording, Surrogate, find_recorded
 from llmbo.errors import StorageError
-from llmbo.family import Expansions
+from llmbo.problem.family import Expansions
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "problem_r_surrogate"
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from llmbo import exporting
-from llmbo.checkpoints import load_checkpoint
 from llmbo.cli import app
+from llmbo.deploy import export as exporting
 from llmbo.errors import ConfigError, StorageError
-from llmbo.training import Plan, Progress, checkpoint_bytes, forward_kl, train
+from llmbo.models.checkpoints import load_checkpoint
+from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, forward_kl, train
 from pruning.likelihood import quality
 
 PLAN = Plan(steps=12, batch=4, every=4, lr=3e-3)

@@ -12,9 +12,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from llmbo import reranking
 from llmbo.cli import app
-from llmbo.reranking import Orders, Point, Reranking
+from llmbo.training import rerank as reranking
+from llmbo.training.rerank import Orders, Point, Reranking
 
 Rerank = Callable[..., Result]
 

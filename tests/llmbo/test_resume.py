@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import pytest
 
-from llmbo.acquisition import QNehviProposer
-from llmbo.loop import run_search
-from llmbo.storage import TrialStore, stored_run
+from llmbo.run.store import TrialStore, stored_run
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.loop import run_search
 from llmbo.types import Proposal, Trial
 
 BUDGET, Q, SEED = 14, 4, 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmbo.errors import LlmboError
-from llmbo.space import SearchSpace
+from llmbo.problem.space import SearchSpace
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 

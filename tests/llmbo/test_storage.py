@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from llmbo.errors import StorageError
-from llmbo.storage import TrialStore, delete_run, differences, stored_run
+from llmbo.run.store import TrialStore, delete_run, differences, stored_run
 from llmbo.types import Proposal, TrialState
 
 SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.family import Expansions
-from llmbo.gain import FamilyCurve
-from llmbo.surrogate import (
+from llmbo.problem.family import Expansions
+from llmbo.search.gain import FamilyCurve
+from llmbo.search.surrogate import (
     BEYOND_EXPECTED,
     LARGEST_FALL,
     LOSS_OFF_FAMILY,

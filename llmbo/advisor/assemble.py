@@ -1,0 +1,145 @@
+"""The composition root's part for advisors: checked settings -> an advisor at its desk, and the proposer it advises."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+from llmbo.advisor.client import Limits, LLMClient, Price
+from llmbo.advisor.context import Marginals, Setting
+from llmbo.advisor.ledger import FILE, Ledger
+from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
+from llmbo.advisor.proposer import AdvisedProposer, AdvisorDesk
+from llmbo.advisor.replay import ReplayAdvisor
+from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
+from llmbo.config import RunConfig
+from llmbo.config.advisor import AdvisorSpec, parse_spec, plugins
+from llmbo.errors import ConfigError, first_line
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.baselines import ThresholdProposer
+from llmbo.search.baselines.designs import NUM_INITIAL
+
+WITHOUT_MARGINALS = ("none", "random", "hostile", "replay")  # nobody would read what it costs evaluations to measure
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an advisor may read or use.
+
+    Args:
+        setting: The facts that prompts tell.
+        pruned: The model that is being pruned; between evaluations it computes the dense network.
+        probe: Measures marginal costs.
+    """
+
+    setting: Setting
+    pruned: LoadedModel | None
+    probe: Callable[[], Marginals] | None
+
+
+def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
+    """Refuse what can be refused before a model is loaded: a missing key or recording, a broken plug-in.
+
+    Args:
+        folder: Where the run will write.
+
+    Raises:
+        ConfigError: One line for the user.
+    """
+    spec = parse_spec(config.advisor)
+    if spec.kind == "openai":
+        _openai(spec)
+    elif spec.kind == "replay":
+        recording = Path(spec.argument)
+        ReplayAdvisor(recording)
+        if folder is not None and recording.resolve() == (folder / FILE).resolve():
+            raise ConfigError(f"--advisor {config.advisor} would be overwritten by this run: choose another --name.")
+    elif spec.kind in plugins():
+        _plugin(plugins()[spec.kind], spec)
+
+
+def build_desk(config: RunConfig, material: Material, ledger: Ledger) -> AdvisorDesk:
+    """The advisor behind a name, with what its context level leaves it to read."""
+    spec = parse_spec(config.advisor)
+    setting, probe = material.setting, None if spec.kind in WITHOUT_MARGINALS else material.probe
+    if config.advisor_context != "full":
+        setting, probe = replace(setting, statistics=None), None
+    advisor = _makers(spec, config, material, ledger)[spec.kind]()
+    return AdvisorDesk(advisor, ledger, setting, config.advisor_hooks, config.advisor_every, probe)
+
+
+def build_advised(
+    config: RunConfig, material: Material, ledger: Ledger, num_initial: int = NUM_INITIAL
+) -> AdvisedProposer:
+    """The default method with the advisor that the settings name.
+
+    Args:
+        num_initial: Size of the initial design, the advisor's places in it included.
+    """
+    setting, desk = material.setting, build_desk(config, material, ledger)
+    places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
+    size = num_initial - places
+    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, desk, setting.limits)
+    design = ThresholdProposer(setting.family, setting.objectives, setting.dense)
+    return AdvisedProposer(search, design, desk, size, places)
+
+
+def _makers(
+    spec: AdvisorSpec, config: RunConfig, material: Material, ledger: Ledger
+) -> dict[str, Callable[[], Advisor]]:
+    limits = Limits(
+        calls=config.advisor_max_calls,
+        tokens=config.advisor_max_tokens,
+        seconds=config.advisor_max_seconds,
+        cost=config.advisor_max_cost,
+        deadline=config.advisor_deadline,
+        price=Price(*config.advisor_price) if config.advisor_price else None,
+    )
+    at_no_cost = replace(limits, price=Price(0.0, 0.0))
+    return {
+        **{name: partial(_plugin, point, spec) for name, point in plugins().items()},
+        **{name: partial(OfflineAdvisor, name, reply) for name, reply in OFFLINE.items()},
+        "none": NoAdvisor,
+        "openai": lambda: LLMAdvisor(_openai(spec), limits, ledger),
+        "transformers": lambda: LLMAdvisor(_transformers(spec, config, material.pruned), at_no_cost, ledger),
+        "replay": lambda: ReplayAdvisor(Path(spec.argument)),
+    }
+
+
+def _openai(spec: AdvisorSpec) -> LLMClient:
+    from llmbo.advisor.openai_client import OpenAIClient  # half a second of imports that other advisors do not need
+
+    return OpenAIClient.from_environment(spec.argument, spec.base_url)
+
+
+def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel | None) -> LLMClient:
+    from llmbo.advisor.local import TransformersClient
+
+    loaded = pruned if spec.argument == "self" and pruned else load_model(spec.argument, "auto", config.device)
+    return TransformersClient(loaded.name, loaded.model, loaded.tokenizer)
+
+
+def _plugin(point: EntryPoint, spec: AdvisorSpec) -> Advisor:
+    """A third party's advisor: its entry point is called with what stands behind the colon."""
+    try:
+        return Guarded(point.load()(spec.argument))
+    except Exception as error:
+        raise ConfigError(
+            f"--advisor {spec.kind}: its entry point '{point.value}' failed ({first_line(error)})."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Somebody else's advisor, whose faults must not end a run."""
+
+    advisor: Advisor
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        try:
+            return self.advisor.ask(question, transcript)
+        except Exception as error:
+            return Answer(stopped=f"the advisor failed ({type(error).__name__}: {first_line(error)})")

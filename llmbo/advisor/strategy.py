@@ -1,0 +1,71 @@
+"""The default method with an advisor, as one strategy of a comparison: hooks, context level and advisor are keys of it.
+
+A comparison's arm has no run folder, so the advice is kept in memory: an arm that is begun anew asks anew. `llmbo optimize`
+does better (`--advisor`), which is why this is no `--strategy` there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmbo.advisor.assemble import Material, build_advised, check_advisor
+from llmbo.advisor.context import Setting
+from llmbo.advisor.ledger import Ledger, MemoryNotes
+from llmbo.advisor.proposer import AdvisedProposer
+from llmbo.config import RunConfig
+from llmbo.config.advisor import HOOKS
+from llmbo.errors import ConfigError
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.objectives import Objective
+from llmbo.search.baselines.designs import NUM_INITIAL
+from llmbo.types import Proposal, Trial
+
+
+@dataclass
+class AdvisedStrategy:
+    """`QNehviProposer` with an advisor.
+
+    Args:
+        problem: May have `statistics` and `marginals` (see `assemble.Problem`); a recorded benchmark has neither.
+        by: What `--advisor` takes; `transformers:self` needs a run of its own.
+        share: Part of the initial design that the advisor may fill.
+    """
+
+    problem: Any
+    family: ThresholdFamily
+    objectives: Sequence[Objective]
+    dense: Mapping[str, float]
+    by: str = "heuristic"
+    hooks: tuple[str, ...] = HOOKS
+    context_level: str = "full"
+    share: float = 0.25
+    every: int = 2
+    num_initial: int = NUM_INITIAL
+    limits: Mapping[str, float] = field(default_factory=dict)
+    _proposer: AdvisedProposer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.by == "transformers:self":
+            raise ConfigError(
+                "transformers:self advises runs of `llmbo optimize` only: name the model's folder instead."
+            )
+        config = RunConfig(
+            model="comparison",
+            advisor=self.by,
+            advisor_hooks=self.hooks,
+            advisor_context=self.context_level,
+            advisor_share=self.share,
+            advisor_every=self.every,
+        )
+        check_advisor(config)
+        statistics = getattr(self.problem, "statistics", None)
+        setting = Setting(
+            self.family, self.objectives, self.dense, statistics, self.context_level, config.budget, self.limits
+        )
+        measure = getattr(self.problem, "marginals", None)
+        probe = None if measure is None else lambda: measure(setting.quality.name)
+        material = Material(setting, None, probe)
+        self._proposer = build_advised(config, material, Ledger(MemoryNotes()), self.num_initial)
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        return self._proposer.propose(trials, q, seed)

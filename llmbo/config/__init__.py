@@ -1,0 +1,5 @@
+"""What the user may choose, by name, and every check that needs neither a model nor anything heavy. All rooms may import it."""
+
+from llmbo.config.run import DTYPE_CHOICES, MAX_NAME_BYTES, STRATEGIES, RunConfig
+
+__all__ = ["DTYPE_CHOICES", "MAX_NAME_BYTES", "STRATEGIES", "RunConfig"]

@@ -1,0 +1,191 @@
+"""Flags -> checked config. Everything that can be refused without a model is refused here."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
+from llmbo.errors import ConfigError, unknown
+from llmbo.problem.objectives import KINDS, check_objectives, parse_limits
+
+# What each of them is: `llmbo.search.strategies`. Here, because input is checked before anything heavy is imported.
+STRATEGIES = (
+    "qnehvi", "qnehvi-plain", "threshold-moved", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random",
+    "random-vectors", "knapsack", "local-search", "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2",
+    "optuna-nsga2-seeded", "optuna-gp", "optuna-gp-seeded",
+)  # fmt: skip
+MAX_NAME_BYTES = 250  # file systems take 255
+MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
+FREE = (  # what may change between two starts of a run
+    "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
+    "advisor_deadline", "advisor_price",
+)  # fmt: skip
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run.
+
+    Args:
+        model: Alias, local folder or hub name.
+        budget: Candidates to evaluate.
+        batch: Candidates proposed at a time.
+        objectives: Two or three names; at least one measured quality and one known cost.
+        reference_point: One number per objective, or None for the defaults.
+        maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
+        context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
+        serve_batch: Sequences served at a time, for `kv_bytes`.
+        latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
+        items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
+        racing: Stop candidates whose first windows say that the front dominates them.
+        text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
+        min_share: Smallest parameter share a candidate may have.
+        neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
+        calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
+        window: Tokens per window.
+        storage: Database URL, or None for SQLite in the run folder.
+        advisor: See `advisor.spec`. The next three say where, on what grounds and how often it is heard; the others are
+            caps for the whole run: calls, tokens, dollars (None for no cap), seconds of waiting, seconds that a dead or
+            misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
+        advisor_share: Part of the initial design that the advisor may fill.
+
+    Raises:
+        ConfigError: One line that names the flag, the value and what was expected.
+    """
+
+    model: str
+    budget: int = 60
+    batch: int = 4
+    seed: int = 0
+    strategy: str = "qnehvi"
+    objectives: tuple[str, ...] = ("kl", "params_share")
+    reference_point: tuple[float, ...] | None = None
+    maximum: tuple[str, ...] = ()
+    context: int = 2048
+    serve_batch: int = 1
+    latency_target: str = "auto"
+    items: str = ""
+    racing: bool = False
+    compensation: bool = True
+    text: str = "builtin"
+    min_share: float = 0.4
+    neuron_step: int = 0
+    calibration_tokens: int = 16384
+    proxy_tokens: int = 3072
+    heldout_tokens: int = 1536
+    window: int = 256
+    dtype: str = "auto"
+    device: str = "auto"
+    name: str = ""
+    storage: str | None = None
+    advisor: str = "none"
+    advisor_hooks: tuple[str, ...] = HOOKS
+    advisor_share: float = 0.25
+    advisor_context: str = "full"
+    advisor_every: int = 2
+    advisor_max_calls: int = 8
+    advisor_max_tokens: int = 25_000
+    advisor_max_cost: float | None = None
+    advisor_max_seconds: float = 900.0
+    advisor_deadline: float = 120.0
+    advisor_price: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for flag in ("budget", "batch", "context", "serve_batch"):
+            if getattr(self, flag) < 1:
+                raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(self, flag)}.")
+        if self.window < 8:
+            raise ConfigError(f"--window must be at least 8 tokens, got {self.window}.")
+        for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
+            if getattr(self, flag) < self.window:
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
+                )
+        if not 0 <= self.seed < MAX_SEED:
+            raise ConfigError(f"--seed must lie between 0 and {MAX_SEED - 1}, got {self.seed}.")
+        if self.neuron_step < 0:
+            raise ConfigError(f"--neuron-step must not be negative, got {self.neuron_step}.")
+        if not 0 < self.min_share < 1:
+            raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(unknown("strategy", self.strategy, STRATEGIES))
+        if self.dtype not in DTYPE_CHOICES:
+            raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
+        check_objectives(self.objectives, self.reference_point)
+        share = self.limits.get("params_share", 1.0)
+        if share < self.min_share:
+            raise ConfigError(
+                f"--max params_share={share:g} is below --min-share {self.min_share:g}: no model is left."
+            )
+        if self.racing and [name for name in self.objectives if not KINDS[name].known] not in (["kl"], ["loss"]):
+            raise ConfigError(
+                f"--racing needs kl or loss as the only measured objective, got {','.join(self.objectives)}."
+            )
+        if (wanted := "accuracy" in self.objectives) != bool(self.items):
+            raise ConfigError(
+                "The objective accuracy needs --items FILE with multiple-choice items."
+                if wanted
+                else f"--items {self.items} is of no use without the objective accuracy: add it to --objectives."
+            )
+        self._check_advisor()
+        if not self.name:
+            object.__setattr__(
+                self, "name", re.sub(r"[^\w.-]+", "-", self.model).strip("-.")[-60:].strip("-.") or "run"
+            )
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            raise ConfigError(f"--name must not be longer than {MAX_NAME_BYTES} bytes, got '{self.name}'.")
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.strip(".") == "":
+            raise ConfigError(f"--name may hold letters, digits, '.', '_' and '-' only, got '{self.name}'.")
+
+    def _check_advisor(self) -> None:
+        parse_spec(self.advisor)
+        check_hooks(self.advisor_hooks)
+        if self.advisor != "none" and self.strategy != "qnehvi":
+            raise ConfigError(f"--advisor advises the strategy qnehvi only, got '{self.strategy}'.")
+        if not 0 <= self.advisor_share <= 0.5:
+            raise ConfigError(f"--advisor-share must lie between 0 and 0.5, got {self.advisor_share}.")
+        if self.advisor_context not in CONTEXT_LEVELS:
+            raise ConfigError(unknown("--advisor-context", self.advisor_context, CONTEXT_LEVELS))
+        for flag in ("every", "max_calls", "max_tokens", "max_seconds", "deadline"):
+            value = getattr(self, f"advisor_{flag}")
+            if not value >= 1:
+                raise ConfigError(f"--advisor-{flag.replace('_', '-')} must be at least 1, got {value}.")
+        if self.advisor_price is not None and (len(self.advisor_price) != 2 or min(self.advisor_price) < 0):
+            raise ConfigError(
+                f"--advisor-price needs dollars per million prompt and reply tokens, e.g. 0.4,1.6, got {self.advisor_price}."
+            )
+        if self.advisor_max_cost is not None and (self.advisor_price is None or self.advisor_max_cost <= 0):
+            raise ConfigError(f"--advisor-max-cost {self.advisor_max_cost} must be above 0 and needs --advisor-price.")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], **changes: Any) -> "RunConfig":
+        """The config behind a report's `settings`, with `changes`.
+
+        Raises:
+            ConfigError: Another version of llmbo wrote them.
+        """
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        try:
+            return cls(**{**fields, **changes})
+        except TypeError as error:
+            raise ConfigError(f"The settings of this run are of another version of llmbo ({error}).") from error
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Largest allowed values by name."""
+        return parse_limits(self.maximum)
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """Windows in each split."""
+        return {
+            "calibration": self.calibration_tokens // self.window,
+            "proxy": self.proxy_tokens // self.window,
+            "heldout": self.heldout_tokens // self.window,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change when a run is continued. The budget and the advisor's caps may; where trials are kept has no part in it."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE}

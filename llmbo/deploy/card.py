@@ -1,0 +1,159 @@
+"""What goes along with an exported model: `README.md` for people (a Hugging Face model card), `llmbo.json` for programs."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmbo.models.loading import ALIASES, LoadedModel
+from llmbo.report.schema import ModelPart, Report, TrialPart, Values
+from pruning.masks import PruningMask
+
+LOADING = {
+    "hf": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}"{remote})
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```""",
+    "gguf": """```
+llama-cli --model {path}
+```""",
+}
+REMOTE = """
+Its layers differ in size, which no stock class of transformers can hold: `modeling_pruned.py` in this folder does (transformers >= 5.15).
+`per_layer_config` in `config.json` tells the sizes.
+"""
+PADDED = """
+**This folder saves nothing.** Every layer is padded with zeros to the widest one, for tools that know no other shape: it computes
+what the pruned model computes, at about the cost of the dense one. Export `hf` or `gguf` for a smaller and faster model.
+"""
+
+
+def details(report: Report, trial: TrialPart, mask: PruningMask, format: str, dtype: str, command: str) -> str:
+    """`llmbo.json`."""
+    heldout = _heldout(report, trial)
+    content: dict[str, Any] = {
+        "format": format,
+        "dtype": dtype,
+        "run": report.run.name,
+        "trial": trial.number,
+        "base_model": report.model.model_dump(),
+        "architecture": trial.architecture.model_dump(),
+        "architecture_digest": mask.architecture.digest,
+        "mask_digest": mask_digest(mask),
+        "objectives": trial.objectives.model_dump() if trial.objectives else None,
+        "heldout": heldout.model_dump() if heldout else None,
+        "text": report.data.model_dump(),
+        "settings": report.run.settings,
+        "versions": report.run.versions,
+        "command": command,
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def mask_digest(mask: PruningMask) -> str:
+    """Sixteen hexadecimal digits that name which units stay, not only how many."""
+    bits = torch.cat([mask.groups.flatten(), mask.neurons.flatten()]).to(torch.uint8)
+    return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
+
+
+def model_card(
+    report: Report, trial: TrialPart, licence: str, format: str, dtype: str, is_stock: bool, path: str, command: str
+) -> str:
+    """`README.md`, with the header that the Hugging Face hub reads."""
+    values = trial.objectives
+    assert values is not None  # only finished trials are exported
+    base = report.model
+    header = ["---", f"base_model: {base.name}", f"license: {licence}", "library_name: transformers"]
+    header += ["pipeline_tag: text-generation", "tags: [pruned, llmbo]", "---"]
+    loading = LOADING["gguf" if format == "gguf" else "hf"].format(
+        path=path, remote="" if is_stock else ", trust_remote_code=True"
+    )
+    notes = {"hf": "" if is_stock else REMOTE, "padded": PADDED}.get(format, "")
+    return "\n".join(
+        [
+            *header,
+            "",
+            f"# {base.name}, pruned to {values.params / 1e6:.1f}M parameters",
+            "",
+            f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
+            f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {dtype}. Not trained after pruning.",
+            "",
+            "## Load",
+            "",
+            loading,
+            notes,
+            "## Measured",
+            "",
+            _quality_table(report, trial),
+            "",
+            _recipe(report),
+            "",
+            "## Architecture",
+            "",
+            _architecture_table(base, trial),
+            "",
+            "## Made by",
+            "",
+            f"```\n{report.run.command}\n{command}\n```",
+            "",
+        ]
+    )
+
+
+def licence_of(loaded: LoadedModel) -> str:
+    """The base model's licence, as its package or its own model card tells it; `unknown` if neither does."""
+    if loaded.name in ALIASES:
+        return ALIASES[loaded.name].licence.lower()
+    card = Path(loaded.source) / "README.md"
+    if card.is_file():
+        header = card.read_text(encoding="utf-8", errors="replace").partition("---")[2].partition("---")[0]
+        for line in header.splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "license" and value.strip():
+                return value.strip()
+    return "unknown"
+
+
+def _heldout(report: Report, trial: TrialPart) -> Values | None:
+    return next((point.heldout for point in report.front if point.trial == trial.number), None)
+
+
+def _quality_table(report: Report, trial: TrialPart) -> str:
+    rows = [
+        ("this model, proxy", trial.objectives),
+        ("dense model, proxy", report.dense.objectives),
+        ("this model, held-out", _heldout(report, trial)),
+        ("dense model, held-out", report.dense.heldout),
+    ]
+    lines = ["| | kl | loss | perplexity |", "|---|---|---|---|"]
+    lines += [f"| {name} | {v.kl:.3f} | {v.loss:.3f} | {v.perplexity:.1f} |" for name, v in rows if v is not None]
+    return "\n".join(lines)
+
+
+def _recipe(report: Report) -> str:
+    data = report.data
+    return (
+        f"Nats per token over windows of {data.window} tokens{' with BOS' if data.bos else ''} of the text {data.source}. "
+        "The search saw the proxy windows; nothing saw the held-out windows. `kl` is from the dense model's distribution."
+    )
+
+
+def _architecture_table(base: ModelPart, trial: TrialPart) -> str:
+    widths = trial.architecture
+    shown = f"KV groups of {base.num_key_value_heads}, {base.intermediate_size} neurons"
+    lines = [
+        f"Per layer of the base model; the dense layer has {shown}.",
+        "",
+        "| layer | KV groups | heads | neurons |",
+    ]
+    lines.append("|---|---|---|---|")
+    queries = base.num_attention_heads // base.num_key_value_heads
+    for layer, (groups, neurons) in enumerate(zip(widths.kv_groups, widths.neurons, strict=True)):
+        kept = f"{groups} | {groups * queries} | {neurons}" if groups or neurons else "dropped | | "
+        lines.append(f"| {layer} | {kept} |")
+    return "\n".join(lines)

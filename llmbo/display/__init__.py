@@ -1,0 +1,1 @@
+"""What a person sees while a run goes on, in its own terminal or in another one."""

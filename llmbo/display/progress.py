@@ -1,0 +1,305 @@
+"""What a user sees while a run works: a live picture on a terminal, plain lines elsewhere, JSON for machines, or nothing.
+
+Everything goes to stderr; stdout is for results.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from llmbo.advisor.parts import AdvisorPart
+from llmbo.display.dashboard import Dashboard, Snapshot, volume
+from llmbo.display.dashboard import Progress as SearchProgress
+from llmbo.problem.objectives import Objective
+from llmbo.report import Report
+from llmbo.types import Proposal, Trial
+
+PICTURES_PER_SECOND = 4
+SEARCH = "search"
+
+
+class View(Protocol):
+    """Shows what `Display` is told. `objectives` are set once they are known."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def phase_started(self, name: str, total: int | None) -> None: ...
+    def phase_moved(self, done: int) -> None: ...
+    def phase_ended(self, name: str, seconds: float) -> None: ...
+    def proposing(self, round: int) -> None: ...
+    def trial_started(self, number: int, origin: str) -> None: ...
+    def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: "Display") -> None: ...
+
+
+class Display:
+    """Phases, then trials. Implements `types.Phases` and `types.Observer`; keeps the seconds of each phase.
+
+    Args:
+        view: Where it is shown; by default a live picture on a terminal and plain lines elsewhere.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        budget: int,
+        clock: Callable[[], float] = time.perf_counter,
+        view: View | None = None,
+        title: str = "",
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self.objectives: Sequence[Objective] = ()
+        self.dense: Mapping[str, float] = {}
+        self.budget = budget
+        self.title = title
+        self._clock = clock
+        self._view = view or (LivePicture(console, self, clock) if console.is_terminal else Lines(console))
+
+    def __enter__(self) -> "Display":
+        self._view.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._view.stop()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        start = self._clock()
+        self._view.phase_started(name, total)
+        try:
+            yield self._view.phase_moved
+        finally:
+            spent = self._clock() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self._view.phase_ended(name, spent)
+
+    def on_proposing(self, round: int) -> None:
+        self._view.proposing(round)
+
+    def on_trial_start(self, proposal: Proposal, number: int) -> None:
+        self._view.trial_started(number, proposal.origin)
+
+    def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
+        self._view.trial_ended(trial, trials, self)
+
+
+class Silence:
+    """Shows nothing."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def phase_started(self, name: str, total: int | None) -> None: ...
+    def phase_moved(self, done: int) -> None: ...
+    def phase_ended(self, name: str, seconds: float) -> None: ...
+    def proposing(self, round: int) -> None: ...
+    def trial_started(self, number: int, origin: str) -> None: ...
+    def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None: ...
+
+
+class Lines(Silence):
+    """One line for each phase and trial: for pipes, files and CI."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def phase_started(self, name: str, total: int | None) -> None:
+        self._say(f"{name} …")
+
+    def phase_ended(self, name: str, seconds: float) -> None:
+        self._say(f"{name}: {seconds:.1f} s")
+
+    def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
+        self._say(trial_line(trial, trials, display.objectives, display.budget))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class JsonLines(Silence):
+    """One JSON object for each event, with its time in seconds since the epoch."""
+
+    def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+        self._write = write
+        self._now = now
+
+    def phase_started(self, name: str, total: int | None) -> None:
+        self._say("phase_started", phase=name, total=total)
+
+    def phase_ended(self, name: str, seconds: float) -> None:
+        self._say("phase_ended", phase=name, seconds=round(seconds, 3))
+
+    def proposing(self, round: int) -> None:
+        self._say("proposing", round=round)
+
+    def trial_started(self, number: int, origin: str) -> None:
+        self._say("trial_started", trial=number, origin=origin)
+
+    def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
+        self._say(
+            "trial_ended",
+            trial=trial.number,
+            origin=trial.origin,
+            state=trial.state.value,
+            values=dict(trial.values),
+            seconds=trial.seconds,
+            failure=trial.failure,
+            hypervolume=volume(trials, display.objectives),
+            budget=display.budget,
+        )
+
+    def _say(self, event: str, **fields: Any) -> None:
+        self._write(json.dumps({"time": round(self._now(), 3), "event": event, **fields}))
+
+
+class LivePicture(Silence):
+    """A bar for each phase of the preparation, then the dashboard of the search, redrawn in place."""
+
+    def __init__(self, console: Console, display: Display, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._display = display
+        self._clock = clock
+        self._width = console.width
+        self._doing = ""
+        self._found = SearchProgress((), (), {})
+        self._search_start: float | None = None
+        self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}", markup=True),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._live = Live(
+            console=console,
+            get_renderable=self._picture,
+            refresh_per_second=PICTURES_PER_SECOND,
+            transient=True,
+            vertical_overflow="crop",
+        )
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def phase_started(self, name: str, total: int | None) -> None:
+        self._doing = name
+        if name == SEARCH:
+            self._search_start = self._clock()
+        else:
+            self._progress.add_task(name, total=total, count="")
+
+    def phase_moved(self, done: int) -> None:
+        for task in self._progress.tasks:
+            self._progress.update(task.id, completed=done, count=f"{done}/{task.total:.0f}" if task.total else "")
+
+    def phase_ended(self, name: str, seconds: float) -> None:
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        if name == SEARCH:
+            self._search_start = None
+        self._console.print(f"{name}: {seconds:.1f} s", style="dim", highlight=False, markup=False)
+
+    def proposing(self, round: int) -> None:
+        self._doing = "proposing"
+
+    def trial_started(self, number: int, origin: str) -> None:
+        if not self._found.trials:
+            self._stored_before = number
+        self._doing = f"trial {number} ({origin})"
+
+    def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
+        self._found = SearchProgress(trials, display.objectives, display.dense)
+        self._live.refresh()  # at once: the next picture may come after the end of a quick search
+
+    def _picture(self) -> RenderableType:
+        if self._console.width != self._width:  # the terminal has reflowed what we drew: start from a clean screen
+            self._width = self._console.width
+            self._console.file.write("\x1b[2J\x1b[H")
+        return self._progress if self._search_start is None else Dashboard(self._snapshot(self._search_start))
+
+    def _snapshot(self, start: float) -> Snapshot:
+        display, elapsed = self._display, self._clock() - start
+        finished = self._found.finished
+        ours = finished - self._stored_before
+        left = elapsed / ours * (display.budget - finished) if ours > 0 else None
+        return Snapshot(display.title or "llmbo", self._doing, display.budget, self._found, elapsed, left)
+
+
+def build_display(show: str, budget: int, title: str) -> Display:
+    """A display on stderr: "auto" suits whatever stderr is, "json" writes events, "nothing" nothing."""
+    console = Console(stderr=True)
+    views: dict[str, Callable[[], View | None]] = {
+        "auto": lambda: None,
+        "json": lambda: JsonLines(lambda line: print(line, file=sys.stderr, flush=True)),
+        "nothing": Silence,
+    }
+    return Display(console, budget, view=views[show](), title=title)
+
+
+def trial_line(trial: Trial, trials: Sequence[Trial], objectives: Sequence[Objective], budget: int) -> str:
+    """A finished trial in one line."""
+    measured = " ".join(f"{o.name} {trial.values[o.name]:.4g}" for o in objectives if trial.complete)
+    result = measured or f"failed: {trial.failure}"
+    count = f"{trial.number + 1}/{budget}" if budget else f"{trial.number + 1}"
+    seconds = f"{trial.seconds:.1f} s" if trial.seconds is not None else "?"
+    return f"trial {count} {trial.origin}: {result} ({seconds}) hypervolume {volume(trials, objectives):.4f}"
+
+
+def result_table(title: str) -> Table:
+    """An empty table that leaves most of a terminal's 80 columns to numbers."""
+    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+
+
+def summary(report: Report, rows: int = 12) -> Table:
+    """The front as a short table: at most `rows` points, spread evenly over it."""
+    counts = f"{len(report.front)} points from {len(report.trials)} trials"
+    table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
+    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
+        table.add_column(heading, justify="right")
+    count = len(report.front)
+    shown = (
+        sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
+        if count > rows
+        else range(count)
+    )
+    for label, point in [*((str(report.front[i].trial), report.front[i]) for i in shown), ("dense", report.dense)]:
+        values, heldout = point.objectives, point.heldout
+        table.add_row(
+            label,
+            f"{values.params / 1e6:.1f}M",
+            f"{values.params_share:.1%}",
+            f"{values.kl:.3f}",
+            f"{values.loss:.3f}",
+            f"{values.perplexity:.1f}",
+            f"{heldout.kl:.3f}" if heldout else "-",
+            f"{heldout.loss:.3f}" if heldout else "-",
+        )
+    return table
+
+
+def advice_line(part: AdvisorPart) -> str:
+    """What the advisor cost and brought, in a line."""
+    hooks = part.hooks.values()
+    calls, tokens = (
+        sum(hook.calls for hook in hooks),
+        sum(hook.prompt_tokens + hook.completion_tokens for hook in hooks),
+    )
+    costs = [hook.cost for hook in hooks]
+    cost = "price unknown" if None in costs else f"${sum(cost for cost in costs if cost):.4f}"
+    asked = f"{calls} calls, {tokens} tokens, {cost}, {sum(hook.seconds for hook in hooks):.1f} s; " if calls else ""
+    advised = {origin: gain for origin, gain in part.hypervolume_by_origin.items() if origin.startswith("advisor:")}
+    gained = ", ".join(f"{origin.removeprefix('advisor:')} {gain:.4f}" for origin, gain in advised.items()) or "nothing"
+    stopped = f" Without advice for a time: {part.stopped}." if part.stopped else ""
+    return f"Advisor {part.advisor}: {asked}hypervolume gained by {gained}.{stopped}"

@@ -1,0 +1,1 @@
+"""Models, dense and pruned, measured alike: perplexity, benchmark tasks, tables."""

@@ -1,0 +1,176 @@
+"""Several models, dense and pruned, measured alike and shown side by side."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from llmbo.errors import ConfigError, StorageError
+from llmbo.evaluation.perplexity import Perplexity, check_window, measure
+from llmbo.evaluation.tasks import Tasks
+from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
+from llmbo.models.loading import Checkpoint, check_dtype
+from llmbo.report import environment
+from llmbo.types import Phases
+from pruning.calibration import Text, read_text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. An empty `text` leaves perplexity out.
+
+    Raises:
+        ConfigError: A value that is out of range.
+    """
+
+    text: str
+    tokens: int
+    window: int
+    stride: int
+    tasks: tuple[str, ...]
+    limit: int | None
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--tokens", self.tokens), ("--limit", self.limit or 0)):
+            if value < 0:
+                raise ConfigError(f"{flag} must be at least 0, got {value}.")
+        check_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Measurements of one model."""
+
+    name: str
+    source: str
+    parameters: int
+    dtype: str
+    device: str
+    quality: Perplexity | None
+    tasks: dict[str, dict[str, float]]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of the JSON file."""
+        quality = self.quality and {"loss": self.quality.loss, "perplexity": self.quality.perplexity}
+        return {
+            "model": self.name,
+            "source": self.source,
+            "params": self.parameters,
+            "dtype": self.dtype,
+            "device": self.device,
+            **(quality or {}),
+            "recipe": asdict(self.quality.recipe) if self.quality else None,
+            "tasks": self.tasks,
+            "versions": environment()["versions"],
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path | None = None) -> Iterator[Result]:
+    """Measure the models one after the other; each is in `file` before the next is loaded.
+
+    Whatever can be refused is refused before the first weights are read.
+
+    Raises:
+        LlmboError, PruningError: One line for the user.
+    """
+    for name in names:
+        found = find_checkpoint(name, settings.trust_remote_code)
+        if settings.text:
+            check_window(found.config, settings.window, settings.stride)
+    text = read_text(settings.text) if settings.text else None
+    if file is not None:
+        _append(file, "")
+    tasks = Tasks.load(settings.tasks, settings.limit) if settings.tasks else None
+    for name in names:
+        result = _measure(name, settings, text, tasks, phases)
+        if file is not None:
+            _append(file, json.dumps(result.to_dict()) + "\n")
+        yield result
+
+
+def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | None, phases: Phases) -> Result:
+    with phases.phase(f"{name}: loading"):
+        checkpoint = load_checkpoint(name, settings.dtype, settings.device, settings.trust_remote_code)
+    quality, scores = None, {}
+    if text:
+        with phases.phase(f"{name}: perplexity", settings.tokens or None) as advance:
+            quality = measure(
+                checkpoint.model,
+                checkpoint.tokenizer,
+                text,
+                settings.window,
+                settings.stride,
+                settings.tokens,
+                advance,
+            )
+    if tasks:
+        with phases.phase(f"{name}: {', '.join(settings.tasks)}"):
+            scores = tasks.evaluate(checkpoint)
+    return Result(
+        name,
+        checkpoint.source,
+        checkpoint.parameters,
+        checkpoint.dtype,
+        checkpoint.device,
+        quality,
+        scores,
+        tuple(_notes(checkpoint, text)),
+    )
+
+
+def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:
+    """What makes a number less than it seems."""
+    details = Path(checkpoint.source) / "llmbo.json"
+    if text and details.is_file():
+        used = json.loads(details.read_text(encoding="utf-8")).get("text") or {}
+        if used.get("sha256") == text.sha256:
+            yield (
+                f"'{checkpoint.name}' was pruned on windows of this very text ({text.source}), so this is no held-out loss: "
+                "the run's report has that one, or give another --text."
+            )
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One row per model, one column per measurement."""
+    columns = list(
+        dict.fromkeys((task, metric) for r in results for task, found in r.tasks.items() for metric in found)
+    )
+    shown = [(task, metric) for task, metric in columns if "stderr" not in metric]
+    made = Table("model", "params", "dtype")
+    if any(result.quality for result in results):
+        made.add_column("loss", justify="right")
+        made.add_column("perplexity", justify="right")
+    for task, metric in shown:
+        made.add_column(f"{task} {metric}", justify="right")
+    for result in results:
+        row = [result.name, f"{result.parameters / 1e6:.1f}M", result.dtype]
+        if result.quality:
+            row += [f"{result.quality.loss:.4f}", f"{result.quality.perplexity:.2f}"]
+        row += [_score(result.tasks.get(task, {}), metric) for task, metric in shown]
+        made.add_row(*row)
+    return made
+
+
+def _score(found: dict[str, float], metric: str) -> str:
+    name, _, filtered = metric.partition(",")
+    error = found.get(f"{name}_stderr{',' if filtered else ''}{filtered}")
+    return f"{found[metric]:.4f}" + (f" ± {error:.4f}" if error else "") if metric in found else ""
+
+
+def _append(file: Path, line: str) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(line)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write --json '{file}' ({error.strerror}): give a file in a writable folder."
+        ) from error

@@ -1,0 +1,185 @@
+"""The threshold family: one path of nested models from the dense one down, the strongest baseline there is without search.
+
+Every block climbs its grid levels one by one, and each *step* has a price: what it saves in nats per parameter it costs. A
+member takes all steps above one global threshold; lowering the threshold takes one more step, so the family is a list of
+points, not a formula. Two ways to price a step:
+
+    unit scores       a level is reached by the units whose score per parameter passes the threshold (`unit_steps`).
+                      LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores; Fisher scores allocate better.
+    narrowing costs   slopes of the convex hull of what the whole block costs at each width after its refit (`narrowing_steps`).
+
+The geometric mean of both is better than either: see `experiments/allocation`. *Which* units stay at a
+level follows from another ranking (see `pruning.importance`).
+
+Both prices are taken at the dense model; `llmbo.problem.expansion` corrects the family by what a level more or less of every block
+changes at pruned members.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from llmbo.errors import ConfigError
+from llmbo.problem.space import SearchSpace
+from pruning.anatomy import BlockKind
+from pruning.importance import Importance
+
+Steps = Sequence[Sequence[float]]  # per dimension, the price of every step up from level 0; never rising
+TINY = 1e-30  # a price of nothing, so that logarithms exist
+
+
+@dataclass(frozen=True)
+class ThresholdFamily:
+    """The legal members, smallest first; without limits the dense model is the last.
+
+    Args:
+        path: `num_members x d` levels. Unless moved, every row adds a level to the row before; steps that break a limit are left out.
+        shares: `num_members` parameter shares, increasing.
+        importance: `d` importances, each block's summed over its units.
+        expansions: What single blocks change around some members, where that was measured.
+    """
+
+    space: SearchSpace
+    path: Tensor
+    shares: Tensor
+    importance: Tensor
+    expansions: "Expansions | None" = None
+
+    @classmethod
+    def from_importance(cls, space: SearchSpace, importance: Importance) -> "ThresholdFamily":
+        """The family of unit scores that are comparable across layers (`taylor` or `fisher`)."""
+        return cls.from_steps(space, unit_steps(space, importance), importance)
+
+    @classmethod
+    def from_steps(cls, space: SearchSpace, steps: Steps, importance: Importance) -> "ThresholdFamily":
+        """The family of given prices.
+
+        Args:
+            steps: `d` rows.
+            importance: Says what each block matters as a whole.
+
+        Raises:
+            ConfigError: The limits leave no member.
+        """
+        order = sorted((-price, dimension) for dimension, row in enumerate(steps) for price in row)
+        point = torch.zeros(space.d, dtype=torch.float64)
+        rows = [point.clone()]
+        for _, dimension in order:
+            point[dimension] += 1
+            if space.limits and not space.within_limits(point):
+                point[dimension] -= 1  # a limit on one cost leaves steps that others pay for
+            else:
+                rows.append(point.clone())
+        path = torch.stack(rows)
+        path = path[space.legal(path)]
+        if not len(path):
+            limits = ", ".join(f"{name} <= {limit:g}" for name, limit in space.limits.items())
+            raise ConfigError(
+                f"No model with a parameter share of at least {space.min_share} has {limits}: raise --max or lower --min-share."
+            )
+        totals = torch.cat([importance.of(block.kind).double().cpu().sum(-1) for block in space.anatomy.blocks])
+        return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean()))
+
+    def at(self, share: float) -> tuple[int, ...]:
+        """The member whose parameter share is nearest."""
+        return tuple(self.path[int((self.shares - share).abs().argmin())].int().tolist())
+
+    def profile(self, share: Tensor) -> Tensor:
+        """Levels of the family at any share, interpolated between members: `n` -> `n x d`, not rounded."""
+        return interpolated(self.shares, self.path, share)
+
+    def expected_change(self, X: Tensor, share: Tensor) -> Tensor:
+        """KL expected on top of the family's at equal share, nats: `n x d` levels, `n` -> `n`; 0 for members, and if nothing is known."""
+        if self.expansions is None:
+            return torch.zeros_like(share)
+        own = interpolated(self.shares, self._changes, share)
+        return ((self.expansions.changes_at(X) - own) * self.expansions.weights(share)).sum(-1)
+
+    @cached_property
+    def _changes(self) -> Tensor:
+        """What the expansions say of the members themselves, `num_members x anchors`."""
+        assert self.expansions is not None
+        return self.expansions.changes_at(self.path)
+
+
+@dataclass(frozen=True)
+class Expansions:
+    """KL around some members, block by block (`pruning.moves`): what to expect of models in between and nearby.
+
+    Args:
+        shares: `k` parameter shares of the members, increasing.
+        changes: `k x d x levels`, nats: what each member changes by when one block alone goes to that level.
+    """
+
+    shares: Tensor
+    changes: Tensor
+
+    def changes_at(self, X: Tensor) -> Tensor:
+        """Every member's changes summed over blocks, `n x d` levels -> `n x k`."""
+        levels = X.round().long().T  # d x n
+        return torch.stack([change.gather(1, levels).sum(0) for change in self.changes], dim=-1)
+
+    def weights(self, share: Tensor) -> Tensor:
+        """How much each member has to say about models of a share, `n` -> `n x k`: linear between neighbours."""
+        return interpolated(self.shares, torch.eye(len(self.shares), dtype=torch.float64), share)
+
+
+def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
+    """Rows of `path` (`m x d`, at increasing `shares`) at any share, the ends beyond them: `n` -> `n x d`."""
+    share = share.clamp(shares[0], shares[-1])
+    right = torch.searchsorted(shares, share.contiguous()).clamp(1, len(shares) - 1)
+    low, high = shares[right - 1], shares[right]
+    weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only row
+    return torch.lerp(path[right - 1], path[right], weight)
+
+
+def unit_steps(space: SearchSpace, importance: Importance) -> list[list[float]]:
+    """Prices by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
+    steps: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        density = importance.of(block.kind).double().cpu() / block.parameters_per_unit
+        midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
+        steps += density.sort(-1, descending=True).values[:, midpoints].tolist()
+    return steps
+
+
+def narrowing_steps(space: SearchSpace, costs: Mapping[BlockKind, Tensor]) -> list[list[float]]:
+    """Prices by what narrowing costs (`pruning.narrowing`), `d` rows: slopes of the lower convex hull over parameters.
+
+    Args:
+        costs: `num_layers x levels` by kind, at the widths of the grid.
+    """
+    steps: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        sizes = [
+            units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
+            for units in space.widths[block.kind]
+        ]
+        steps += [_hull_slopes(sizes, row) for row in costs[block.kind].double().cpu().cummin(-1).values.tolist()]
+    return steps
+
+
+def geometric_mean(first: Steps, second: Steps) -> list[list[float]]:
+    """Price by price: both are nats per parameter, and their errors are factors."""
+    return [
+        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
+        for row, other in zip(first, second, strict=True)
+    ]
+
+
+def _hull_slopes(sizes: Sequence[int], costs: Sequence[float]) -> list[float]:
+    """Fall of the lower convex hull of (size, cost) at every step, in cost per size; steps on one edge share its slope."""
+    hull: list[int] = []
+    for point in range(len(sizes)):
+        while len(hull) > 1 and _slope(sizes, costs, hull[-2], hull[-1]) <= _slope(sizes, costs, hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [slope for a, b in pairwise(hull) for slope in [_slope(sizes, costs, a, b)] * (b - a)]
+
+
+def _slope(sizes: Sequence[int], costs: Sequence[float], a: int, b: int) -> float:
+    return (costs[a] - costs[b]) / (sizes[b] - sizes[a])

@@ -1,0 +1,79 @@
+"""What an advisor would be asked, or would answer, in a stored run's present state. Changes nothing in the run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmbo.advisor.assemble import build_desk
+from llmbo.advisor.context import share_of, told_delta
+from llmbo.advisor.ledger import Ledger, MemoryNotes
+from llmbo.advisor.proposer import AdvisorDesk
+from llmbo.advisor.render import render
+from llmbo.advisor.roles import Answer, Question
+from llmbo.config import RunConfig
+from llmbo.errors import StorageError
+from llmbo.models.loading import load_model
+from llmbo.problem.objectives import build_objectives
+from llmbo.run.assemble import advice_material, load_windows, prepared
+from llmbo.run.store import TrialStore, stored_run
+from llmbo.types import Phases, Trial
+
+COUNT = 4
+
+
+def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tuple[RunConfig, dict[str, Any], str]:
+    """Settings, facts and database of a stored run.
+
+    Raises:
+        StorageError: There is no such run.
+    """
+    url = storage or f"sqlite:///{folder / 'study.db'}"
+    found = stored_run(url, folder.name)
+    if found is None:
+        raise StorageError(
+            f"There is no run in '{folder}': give the folder that `llmbo optimize` wrote, e.g. runs/llama."
+        )
+    settings, facts, _ = found
+    budget = facts.get("run", {}).get("settings", {}).get("budget", RunConfig.budget)
+    changes = {"advisor": advisor} if advisor else {}
+    return RunConfig.from_settings(settings, name=folder.name, storage=storage, budget=budget, **changes), facts, url
+
+
+@contextmanager
+def reopened(
+    config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
+) -> Iterator[tuple[AdvisorDesk, list[Trial]]]:
+    """The run's advisor, with what it would read; it keeps its notes to itself."""
+    loaded = load_model(config.model, facts["dtype"], facts["device"])
+    with prepared(config, loaded, load_windows(config, loaded), phases, facts.get("profiles")) as problem:
+        objectives = build_objectives(
+            config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits
+        )
+        store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
+        stored = {key: value for key, value in store.notes().items() if key == "marginals"}
+        material = advice_material(config, problem, objectives, facts["dense"], loaded)
+        desk = build_desk(config, material, Ledger(MemoryNotes(stored)))
+        yield desk, store.trials()
+
+
+def shown_prompt(question: Question) -> str:
+    prompt = render(question)
+    return f"{prompt.system}\n\n{prompt.user}\n\n(at most {prompt.tokens} tokens, and {prompt.max_tokens} of reply)"
+
+
+def shown_answer(answer: Answer, desk: AdvisorDesk) -> Iterator[str]:
+    """One line for each thing that came of an answer."""
+    space, family = desk.setting.space, desk.setting.family
+    for candidate in answer.candidates:
+        share = share_of(space, candidate.x)
+        yield f"candidate  share {share:.3f} | {told_delta(family, candidate.x)} | {candidate.why}"
+    for direction in answer.directions:
+        changed = sum(level != 0 for level in direction.levels)
+        yield f"direction  {direction.name}: {changed} blocks"
+    for rejection in answer.rejections:
+        yield f"{rejection.kind:10} {rejection.reason} | {rejection.text}"
+    if answer.stopped:
+        yield f"stopped    {answer.stopped}"
+    if not answer:
+        yield "Nothing of it can be used."

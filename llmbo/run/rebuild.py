@@ -1,0 +1,133 @@
+"""A stored run -> the models of its trials, cut again as the run cut them, or refused."""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from transformers import PreTrainedModel
+
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError, ModelError, StorageError
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.report.files import find_run, read_report
+from llmbo.report.schema import Report, TrialPart
+from llmbo.run.assemble import changed_facts, facts_of, load_windows, ranked
+from llmbo.types import Phases
+from pruning.architecture import Architecture
+from pruning.calibration import TokenWindows
+from pruning.compensation import CompensationTable
+from pruning.likelihood import quality
+from pruning.masks import PruningMask, Ranking
+from pruning.shrink import shrink
+
+LOSS_TOLERANCE = 0.02  # nats between the run's proxy loss of a trial and that of the rebuilt model
+
+
+def read_run(run: str) -> Report:
+    """The report of a run given by path or name.
+
+    Raises:
+        StorageError: There is no such run or no report yet, or it cannot be read.
+    """
+    folder = find_run(run)
+    try:
+        return Report.model_validate(read_report(folder))
+    except ValidationError as error:
+        reason = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+        raise StorageError(
+            f"'{folder / 'report.json'}' is damaged or of another version of llmbo ({reason})."
+        ) from error
+
+
+def find_trial(report: Report, number: int) -> TrialPart:
+    """A finished trial of the run.
+
+    Raises:
+        ConfigError: No such trial, or it has no measurements.
+    """
+    front = ", ".join(str(point.trial) for point in report.front) or "none"
+    if not 0 <= number < len(report.trials):
+        raise ConfigError(
+            f"The run '{report.run.name}' has no trial {number}: it has 0 to {len(report.trials) - 1}; "
+            f"on the front are {front}."
+        )
+    trial = report.trials[number]
+    if trial.objectives is None:
+        state = f"failed ({trial.failure})" if trial.state == "failed" else "is not finished"
+        raise ConfigError(f"Trial {number} of the run '{report.run.name}' {state}: choose one of the front, {front}.")
+    return trial
+
+
+def architecture_of(trial: TrialPart) -> Architecture:
+    return Architecture.from_dict(trial.architecture.model_dump())
+
+
+def config_of(report: Report) -> RunConfig:
+    """The settings that the run was started with."""
+    return RunConfig.from_settings(report.run.settings, name=report.run.name)
+
+
+def load_base(
+    report: Report, phases: Phases, model: str | None = None, device: str | None = None
+) -> tuple[LoadedModel, TokenWindows]:
+    """The run's base model and windows.
+
+    Args:
+        model: Where the base model is now; by default where the run had it.
+        device: By default the run's.
+
+    Raises:
+        ModelError: It is another model, or its text is another.
+    """
+    config = config_of(report)
+    with phases.phase("model"):
+        loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+        windows = load_windows(config, loaded)
+    stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
+    found = facts_of(loaded, windows)
+    for facts in (stored, found):
+        facts["model"] |= {"name": ""}  # it may have moved
+    if changes := changed_facts(stored, found):
+        raise ModelError(
+            f"The run '{report.run.name}' had another model or text ({'; '.join(changes)}): "
+            "bring them back (--model says where the base model is)."
+        )
+    return loaded, windows
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every trial of a run is cut from: the base model, its units ranked and its repairs worked out."""
+
+    report: Report
+    loaded: LoadedModel
+    windows: TokenWindows
+    ranking: Ranking
+    table: CompensationTable | None
+
+    @classmethod
+    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "Material":
+        """Rank and repair as the run did."""
+        with phases.phase("importance", len(windows.calibration)) as advance:
+            statistics, ranking = ranked(loaded.model, windows, advance)
+        with phases.phase("compensation"):
+            compensated = config_of(report).compensation
+            table = CompensationTable(loaded.model, statistics, ranking) if compensated else None
+        return cls(report, loaded, windows, ranking, table)
+
+    def cut(self, trial: TrialPart) -> tuple[PreTrainedModel, PruningMask]:
+        """The trial's model, in the run's dtype.
+
+        Raises:
+            ModelError: It does not measure what the run measured.
+        """
+        mask = PruningMask.from_architecture(architecture_of(trial), self.ranking)
+        small = shrink(self.loaded.model, mask, self.table)
+        measured = quality(small, self.windows.proxy).loss
+        assert trial.objectives is not None  # only finished trials are found
+        expected = trial.objectives.loss
+        if not abs(measured - expected) <= LOSS_TOLERANCE:
+            raise ModelError(
+                f"The rebuilt model's proxy loss is {measured:.3f} where the run measured {expected:.3f}: other versions of "
+                f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
+            )
+        return small, mask

@@ -1,0 +1,83 @@
+"""Optuna's own samplers through ask-and-tell, on an in-memory study that is rebuilt from the trials every round."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
+from optuna.trial import TrialState as OptunaState
+from optuna.trial import create_trial
+
+from llmbo.problem.objectives import Objective
+from llmbo.problem.space import SearchSpace
+from llmbo.search.baselines.designs import fresh, topped_up
+from llmbo.search.threads import one_thread
+from llmbo.types import Proposal, Trial, TrialState
+
+POPULATION = 20
+ASKS = {"tpe": 20, "nsga2": 50, "gp": 3}  # per wanted candidate, before a batch is filled up at random
+
+# Every sampler starts at once: the initial design has been evaluated before it is asked.
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1),
+    "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION),
+    "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=1, deterministic_objective=True),
+}
+_STATES = {
+    TrialState.COMPLETE: OptunaState.COMPLETE,
+    TrialState.FAILED: OptunaState.FAIL,
+    TrialState.RUNNING: OptunaState.RUNNING,
+}
+_GENERATION = NSGAIISampler._get_generation_key()  # kept with each trial: the sampler counts generations by it
+
+
+@dataclass(frozen=True)
+class OptunaProposer:
+    """A sampler's answers.
+
+    Args:
+        sampler: One of `SAMPLERS`.
+    """
+
+    space: SearchSpace
+    objectives: Sequence[Objective]
+    sampler: str
+    _distributions: Mapping[str, BaseDistribution] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tops = zip(self.space.names, self.space.max_levels, strict=True)
+        object.__setattr__(self, "_distributions", {name: IntDistribution(0, top) for name, top in tops})
+
+    def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        with one_thread(), torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)  # the GP sampler draws from the global generator, too
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = self._study(trials, seed)
+            found = fresh(self._asked(study, q), trials, q, self.space, f"optuna-{self.sampler}")
+        return topped_up(found, trials, q, self.space, seed)
+
+    def _study(self, trials: Sequence[Trial], seed: int) -> optuna.Study:
+        study = optuna.create_study(
+            sampler=SAMPLERS[self.sampler](seed % 2**32),  # NumPy takes no larger one
+            directions=["maximize" if objective.maximize else "minimize" for objective in self.objectives],
+        )
+        for position, trial in enumerate(trials):
+            study.add_trial(
+                create_trial(
+                    state=_STATES[trial.state],
+                    params=dict(zip(self._distributions, trial.x, strict=True)),
+                    distributions=dict(self._distributions),
+                    values=[trial.values[o.name] for o in self.objectives] if trial.complete else None,
+                    system_attrs={_GENERATION: position // POPULATION},
+                )
+            )
+        return study
+
+    def _asked(self, study: optuna.Study, q: int) -> Iterator[tuple[int, ...]]:
+        """What the sampler says; asked trials stay RUNNING, so that a batch is spread by samplers that can."""
+        for _ in range(ASKS[self.sampler] * q):
+            trial = study.ask(dict(self._distributions))
+            yield tuple(int(trial.params[name]) for name in self._distributions)

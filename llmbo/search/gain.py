@@ -1,0 +1,63 @@
+"""Quality at equal size: what a trial gains over the threshold family at its own parameter share.
+
+A point may land on the front by filling a gap and still lose to the family interpolated between its members, so gain
+says what hypervolume hides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmbo.problem.objectives import Objective
+from llmbo.types import Trial
+
+EPSILON = 0.02  # nats; keeps the log from chasing differences near the dense model that no measurement resolves
+
+
+@dataclass(frozen=True)
+class FamilyCurve:
+    """F(s): the threshold family's excess quality by share, log-linear between measured members."""
+
+    shares: Tensor
+    log_excess: Tensor
+
+    @classmethod
+    def through(cls, shares: Tensor, excess: Tensor) -> "FamilyCurve":
+        """Fit measured members (`n` shares and excesses); the dense model's (1, 0) is added."""
+        shares = torch.cat([shares, torch.ones(1, dtype=torch.float64)])
+        excess = torch.cat([excess, torch.zeros(1, dtype=torch.float64)])
+        order = shares.argsort()
+        return cls(shares[order], torch.log(excess[order].clamp_min(0) + EPSILON))
+
+    def __call__(self, share: Tensor) -> Tensor:
+        """log (F(s) + eps) at any share, same shape."""
+        share = share.clamp(self.shares[0], self.shares[-1])
+        right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
+        low, high = self.shares[right - 1], self.shares[right]
+        weight = (share - low) / (high - low).clamp_min(1e-12)
+        return torch.lerp(self.log_excess[right - 1], self.log_excess[right], weight)
+
+
+def trial_gains(trials: Sequence[Trial], quality: Objective, dense: Mapping[str, float]) -> dict[int, float]:
+    """Gain in `quality`'s unit of every complete trial, by number; positive beats the family.
+
+    Only where the family is known: between its smallest measured member and the dense model. Members gain 0 by
+    definition, save where two share a size.
+
+    Args:
+        dense: The dense model's values by objective name.
+    """
+    complete = [trial for trial in trials if trial.complete]
+    excess = torch.tensor(
+        [quality.sign * (dense[quality.name] - trial.values[quality.name]) for trial in complete], dtype=torch.float64
+    )
+    shares = torch.tensor([trial.values["params_share"] for trial in complete], dtype=torch.float64)
+    member = torch.tensor([trial.origin == "threshold" for trial in complete], dtype=torch.bool)
+    if not member.any():
+        return {}
+    curve = FamilyCurve.through(shares[member], excess[member])
+    gain = (curve(shares).exp() - EPSILON) - excess
+    known = shares >= shares[member].min()
+    return {trial.number: float(gain[i]) for i, trial in enumerate(complete) if known[i]}

@@ -1,0 +1,216 @@
+"""Recover a pruned checkpoint by short training, and write it only as something better than what it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmbo.deploy.export import check_disk
+from llmbo.errors import ConfigError, ModelError, first_line
+from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
+from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype
+from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
+from llmbo.types import Phases
+from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
+from pruning.export.folder import check_out, whole_folder
+from pruning.likelihood import quality
+
+MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to recover, on which text.
+
+    Args:
+        source: A folder written by `llmbo export`, or any other small model.
+        out: Folder to make.
+        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT.
+        window: Tokens per window.
+        heldout: Windows each for validation and for the final comparison; neither is trained on.
+        teacher: Dense model for distillation; empty takes the one the folder names.
+        dtype: Of the matrix products while training; "auto" takes the faster one here.
+    """
+
+    source: str
+    out: Path
+    text: str
+    window: int
+    heldout: int
+    teacher: str
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        check_split(self.window, self.heldout)
+        check_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out losses in nats per token, on windows that neither training nor the choice of the best step has seen."""
+
+    before: float
+    after: float
+    tokens: int
+    progress: Progress
+
+    @property
+    def gain(self) -> float:
+        return self.before - self.after
+
+
+def recover(
+    task: Task,
+    plan: Plan,
+    command: str,
+    phases: Phases,
+    on_validation: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train, keep the best, write it, read it back.
+
+    The model that validates best is written, the untrained one included: the result is never worse than what came in. An
+    interrupted recovery goes on from `OUT.recovery`, which is removed at the end.
+
+    Raises:
+        LlmboError, PruningError: One line for the user.
+    """
+    check_out(task.out)
+    with phases.phase("model"):
+        small = load_checkpoint(task.source, "float32", task.device)  # small steps vanish in bfloat16
+        check_disk(task.out, 4 * small.parameters + checkpoint_bytes(small.model, plan))
+        kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
+        stored = _saved_dtype(task.source)
+        teacher = _teacher(task, small, kind) if plan.distil else None
+        windows = training_windows(task.text, small.tokenizer, task.window, task.heldout, plan)
+    before = quality(small.model, windows.heldout).loss
+    work = task.out.with_name(task.out.name + ".recovery")
+    with phases.phase("training", plan.steps) as advance:
+        trained, progress = train(
+            small.model,
+            teacher,
+            windows.calibration,
+            windows.proxy,
+            plan,
+            work,
+            small.device,
+            MIXED[kind],
+            advance,
+            on_validation,
+        )
+    with phases.phase("writing and reading back"):
+        after = quality(trained, windows.heldout).loss
+        outcome = Outcome(before, after, progress.best[0] * plan.batch * task.window, progress)
+        nn.Module.to(trained, dtype=stored)
+        _write(trained, small, task, plan, outcome, command, windows)
+    shutil.rmtree(work, ignore_errors=True)
+    return outcome
+
+
+def check_split(window: int, heldout: int) -> None:
+    """Raise ConfigError for windows without a prediction, or none to compare on."""
+    if window < 2 or heldout < 1:
+        raise ConfigError(f"--window must be at least 2 and --heldout at least 1, got {window} and {heldout}.")
+
+
+def training_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, window: int, heldout: int, plan: Plan
+) -> TokenWindows:
+    """All of a text: to train on (`calibration`), to choose the best step (`proxy`) and to compare (`heldout`).
+
+    The last windows of the seeded order are held out, which `llmbo optimize` never reached with the same seed and window.
+    """
+    text = read_text(source)
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    total = len(ids) // (window - adds_bos(tokenizer))
+    training = max(plan.batch, total - 2 * heldout)  # too short a text is refused below
+    counts = dict(zip(SPLITS, (training, heldout, heldout), strict=True))
+    return cut_windows(text, tokenizer, counts, window, plan.seed)
+
+
+def _saved_dtype(source: str) -> torch.dtype:
+    found = find_checkpoint(source).config.dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _teacher(task: Task, small: Checkpoint, dtype: str) -> PreTrainedModel:
+    name = task.teacher or _base_model(small)
+    if not name:
+        raise ConfigError(f"--distil needs the dense model, which '{task.source}' does not name: give --teacher.")
+    teacher = load_checkpoint(name, dtype, task.device).model
+    if teacher.config.vocab_size != small.model.config.vocab_size:
+        raise ModelError(
+            f"'{name}' cannot teach '{task.source}': it knows {teacher.config.vocab_size} tokens, "
+            f"not {small.model.config.vocab_size}."
+        )
+    teacher.requires_grad_(False)
+    return teacher
+
+
+def _base_model(small: Checkpoint) -> str:
+    """Where the dense model is: its name, or the place it was loaded from."""
+    base = _details(small.source).get("base_model") or {}
+    return next((name for name in (base.get("name", ""), base.get("source", "")) if name), "")
+
+
+def _details(source: str) -> dict[str, Any]:
+    file = Path(source) / "llmbo.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"'{file}' is damaged ({first_line(error)}): export the model again.") from error
+    return found
+
+
+def _write(
+    model: PreTrainedModel,
+    small: Checkpoint,
+    task: Task,
+    plan: Plan,
+    outcome: Outcome,
+    command: str,
+    windows: TokenWindows,
+) -> None:
+    recovery = {
+        "command": command,
+        "plan": asdict(plan),
+        "text": {"source": windows.source, "sha256": windows.sha256, "window": windows.length, "bos": windows.bos},
+        "heldout_loss": {"before": outcome.before, "after": outcome.after},
+        "best_step": outcome.progress.best[0],
+        "tokens": outcome.tokens,
+        "validation": outcome.progress.history,
+    }
+    files = {"llmbo.json": json.dumps({**_details(small.source), "recovery": recovery}, indent=2) + "\n"}
+    card = Path(small.source) / "README.md"
+    if card.is_file():
+        files["README.md"] = f"{card.read_text(encoding='utf-8')}\n{_section(plan, outcome, windows, command)}"
+    with whole_folder(task.out, files) as folder:
+        model.save_pretrained(folder)
+        small.tokenizer.save_pretrained(folder)
+        _read_back(folder, model, windows)
+
+
+def _section(plan: Plan, outcome: Outcome, windows: TokenWindows, command: str) -> str:
+    how = "LoRA" if plan.lora else "all weights but the embeddings"
+    goal = "distilled from the dense model" if plan.distil else "next tokens"
+    return (
+        f"## Recovery\n\nTrained on {outcome.tokens} tokens of {windows.source} ({how}; {goal}): held-out loss "
+        f"{outcome.before:.4f} → {outcome.after:.4f} nats per token.\n\n    {command}\n"
+    )
+
+
+def _read_back(folder: Path, model: PreTrainedModel, windows: TokenWindows) -> None:
+    again = load_checkpoint(str(folder), "float32", "cpu").model
+    sample = windows.heldout[:1]
+    nn.Module.to(model, dtype=torch.float32, device="cpu")  # as stored, then widened
+    found, expected = quality(again, sample).loss, quality(model, sample).loss
+    if not abs(found - expected) < 1e-3:
+        raise ModelError(
+            f"What was written measures {found:.4f} where {expected:.4f} was expected; it has been deleted."
+        )

@@ -1,0 +1,247 @@
+"""Does training change which models of a front are good? Some of its points are recovered alike and compared again."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmbo.deploy.export import check_disk
+from llmbo.errors import ConfigError, StorageError
+from llmbo.report.files import find_run, replace_file
+from llmbo.report.schema import Report, TrialPart
+from llmbo.run.rebuild import Material, config_of, find_trial, load_base, read_run
+from llmbo.search.pareto import pareto_front
+from llmbo.training.recovery import MIXED, check_split, training_windows
+from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
+from llmbo.types import Phases
+from pruning.calibration import TokenWindows
+from pruning.likelihood import DenseDistribution, dense_distribution, quality
+
+FILE = "rerank.json"
+Values = Mapping[str, float]  # `loss` and `kl` in nats per token
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial before and after the same short training, measured on windows that neither saw.
+
+    Args:
+        step: Of the weights that validated best; 0 are the untrained ones.
+    """
+
+    trial: int
+    params: int
+    before: Values
+    after: Values
+    step: int
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Trials, best first, before and after training, and how alike the orders are: Kendall's tau, -1 to 1.
+
+    None where fewer than two trials can be ordered, or all are equal.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    tau: float | None
+
+    @classmethod
+    def of(cls, before: Mapping[int, float], after: Mapping[int, float]) -> "Orders":
+        """Both sorted by the given numbers, lower is better."""
+        trials = list(before)
+        tau = (
+            kendalltau([before[t] for t in trials], [after[t] for t in trials]).statistic if len(trials) > 1 else np.nan
+        )
+        first, last = (tuple(sorted(trials, key=values.__getitem__)) for values in (before, after))
+        return cls(first, last, None if np.isnan(tau) else float(tau))
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """Recovered points, smallest first."""
+
+    points: tuple[Point, ...]
+
+    @property
+    def orders(self) -> dict[str, Orders]:
+        """By `loss`, by `kl`, and at `equal_size`: by `excess`, what a trial loses to its neighbours."""
+        return {
+            **{
+                name: Orders.of(*(self._named(name, values) for values in (self.before, self.after)))
+                for name in ("loss", "kl")
+            },
+            "equal_size": Orders.of(self.excess(self.before), self.excess(self.after)),
+        }
+
+    def excess(self, values: Sequence[Values]) -> dict[int, float]:
+        """Loss above the straight line between the next smaller and the next larger point, by trial; below 0 is better.
+
+        The smallest and the largest point have only one neighbour and no number.
+        """
+        sizes, losses = np.array([p.params for p in self.points]), np.array([value["loss"] for value in values])
+        found = {}
+        for index in range(1, len(sizes) - 1):
+            others = np.delete(np.arange(len(sizes)), index)
+            found[self.points[index].trial] = float(
+                losses[index] - np.interp(sizes[index], sizes[others], losses[others])
+            )
+        return found
+
+    def front(self, values: Sequence[Values]) -> list[int]:
+        """Trials that no other one beats in both size and loss."""
+        worth = torch.tensor(
+            [[-p.params, -v["loss"]] for p, v in zip(self.points, values, strict=True)], dtype=torch.float64
+        )
+        return [self.points[index].trial for index in pareto_front(worth)]
+
+    @property
+    def before(self) -> list[Values]:
+        return [point.before for point in self.points]
+
+    @property
+    def after(self) -> list[Values]:
+        return [point.after for point in self.points]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `rerank.json`."""
+        return {
+            "points": [asdict(point) for point in self.points],
+            "orders": {name: asdict(order) for name, order in self.orders.items()},
+            "excess": {"before": self.excess(self.before), "after": self.excess(self.after)},
+            "front": {"before": self.front(self.before), "after": self.front(self.after)},
+        }
+
+    def _named(self, name: str, values: Sequence[Values]) -> dict[int, float]:
+        return {point.trial: value[name] for point, value in zip(self.points, values, strict=True)}
+
+
+def rerank(
+    run: str,
+    top: int,
+    plan: Plan,
+    text: str,
+    heldout: int,
+    phases: Phases,
+    model: str | None = None,
+    device: str | None = None,
+    on_validation: Callable[[Progress], None] = lambda progress: None,
+) -> Reranking:
+    """Recover `top` points of the run's front, evenly over its sizes; every one is in the run's `rerank.json` before the next.
+
+    All are trained on the same batches in the same order. Points that are there from an earlier call are not trained again,
+    and an interrupted training goes on from its last validation.
+
+    Args:
+        plan: Its seed is replaced by the run's, so that neither pruning nor training saw the windows that are compared.
+        text: Empty takes the run's.
+        heldout: Windows each for validation and for the comparison.
+        model, device: As in `load_base`.
+
+    Raises:
+        LlmboError, PruningError: One line for the user.
+    """
+    report, folder = read_run(run), find_run(run)
+    config = config_of(report)
+    check_split(config.window, heldout)
+    chosen = spread(report, top)
+    plan = Plan(**asdict(plan) | {"seed": config.seed})
+    text = text or config.text
+    if text == "self":
+        raise ConfigError("The run's text is 'self', of which there is no more: give --text.")
+    settings = {"text": text, "window": config.window, "heldout": heldout, "plan": asdict(plan)}
+    done = _stored(folder / FILE, settings)
+    missing = [trial for trial in chosen if trial.number not in done]
+    if missing:
+        loaded, windows = load_base(report, phases, model, device)
+        held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
+        material = Material.of(report, loaded, windows, phases)
+        loaded.model.requires_grad_(False)
+        dense = dense_distribution(loaded.model, held.heldout)
+    for trial in missing:
+        work = folder / "rerank" / f"trial-{trial.number}"
+        with phases.phase(f"trial {trial.number}", plan.steps) as advance:
+            small, _ = material.cut(trial)
+            check_disk(work, checkpoint_bytes(small, plan))
+            nn.Module.to(small, dtype=torch.float32)  # small steps vanish in bfloat16
+            before = _values(small, held.heldout, dense)
+            trained, progress = _train(small, material, held, plan, work, advance, on_validation)
+            after = _values(trained, held.heldout, dense)
+        assert trial.objectives is not None  # points of the front are finished
+        done[trial.number] = Point(trial.number, trial.objectives.params, before, after, progress.best[0])
+        _store(folder / FILE, settings, done)
+        shutil.rmtree(folder / "rerank", ignore_errors=True)
+        del small, trained
+    return _sorted(done[trial.number] for trial in chosen)
+
+
+def spread(report: Report, top: int) -> list[TrialPart]:
+    """`top` points of the front (or all, if it has no more), the smallest and the largest among them.
+
+    Raises:
+        ConfigError: Fewer than two, or a front without two.
+    """
+    if top < 2:
+        raise ConfigError(f"--top must be at least 2, since orders are compared, got {top}.")
+    points = [point.trial for point in report.front if point.trial is not None]
+    if len(points) < 2:
+        raise ConfigError(
+            f"The front of the run '{report.run.name}' has {len(points)} points: two are needed to compare."
+        )
+    places = np.linspace(0, len(points) - 1, min(top, len(points))).round().astype(int)
+    return [find_trial(report, points[place]) for place in places]
+
+
+def _train(
+    small: PreTrainedModel,
+    material: Material,
+    held: TokenWindows,
+    plan: Plan,
+    work: Path,
+    advance: Callable[[int], None],
+    on_validation: Callable[[Progress], None],
+) -> tuple[PreTrainedModel, Progress]:
+    loaded = material.loaded
+    teacher, mixed = loaded.model if plan.distil else None, MIXED[loaded.dtype]
+    return train(small, teacher, held.calibration, held.proxy, plan, work, loaded.device, mixed, advance, on_validation)
+
+
+def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -> Values:
+    measured = quality(model, windows, dense)
+    assert measured.kl is not None
+    return {"loss": measured.loss, "kl": measured.kl}
+
+
+def _sorted(points: Any) -> Reranking:
+    return Reranking(tuple(sorted(points, key=lambda point: (point.params, point.trial))))
+
+
+def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
+    """Points that an earlier call with the same settings has finished, by trial."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        points = {int(entry["trial"]): Point(**entry) for entry in found["points"]}
+        same = found["settings"] == settings
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"'{file}' is damaged or of another version of llmbo: delete it and run again.") from error
+    if not same:
+        raise StorageError(
+            f"'{file}' holds a comparison with other settings: delete it or move it away, then run again."
+        )
+    return points
+
+
+def _store(file: Path, settings: Mapping[str, Any], points: Mapping[int, Point]) -> None:
+    content = {"settings": settings, **_sorted(points.values()).to_dict()}
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -13,19 +13,41 @@ class TrialState(StrEnum):
     FAILED = "failed"
 
 
+class Source(StrEnum):
+    """What a proposal stems from. Programs ask this; `origin` is for people to read."""
+
+    PATH = "path"  # a member of the allocation path, evaluated for its own sake: gains are measured against these
+    WARM_START = "warm_start"  # an advisor's place in the initial design
+    ADVICE = "advice"  # an advisor's candidate that won its place by acquisition value
+    DIRECTION = "direction"  # likewise, found along a direction of the advisor's
+    SEARCH = "search"  # everything else
+
+    @classmethod
+    def of_origin(cls, origin: str) -> "Source":
+        """For records of the first version, which kept nothing but the origin."""
+        known = {
+            "threshold": cls.PATH,
+            "advisor:warm_start": cls.WARM_START,
+            "advisor:propose": cls.ADVICE,
+            "advisor:directions": cls.DIRECTION,
+        }
+        return known.get(origin, cls.SEARCH)
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A candidate somebody wants evaluated.
 
     Args:
         x: One grid level per dimension of the search space.
-        origin: Who proposed it, e.g. "threshold" or "qnehvi".
+        origin: Who proposed it, e.g. "threshold" or "qnehvi", for people.
         why: In an advisor's words; empty where nobody said.
     """
 
     x: tuple[int, ...]
     origin: str
     why: str = ""
+    source: Source = Source.SEARCH
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,12 @@ class Trial:
     failure: str | None = None
     feasible: bool = True
     why: str = ""
+    source: Source = Source.SEARCH
+
+    @property
+    def on_path(self) -> bool:
+        """Whether it is a member of the allocation path, evaluated as such."""
+        return self.source is Source.PATH
 
     @property
     def stopped(self) -> bool:
@@ -106,6 +134,34 @@ class Evaluator(Protocol):
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
         """Every quantity that is known or measured about the candidate, by objective name."""
+        ...
+
+
+class Store(Protocol):
+    """Where a run's rounds and trials are kept, each in one transaction, so that a search goes on from whatever is there."""
+
+    def trials(self) -> list[Trial]:
+        """All trials by number."""
+        ...
+
+    def rounds(self) -> list[list[Proposal]]:
+        """The stored proposals of every round."""
+        ...
+
+    def add_round(self, proposals: Sequence[Proposal]) -> None:
+        """Store a round's proposals; they will be evaluated in this order."""
+        ...
+
+    def start(self, number: int, round_number: int, proposal: Proposal) -> None:
+        """Mark trial `number` as RUNNING; does nothing if it has been started already."""
+        ...
+
+    def finish(self, number: int, values: Mapping[str, float], seconds: float) -> None:
+        """Store the measurements of a RUNNING trial and mark it COMPLETE."""
+        ...
+
+    def fail(self, number: int, reason: str, seconds: float) -> None:
+        """Mark a RUNNING trial as FAILED."""
         ...
 
 

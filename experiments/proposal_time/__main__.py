@@ -21,7 +21,7 @@ from llmbo.problem.objectives import build_objectives
 from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
 from llmbo.search.acquisition import QNehviProposer, candidate_pool
-from llmbo.types import Proposal, Trial, TrialState
+from llmbo.types import Proposal, Source, Trial, TrialState
 from pruning.anatomy import anatomy_of
 from pruning.importance import Importance
 
@@ -76,8 +76,9 @@ def observed(family: ThresholdFamily, n: int) -> tuple[list[Trial], dict[str, fl
 
     distinct = list(dict.fromkeys(tuple(x) for x in points if tuple(x) != space.max_levels))[:n]
     trials = [
-        Trial(i, i // 4, x, "threshold" if i < 12 else "qnehvi", TrialState.COMPLETE, values(x), 1.0)
+        Trial(i, i // 4, x, origin, TrialState.COMPLETE, values(x), 1.0, source=Source.of_origin(origin))
         for i, x in enumerate(distinct)
+        for origin in ["threshold" if i < 12 else "qnehvi"]
     ]
     return trials, values(space.max_levels)
 

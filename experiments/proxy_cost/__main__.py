@@ -38,8 +38,8 @@ from transformers import PreTrainedModel
 
 from llmbo.models.loading import load_model, silence_libraries
 from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.preparation import ranked
 from llmbo.problem.space import SearchSpace
-from llmbo.run.assemble import ranked
 from pruning.anatomy import BLOCK_KINDS, Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, cut_windows, read_text

@@ -10,8 +10,8 @@ measures as the share of the floor.
 import argparse
 from dataclasses import dataclass
 
+from llmbo.problem.preparation import DEFAULT
 from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS
-from llmbo.run.assemble import ALLOCATION_TOKENS, MOVED, SCORED_TOKENS
 from pruning.anatomy import BlockKind, Sizes
 from pruning.compensation import factor_values, solved_values
 
@@ -83,8 +83,9 @@ def main() -> None:
             print(f"  {size / 1e9:8.2f} GB  {text}")
         candidate = 2 * (options.share * blocks + other / 2) * options.proxy_tokens
         # Forward and backward for scores, for prices, and at each member that width is moved in; the rest is forward only.
-        both = min(SCORED_TOKENS, options.calibration_tokens) + ALLOCATION_TOKENS * (1 + len(MOVED))
-        alone = max(0, options.calibration_tokens - SCORED_TOKENS)
+        both = min(DEFAULT.scored_tokens, options.calibration_tokens)
+        both += DEFAULT.allocation_tokens * (1 + len(DEFAULT.anchors))
+        alone = max(0, options.calibration_tokens - DEFAULT.scored_tokens)
         calibration = (6 * both + 2 * alone) * (blocks + other / 2)
         attention, mlp = sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size
         cholesky = sizes.num_hidden_layers * sum(n**3 / 3 + n**2 * sizes.hidden_size for n in (attention, mlp))

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from llmbo.advisor.client import Limits, LLMClient, Price
-from llmbo.advisor.context import Marginals, Setting
+from llmbo.advisor.context import Setting
 from llmbo.advisor.ledger import FILE, Ledger
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
@@ -18,6 +18,7 @@ from llmbo.config import RunConfig
 from llmbo.config.advisor import AdvisorSpec, parse_spec, plugins
 from llmbo.errors import ConfigError, first_line
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.marginals import Marginals
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL

@@ -10,53 +10,18 @@ import torch
 from torch import Tensor
 
 from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.marginals import Marginals
 from llmbo.problem.objectives import Objective, outcomes
 from llmbo.problem.space import SearchSpace
+from llmbo.problem.statistics import LayerStatistics
 from llmbo.search.gain import trial_gains
 from llmbo.search.pareto import pareto_front
 from llmbo.types import Trial
 from pruning.anatomy import BlockKind
 
-KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
 MAX_TRIALS = 20
 MAX_RANGES = 8  # of a delta that is told
 MAX_GAPS = 4
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Importance per layer, summed over a block's units: `taylor`, `activation` and `influence` by kind, `L` each."""
-
-    taylor: Mapping[BlockKind, tuple[float, ...]]
-    activation: Mapping[BlockKind, tuple[float, ...]]
-    influence: Mapping[BlockKind, tuple[float, ...]]
-
-    @classmethod
-    def of(cls, layers: Mapping[str, Mapping[str, Tensor]]) -> "LayerStatistics":
-        """From `pruning.importance.layer_scores`."""
-
-        def per_kind(method: str) -> dict[BlockKind, tuple[float, ...]]:
-            return {kind: tuple(layers[method][kind].double().tolist()) for kind in KINDS}
-
-        return cls(per_kind("taylor"), per_kind("activation"), per_kind("block_influence"))
-
-
-@dataclass(frozen=True)
-class Marginals:
-    """Quality lost by one grid level less in each block, after compensation, measured around one member of the family.
-
-    Args:
-        x: The member.
-        cost: `d` differences in the quality's unit; None where the member has nothing left to take.
-        noise: Standard error of one of these differences, or None if it could not be told.
-        evaluations: What measuring them cost, in whole evaluations of a candidate.
-    """
-
-    x: tuple[int, ...]
-    cost: tuple[float | None, ...]
-    noise: float | None
-    evaluations: float
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +66,7 @@ class Context:
 
     @property
     def told(self) -> list[Trial]:
-        return [trial for trial in self.complete if trial.origin != "threshold"]
+        return [trial for trial in self.complete if not trial.on_path]
 
     @cached_property
     def front(self) -> list[Trial]:
@@ -137,7 +102,7 @@ class Context:
         shares = [
             trial.values["params_share"]
             for trial in self.complete
-            if trial.origin == "threshold" and quality.sign * (trial.values[quality.name] - quality.reference) > 0
+            if trial.on_path and quality.sign * (trial.values[quality.name] - quality.reference) > 0
         ]
         return min(shares, default=float(self.setting.family.shares[0]))
 

@@ -7,13 +7,17 @@ from itertools import count
 
 import torch
 
-from llmbo.advisor.context import Context, Marginals, Setting, deviation
+from llmbo.advisor.context import Context, Setting, deviation
 from llmbo.advisor.ledger import Ledger
 from llmbo.advisor.parse import rescaled
 from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
-from llmbo.types import Advice, Direction, Proposal, Proposer, Trial, TrialState
+from llmbo.problem.marginals import Marginals
+from llmbo.types import Advice, Direction, Proposal, Proposer, Source, Trial, TrialState
 
-WARM_START, PROPOSE, DIRECTIONS = "advisor:warm_start", "advisor:propose", "advisor:directions"
+ORIGINS = {
+    Source.WARM_START: "advisor:warm_start", Source.ADVICE: "advisor:propose", Source.DIRECTION: "advisor:directions",
+}  # fmt: skip
+DESIGN = (Source.PATH, Source.WARM_START)  # of the initial design
 NUM_PROPOSALS = 4
 NUM_DIRECTIONS = 4
 ROWS_PER_DIRECTION = 24
@@ -78,7 +82,7 @@ class AdvisorDesk:
         if hook not in self.hooks:
             return False
         first, gap = SCHEDULE[hook]
-        begun = [trial.round for trial in trials if trial.origin not in ("threshold", WARM_START)]
+        begun = [trial.round for trial in trials if trial.source not in DESIGN]
         rounds = next_round(trials) - min(begun) if begun else 0
         for consultation in count():
             at = first + gap * self.every * consultation * (consultation + 1) // 2
@@ -103,11 +107,11 @@ class AdvisorDesk:
 
     def _proposed(self, round: int) -> list[Proposal]:
         """Every candidate ever proposed: one that was vetoed once may win later."""
-        origins = {"warm_start": WARM_START, "propose": PROPOSE}
+        sources = {"warm_start": Source.WARM_START, "propose": Source.ADVICE}
         return [
-            Proposal(candidate.x, origins[consultation.hook], candidate.why)
+            advised(candidate.x, sources[consultation.hook], candidate.why)
             for consultation in self.ledger.all()
-            if consultation.hook in origins and consultation.answer is not None and consultation.round <= round
+            if consultation.hook in sources and consultation.answer is not None and consultation.round <= round
             for candidate in consultation.answer.candidates
         ]
 
@@ -125,10 +129,10 @@ class AdvisorDesk:
 
     def explained(self, proposal: Proposal, trials: Sequence[Trial]) -> Proposal:
         """An advised candidate of the search with the reason given for what it was before local search refined it."""
-        if proposal.origin == DIRECTIONS:
+        if proposal.source is Source.DIRECTION:
             direction = self.direction_of(proposal.x)
             return replace(proposal, why=": ".join(filter(None, (direction.name, direction.why))))
-        rows = {row.x: row.why for row in self._proposed(next_round(trials)) if row.origin == proposal.origin}
+        rows = {row.x: row.why for row in self._proposed(next_round(trials)) if row.source is proposal.source}
         return replace(proposal, why=rows[_nearest(rows, proposal.x)]) if rows else proposal
 
     def _along(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
@@ -147,7 +151,7 @@ class AdvisorDesk:
                 x = rescaled(family, away, rng.uniform(low, high))
                 if x not in taken:
                     self.named.setdefault(x, direction)
-                    yield Proposal(x, DIRECTIONS)
+                    yield advised(x, Source.DIRECTION)
 
 
 @dataclass
@@ -185,7 +189,7 @@ class AdvisedProposer:
         if not self._first_advice():
             self.desk.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
-        rows = [Proposal(c.x, WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
+        rows = [advised(c.x, Source.WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
         known = [*trials, *_running([*before, *rows], trials)]
         return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
 
@@ -195,13 +199,13 @@ class AdvisedProposer:
     def _searched(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         """A batch of the search, with reasons; which direction led to a candidate is noted."""
         batch = [self.desk.explained(proposal, trials) for proposal in self.search.propose(trials, q, seed)]
-        followed = [p.x for p in batch if p.origin == DIRECTIONS]
+        followed = [p.x for p in batch if p.source is Source.DIRECTION]
         if followed:
             self.desk.ledger.note_directions({x: self.desk.direction_of(x).name for x in followed})
         return batch
 
     def _reviewed(self, batch: list[Proposal], trials: Sequence[Trial], seed: int) -> list[Proposal]:
-        if len(batch) < 2 or any(p.origin == "threshold" for p in batch) or not self.desk.due("filter", trials):
+        if len(batch) < 2 or any(p.source is Source.PATH for p in batch) or not self.desk.due("filter", trials):
             return batch
         answer = self.desk.consult("filter", trials, len(batch) // 2, seed, batch)
         going = dropped_and_audited(answer, len(batch), seed)
@@ -211,10 +215,17 @@ class AdvisedProposer:
         return kept + self._searched([*trials, *_running(batch, trials)], len(batch) - len(kept), seed)
 
 
+def advised(x: tuple[int, ...], source: Source, why: str = "") -> Proposal:
+    """A proposal that stems from the advisor."""
+    return Proposal(x, ORIGINS[source], why, source)
+
+
 def _running(proposals: Sequence[Proposal], trials: Sequence[Trial]) -> list[Trial]:
     """Proposals as pending trials: neither proposed again nor ignored. They do not make the round another one."""
     number, round = len(trials), next_round(trials) - 1
-    return [Trial(number + i, round, p.x, p.origin, TrialState.RUNNING) for i, p in enumerate(proposals)]
+    return [
+        Trial(number + i, round, p.x, p.origin, TrialState.RUNNING, source=p.source) for i, p in enumerate(proposals)
+    ]
 
 
 def dropped_and_audited(answer: Answer, batch: int, seed: int) -> dict[int, bool]:

@@ -9,7 +9,6 @@ from typing import Any
 import jinja2
 
 from llmbo.advisor.context import (
-    KINDS,
     Context,
     parameters_per_level,
     share_of,
@@ -20,6 +19,7 @@ from llmbo.advisor.parse import rejection_lines
 from llmbo.advisor.replies import FORMATS, reply_schema
 from llmbo.advisor.roles import Question, Rejection
 from llmbo.types import Trial
+from pruning.anatomy import BLOCK_KINDS
 
 REPLY_TOKENS = 700  # what a reply may be long
 TOKENS_AT_32_LAYERS = 3500
@@ -150,7 +150,7 @@ def _told(context: Context, trial: Trial) -> str:
 
 
 def _measured_family(context: Context) -> list[str]:
-    members = sorted((t for t in context.complete if t.origin == "threshold"), key=lambda t: t.values["params_share"])
+    members = sorted((t for t in context.complete if t.on_path), key=lambda t: t.values["params_share"])
     kept = (
         [members[round(i * (len(members) - 1) / (MAX_FAMILY - 1))] for i in range(MAX_FAMILY)]
         if len(members) > MAX_FAMILY
@@ -173,7 +173,7 @@ def _table(context: Context) -> tuple[str, list[str]]:
         return "", []
     layers = context.setting.space.num_layers
     columns: list[tuple[str, list[str]]] = []
-    for offset, kind, name in zip((0, layers), KINDS, ("kv", "mlp"), strict=True):
+    for offset, kind, name in zip((0, layers), BLOCK_KINDS, ("kv", "mlp"), strict=True):
         for label, scores in (
             ("taylor", statistics.taylor),
             ("act", statistics.activation),

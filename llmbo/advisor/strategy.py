@@ -26,7 +26,7 @@ class AdvisedStrategy:
     """`QNehviProposer` with an advisor.
 
     Args:
-        problem: May have `statistics` and `marginals` (see `assemble.Problem`); a recorded benchmark has neither.
+        problem: May have `statistics` and `marginals` (see `preparation.Problem`); a recorded benchmark has neither.
         by: What `--advisor` takes; `transformers:self` needs a run of its own.
         share: Part of the initial design that the advisor may fill.
     """

@@ -16,11 +16,11 @@ from llmbo.advisor.parts import (
     ProposalPart,
     RefusalPart,
 )
-from llmbo.advisor.proposer import DIRECTIONS, PROPOSE, WARM_START, dropped_and_audited
+from llmbo.advisor.proposer import dropped_and_audited
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.search.gain import trial_gains
 from llmbo.search.pareto import hypervolume_trace
-from llmbo.types import Trial
+from llmbo.types import Source, Trial
 
 
 def summarise(
@@ -92,9 +92,9 @@ def _hook(hook: str, consultations: Sequence[Consultation], trials: Sequence[Tri
     costs = [exchange.cost for exchange in exchanges if exchange.attempts]
     answers = [consultation.answer for consultation in consultations if consultation.answer is not None]
     refused = Counter(rejection.kind for answer in answers for rejection in answer.rejections)
-    origin = {"warm_start": WARM_START, "propose": PROPOSE}.get(hook)
+    source = {"warm_start": Source.WARM_START, "propose": Source.ADVICE}.get(hook)
     accepted = sum(len(answer.candidates) for answer in answers)
-    evaluated = sum(trial.origin == origin for trial in trials)
+    evaluated = sum(trial.source is source for trial in trials)
     return HookPart(
         calls=sum(exchange.attempts > 0 for exchange in exchanges),
         attempts=sum(exchange.attempts for exchange in exchanges),
@@ -103,8 +103,8 @@ def _hook(hook: str, consultations: Sequence[Consultation], trials: Sequence[Tri
         cost=None if None in costs else round(sum(cost for cost in costs if cost is not None), 6),
         seconds=round(sum(exchange.seconds for exchange in exchanges), 3),
         outcomes=OutcomesPart(
-            evaluated=evaluated if origin else None,
-            vetoed=max(0, accepted - evaluated) if origin else None,
+            evaluated=evaluated if source else None,
+            vetoed=max(0, accepted - evaluated) if source else None,
             duplicate=refused["duplicate"],
             illegal=refused["illegal"],
             unparsable=refused["unparsable"],
@@ -117,7 +117,7 @@ def _directions(
 ) -> list[DirectionGainPart]:
     followed = ledger.followed()
     reasons = {d.name: d.why for c in ledger.all() if c.answer is not None for d in c.answer.directions}
-    led = {name: [t for t in trials if t.origin == DIRECTIONS and followed.get(t.x) == name] for name in reasons}
+    led = {name: [t for t in trials if t.source is Source.DIRECTION and followed.get(t.x) == name] for name in reasons}
     return [
         DirectionGainPart(
             name=name,

@@ -13,7 +13,7 @@ from llmbo.cli.common import one_line_errors
 
 if TYPE_CHECKING:
     from llmbo.display.dashboard import Snapshot
-    from llmbo.run.heartbeat import Pulse
+    from llmbo.run.heartbeat import Heartbeat
 
 
 def watch(
@@ -35,12 +35,12 @@ def watch(
         from rich.console import Console
 
         from llmbo.report.files import RUNS
-        from llmbo.run.heartbeat import Pulse
+        from llmbo.run.heartbeat import Heartbeat
 
         folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines
-        show(console, _snapshots(url, name, every, Pulse(folder, shared=storage is not None)))
+        show(console, _snapshots(url, name, every, Heartbeat(folder, shared=storage is not None)))
         console.print(f"The run '{name}' is complete. Its page: llmbo report {run}", highlight=False)
 
 
@@ -55,17 +55,18 @@ def _own_database(run: str) -> tuple[Path, str, str]:
     return folder, f"sqlite:///{database}", folder.resolve().name
 
 
-def _snapshots(url: str, name: str, every: float, pulse: "Pulse") -> Iterator["Snapshot"]:
+def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Iterator["Snapshot"]:
     """The run at each look, the last one complete. Waits for a run that has not begun to search."""
+    from llmbo.config.objectives import parse_limits
     from llmbo.display.dashboard import Progress, Snapshot
-    from llmbo.problem.objectives import build_objectives, parse_limits
+    from llmbo.problem.objectives import build_objectives
     from llmbo.run.store import follow_run
 
     start, at_first = time.monotonic(), -1
     for look in count():
         if look:
             time.sleep(every)
-        pulse.feel()
+        heartbeat.check()
         found = follow_run(url, name)
         if found is None:
             if not look:
@@ -84,7 +85,7 @@ def _snapshots(url: str, name: str, every: float, pulse: "Pulse") -> Iterator["S
         at_first = finished if at_first < 0 else at_first
         ours = finished - at_first
         complete = finished >= budget > 0 and _complete(facts, budget)
-        stopped = pulse.held is False and not complete
+        stopped = heartbeat.held is False and not complete
         yield Snapshot(
             title=name,
             doing="stopped" if stopped else ", ".join(running[:3]) or ("complete" if complete else "proposing"),
@@ -92,7 +93,7 @@ def _snapshots(url: str, name: str, every: float, pulse: "Pulse") -> Iterator["S
             progress=Progress(trials, objectives, dense),
             elapsed=elapsed,
             remaining=elapsed / ours * (budget - finished) if ours and not stopped else None,
-            note="" if complete else pulse.diagnosis(moments, datetime.now()),
+            note="" if complete else heartbeat.diagnosis(moments, datetime.now()),
         )
         if complete:
             return

@@ -17,8 +17,9 @@ from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.objectives import Objective, build_objectives
+from llmbo.problem.preparation import load_windows, prepared
 from llmbo.problem.space import SearchSpace
-from llmbo.run.assemble import items_digest, load_windows, prepared
+from llmbo.run.facts import items_digest
 from llmbo.search.strategies import SearchProblem
 from llmbo.types import Evaluator, Phases
 from pruning.calibration import SPLITS, Text, TokenWindows, cut_windows, read_text

@@ -9,17 +9,17 @@ from typing import Protocol
 
 import torch
 
-from llmbo.advisor.proposer import WARM_START
 from llmbo.comparison.config import Arm, CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.store import EvaluationStore, Round
+from llmbo.config.objectives import feasible
 from llmbo.errors import StrategyError
-from llmbo.problem.objectives import feasible, outcomes, ref_point, to_maximize
+from llmbo.problem.objectives import outcomes, ref_point, to_maximize
 from llmbo.report import front_of
 from llmbo.search.loop import SEEDS_PER_RUN
 from llmbo.search.pareto import hypervolume, hypervolume_trace
 from llmbo.search.strategies import strategy_of
-from llmbo.types import Proposal, Trial, TrialState
+from llmbo.types import Proposal, Source, Trial, TrialState
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def judged_numbers(front: Sequence[Trial], points: int) -> list[Trial]:
 def _num_initial(outcome: Outcome) -> int:
     """Trials of the initial design before those that an advisor may fill: what it does with them is what is compared."""
     size = int({**strategy_of(outcome.arm.strategy).options, **outcome.arm.options}["num_initial"])
-    own = [trial.origin for trial in outcome.trials[:size]]
-    return own.index(WARM_START) if WARM_START in own else size
+    own = [trial.source for trial in outcome.trials[:size]]
+    return own.index(Source.WARM_START) if Source.WARM_START in own else size
 
 
 def _check_proposals(
@@ -181,6 +181,7 @@ def _evaluated(proposal: Proposal, number: int, round_number: int, problem: Open
         evaluation.values if complete else {},
         evaluation.seconds,
         feasible=complete and feasible(evaluation.values, problem.search.limits),
+        source=proposal.source,
     )
 
 

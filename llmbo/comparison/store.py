@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbo.errors import StorageError, first_line
-from llmbo.types import Proposal
+from llmbo.types import Proposal, Source
 
 _SCHEMA = """
 create table if not exists evaluations (
@@ -99,12 +99,11 @@ class EvaluationStore:
             "select proposals, seconds from rounds where comparison = ? and arm = ? order by round", (comparison, arm)
         )
         return [
-            Round(tuple(Proposal(tuple(x), origin) for x, origin in json.loads(proposals)), seconds)
-            for proposals, seconds in rows
+            Round(tuple(_proposal(*parts) for parts in json.loads(proposals)), seconds) for proposals, seconds in rows
         ]
 
     def add_round(self, comparison: str, arm: str, number: int, made: Round) -> None:
-        proposals = json.dumps([[list(proposal.x), proposal.origin] for proposal in made.proposals])
+        proposals = json.dumps([[list(proposal.x), proposal.origin, proposal.source] for proposal in made.proposals])
         with self._connection:
             self._connection.execute(
                 "insert into rounds values (?, ?, ?, ?, ?)", (comparison, arm, number, proposals, made.seconds)
@@ -123,3 +122,7 @@ class EvaluationStore:
     def set_fact(self, key: str, fact: Mapping[str, Any]) -> None:
         with self._connection:
             self._connection.execute("insert or replace into facts values (?, ?)", (key, json.dumps(fact)))
+
+
+def _proposal(x: list[int], origin: str, source: str = "") -> Proposal:
+    return Proposal(tuple(x), origin, source=Source(source) if source else Source.of_origin(origin))

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
+from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
 from llmbo.errors import ConfigError, unknown
-from llmbo.problem.objectives import KINDS, check_objectives, parse_limits
 
 # What each of them is: `llmbo.search.strategies`. Here, because input is checked before anything heavy is imported.
 STRATEGIES = (
@@ -119,7 +119,7 @@ class RunConfig:
             raise ConfigError(
                 f"--max params_share={share:g} is below --min-share {self.min_share:g}: no model is left."
             )
-        if self.racing and [name for name in self.objectives if not KINDS[name].known] not in (["kl"], ["loss"]):
+        if self.racing and [name for name in self.objectives if not OBJECTIVES[name].known] not in (["kl"], ["loss"]):
             raise ConfigError(
                 f"--racing needs kl or loss as the only measured objective, got {','.join(self.objectives)}."
             )

@@ -8,14 +8,28 @@ block changed), which makes them far less noisy than the values themselves.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from llmbo.advisor.context import Marginals
 from llmbo.problem.family import ThresholdFamily
 from llmbo.types import Evaluator
 
-OPERATING_POINT = (
-    0.35  # of the way from the smallest member to the dense model: where most of a front's gain is decided
-)
+
+@dataclass(frozen=True)
+class Marginals:
+    """Quality lost by one grid level less in each block, after compensation, measured around one member of the family.
+
+    Args:
+        x: The member.
+        cost: `d` differences in the quality's unit; None where the member has nothing left to take.
+        noise: Standard error of one of these differences, or None if it could not be told.
+        evaluations: What measuring them cost, in whole evaluations of a candidate.
+    """
+
+    x: tuple[int, ...]
+    cost: tuple[float | None, ...]
+    noise: float | None
+    evaluations: float
+    seconds: float = 0.0
 
 
 def measure_marginals(
@@ -23,17 +37,19 @@ def measure_marginals(
     evaluators: Sequence[Evaluator],
     quality: str,
     evaluations: float,
+    operating_point: float = 0.35,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Marginals:
     """Take one level from each block in turn.
 
     Args:
         evaluators: Each on windows of its own; their disagreement gives the noise.
+        operating_point: Where, as part of the way from the smallest member to the dense model.
         evaluations: What one pass of all of them over one candidate costs, in evaluations on the proxy windows.
     """
     start = clock()
     low, high = float(family.shares[0]), float(family.shares[-1])
-    x = family.at(low + (high - low) * OPERATING_POINT)
+    x = family.at(low + (high - low) * operating_point)
     base = [evaluator.evaluate(x)[quality] for evaluator in evaluators]
     costs: list[float | None] = []
     spreads: list[float] = []

@@ -1,13 +1,14 @@
-"""What can be optimised: name, unit, direction, reference point. The only place where a sign flips."""
+"""The axes of a front: name, unit, direction, reference point. The only place where a sign flips."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmbo.errors import ConfigError, unknown
+from llmbo.config.objectives import OBJECTIVES, measured_limits
+from llmbo.errors import ConfigError
 from llmbo.types import Trial
 
 
@@ -34,103 +35,6 @@ class Objective:
         return 1.0 if self.maximize else -1.0
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What a name stands for. `default` gives the reference point from the dense model's value."""
-
-    unit: str
-    known: bool
-    default: Callable[[float], float] = lambda dense: dense
-    maximize: bool = False
-
-
-KINDS = {
-    "kl": _Kind("nats/token", False, lambda dense: 1.2),
-    "loss": _Kind("nats/token", False, lambda dense: dense + 1.0),
-    "accuracy": _Kind("share of items", False, lambda dense: dense / 2, maximize=True),
-    "params": _Kind("parameters", True),
-    "params_share": _Kind("share of the decoder blocks' parameters", True),
-    "flops": _Kind("FLOPs/token", True),
-    "weight_bytes": _Kind("bytes", True),
-    "kv_bytes": _Kind("bytes", True),
-    "prefill_latency": _Kind("ms", True),
-    "decode_latency": _Kind("ms/token", True),
-    "energy": _Kind("J/token", True),
-    "peak_memory": _Kind("bytes", True),
-}
-OBJECTIVES = tuple(KINDS)
-MAX_OBJECTIVES = 3
-
-
-def check_objectives(names: Sequence[str], reference_point: Sequence[float] | None) -> None:
-    """Refuse what can be refused before any model is loaded.
-
-    Raises:
-        ConfigError: Unknown or repeated name, too few or too many, nothing measured or nothing known, or a reference
-            point that nothing can beat.
-    """
-    listed = ",".join(names)
-    for name in names:
-        if name not in KINDS:
-            raise ConfigError(f"Unknown objective '{name}': expected some of {', '.join(OBJECTIVES)}.")
-    if len(set(names)) != len(names) or not 2 <= len(names) <= MAX_OBJECTIVES:
-        raise ConfigError(f"--objectives needs two or three different names, got '{listed}'.")
-    for known, needed in ((False, "one quality"), (True, "one cost")):
-        some = ", ".join(name for name, kind in KINDS.items() if kind.known is known)
-        if not any(KINDS[name].known is known for name in names):
-            raise ConfigError(f"--objectives needs at least {needed} ({some}), got '{listed}'.")
-    if reference_point is None:
-        return
-    if len(reference_point) != len(names):
-        raise ConfigError(f"--reference-point needs one number per objective ({listed}), got {len(reference_point)}.")
-    for name, value in zip(names, reference_point, strict=True):
-        if not math.isfinite(value) or value <= 0:
-            raise ConfigError(
-                f"--reference-point for {name} is {value}, which no model can beat: give a number above 0."
-            )
-
-
-def parse_limits(words: Sequence[str]) -> dict[str, float]:
-    """`NAME=VALUE` words -> largest allowed value by name.
-
-    Raises:
-        ConfigError: Not of that form, an unknown name, one given twice, a value that no model keeps, or a quality of which
-            more is better.
-    """
-    limits: dict[str, float] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not equals or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"--max needs NAME=VALUE with a value above 0, e.g. params_share=0.6, got '{word}'.")
-        if name not in KINDS:
-            raise ConfigError(unknown("name after --max", name, OBJECTIVES))
-        if KINDS[name].maximize:
-            raise ConfigError(f"--max {word}: more {name} is better, so there is nothing to limit.")
-        if name in limits:
-            raise ConfigError(f"--max {name} is given twice ({limits[name]:g} and {value:g}): keep one.")
-        limits[name] = value
-    return limits
-
-
-def known_limits(limits: Mapping[str, float]) -> dict[str, float]:
-    """Those on what follows from the architecture: every candidate keeps them."""
-    return {name: limit for name, limit in limits.items() if KINDS[name].known}
-
-
-def measured_limits(limits: Mapping[str, float]) -> dict[str, float]:
-    """Those on what only an evaluation tells."""
-    return {name: limit for name, limit in limits.items() if not KINDS[name].known}
-
-
-def feasible(values: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    """Whether a trial with these values keeps all limits."""
-    return all(values[name] <= limit for name, limit in limits.items())
-
-
 def build_objectives(
     names: Sequence[str],
     dense: Mapping[str, float],
@@ -151,7 +55,7 @@ def build_objectives(
     """
     built = []
     for index, name in enumerate(names):
-        kind = KINDS[name]
+        kind = OBJECTIVES[name]
         reference = reference_point[index] if reference_point is not None else kind.default(dense[name])
         source = "--reference-point for "
         if limits and limits.get(name, math.inf) < reference:

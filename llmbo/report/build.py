@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from llmbo.advisor.parts import AdvisorPart
-from llmbo.problem.objectives import KINDS, Objective, outcomes, parse_limits, ref_point
+from llmbo.config.objectives import OBJECTIVES, parse_limits
+from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.problem.space import SearchSpace
 from llmbo.report.schema import (
     ArchitecturePart,
@@ -76,7 +77,7 @@ def build_report(
             for objective in objectives
         ],
         constraints=[
-            ConstraintPart(name=name, unit=KINDS[name].unit, maximum=limit, known=KINDS[name].known)
+            ConstraintPart(name=name, unit=OBJECTIVES[name].unit, maximum=limit, known=OBJECTIVES[name].known)
             for name, limit in parse_limits(facts["run"]["settings"].get("maximum", ())).items()
         ],
         dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),

@@ -6,25 +6,10 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from llmbo.run.lock import is_held
 
-LOCK = ".lock"  # in the run folder; dies with the process that holds it
-LOOKING = 1.0  # seconds that a starting run waits for a lock: whoever looks at it holds it for an instant
 PATIENCE = 5.0  # usual pauses after which silence is worth a word
 SHORTEST_SILENCE = 30.0  # seconds; below that nothing is said
-
-
-def is_held(folder: Path) -> bool | None:
-    """Whether a process holds the run folder's lock; None where that cannot be told."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return None
 
 
 def usual_pause(moments: Sequence[datetime]) -> float:
@@ -34,8 +19,8 @@ def usual_pause(moments: Sequence[datetime]) -> float:
 
 
 @dataclass
-class Pulse:
-    """The signs of life of one run, look after look: call `feel`, read what is stored, ask for `diagnosis`.
+class Heartbeat:
+    """The signs of life of one run, look after look: call `check`, read what is stored, ask for `diagnosis`.
 
     Args:
         folder: Its folder on this machine.
@@ -49,7 +34,7 @@ class Pulse:
     _moments: int = 0
     _changed: float = 0.0
 
-    def feel(self) -> None:
+    def check(self) -> None:
         """Look at the lock. Before what is stored is read: a run lets go of its lock after it has stored its end."""
         held = is_held(self.folder)
         self.held = (held or None) if self.shared else held

@@ -15,7 +15,8 @@ from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_model
 from llmbo.problem.objectives import build_objectives
-from llmbo.run.assemble import advice_material, load_windows, prepared
+from llmbo.problem.preparation import load_windows, prepared
+from llmbo.run.assemble import advice_material
 from llmbo.run.store import TrialStore, stored_run
 from llmbo.types import Phases, Trial
 

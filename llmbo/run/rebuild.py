@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.preparation import load_windows, ranked
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
-from llmbo.run.assemble import changed_facts, facts_of, load_windows, ranked
+from llmbo.run.facts import changed_facts, facts_of
 from llmbo.types import Phases
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows

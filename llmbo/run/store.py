@@ -26,10 +26,11 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import StorageError, first_line
-from llmbo.problem.objectives import Objective, feasible, measured_limits, parse_limits
+from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
-from llmbo.types import Proposal, Trial, TrialState
+from llmbo.types import Proposal, Source, Trial, TrialState
 from pruning.architecture import Architecture
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -121,7 +122,7 @@ class TrialStore:
     @_uninterrupted()
     def add_round(self, proposals: Sequence[Proposal]) -> None:
         """Store a round's proposals; they will be evaluated in this order."""
-        plan = [{"x": list(proposal.x), "origin": proposal.origin, "why": proposal.why} for proposal in proposals]
+        plan = [{"x": list(p.x), "origin": p.origin, "why": p.why, "source": p.source} for p in proposals]
         self._study.set_user_attr(f"{_ROUND}{len(self.rounds()):05d}", plan)
 
     @_uninterrupted()
@@ -136,7 +137,12 @@ class TrialStore:
                 state=optuna.trial.TrialState.RUNNING,
                 params=dict(zip(self._names, units, strict=True)),
                 distributions=self._distributions(),
-                user_attrs={"origin": proposal.origin, "round": round_number, "why": proposal.why},
+                user_attrs={
+                    "origin": proposal.origin,
+                    "round": round_number,
+                    "why": proposal.why,
+                    "source": proposal.source,
+                },
             )
         )
 
@@ -298,15 +304,23 @@ def _trial(frozen: FrozenTrial, x: tuple[int, ...], limits: Mapping[str, float])
         failure=frozen.user_attrs.get("failure"),
         feasible=state is not TrialState.COMPLETE or feasible(values, limits),
         why=frozen.user_attrs.get("why", ""),
+        source=_source(frozen.user_attrs),
     )
 
 
 def _rounds(study: optuna.Study) -> list[list[Proposal]]:
     keys = sorted(key for key in study.user_attrs if key.startswith(_ROUND))
     return [
-        [Proposal(tuple(item["x"]), item["origin"], item.get("why", "")) for item in study.user_attrs[key]]
+        [
+            Proposal(tuple(item["x"]), item["origin"], item.get("why", ""), _source(item))
+            for item in study.user_attrs[key]
+        ]
         for key in keys
     ]
+
+
+def _source(record: Mapping[str, Any]) -> Source:
+    return Source(record["source"]) if "source" in record else Source.of_origin(record["origin"])
 
 
 def _sqlite_path(url: str) -> Path | None:

@@ -8,7 +8,7 @@ limits on objectives bound the reference point; other measured limits are outcom
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -87,7 +87,7 @@ class QNehviProposer:
         object.__setattr__(self, "_features", Features(self.family, costs))
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        design = sum(trial.origin == "threshold" for trial in trials)
+        design = sum(trial.on_path for trial in trials)
         complete = [trial for trial in trials if trial.complete]
         if design < self.num_initial or len(complete) < 3:
             start = ThresholdProposer(self.family, self.objectives, self.dense)
@@ -106,7 +106,7 @@ class QNehviProposer:
         pending = _points([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
         advice = self.advice.advise(trials, seed) if self.advice else Advice()
-        origins = {row.x: row.origin for row in advice.rows}
+        advised_by = {row.x: row for row in advice.rows}
         advised = torch.tensor([row.x for row in advice.rows], dtype=torch.float64).view(-1, space.d)
         pool = _legal(torch.cat([advised, candidate_pool(self.family, front, generator)]), space, seen)
         proposals: list[Proposal] = []
@@ -114,12 +114,12 @@ class QNehviProposer:
             # The closed form is cheap enough for every candidate; qLogNEHVI, which integrates over noise and pending
             # points jointly, decides among the best. With three objectives it would take half a minute (64 partitions).
             improvement = belief.expected_improvement(torch.cat([front, pending]))
-            best, *others = shortlist = _improve(improvement, pool, space, seen, generator, origins)
+            best, *others = shortlist = _improve(improvement, pool, space, seen, generator, advised_by)
             if others and len(self.objectives) == 2:
                 best = shortlist[belief.log_nehvi(shortlist, front, pending).argmax()]
             x = tuple(best.int().tolist())
             seen.add(x)
-            proposals.append(Proposal(x, origins.get(x, "qnehvi")))
+            proposals.append(replace(advised_by[x], x=x, why="") if x in advised_by else Proposal(x, "qnehvi"))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
         # A space of few points can use up the pool while legal points are left elsewhere.
@@ -139,7 +139,7 @@ class QNehviProposer:
 
     def _belief(self, complete: Sequence[Trial]) -> "_Belief":
         train_Z = self._features(_points(complete, self.family.space.d))
-        family = torch.tensor([trial.origin == "threshold" for trial in complete])
+        family = torch.tensor([trial.on_path for trial in complete])
         errors = torch.tensor([trial.values.get("error", 0.0) for trial in complete], dtype=torch.float64)
 
         def measured(name: str, sign: float) -> _Measured:
@@ -390,11 +390,11 @@ def _improve(
     space: SearchSpace,
     seen: set[tuple[int, ...]],
     generator: torch.Generator,
-    origins: dict[tuple[int, ...], str],
+    advised_by: dict[tuple[int, ...], Proposal],
 ) -> Tensor:
     """The best of the pool after local search by single steps and exchanges of a level between blocks, best first.
 
-    What is found from an advised candidate inherits its place in `origins`.
+    What is found from an advised candidate inherits its place in `advised_by`.
     """
     best, best_values = _top(pool, value(pool))
     for _ in range(LOCAL_ROUNDS):
@@ -406,8 +406,8 @@ def _improve(
         other = torch.randint(space.d, (len(base),), generator=generator)
         neighbours[rows, other] -= step * (rows % 2)  # every second one is an exchange
         for parent, child in zip(base.int().tolist(), neighbours.int().tolist(), strict=True):
-            if tuple(parent) in origins:
-                origins.setdefault(tuple(child), origins[tuple(parent)])
+            if tuple(parent) in advised_by:
+                advised_by.setdefault(tuple(child), advised_by[tuple(parent)])
         neighbours = _legal(neighbours, space, seen)
         known = {tuple(x) for x in best.int().tolist()}
         fresh = [tuple(x) not in known for x in neighbours.int().tolist()]

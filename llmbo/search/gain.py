@@ -54,7 +54,7 @@ def trial_gains(trials: Sequence[Trial], quality: Objective, dense: Mapping[str,
         [quality.sign * (dense[quality.name] - trial.values[quality.name]) for trial in complete], dtype=torch.float64
     )
     shares = torch.tensor([trial.values["params_share"] for trial in complete], dtype=torch.float64)
-    member = torch.tensor([trial.origin == "threshold" for trial in complete], dtype=torch.bool)
+    member = torch.tensor([trial.on_path for trial in complete], dtype=torch.bool)
     if not member.any():
         return {}
     curve = FamilyCurve.through(shares[member], excess[member])

@@ -7,8 +7,7 @@ from itertools import count
 
 from llmbo.errors import EvaluationError
 from llmbo.problem.proxy import out_of_memory
-from llmbo.run.store import TrialStore
-from llmbo.types import Evaluator, Observer, Proposal, Proposer, TrialState
+from llmbo.types import Evaluator, Observer, Proposal, Proposer, Store, TrialState
 
 MAX_CONSECUTIVE_FAILURES = 3
 SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that no two runs share a round's seed
@@ -17,7 +16,7 @@ SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that n
 def run_search(
     proposer: Proposer,
     evaluator: Evaluator,
-    store: TrialStore,
+    store: Store,
     budget: int,
     q: int,
     seed: int,
@@ -50,7 +49,7 @@ def run_search(
 
 def _evaluate(
     evaluator: Evaluator,
-    store: TrialStore,
+    store: Store,
     number: int,
     round_number: int,
     proposal: Proposal,

@@ -13,7 +13,7 @@ from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL, Started
-from llmbo.types import Proposer
+from llmbo.types import Proposer, Source
 
 Design = Literal["moved", "threshold", "random"]
 Family = Literal["family", "threshold_family", "fisher_family", "taylor_family"]
@@ -118,6 +118,11 @@ class Strategy:
         return Started(design_of(self.design, problem, objectives), search, problem.space, num_initial)
 
 
+def _path(origin: str, source: Source, family: Family = "family") -> Strategy:
+    """A family without search; gains are measured against members whose source is the path."""
+    return Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": origin, "source": source}, family=family)
+
+
 _DESIGNS = "llmbo.search.baselines.designs"
 _NSGA2 = "llmbo.search.baselines.nsga2:Nsga2Proposer"
 _OPTUNA = "llmbo.search.baselines.optuna_samplers:OptunaProposer"
@@ -131,12 +136,10 @@ TABLE: dict[str, Strategy] = {
         family="threshold_family",
     ),
     "advised": Strategy("llmbo.advisor.strategy:AdvisedStrategy", "moved", wrapped=False),  # for comparisons only
-    "threshold-moved": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}),
-    "threshold": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold"}, family="threshold_family"),
-    "threshold-fisher": Strategy(
-        f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "threshold-fisher"}, family="fisher_family"
-    ),
-    "llm-pruner": Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": "llm-pruner"}, family="taylor_family"),
+    "threshold-moved": _path("threshold", Source.PATH),
+    "threshold": _path("threshold", Source.PATH, "threshold_family"),
+    "threshold-fisher": _path("threshold-fisher", Source.SEARCH, "fisher_family"),
+    "llm-pruner": _path("llm-pruner", Source.SEARCH, "taylor_family"),
     "uniform": Strategy(f"{_DESIGNS}:UniformProposer"),
     "random": Strategy(f"{_DESIGNS}:RandomProposer"),
     "random-vectors": Strategy(f"{_DESIGNS}:RandomVectorsProposer"),

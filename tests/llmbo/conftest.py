@@ -24,14 +24,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from llmbo.advisor.context import Context, LayerStatistics, Marginals, Setting
+from llmbo.advisor.context import Context, Setting
 from llmbo.advisor.roles import Question
 from llmbo.cli import app
+from llmbo.config.objectives import feasible
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.objectives import Objective, build_objectives, feasible
+from llmbo.problem.marginals import Marginals
+from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
-from llmbo.types import Proposal, Trial, TrialState
+from llmbo.problem.statistics import LayerStatistics
+from llmbo.types import Proposal, Source, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.importance import Importance
 
@@ -101,11 +104,14 @@ class Toy:
     def trial(self, number: int, proposal: Proposal, round: int = 0, state: TrialState = TrialState.COMPLETE) -> Trial:
         values = self.evaluate(proposal.x) if state is TrialState.COMPLETE else {}
         kept = not values or feasible(values, self.limits)
-        return Trial(number, round, proposal.x, proposal.origin, state, values, 0.0, feasible=kept)
+        return Trial(
+            number, round, proposal.x, proposal.origin, state, values, 0.0, feasible=kept, source=proposal.source
+        )
 
     def trials(self, points: Iterable[tuple[int, ...]], origin: str = "threshold") -> list[Trial]:
         """The points as complete trials."""
-        return [self.trial(number, Proposal(tuple(x), origin)) for number, x in enumerate(points)]
+        source = Source.of_origin(origin)
+        return [self.trial(number, Proposal(tuple(x), origin, source=source)) for number, x in enumerate(points)]
 
     def with_objectives(self, *names: str, reference_point: tuple[float, ...] | None = None) -> "Toy":
         return replace(self, names=names, reference_point=reference_point)
@@ -365,8 +371,10 @@ def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
         toy = make_toy(layers)
         points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
         members = len(points) - extra
+        kinds = [("threshold", Source.PATH) if n < members else ("qnehvi", Source.SEARCH) for n in range(len(points))]
         trials = [
-            toy.trial(n, Proposal(x, "threshold" if n < members else "qnehvi"), n // 4) for n, x in enumerate(points)
+            toy.trial(n, Proposal(x, origin, source=source), n // 4)
+            for n, (x, (origin, source)) in enumerate(zip(points, kinds, strict=True))
         ]
         rng = random.Random(0)
         table = {kind: tuple(rng.uniform(0.1, 9) for _ in range(layers)) for kind in ("attention", "mlp")}

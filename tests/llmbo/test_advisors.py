@@ -31,7 +31,7 @@ from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.loop import run_search
 from llmbo.search.pareto import hypervolume
 from llmbo.search.strategies import TABLE
-from llmbo.types import Proposal, Trial
+from llmbo.types import Proposal, Source, Trial
 
 LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)
 NUM_INITIAL = 8
@@ -348,7 +348,7 @@ def test_marginals_are_what_one_level_less_costs(toy: Any) -> None:
 
 def test_advice_is_asked_for_less_and_less(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
     at = desk(toy, "random", ("propose",))
-    trials = [toy.trial(0, Proposal(toy.family.at(0.5), "threshold"))]
+    trials = [toy.trial(0, Proposal(toy.family.at(0.5), "threshold", source=Source.PATH))]
     asked = []
     for round in range(12):
         asked += [round] if at.due("propose", trials) else []

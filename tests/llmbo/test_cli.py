@@ -17,8 +17,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.problem.preparation import Problem
 from llmbo.report import Report
-from llmbo.run.assemble import Problem
 
 START_TIMEOUT = 120.0  # seconds until the first trial of a subprocess, on a busy machine
 

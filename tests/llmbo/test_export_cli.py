@@ -22,7 +22,7 @@ from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.deploy import export as exporting
 from llmbo.models.loading import load_model
-from llmbo.run.assemble import load_windows
+from llmbo.problem.preparation import load_windows
 from pruning.export import load_pruned
 from pruning.likelihood import quality
 

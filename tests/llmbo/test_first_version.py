@@ -6,7 +6,6 @@ ordered. It is never written anew: what changes must still read it, or refuse it
 
 import contextlib
 import json
-import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator

@@ -1,12 +1,13 @@
 """A trial's gain over the threshold family at equal size."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from llmbo.problem.objectives import Objective
 from llmbo.search.gain import trial_gains
-from llmbo.types import Trial, TrialState
+from llmbo.types import Source, Trial, TrialState
 
 KL = Objective("kl", "nats/token", known=False, reference=1.2)
 DENSE = {"kl": 0.0, "params_share": 1.0}
@@ -16,7 +17,7 @@ def trial(
     number: int, share: float, kl: float, origin: str = "threshold", state: TrialState = TrialState.COMPLETE
 ) -> Trial:
     values: Mapping[str, float] = {"kl": kl, "params_share": share} if state is TrialState.COMPLETE else {}
-    return Trial(number, 0, (number,), origin, state, values)
+    return Trial(number, 0, (number,), origin, state, values, source=Source.of_origin(origin))
 
 
 FAMILY = [trial(0, 0.5, 0.8), trial(1, 0.75, 0.3)]
@@ -42,9 +43,7 @@ def test_more_is_better_where_the_objective_is_maximised() -> None:
     accuracy = Objective("accuracy", "share", known=False, reference=0.2, maximize=True)
     values = {0: 0.5, 1: 0.6, 2: 0.4}
     trials = [
-        Trial(
-            n, 0, (n,), "threshold" if n == 0 else "qnehvi", TrialState.COMPLETE, {"accuracy": v, "params_share": 0.5}
-        )
+        replace(trial(n, 0.5, 0.0, "threshold" if n == 0 else "qnehvi"), values={"accuracy": v, "params_share": 0.5})
         for n, v in values.items()
     ]
     gains = trial_gains(trials, accuracy, {"accuracy": 0.8})

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.display.dashboard import Dashboard, FrontPlot, Progress, Snapshot
-from llmbo.run.heartbeat import LOCK, PATIENCE, SHORTEST_SILENCE, Pulse, usual_pause
+from llmbo.run.heartbeat import PATIENCE, SHORTEST_SILENCE, Heartbeat, usual_pause
+from llmbo.run.lock import LOCK
 from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -35,7 +36,7 @@ SET_SIZE = "import fcntl, struct, termios; fcntl.ioctl(0, termios.TIOCSWINSZ, st
 def snapshot(toy: Any) -> Snapshot:
     family = [toy.family.at(share) for share in (0.4, 0.5, 0.6, 0.8)]
     trials = [*toy.trials(family), *toy.trials(toy.random_points(20, 0), "qnehvi")]
-    trials = [Trial(n, n // 4, t.x, t.origin, t.state, t.values, 1.0) for n, t in enumerate(trials)]
+    trials = [Trial(n, n // 4, t.x, t.origin, t.state, t.values, 1.0, source=t.source) for n, t in enumerate(trials)]
     trials += [
         Trial(len(trials), 9, trials[0].x, "qnehvi", TrialState.FAILED, seconds=1.0, failure="out of memory"),
         Trial(len(trials) + 1, 9, trials[0].x, "[bold]x", TrialState.RUNNING),
@@ -184,32 +185,34 @@ def every(seconds: float, count: int = 40) -> list[datetime]:
 
 
 def test_silence_is_judged_by_what_is_usual(tmp_path: Path) -> None:
-    shared = Pulse(tmp_path, shared=True)  # nobody here can know whether a process of another machine lives
-    shared.feel()
+    shared = Heartbeat(tmp_path, shared=True)  # nobody here can know whether a process of another machine lives
+    shared.check()
     for seconds in (1, 10, 600):
         usual = every(seconds)
         last = max(SHORTEST_SILENCE, PATIENCE * seconds)
-        fresh = Pulse(tmp_path, shared=True)
+        fresh = Heartbeat(tmp_path, shared=True)
         assert fresh.diagnosis(usual, NOON + timedelta(seconds=last)) == ""
         assert "may have stopped" in fresh.diagnosis(usual, NOON + timedelta(seconds=last + 1))
         assert fresh.diagnosis([*usual, NOON + timedelta(seconds=last + 1)], NOON + timedelta(seconds=last + 1)) == ""
     night = [moment - timedelta(hours=9) for moment in every(1)] + every(1)
     assert usual_pause(night) == 1.0  # a pause between two sessions is not what is usual
-    ahead = Pulse(tmp_path, shared=True)  # a machine whose clock is wrong by hours does not count for more than we saw
+    ahead = Heartbeat(
+        tmp_path, shared=True
+    )  # a machine whose clock is wrong by hours does not count for more than we saw
     assert ahead.diagnosis([NOON + timedelta(hours=3)], NOON) == ""
     assert "may have stopped" in ahead.diagnosis([NOON + timedelta(hours=3)], NOON + timedelta(minutes=5))
 
 
 def test_the_lock_says_who_works_on_a_run(tmp_path: Path) -> None:
-    pulse = Pulse(tmp_path)
+    heartbeat = Heartbeat(tmp_path)
     for locked in (False, True, False):
         with FileLock(tmp_path / LOCK) if locked else nullcontext():
-            pulse.feel()
-            assert pulse.held is locked
+            heartbeat.check()
+            assert heartbeat.held is locked
             night = NOON + timedelta(hours=9)
-            assert bool(pulse.diagnosis(every(1), night)) is not locked  # started again a moment ago, or stopped
+            assert bool(heartbeat.diagnosis(every(1), night)) is not locked  # started again a moment ago, or stopped
             if locked:
-                assert "slow, but its process is there" in pulse.diagnosis(every(1), night + timedelta(hours=1))
+                assert "slow, but its process is there" in heartbeat.diagnosis(every(1), night + timedelta(hours=1))
 
 
 def test_a_picture_with_a_note_fits_too(snapshot: Snapshot) -> None:

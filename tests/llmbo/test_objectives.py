@@ -5,21 +5,16 @@ import math
 import pytest
 import torch
 
-from llmbo.errors import ConfigError
-from llmbo.problem.objectives import (
-    KINDS,
+from llmbo.config.objectives import (
     OBJECTIVES,
-    Objective,
-    build_objectives,
     check_objectives,
     feasible,
     known_limits,
     measured_limits,
-    outcomes,
     parse_limits,
-    ref_point,
-    to_maximize,
-)  # fmt: skip
+)
+from llmbo.errors import ConfigError
+from llmbo.problem.objectives import Objective, build_objectives, outcomes, ref_point, to_maximize
 from llmbo.types import Trial, TrialState
 
 DENSE = {
@@ -108,7 +103,7 @@ def test_a_reference_point_that_nobody_beats_is_refused_with_the_best_value(
 
 def test_every_known_name_can_be_asked_for() -> None:
     for name in OBJECTIVES:
-        partner = "kl" if KINDS[name].known else "params"
+        partner = "kl" if OBJECTIVES[name].known else "params"
         check_objectives((name, partner), None)
 
 

@@ -17,7 +17,7 @@ from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.pareto import hypervolume
 from llmbo.search.strategies import TABLE
-from llmbo.types import Proposal, Proposer, Trial, TrialState
+from llmbo.types import Proposal, Proposer, Source, Trial, TrialState
 from pruning.importance import Importance
 
 # Every strategy joins every test of the contract.
@@ -54,7 +54,10 @@ def history(toy: Any) -> dict[str, list[Trial]]:
         "family and search": first,
         "running": ending(TrialState.RUNNING),
         "failed": ending(TrialState.FAILED),
-        "only failed": [toy.trial(n, Proposal(x, "threshold"), 0, TrialState.FAILED) for n, x in enumerate(family)],
+        "only failed": [
+            toy.trial(n, Proposal(x, "threshold", source=Source.PATH), 0, TrialState.FAILED)
+            for n, x in enumerate(family)
+        ],
     }
 
 

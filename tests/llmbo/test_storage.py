@@ -10,7 +10,7 @@ import pytest
 
 from llmbo.errors import StorageError
 from llmbo.run.store import TrialStore, delete_run, differences, stored_run
-from llmbo.types import Proposal, TrialState
+from llmbo.types import Proposal, Source, TrialState
 
 SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None}
 FACTS = {"dtype": "float32", "dense": {"kl": 0.0}}
@@ -35,7 +35,7 @@ def open_store(toy: Any, url: str) -> Open:
 def fill(store: TrialStore, toy: Any, rounds: int = 2, q: int = 2) -> list[Proposal]:
     done: list[Proposal] = []
     for round_number in range(rounds):
-        proposals = [Proposal(x, "threshold") for x in toy.random_points(q, round_number)]
+        proposals = [Proposal(x, "threshold", source=Source.PATH) for x in toy.random_points(q, round_number)]
         store.add_round(proposals)
         for proposal in proposals:
             store.start(len(done), round_number, proposal)
@@ -80,7 +80,7 @@ def test_points_survive_on_every_grid(make_toy: Callable[..., Any], url: str, ca
 
 def test_starting_a_running_trial_again_changes_nothing(toy: Any, open_store: Open) -> None:
     store = open_store()
-    proposal = Proposal(toy.random_points(1, 0)[0], "threshold")
+    proposal = Proposal(toy.random_points(1, 0)[0], "threshold", source=Source.PATH)
     store.add_round([proposal])
     store.start(0, 0, proposal)
     before = open_store().trials()

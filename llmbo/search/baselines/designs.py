@@ -11,7 +11,7 @@ from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.search.gain import EPSILON, FamilyCurve
-from llmbo.types import Proposal, Proposer, Trial
+from llmbo.types import Proposal, Proposer, Source, Trial
 
 NUM_INITIAL = 12  # trials before a strategy with an initial design looks at any value
 ATTEMPTS = 1000  # draws in vain before a random proposer says that nothing is left
@@ -30,32 +30,37 @@ class ThresholdProposer:
         dense: The dense model's values by objective name.
         origin: What its proposals are called. With a family that thresholds Taylor scores it is LLM-Pruner's allocation
             (arXiv:2305.11627, there under Taylor ranking, here under the problem's own ranking and compensation).
+        source: Whether gains are measured against them.
     """
 
     family: ThresholdFamily
     objectives: Sequence[Objective]
     dense: Mapping[str, float]
     origin: str = "threshold"
+    source: Source = Source.PATH
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        height = self._expected_loss(trials)
-        taken = {trial.x for trial in trials} | {self.family.space.max_levels}  # the dense model is no candidate
         rows = [tuple(row) for row in self.family.path.int().tolist()]
+        height = self._expected_loss([trial for trial in trials if trial.complete and trial.x in set(rows)])
+        taken = {trial.x for trial in trials} | {self.family.space.max_levels}  # the dense model is no candidate
         known = [member for member, x in enumerate(rows) if x in taken]
         proposals: list[Proposal] = []
         while len(proposals) < q and len(known) < len(rows):
             ends = [end for end in (0, len(rows) - 1) if end not in known]
             member = ends[0] if ends else self._between(known, height)
             known = sorted([*known, member])
-            proposals.append(Proposal(rows[member], self.origin))
+            proposals.append(Proposal(rows[member], self.origin, source=self.source))
         return proposals
 
-    def _expected_loss(self, trials: Sequence[Trial]) -> Tensor:
-        """How much worse than the dense model each member is believed to be, no worse than the reference: `num_members`."""
+    def _expected_loss(self, members: Sequence[Trial]) -> Tensor:
+        """How much worse than the dense model each member is believed to be, no worse than the reference: `num_members`.
+
+        Args:
+            members: Those that have been measured.
+        """
         quality = next(objective for objective in self.objectives if not objective.known)
         shares = self.family.shares
         worst = quality.sign * (self.dense[quality.name] - quality.reference)
-        members = [trial for trial in trials if trial.complete and trial.origin == self.origin]
         if not members:  # a straight line, for want of better
             return worst * (1 - shares) / (1 - shares[0]).clamp_min(1e-12)
         excess = [quality.sign * (self.dense[quality.name] - trial.values[quality.name]) for trial in members]

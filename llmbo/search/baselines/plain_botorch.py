@@ -107,4 +107,6 @@ class PlainBotorchProposer:
             yield from (others[index] for index in values.argsort(descending=True).tolist())
 
     def _as_running(self, proposals: Sequence[Proposal], first: int) -> list[Trial]:
-        return [Trial(first + n, 0, p.x, p.origin, TrialState.RUNNING) for n, p in enumerate(proposals)]
+        return [
+            Trial(first + n, 0, p.x, p.origin, TrialState.RUNNING, source=p.source) for n, p in enumerate(proposals)
+        ]

@@ -1,4 +1,4 @@
-"""The house stays in order, and the command line starts without the heavy libraries.
+"""The house stays in order, and what should be light is.
 
 Who may import whom is checked by import-linter, whose contracts stand in `pyproject.toml`: `make test` runs `lint-imports`.
 """
@@ -11,10 +11,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "botorch", "gpytorch", "optuna", "matplotlib", "pydantic")
+LONGEST = 450  # lines of a file; above that it has two jobs
+FLOOR = 6  # files at the top level of `llmbo/`: a new one belongs in a room
 
 
-@pytest.mark.parametrize("module", ["llmbo.cli"])
+@pytest.mark.parametrize("module", ["llmbo", "llmbo.cli", "llmbo.config", "pruning"])
 def test_it_starts_without_heavy_libraries(module: str) -> None:
     program = f"import sys, {module}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("package", ["llmbo", "pruning"])
+def test_no_file_is_too_long(package: str) -> None:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / package).rglob("*.py")}
+    assert lines and {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > LONGEST} == {}
+
+
+def test_the_top_level_holds_rooms_and_little_else() -> None:
+    assert 0 < len(list((ROOT / "llmbo").glob("*.py"))) <= FLOOR
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [p for package in ("llmbo", "pruning") for p in (ROOT / package).rglob("*") if p.is_dir() and any(p.glob("*.py"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_every_room_says_what_it_is_for(folder: Path) -> None:
+    if folder.name != "__pycache__":
+        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""')

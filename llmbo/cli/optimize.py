@@ -2,16 +2,17 @@
 
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmbo.cli.common import numbers, one_line_errors, split_list
+from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmbo.display.progress import Display
-    from llmbo.run.assemble import Run
+    from llmbo.api import Run
 
 
 def optimize(
@@ -107,143 +108,43 @@ def optimize(
 
     Example: llmbo optimize --model llama --budget 60
     """
-    from llmbo.config import RunConfig
-
+    typed = locals()
     with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
-        config = RunConfig(
-            model=model,
-            budget=budget,
-            batch=batch,
-            seed=seed,
-            strategy=_tied(strategy) if uniform else strategy,
-            objectives=tuple(split_list(objectives)),
-            reference_point=numbers("--reference-point", reference_point),
-            maximum=tuple(maximum or ()),
-            context=context,
-            serve_batch=serve_batch,
-            latency_target=latency_target,
-            items=items,
-            racing=racing,
-            compensation=compensation,
-            text=text,
-            min_share=min_share,
-            neuron_step=neuron_step,
-            calibration_tokens=calibration_tokens,
-            proxy_tokens=proxy_tokens,
-            heldout_tokens=heldout_tokens,
-            window=window,
-            dtype=dtype,
-            device=device,
-            name=name,
-            storage=storage,
-            advisor=advisor,
-            advisor_hooks=tuple(split_list(advisor_hooks)),
-            advisor_share=advisor_share,
-            advisor_context=advisor_context,
-            advisor_every=advisor_every,
-            advisor_max_calls=advisor_max_calls,
-            advisor_max_tokens=advisor_max_tokens,
-            advisor_max_cost=advisor_max_cost,
-            advisor_max_seconds=advisor_max_seconds,
-            advisor_deadline=advisor_deadline,
-            advisor_price=numbers("--advisor-price", advisor_price),
-        )
         if quiet and json_logs:
             raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
-        _optimize(config, fresh, "nothing" if quiet else "json" if json_logs else "auto")
+        settings = {item.name: typed[item.name] for item in fields(RunConfig)} | {
+            "strategy": _tied(strategy) if uniform else strategy,
+            "objectives": tuple(split_list(objectives)),
+            "reference_point": numbers("--reference-point", reference_point),
+            "maximum": tuple(maximum or ()),
+            "advisor_hooks": tuple(split_list(advisor_hooks)),
+            "advisor_price": numbers("--advisor-price", advisor_price),
+        }
+        RunConfig(**settings)  # refuses what it can before anything heavy is loaded
+        import llmbo
+        from llmbo.models.loading import silence_libraries
+
+        silence_libraries()
+        command = shlex.join(["llmbo", *sys.argv[1:]])
+        run = llmbo.optimize(
+            **settings, fresh=fresh, show="nothing" if quiet else "json" if json_logs else "auto", command=command
+        )
+        if not (quiet or json_logs):
+            _print_front(run)
+    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
 
 
 def _tied(strategy: str) -> str:
-    from llmbo.errors import ConfigError
-
     if strategy not in ("qnehvi", "uniform"):  # the default, or the same thing said twice
         raise ConfigError(f"--uniform is a strategy of its own: leave out --strategy {strategy}, or --uniform.")
     return "uniform"
 
 
-def _optimize(config: Any, fresh: bool, show: str) -> None:
+def _print_front(run: "Run") -> None:
     from rich.console import Console
 
-    from llmbo.display.progress import advice_line, build_display, summary
-    from llmbo.models.loading import silence_libraries
-    from llmbo.run.assemble import assemble
-    from llmbo.search.loop import run_search
+    from llmbo.display.progress import advice_line, summary
 
-    silence_libraries()
-
-    with build_display(show, config.budget, config.name) as display, assemble(config, fresh, display) as run:
-        display.objectives, display.dense = run.objectives, run.problem.dense
-        run.store.set_fact("budget", config.budget)  # so that `llmbo watch` knows how far it is
-        status = "failed"
-        try:
-            with display.phase("search", config.budget):
-                run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)
-            with display.phase("held-out windows"):
-                _measure_heldout(run)
-            status = "complete"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            report = _write(run, display, status)
-    if show == "auto":
-        Console().print(summary(report))
-        if report.advisor:
-            typer.echo(advice_line(report.advisor))
-    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.folder / 'report.html'}")
-
-
-def _measure_heldout(run: "Run") -> None:
-    """Measure the finished front, and the dense model, on windows that nothing has seen; skips what is stored."""
-    from llmbo.report import front_of
-
-    stored = run.store.heldout()
-    missing = [trial for trial in front_of(run.store.trials(), run.objectives) if trial.number not in stored]
-    if not missing and "dense_heldout" in run.store.facts:
-        return
-    evaluator = run.problem.heldout()
-
-    def measure(x: tuple[int, ...]) -> dict[str, float]:
-        return {**evaluator.evaluate(x), **run.problem.deployed(x)}
-
-    run.store.set_fact("dense_heldout", measure(run.problem.space.max_levels))
-    for trial in missing:
-        run.store.set_heldout(trial.number, measure(trial.x))
-
-
-def _write(run: "Run", display: "Display", status: str) -> Any:
-    from llmbo.advisor.summary import summarise
-    from llmbo.report import build_report, environment, write_report
-    from llmbo.run.store import shown_url
-
-    facts, storage = run.store.facts, run.config.storage
-    earlier = facts.get("run", {"seconds": {}, "peak_memory_bytes": 0})
-    here = environment()
-    seconds = {name: earlier["seconds"].get(name, 0.0) + spent for name, spent in display.seconds.items()}
-    run_part = {
-        "name": run.config.name,
-        "command": shlex.join(
-            ["llmbo", *(word.replace(storage, shown_url(storage)) if storage else word for word in sys.argv[1:])]
-        ),
-        "status": status,
-        "settings": {"budget": run.config.budget, **run.config.settings()},
-        "seed": run.config.seed,
-        "device": facts["device"],
-        "dtype": facts["dtype"],
-        **here,
-        "seconds": {name: round(spent, 3) for name, spent in (earlier["seconds"] | seconds).items()},
-        "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),
-    }
-    trials, settings = run.store.trials(), run.config.settings()
-    advised = run.config.advisor != "none"
-    report = build_report(
-        trials,
-        run.objectives,
-        run.problem.space,
-        {**facts, "run": run_part},
-        run.store.heldout(),
-        summarise(settings, run.ledger, trials, run.objectives, run.problem.dense) if advised else None,
-    )
-    write_report(report, run.folder)
-    run.store.set_fact("run", run_part)  # last: it says that the report is there
-    return report
+    Console().print(summary(run.report))
+    if run.report.advisor:
+        typer.echo(advice_line(run.report.advisor))

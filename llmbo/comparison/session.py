@@ -11,7 +11,6 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-import llmbo
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig
 from llmbo.comparison.display import CompareDisplay
 from llmbo.comparison.page import page
@@ -127,7 +126,7 @@ def _opened(
 
 def _warn_of_other_code(config: CompareConfig, store: EvaluationStore, say: Callable[[str], None]) -> None:
     """Evaluations are checked when a problem is opened; proposals that other code has made cannot be."""
-    sources = sorted(Path(llmbo.__file__).parent.rglob("*.py"))
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     stored = store.fact(config.name)
     if stored and stored["code"] != digest:

@@ -12,7 +12,7 @@ from torch import nn
 
 from llmbo.deploy.card import details, licence_of, model_card
 from llmbo.errors import ConfigError, StorageError, first_line
-from llmbo.models.loading import DTYPES
+from llmbo.models.loading import DTYPES, LoadedModel
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import Material, architecture_of, find_trial, load_base, read_run
 from llmbo.types import Phases
@@ -121,7 +121,9 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def export(order: Order, command: str, phases: Phases, model: str | None = None, device: str | None = None) -> Check:
+def export(
+    order: Order, command: str, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
+) -> Check:
     """Carry an order out.
 
     Args:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -19,12 +19,16 @@ from rich.table import Table
 from llmbo.advisor.parts import AdvisorPart
 from llmbo.display.dashboard import Dashboard, Snapshot, volume
 from llmbo.display.dashboard import Progress as SearchProgress
+from llmbo.display.notebook import NotebookLive, notebook_console
+from llmbo.errors import ConfigError, unknown
 from llmbo.problem.objectives import Objective
 from llmbo.report import Report
 from llmbo.types import Proposal, Trial
 
 PICTURES_PER_SECOND = 4
 SEARCH = "search"
+
+Show = Literal["auto", "json", "nothing"]
 
 
 class View(Protocol):
@@ -61,7 +65,7 @@ class Display:
         self.budget = budget
         self.title = title
         self._clock = clock
-        self._view = view or (LivePicture(console, self, clock) if console.is_terminal else Lines(console))
+        self._view = view or _suitable(console, self, clock)
 
     def __enter__(self) -> "Display":
         self._view.start()
@@ -89,6 +93,12 @@ class Display:
 
     def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
         self._view.trial_ended(trial, trials, self)
+
+
+def _suitable(console: Console, display: Display, clock: Callable[[], float]) -> View:
+    if console.is_jupyter:
+        return LivePicture(notebook_console(), display, clock, NotebookLive)
+    return LivePicture(console, display, clock) if console.is_terminal else Lines(console)
 
 
 class Silence:
@@ -159,10 +169,30 @@ class JsonLines(Silence):
         self._write(json.dumps({"time": round(self._now(), 3), "event": event, **fields}))
 
 
-class LivePicture(Silence):
-    """A bar for each phase of the preparation, then the dashboard of the search, redrawn in place."""
+def _terminal_live(console: Console, picture: Callable[[], RenderableType]) -> Live:
+    return Live(
+        console=console,
+        get_renderable=picture,
+        refresh_per_second=PICTURES_PER_SECOND,
+        transient=True,
+        vertical_overflow="crop",
+    )
 
-    def __init__(self, console: Console, display: Display, clock: Callable[[], float]) -> None:
+
+class LivePicture(Silence):
+    """A bar for each phase of the preparation, then the dashboard of the search, redrawn in place.
+
+    Args:
+        live: What redraws it, made from the console and what gives the picture.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        display: Display,
+        clock: Callable[[], float],
+        live: Callable[[Console, Callable[[], RenderableType]], Live | NotebookLive] = _terminal_live,
+    ) -> None:
         self._console = console
         self._display = display
         self._clock = clock
@@ -179,13 +209,7 @@ class LivePicture(Silence):
             TimeElapsedColumn(),
             console=console,
         )
-        self._live = Live(
-            console=console,
-            get_renderable=self._picture,
-            refresh_per_second=PICTURES_PER_SECOND,
-            transient=True,
-            vertical_overflow="crop",
-        )
+        self._live = live(console, self._picture)
 
     def start(self) -> None:
         self._live.start()
@@ -199,10 +223,12 @@ class LivePicture(Silence):
             self._search_start = self._clock()
         else:
             self._progress.add_task(name, total=total, count="")
+        self._live.refresh()
 
     def phase_moved(self, done: int) -> None:
         for task in self._progress.tasks:
             self._progress.update(task.id, completed=done, count=f"{done}/{task.total:.0f}" if task.total else "")
+        self._live.refresh()
 
     def phase_ended(self, name: str, seconds: float) -> None:
         for task in self._progress.task_ids:
@@ -237,14 +263,16 @@ class LivePicture(Silence):
         return Snapshot(display.title or "llmbo", self._doing, display.budget, self._found, elapsed, left)
 
 
-def build_display(show: str, budget: int, title: str) -> Display:
-    """A display on stderr: "auto" suits whatever stderr is, "json" writes events, "nothing" nothing."""
+def build_display(show: Show, budget: int, title: str) -> Display:
+    """A display on stderr: "auto" suits whatever that is, a notebook included, "json" writes events, "nothing" nothing."""
     console = Console(stderr=True)
-    views: dict[str, Callable[[], View | None]] = {
+    views: dict[Show, Callable[[], View | None]] = {
         "auto": lambda: None,
         "json": lambda: JsonLines(lambda line: print(line, file=sys.stderr, flush=True)),
         "nothing": Silence,
     }
+    if show not in views:
+        raise ConfigError(unknown("way to show progress", show, views))
     return Display(console, budget, view=views[show](), title=title)
 
 

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line
-from pruning.anatomy import family_of
+from pruning.anatomy import anatomy_of, family_of
 from pruning.errors import UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,6 +173,31 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
     ) as error:  # RuntimeError: weights of other shapes
         raise ModelError(_not_loaded(name, source, error)) from error
     return LoadedModel(name, source, model.eval().to(device), tokenizer, dtype, device, _fingerprint(model))
+
+
+def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "") -> LoadedModel:
+    """A model that the caller has loaded, as `load_model` would give it. Nothing is copied.
+
+    Args:
+        name: How it is called in reports; by default where it came from.
+
+    Raises:
+        ModelError: It cannot be pruned, or its dtype cannot be measured in.
+        ConfigError: There is no tokenizer.
+    """
+    name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    if tokenizer is None:
+        raise ConfigError(
+            f"A loaded model needs its tokenizer: pass tokenizer=AutoTokenizer.from_pretrained('{name}')."
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ModelError(f"The model '{name}' is in {dtype}: expected one of {', '.join(DTYPES)}; convert it first.")
+    try:
+        anatomy_of(model)
+    except UnsupportedModel as error:
+        raise ModelError(f"Cannot prune '{name}'. {error}") from error
+    return LoadedModel(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model))
 
 
 def choose_device(device: str) -> str:

@@ -9,9 +9,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
-from llmbo import __version__
 from llmbo.report.comparison import compare
 from llmbo.report.table import front_rows
 
@@ -55,7 +55,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         facts=_facts(runs, together),
         headings=headings,
         rows=rows,
-        version=__version__,
+        version=version("llmbo"),
     )
 
 

@@ -28,8 +28,8 @@ from pruning.choices import read_items
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of one run, ready for `run_search`."""
+class RunParts:
+    """The parts of one run, ready for `execute`."""
 
     config: RunConfig
     folder: Path
@@ -83,8 +83,11 @@ def advice_material(
 
 
 @contextmanager
-def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
+def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel | None = None) -> Iterator[RunParts]:
     """Everything a run needs, checked in the order of what is cheapest to refuse. Writes nothing before all input is good.
+
+    Args:
+        given: The model, where the caller has loaded it; `config` then holds its dtype and device.
 
     Raises:
         LlmboError, PruningError: One line for the user.
@@ -96,7 +99,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
         _continued(config, url)
     check_advisor(config, folder)
     with phases.phase("model files"):  # an alias is converted on first use
-        _check_window(config, load_config(config.model))
+        _check_window(config, given.model.config if given else load_config(config.model))
     if config.text != "self":
         read_text(config.text)
     if config.items and len(read_items(Path(config.items))) < 2:
@@ -105,7 +108,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
-            loaded = load_model(config.model, dtype, device)
+            loaded = given or load_model(config.model, dtype, device)
             windows = load_windows(config, loaded)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:
@@ -139,7 +142,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases) -> Iterator[Run]:
             ledger = Ledger(store, folder / FILE)
             proposer = proposer_of(config, problem, objectives, loaded, ledger)
             evaluator = evaluator_of(config, problem, objectives, store)
-            yield Run(config, folder, problem, objectives, proposer, evaluator, store, ledger)
+            yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, ledger)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def config_of(report: Report) -> RunConfig:
 
 
 def load_base(
-    report: Report, phases: Phases, model: str | None = None, device: str | None = None
+    report: Report, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
 ) -> tuple[LoadedModel, TokenWindows]:
     """The run's base model and windows.
 
@@ -81,7 +81,11 @@ def load_base(
     """
     config = config_of(report)
     with phases.phase("model"):
-        loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+        loaded = (
+            model
+            if isinstance(model, LoadedModel)
+            else load_model(model or config.model, report.run.dtype, device or report.run.device)
+        )
         windows = load_windows(config, loaded)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)

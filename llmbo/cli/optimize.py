@@ -242,7 +242,7 @@ def _write(run: "Run", display: "Display", status: str) -> Any:
         run.problem.space,
         {**facts, "run": run_part},
         run.store.heldout(),
-        summarise(settings, run.ledger, trials, run.objectives, run.problem.dense) if advised else None,
+        summarise(settings, run.advice, trials, run.objectives, run.problem.dense) if advised else None,
     )
     write_report(report, run.folder)
     run.store.set_fact("run", run_part)  # last: it says that the report is there

@@ -1,5 +1,6 @@
 """The composition root's part for advisors: checked settings -> an advisor's session, and the proposer it advises."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,7 @@ class AdvisorInputs:
 
 
 def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
-    """Refuse what can be refused before a model is loaded: a missing key or recording, a broken plug-in.
+    """Refuse what can be refused before a model is loaded: a missing key, package or recording, a broken plug-in.
 
     Args:
         folder: Where the run will write.
@@ -53,6 +54,8 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
     spec = parse_spec(config.advisor)
     if spec.kind == "openai":
         _openai(spec)
+    elif spec.kind == "transformers" and importlib.util.find_spec("llguidance") is None:
+        raise ConfigError("--advisor transformers needs the package llguidance: pip install 'llmbo[local-advisor]'.")
     elif spec.kind == "replay":
         recording = Path(spec.argument)
         ReplayAdvisor(recording)

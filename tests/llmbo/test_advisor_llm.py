@@ -112,6 +112,7 @@ def test_a_run_advised_through_llama_cpp(make_toy: Callable[..., Any], llama_ser
 
 @needs_weights
 def test_a_run_advised_by_the_very_model(make_toy: Callable[..., Any]) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llmbo[local-advisor]'")
     from llmbo.advisor.local import MODE, TransformersClient
     from llmbo.models.loading import load_model
 

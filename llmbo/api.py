@@ -18,7 +18,7 @@ from llmbo.report.notebook import run_html
 from llmbo.report.schema import Report, TrialPart, Values
 from llmbo.run.assemble import assemble
 from llmbo.run.execute import execute
-from llmbo.run.rebuild import Material, find_trial, load_base, read_run
+from llmbo.run.rebuild import RebuildInputs, find_trial, load_base, read_run
 from pruning.architecture import Architecture
 from pruning.export.verify import Check
 
@@ -60,7 +60,7 @@ class Run:
         self.report = report
         self._base = base
         self._show: Show = show
-        self._material: Material | None = None
+        self._inputs: RebuildInputs | None = None
 
     @property
     def name(self) -> str:
@@ -130,11 +130,11 @@ class Run:
         """
         found = find_trial(self.report, trial)
         with build_display(self._show, 0, self.name) as display:
-            if self._material is None:
+            if self._inputs is None:
                 loaded, windows = load_base(self.report, display, self._base)
-                self._material = Material.of(self.report, loaded, windows, display)
+                self._inputs = RebuildInputs.of(self.report, loaded, windows, display)
             with display.phase("cutting"):
-                model, _ = self._material.cut(found)
+                model, _ = self._inputs.cut(found)
         return model
 
     def export(

@@ -1,5 +1,6 @@
-"""The composition root's part for advisors: checked settings -> an advisor at its desk, and the proposer it advises."""
+"""The composition root's part for advisors: checked settings -> an advisor's session, and the proposer it advises."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,12 +9,12 @@ from pathlib import Path
 
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Setting
-from llmbo.advisor.ledger import FILE, Ledger
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
-from llmbo.advisor.proposer import AdvisedProposer, AdvisorDesk
+from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
+from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.config.advisor import AdvisorSpec, parse_spec, plugins
 from llmbo.errors import ConfigError, first_line
@@ -27,7 +28,7 @@ WITHOUT_MARGINALS = ("none", "random", "hostile", "replay")  # nobody would read
 
 
 @dataclass(frozen=True)
-class Material:
+class AdvisorInputs:
     """What an advisor may read or use.
 
     Args:
@@ -42,7 +43,7 @@ class Material:
 
 
 def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
-    """Refuse what can be refused before a model is loaded: a missing key or recording, a broken plug-in.
+    """Refuse what can be refused before a model is loaded: a missing key, package or recording, a broken plug-in.
 
     Args:
         folder: Where the run will write.
@@ -53,6 +54,8 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
     spec = parse_spec(config.advisor)
     if spec.kind == "openai":
         _openai(spec)
+    elif spec.kind == "transformers" and importlib.util.find_spec("llguidance") is None:
+        raise ConfigError("--advisor transformers needs the package llguidance: pip install 'llmbo[local-advisor]'.")
     elif spec.kind == "replay":
         recording = Path(spec.argument)
         ReplayAdvisor(recording)
@@ -62,34 +65,34 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
         _plugin(plugins()[spec.kind], spec)
 
 
-def build_desk(config: RunConfig, material: Material, ledger: Ledger) -> AdvisorDesk:
-    """The advisor behind a name, with what its context level leaves it to read."""
+def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore) -> AdvisorSession:
+    """The session of the advisor behind a name, with what its context level leaves it to read."""
     spec = parse_spec(config.advisor)
-    setting, probe = material.setting, None if spec.kind in WITHOUT_MARGINALS else material.probe
+    setting, probe = inputs.setting, None if spec.kind in WITHOUT_MARGINALS else inputs.probe
     if config.advisor_context != "full":
         setting, probe = replace(setting, statistics=None), None
-    advisor = _makers(spec, config, material, ledger)[spec.kind]()
-    return AdvisorDesk(advisor, ledger, setting, config.advisor_hooks, config.advisor_every, probe)
+    advisor = _makers(spec, config, inputs, advice)[spec.kind]()
+    return AdvisorSession(advisor, advice, setting, config.advisor_hooks, config.advisor_every, probe)
 
 
 def build_advised(
-    config: RunConfig, material: Material, ledger: Ledger, num_initial: int = NUM_INITIAL
+    config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore, num_initial: int = NUM_INITIAL
 ) -> AdvisedProposer:
     """The default method with the advisor that the settings name.
 
     Args:
         num_initial: Size of the initial design, the advisor's places in it included.
     """
-    setting, desk = material.setting, build_desk(config, material, ledger)
+    setting, session = inputs.setting, build_session(config, inputs, advice)
     places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
     size = num_initial - places
-    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, desk, setting.limits)
+    search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, session, setting.limits)
     design = ThresholdProposer(setting.family, setting.objectives, setting.dense)
-    return AdvisedProposer(search, design, desk, size, places)
+    return AdvisedProposer(search, design, session, size, places)
 
 
 def _makers(
-    spec: AdvisorSpec, config: RunConfig, material: Material, ledger: Ledger
+    spec: AdvisorSpec, config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore
 ) -> dict[str, Callable[[], Advisor]]:
     limits = Limits(
         calls=config.advisor_max_calls,
@@ -104,8 +107,8 @@ def _makers(
         **{name: partial(_plugin, point, spec) for name, point in plugins().items()},
         **{name: partial(OfflineAdvisor, name, reply) for name, reply in OFFLINE.items()},
         "none": NoAdvisor,
-        "openai": lambda: LLMAdvisor(_openai(spec), limits, ledger),
-        "transformers": lambda: LLMAdvisor(_transformers(spec, config, material.pruned), at_no_cost, ledger),
+        "openai": lambda: LLMAdvisor(_openai(spec), limits, advice),
+        "transformers": lambda: LLMAdvisor(_transformers(spec, config, inputs.pruned), at_no_cost, advice),
         "replay": lambda: ReplayAdvisor(Path(spec.argument)),
     }
 

@@ -1,4 +1,4 @@
-"""What an advisor reads: the model, importance, what one step less costs, the trials told as deltas, noise, gaps, refusals."""
+"""What an advisor reads: model, importance, what one step less costs, trials as offsets from the path, noise, gaps, refusals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from llmbo.types import Trial
 from pruning.anatomy import BlockKind
 
 MAX_TRIALS = 20
-MAX_RANGES = 8  # of a delta that is told
+MAX_RANGES = 8  # of an offset that are shown
 MAX_GAPS = 4
 
 
@@ -62,10 +62,10 @@ class Context:
     def gains(self) -> dict[int, float]:
         """Gain over the family at equal share of every trial that is no member of it."""
         gains = trial_gains(self.trials, self.setting.quality, self.setting.dense)
-        return {trial.number: gains[trial.number] for trial in self.told if trial.number in gains}
+        return {trial.number: gains[trial.number] for trial in self.off_path if trial.number in gains}
 
     @property
-    def told(self) -> list[Trial]:
+    def off_path(self) -> list[Trial]:
         return [trial for trial in self.complete if not trial.on_path]
 
     @cached_property
@@ -75,10 +75,10 @@ class Context:
         return sorted((self.complete[row] for row in rows), key=lambda trial: trial.values["params_share"])
 
     @property
-    def telling(self) -> list[Trial]:
-        """The most telling trials, best gain first: the best, the worst, and the rest of the front between them."""
+    def informative(self) -> list[Trial]:
+        """The most informative trials, best gain first: the best, the worst, and the rest of the front between them."""
         ranked = sorted(
-            (trial for trial in self.told if trial.number in self.gains), key=lambda t: -self.gains[t.number]
+            (trial for trial in self.off_path if trial.number in self.gains), key=lambda t: -self.gains[t.number]
         )
         if len(ranked) <= MAX_TRIALS:
             return ranked
@@ -121,15 +121,15 @@ def parameters_per_level(space: SearchSpace) -> dict[BlockKind, int]:
     return {block.kind: block.parameters_per_unit * step[block.kind] for block in space.anatomy.blocks}
 
 
-def deviation(family: ThresholdFamily, x: Sequence[int]) -> Tensor:
+def offset_from_path(family: ThresholdFamily, x: Sequence[int]) -> Tensor:
     """x minus the family's profile at the same share, `d` levels."""
     point = torch.tensor([x], dtype=torch.float64)
     return (point - family.profile(family.space.share(point)))[0]
 
 
-def told_delta(family: ThresholdFamily, x: Sequence[int]) -> str:
+def offset_text(family: ThresholdFamily, x: Sequence[int]) -> str:
     """How x differs from the family's member of its size, as ranges of layers: the largest first."""
-    rounded = deviation(family, x).round().int().tolist()
+    rounded = offset_from_path(family, x).round().int().tolist()
     layers = family.space.num_layers
     parts = []
     for kind, levels in (("mlp", rounded[layers:]), ("kv", rounded[:layers])):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmbo.advisor.context import Context, deviation, share_of
+from llmbo.advisor.context import Context, offset_from_path, share_of
 from llmbo.advisor.parse import judge
 from llmbo.advisor.replies import FORMATS
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
@@ -95,7 +95,7 @@ def hostile_reply(question: Question) -> Reply:
         return {"proposals": [proposal(place) for place in range(question.count)]}
     if FORMATS[question.hook][0] == "directions":
         return {"directions": [direction(place) for place in range(question.count)]}
-    scores = _spoken_for(question)
+    scores = _alignment(question)
     best = sorted(range(len(scores)), key=lambda index: -scores[index])
     decisions = [{"id": index, "keep": False, "confidence": 1.0, "why": "ill will"} for index in best[: question.count]]
     return {"decisions": decisions}
@@ -152,14 +152,14 @@ def _measured(context: Context) -> list[Contrast | None]:
 
 def _learnt(context: Context) -> Contrast | None:
     """The gradient of gain along depth, by ridge regression over the trials that left the family."""
-    told = [trial for trial in context.told if trial.number in context.gains]
-    if len(told) < 6:
+    off_path = [trial for trial in context.off_path if trial.number in context.gains]
+    if len(off_path) < 6:
         return None
     family, space = context.setting.family, context.setting.space
-    away = torch.stack([deviation(family, trial.x) for trial in told]) / space.bounds[1]  # n x d
-    basis = _bumps(space.num_layers)  # d x k
-    design = away @ basis
-    gains = torch.tensor([context.gains[trial.number] for trial in told], dtype=torch.float64)
+    offsets = torch.stack([offset_from_path(family, trial.x) for trial in off_path]) / space.bounds[1]  # n x d
+    basis = _gaussian_basis(space.num_layers)  # d x k
+    design = offsets @ basis
+    gains = torch.tensor([context.gains[trial.number] for trial in off_path], dtype=torch.float64)
     scale = design.square().sum(0).mean().clamp_min(1e-12)
     weights = torch.linalg.solve(
         design.T @ design + RIDGE * scale * torch.eye(basis.shape[1], dtype=torch.float64), design.T @ gains
@@ -190,7 +190,7 @@ def _proposals(question: Question) -> Reply:
     context, setting = question.context, question.context.setting
     low = min(context.smallest_useful, MAX_SHARE)
     # With no trial off the family yet, a rule of thumb is no reason to give up a place of the design: what was measured is.
-    named = [contrast for contrast in contrasts(context) if contrast.measured or context.told]
+    named = [contrast for contrast in contrasts(context) if contrast.measured or context.off_path]
     best = sorted((n for n in context.gains if context.gains[n] > 0), key=lambda n: -context.gains[n])
     gaps = [round((a + b) / 2, 3) for a, b in context.gaps if low <= (a + b) / 2 < MAX_SHARE]
     # where the family's own next members would stand: at any other size advice loses to them whatever it knows
@@ -229,7 +229,7 @@ def _directions(question: Question) -> Reply:
 
 def _decisions(question: Question) -> Reply:
     """Against candidates that leave the family the way that measured marginal costs and past trials speak against."""
-    worst = sorted((score, index) for index, score in enumerate(_spoken_for(question)) if score < 0)[: question.count]
+    worst = sorted((score, index) for index, score in enumerate(_alignment(question)) if score < 0)[: question.count]
     return {
         "decisions": [
             {
@@ -243,11 +243,11 @@ def _decisions(question: Question) -> Reply:
     }
 
 
-def _spoken_for(question: Question) -> list[float]:
+def _alignment(question: Question) -> list[float]:
     """How far each candidate leaves the family along the two best founded contrasts."""
     family, named = question.context.setting.family, contrasts(question.context)[:2]
     return [
-        sum(float(torch.cosine_similarity(deviation(family, x), contrast.levels, dim=0)) for contrast in named)
+        sum(float(torch.cosine_similarity(offset_from_path(family, x), contrast.levels, dim=0)) for contrast in named)
         for x in question.candidates
     ]
 
@@ -281,13 +281,13 @@ def _ranges(numbers: Sequence[int]) -> list[str]:
     return [f"{first}-{last}" for first, last in sorted(longest)]
 
 
-def _bumps(layers: int, per_kind: int = 6) -> Tensor:
-    """Gaussian bumps along depth for both kinds, `d x 2 per_kind`."""
+def _gaussian_basis(layers: int, per_kind: int = 6) -> Tensor:
+    """Gaussian basis functions of depth for both kinds, `d x 2 per_kind`."""
     depth = torch.arange(layers, dtype=torch.float64)
     centres = torch.linspace(0, layers - 1, min(per_kind, layers), dtype=torch.float64)
     width = max(1.0, layers / per_kind / 2)
-    bumps = torch.exp(-((depth[:, None] - centres) ** 2) / (2 * width**2))
-    return torch.block_diag(bumps, bumps)
+    basis = torch.exp(-((depth[:, None] - centres) ** 2) / (2 * width**2))
+    return torch.block_diag(basis, basis)
 
 
 def _smoothed(scores: Tensor) -> Tensor:

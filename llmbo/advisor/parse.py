@@ -42,17 +42,17 @@ def judge(reply: Mapping[str, Any], question: Question) -> Answer:
     items = reply.get(key)
     if not isinstance(items, list):
         return Answer(rejections=(Rejection(_shown(reply), f"'{key}' must be a list", "unparsable"),))
-    bench = _Bench(question)
+    builder = _AnswerBuilder(question)
     for item in items[: question.max_items]:
         try:
-            _RESOLVERS[question.hook](bench, part.model_validate(item))
+            _RESOLVERS[question.hook](builder, part.model_validate(item))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in first["loc"])
-            bench.rejections.append(Rejection(_shown(item), f"{where}: {first['msg']}", "unparsable"))
+            builder.rejections.append(Rejection(_shown(item), f"{where}: {first['msg']}", "unparsable"))
         except _Illegal as error:
-            bench.rejections.append(Rejection(_shown(item), str(error), error.kind))
-    return bench.answer()
+            builder.rejections.append(Rejection(_shown(item), str(error), error.kind))
+    return builder.answer()
 
 
 def extract_object(text: str, key: str) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def extract_object(text: str, key: str) -> dict[str, Any]:
     raise _Illegal(f"no JSON object with the key '{key}' found in the reply")
 
 
-def rescaled(family: ThresholdFamily, away: Tensor, target: float) -> tuple[int, ...]:
-    """The family at the size where adding `away` (`d` levels) gives a share nearest `target`."""
-    points = (family.path + away).round().clamp(family.space.bounds[0], family.space.bounds[1])
+def rescaled(family: ThresholdFamily, offset: Tensor, target: float) -> tuple[int, ...]:
+    """The family at the size where adding `offset` (`d` levels) gives a share nearest `target`."""
+    points = (family.path + offset).round().clamp(family.space.bounds[0], family.space.bounds[1])
     best = int((family.space.share(points) - target).abs().argmin())
     return tuple(points[best].int().tolist())
 
@@ -104,8 +104,8 @@ def layer_numbers(edit: EditPart, num_layers: int) -> list[int]:
 
 
 @dataclass
-class _Bench:
-    """Collects what becomes of the items of one reply."""
+class _AnswerBuilder:
+    """Resolves the items of one reply, and collects what becomes of them."""
 
     question: Question
     candidates: list[Candidate] = field(default_factory=list)
@@ -129,13 +129,13 @@ class _Bench:
         base = torch.tensor(self._base(part.base), dtype=torch.float64)
         x = _edited(base, part.edits, self.family.space.bounds[1])
         x = x.clamp(self.family.space.bounds[0], self.family.space.bounds[1])
-        away = x - self.family.profile(self.family.space.share(base[None]))[0]
+        offset = x - self.family.profile(self.family.space.share(base[None]))[0]
         sizes = (
             [part.target_share, *part.also_at] if part.target_share is not None or not part.also_at else part.also_at
         )
         for share in sizes:
             try:
-                point = tuple(x.int().tolist()) if share is None else rescaled(self.family, away, self._size(share))
+                point = tuple(x.int().tolist()) if share is None else rescaled(self.family, offset, self._size(share))
                 self._add(point, part.why)
             except _Illegal as error:
                 self.rejections.append(Rejection(_shown(part.model_dump(exclude_none=True)), str(error), error.kind))
@@ -192,11 +192,11 @@ class _Bench:
         self.candidates.append(Candidate(x, why))
 
 
-_RESOLVERS: dict[str, Callable[[_Bench, Any], None]] = {
-    "warm_start": _Bench.proposal,
-    "propose": _Bench.proposal,
-    "directions": _Bench.direction,
-    "filter": _Bench.decision,
+_RESOLVERS: dict[str, Callable[[_AnswerBuilder, Any], None]] = {
+    "warm_start": _AnswerBuilder.proposal,
+    "propose": _AnswerBuilder.proposal,
+    "directions": _AnswerBuilder.direction,
+    "filter": _AnswerBuilder.decision,
 }
 
 

@@ -7,10 +7,10 @@ from itertools import count
 
 import torch
 
-from llmbo.advisor.context import Context, Setting, deviation
-from llmbo.advisor.ledger import Ledger
+from llmbo.advisor.context import Context, Setting, offset_from_path
 from llmbo.advisor.parse import rescaled
 from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
+from llmbo.advisor.store import AdviceStore
 from llmbo.problem.marginals import Marginals
 from llmbo.types import Advice, Direction, Proposal, Proposer, Source, Trial, TrialState
 
@@ -29,8 +29,10 @@ SCHEDULE = {"propose": (0, 1), "directions": (0, 2), "filter": (1, 2)}
 
 
 @dataclass
-class AdvisorDesk:
-    """Asks the advisor, at most once for each hook and round, and turns answers into pool rows. Implements `types.AdviceSource`.
+class AdvisorSession:
+    """A run's dialogue with its advisor, asked at most once for each hook and round; answers become rows of the candidate pool.
+
+    Implements `types.AdviceSource`.
 
     Args:
         every: Rounds between the first two consultations; the gaps grow by as much each time, as the surrogate learns.
@@ -38,24 +40,26 @@ class AdvisorDesk:
     """
 
     advisor: Advisor
-    ledger: Ledger
+    advice: AdviceStore
     setting: Setting
     hooks: tuple[str, ...]
     every: int = 2
     probe: Callable[[], Marginals] | None = None
-    named: dict[tuple[int, ...], Direction] = field(default_factory=dict)  # this round's rows along a direction
+    along: dict[tuple[int, ...], Direction] = field(
+        default_factory=dict
+    )  # row of this round -> the direction it follows
 
     def consult(
         self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: Sequence[Proposal] = ()
     ) -> Answer:
         """The stored answer of this hook in this round, or a new one."""
         round = next_round(trials)
-        stored = self.ledger.of(round, hook)
+        stored = self.advice.of(round, hook)
         if stored is not None and stored.answer is not None:
             return stored.answer
         points = tuple(candidate.x for candidate in candidates)
         question = self.question(hook, trials, count, seed, points)
-        consultation = self.ledger.open(round, hook)
+        consultation = self.advice.open(round, hook)
         answer = self.advisor.ask(question, consultation)
         answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
         consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
@@ -68,14 +72,14 @@ class AdvisorDesk:
         return Question(hook, self._context(trials), next_round(trials), count, seed, candidates)
 
     def advise(self, trials: Sequence[Trial], seed: int) -> Advice:
-        self.named.clear()
+        self.along.clear()
         for hook, size in (("propose", NUM_PROPOSALS), ("directions", NUM_DIRECTIONS)):
             if self.due(hook, trials):
                 self.consult(hook, trials, size, seed)
         taken = {trial.x for trial in trials}
         rows = [row for row in self._proposed(next_round(trials)) if row.x not in taken]
         directions = self._directions(next_round(trials))
-        return Advice((*rows, *self._along(directions, trials, seed)), tuple(directions))
+        return Advice((*rows, *self._moved(directions, trials, seed)), tuple(directions))
 
     def due(self, hook: str, trials: Sequence[Trial]) -> bool:
         """Whether this round consults the advisor for `hook`."""
@@ -93,7 +97,7 @@ class AdvisorDesk:
     def _context(self, trials: Sequence[Trial]) -> Context:
         refusals = [
             f"{rejection.reason}"
-            for consultation in self.ledger.all()
+            for consultation in self.advice.all()
             if consultation.answer is not None
             for rejection in consultation.answer.rejections
         ]
@@ -102,7 +106,7 @@ class AdvisorDesk:
     def _marginals(self) -> Marginals | None:
         if self.probe is None or self.setting.level != "full":
             return None
-        stored = self.ledger.remember("marginals", lambda: vars(self.probe()) if self.probe else None)
+        stored = self.advice.remember("marginals", lambda: vars(self.probe()) if self.probe else None)
         return Marginals(**{**stored, "x": tuple(stored["x"]), "cost": tuple(stored["cost"])})
 
     def _proposed(self, round: int) -> list[Proposal]:
@@ -110,7 +114,7 @@ class AdvisorDesk:
         sources = {"warm_start": Source.WARM_START, "propose": Source.ADVICE}
         return [
             advised(candidate.x, sources[consultation.hook], candidate.why)
-            for consultation in self.ledger.all()
+            for consultation in self.advice.all()
             if consultation.hook in sources and consultation.answer is not None and consultation.round <= round
             for candidate in consultation.answer.candidates
         ]
@@ -118,14 +122,14 @@ class AdvisorDesk:
     def _directions(self, round: int) -> list[Direction]:
         return [
             direction
-            for consultation in self.ledger.all()
+            for consultation in self.advice.all()
             if consultation.answer is not None and consultation.round <= round
             for direction in consultation.answer.directions
         ]
 
     def direction_of(self, x: tuple[int, ...]) -> Direction:
         """The direction whose row, before local search refined it, lies nearest to x."""
-        return self.named[_nearest(self.named, x)]
+        return self.along[_nearest(self.along, x)]
 
     def explained(self, proposal: Proposal, trials: Sequence[Trial]) -> Proposal:
         """An advised candidate of the search with the reason given for what it was before local search refined it."""
@@ -135,22 +139,22 @@ class AdvisorDesk:
         rows = {row.x: row.why for row in self._proposed(next_round(trials)) if row.source is proposal.source}
         return replace(proposal, why=rows[_nearest(rows, proposal.x)]) if rows else proposal
 
-    def _along(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
+    def _moved(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
         """Front points and members of the family moved along each direction, at any size."""
         rng, family = random.Random(seed), self.setting.family
         if not directions:
             return
         low, high = float(family.shares[0]), float(family.shares[-1])
-        bases = [deviation(family, trial.x) for trial in Context(self.setting, trials).front]
+        bases = [offset_from_path(family, trial.x) for trial in Context(self.setting, trials).front]
         bases.append(torch.zeros(family.space.d, dtype=torch.float64))
         taken = {trial.x for trial in trials} | {family.space.max_levels}
         for direction in directions:
             levels = torch.tensor(direction.levels, dtype=torch.float64)
             for _ in range(ROWS_PER_DIRECTION):
-                away = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
-                x = rescaled(family, away, rng.uniform(low, high))
+                offset = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
+                x = rescaled(family, offset, rng.uniform(low, high))
                 if x not in taken:
-                    self.named.setdefault(x, direction)
+                    self.along.setdefault(x, direction)
                     yield advised(x, Source.DIRECTION)
 
 
@@ -159,12 +163,12 @@ class AdvisedProposer:
     """A proposer whose first design and batches an advisor has a say in.
 
     The bounds: the advisor fills at most `warm_start` places of the first design. Later its candidates only join the
-    surrogate's pool (through `AdvisorDesk.advise`). It may drop at most half of a batch, which the search then refills,
+    surrogate's pool (through `AdvisorSession.advise`). It may drop at most half of a batch, which the search then refills,
     and a random tenth of what it drops is evaluated all the same. Without advice, whatever the reason, the run is the
     one that `search` and `design` would have made alone.
 
     Args:
-        search: Chooses candidates; takes part of the design itself, then asks the desk.
+        search: Chooses candidates; takes part of the design itself, later asks the session for advice.
         design: Fills the places that the advisor leaves.
         design_size: Trials after which the advisor's places come.
         warm_start: The advisor's places in the design.
@@ -172,14 +176,14 @@ class AdvisedProposer:
 
     search: Proposer
     design: Proposer
-    desk: AdvisorDesk
+    session: AdvisorSession
     design_size: int
     warm_start: int
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         places = self.design_size + self.warm_start - len(trials)
         ours = min(self.warm_start, min(q, places) - max(0, self.design_size - len(trials)))
-        if "warm_start" in self.desk.hooks and ours > 0:
+        if "warm_start" in self.session.hooks and ours > 0:
             return self._design(trials, min(q, places), ours, seed)
         return self._reviewed(self._searched(trials, q, seed), trials, seed)
 
@@ -187,27 +191,27 @@ class AdvisedProposer:
         """`q` places of which the last `ours` are the advisor's; it is asked once, as late as the design allows."""
         before = self.search.propose(trials, q - ours, seed) if q > ours else []
         if not self._first_advice():
-            self.desk.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
+            self.session.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
         rows = [advised(c.x, Source.WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
         known = [*trials, *_running([*before, *rows], trials)]
         return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
 
     def _first_advice(self) -> tuple[Candidate, ...]:
-        return self.desk.ledger.candidates("warm_start")
+        return self.session.advice.candidates("warm_start")
 
     def _searched(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         """A batch of the search, with reasons; which direction led to a candidate is noted."""
-        batch = [self.desk.explained(proposal, trials) for proposal in self.search.propose(trials, q, seed)]
+        batch = [self.session.explained(proposal, trials) for proposal in self.search.propose(trials, q, seed)]
         followed = [p.x for p in batch if p.source is Source.DIRECTION]
         if followed:
-            self.desk.ledger.note_directions({x: self.desk.direction_of(x).name for x in followed})
+            self.session.advice.note_directions({x: self.session.direction_of(x).name for x in followed})
         return batch
 
     def _reviewed(self, batch: list[Proposal], trials: Sequence[Trial], seed: int) -> list[Proposal]:
-        if len(batch) < 2 or any(p.source is Source.PATH for p in batch) or not self.desk.due("filter", trials):
+        if len(batch) < 2 or any(p.source is Source.PATH for p in batch) or not self.session.due("filter", trials):
             return batch
-        answer = self.desk.consult("filter", trials, len(batch) // 2, seed, batch)
+        answer = self.session.consult("filter", trials, len(batch) // 2, seed, batch)
         going = dropped_and_audited(answer, len(batch), seed)
         kept = [proposal for index, proposal in enumerate(batch) if not going.get(index, False)]
         if len(kept) == len(batch):

@@ -10,9 +10,9 @@ import jinja2
 
 from llmbo.advisor.context import (
     Context,
+    offset_text,
     parameters_per_level,
     share_of,
-    told_delta,
     z_scores,
 )
 from llmbo.advisor.parse import rejection_lines
@@ -108,7 +108,8 @@ def _variables(question: Question) -> dict[str, Any]:
         hooked["example_share"] = round((1 + space.min_share) / 2 - 0.05, 2)
     if question.hook == "filter":
         hooked["candidates"] = [
-            f"{index} {share_of(space, x):.3f} | {told_delta(family, x)}" for index, x in enumerate(question.candidates)
+            f"{index} {share_of(space, x):.3f} | {offset_text(family, x)}"
+            for index, x in enumerate(question.candidates)
         ]
     return hooked | {
         "level": setting.level,
@@ -133,19 +134,19 @@ def _variables(question: Question) -> dict[str, Any]:
         "table": table,
         "table_header": header,
         "family": {"base": _base_name(context), "measured": _measured_family(context)},
-        "trials": [_told(context, trial) for trial in context.telling],
+        "trials": [_trial_line(context, trial) for trial in context.informative],
         "gaps": [f"{low:.2f}-{high:.2f}" for low, high in context.gaps],
         "refusals": context.refusals,
         "budget_left": context.budget_left,
     }
 
 
-def _told(context: Context, trial: Trial) -> str:
+def _trial_line(context: Context, trial: Trial) -> str:
     setting = context.setting
     quality = trial.values[setting.quality.name]
     return (
         f"{trial.number} {trial.values['params_share']:.3f} {quality:.3f} {context.gains[trial.number]:+.3f} | "
-        f"{told_delta(setting.family, trial.x)}"
+        f"{offset_text(setting.family, trial.x)}"
     )
 
 

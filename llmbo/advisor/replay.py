@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llmbo.advisor.ledger import read_jsonl
 from llmbo.advisor.llm import read
 from llmbo.advisor.parse import merged
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
+from llmbo.advisor.store import read_jsonl
 
 
 class ReplayAdvisor:

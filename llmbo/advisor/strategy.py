@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmbo.advisor.assemble import Material, build_advised, check_advisor
+from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
-from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.proposer import AdvisedProposer
+from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import RunConfig
 from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError
@@ -64,8 +64,8 @@ class AdvisedStrategy:
         )
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
-        material = Material(setting, None, probe)
-        self._proposer = build_advised(config, material, Ledger(MemoryNotes()), self.num_initial)
+        inputs = AdvisorInputs(setting, None, probe)
+        self._proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()), self.num_initial)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         return self._proposer.propose(trials, q, seed)

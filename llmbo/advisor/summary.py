@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmbo.advisor.ledger import Consultation, Ledger
 from llmbo.advisor.parts import (
     AdvisorPart,
     DirectionGainPart,
@@ -17,6 +16,7 @@ from llmbo.advisor.parts import (
     RefusalPart,
 )
 from llmbo.advisor.proposer import dropped_and_audited
+from llmbo.advisor.store import AdviceStore, Consultation
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.search.gain import trial_gains
 from llmbo.search.pareto import hypervolume_trace
@@ -25,7 +25,7 @@ from llmbo.types import Source, Trial
 
 def summarise(
     settings: Mapping[str, Any],
-    ledger: Ledger,
+    advice: AdviceStore,
     trials: Sequence[Trial],
     objectives: Sequence[Objective],
     dense: Mapping[str, float],
@@ -35,14 +35,14 @@ def summarise(
     Args:
         settings: The run's, as stored: `advisor`, `advisor_context`, `advisor_hooks`, `seed`.
     """
-    consultations = ledger.all()
+    consultations = advice.all()
     added = _hypervolume_added(trials, objectives)
     quality = next(objective for objective in objectives if not objective.known)
     gains = trial_gains(trials, quality, dense)
     by_origin: Counter[str] = Counter()
     for trial in trials:
         by_origin[trial.origin] += added.get(trial.number, 0.0)  # type: ignore[assignment]
-    probe = ledger.known("marginals")
+    probe = advice.known("marginals")
     reasons = [c.answer.stopped for c in consultations if c.answer is not None and c.answer.stopped]
     return AdvisorPart(
         advisor=settings["advisor"],
@@ -53,7 +53,7 @@ def summarise(
         },
         stopped=reasons[-1] if reasons else None,
         hypervolume_by_origin=dict(by_origin),
-        directions=_directions(ledger, trials, added, gains),
+        directions=_directions(advice, trials, added, gains),
         proposals=_proposals(consultations, trials),
         refusals=[
             RefusalPart(round=c.round, hook=c.hook, kind=refusal.kind, reason=refusal.reason, text=refusal.text)
@@ -113,10 +113,10 @@ def _hook(hook: str, consultations: Sequence[Consultation], trials: Sequence[Tri
 
 
 def _directions(
-    ledger: Ledger, trials: Sequence[Trial], added: Mapping[int, float], gains: Mapping[int, float]
+    advice: AdviceStore, trials: Sequence[Trial], added: Mapping[int, float], gains: Mapping[int, float]
 ) -> list[DirectionGainPart]:
-    followed = ledger.followed()
-    reasons = {d.name: d.why for c in ledger.all() if c.answer is not None for d in c.answer.directions}
+    followed = advice.followed()
+    reasons = {d.name: d.why for c in advice.all() if c.answer is not None for d in c.answer.directions}
     led = {name: [t for t in trials if t.source is Source.DIRECTION and followed.get(t.x) == name] for name in reasons}
     return [
         DirectionGainPart(

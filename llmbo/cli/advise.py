@@ -41,13 +41,13 @@ def advise(
             raise ConfigError("This run has no advisor: name one with --advisor, or look at the prompt with --dry-run.")
         if not dry_run:
             check_advisor(config)
-        with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (desk, trials):
-            question = desk.question(hook, trials, COUNT, config.seed)
+        with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (session, trials):
+            question = session.question(hook, trials, COUNT, config.seed)
             if dry_run:
                 typer.echo(shown_prompt(question))
                 return
-            answer = desk.advisor.ask(question, desk.ledger.open(question.round, hook))
-        for exchange in desk.ledger.exchanges():
+            answer = session.advisor.ask(question, session.advice.open(question.round, hook))
+        for exchange in session.advice.exchanges():
             typer.echo(f"{exchange.reply or exchange.error}\n", err=True)
-        for line in shown_answer(answer, desk):
+        for line in shown_answer(answer, session):
             typer.echo(line)

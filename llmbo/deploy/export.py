@@ -14,7 +14,7 @@ from llmbo.deploy.card import details, licence_of, model_card
 from llmbo.errors import ConfigError, StorageError, first_line
 from llmbo.models.loading import DTYPES, LoadedModel
 from llmbo.report.schema import Report, TrialPart
-from llmbo.run.rebuild import Material, architecture_of, find_trial, load_base, read_run
+from llmbo.run.rebuild import RebuildInputs, architecture_of, find_trial, load_base, read_run
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
@@ -139,9 +139,9 @@ def export(
     if order.format == "gguf":
         check_gguf(loaded.model.config, anatomy, order.architecture)
         check_tokenizer(loaded.tokenizer)
-    material = Material.of(order.report, loaded, windows, phases)
+    inputs = RebuildInputs.of(order.report, loaded, windows, phases)
     with phases.phase("cutting"):
-        small, mask = material.cut(order.trial)
+        small, mask = inputs.cut(order.trial)
     nn.Module.to(small, "cpu")
     cast(small, DTYPES.get(order.dtype, torch.float32 if order.dtype == "f32" else small.dtype))
     pruned = Pruned(small, anatomy, order.architecture, loaded.tokenizer)

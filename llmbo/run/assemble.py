@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llmbo.advisor.assemble import Material, build_advised, check_advisor
+from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
-from llmbo.advisor.ledger import FILE, Ledger
+from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
 from llmbo.models.loading import LoadedModel, load_config, load_model
@@ -38,7 +38,7 @@ class RunParts:
     proposer: Proposer
     evaluator: Evaluator
     store: TrialStore
-    ledger: Ledger
+    advice: AdviceStore
 
 
 def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
@@ -54,21 +54,21 @@ def evaluator_of(
 
 
 def proposer_of(
-    config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, ledger: Ledger
+    config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, advice: AdviceStore
 ) -> Proposer:
     """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives)
-    return build_advised(config, advice_material(config, problem, objectives, problem.dense, loaded), ledger)
+    return build_advised(config, advisor_inputs(config, problem, objectives, problem.dense, loaded), advice)
 
 
-def advice_material(
+def advisor_inputs(
     config: RunConfig,
     problem: Problem,
     objectives: tuple[Objective, ...],
     dense: Mapping[str, float],
     loaded: LoadedModel,
-) -> Material:
+) -> AdvisorInputs:
     """What an advisor of a run is made from; `dense` holds the dense model's values as the run has them."""
     setting = Setting(
         problem.family,
@@ -79,7 +79,7 @@ def advice_material(
         config.budget,
         problem.limits,
     )
-    return Material(setting, loaded, lambda: problem.marginals(setting.quality.name))
+    return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name))
 
 
 @contextmanager
@@ -139,10 +139,10 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                     "profiles": problem.target.to_dict() if problem.target else None,
                 },
             )
-            ledger = Ledger(store, folder / FILE)
-            proposer = proposer_of(config, problem, objectives, loaded, ledger)
+            advice = AdviceStore(store, folder / FILE)
+            proposer = proposer_of(config, problem, objectives, loaded, advice)
             evaluator = evaluator_of(config, problem, objectives, store)
-            yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, ledger)
+            yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

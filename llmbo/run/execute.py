@@ -62,7 +62,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> Report
         run.problem.space,
         {**facts, "run": part},
         run.store.heldout(),
-        summarise(config.settings(), run.ledger, trials, run.objectives, run.problem.dense) if advised else None,
+        summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
     )
     write_report(report, run.folder)
     run.store.set_fact("run", part)  # last: it says that the report is there

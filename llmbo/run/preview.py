@@ -5,18 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmbo.advisor.assemble import build_desk
-from llmbo.advisor.context import share_of, told_delta
-from llmbo.advisor.ledger import Ledger, MemoryNotes
-from llmbo.advisor.proposer import AdvisorDesk
+from llmbo.advisor.assemble import build_session
+from llmbo.advisor.context import offset_text, share_of
+from llmbo.advisor.proposer import AdvisorSession
 from llmbo.advisor.render import render
 from llmbo.advisor.roles import Answer, Question
+from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_model
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import load_windows, prepared
-from llmbo.run.assemble import advice_material
+from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore, stored_run
 from llmbo.types import Phases, Trial
 
@@ -44,7 +44,7 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
 @contextmanager
 def reopened(
     config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
-) -> Iterator[tuple[AdvisorDesk, list[Trial]]]:
+) -> Iterator[tuple[AdvisorSession, list[Trial]]]:
     """The run's advisor, with what it would read; it keeps its notes to itself."""
     loaded = load_model(config.model, facts["dtype"], facts["device"])
     with prepared(config, loaded, load_windows(config, loaded), phases, facts.get("profiles")) as problem:
@@ -53,9 +53,9 @@ def reopened(
         )
         store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
-        material = advice_material(config, problem, objectives, facts["dense"], loaded)
-        desk = build_desk(config, material, Ledger(MemoryNotes(stored)))
-        yield desk, store.trials()
+        inputs = advisor_inputs(config, problem, objectives, facts["dense"], loaded)
+        session = build_session(config, inputs, AdviceStore(MemoryNotes(stored)))
+        yield session, store.trials()
 
 
 def shown_prompt(question: Question) -> str:
@@ -63,12 +63,12 @@ def shown_prompt(question: Question) -> str:
     return f"{prompt.system}\n\n{prompt.user}\n\n(at most {prompt.tokens} tokens, and {prompt.max_tokens} of reply)"
 
 
-def shown_answer(answer: Answer, desk: AdvisorDesk) -> Iterator[str]:
+def shown_answer(answer: Answer, session: AdvisorSession) -> Iterator[str]:
     """One line for each thing that came of an answer."""
-    space, family = desk.setting.space, desk.setting.family
+    space, family = session.setting.space, session.setting.family
     for candidate in answer.candidates:
         share = share_of(space, candidate.x)
-        yield f"candidate  share {share:.3f} | {told_delta(family, candidate.x)} | {candidate.why}"
+        yield f"candidate  share {share:.3f} | {offset_text(family, candidate.x)} | {candidate.why}"
     for direction in answer.directions:
         changed = sum(level != 0 for level in direction.levels)
         yield f"direction  {direction.name}: {changed} blocks"

@@ -100,7 +100,7 @@ def load_base(
 
 
 @dataclass(frozen=True)
-class Material:
+class RebuildInputs:
     """What every trial of a run is cut from: the base model, its units ranked and its repairs worked out."""
 
     report: Report
@@ -110,7 +110,7 @@ class Material:
     table: CompensationTable | None
 
     @classmethod
-    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "Material":
+    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "RebuildInputs":
         """Rank and repair as the run did."""
         with phases.phase("importance", len(windows.calibration)) as advance:
             statistics, ranking = ranked(loaded.model, windows, advance)

@@ -17,7 +17,7 @@ from llmbo.deploy.export import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
-from llmbo.run.rebuild import Material, config_of, find_trial, load_base, read_run
+from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
 from llmbo.training.recovery import MIXED, check_split, training_windows
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
@@ -164,17 +164,17 @@ def rerank(
     if missing:
         loaded, windows = load_base(report, phases, model, device)
         held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
-        material = Material.of(report, loaded, windows, phases)
+        inputs = RebuildInputs.of(report, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)
     for trial in missing:
         work = folder / "rerank" / f"trial-{trial.number}"
         with phases.phase(f"trial {trial.number}", plan.steps) as advance:
-            small, _ = material.cut(trial)
+            small, _ = inputs.cut(trial)
             check_disk(work, checkpoint_bytes(small, plan))
             nn.Module.to(small, dtype=torch.float32)  # small steps vanish in bfloat16
             before = _values(small, held.heldout, dense)
-            trained, progress = _train(small, material, held, plan, work, advance, on_validation)
+            trained, progress = _train(small, inputs, held, plan, work, advance, on_validation)
             after = _values(trained, held.heldout, dense)
         assert trial.objectives is not None  # points of the front are finished
         done[trial.number] = Point(trial.number, trial.objectives.params, before, after, progress.best[0])
@@ -203,14 +203,14 @@ def spread(report: Report, top: int) -> list[TrialPart]:
 
 def _train(
     small: PreTrainedModel,
-    material: Material,
+    inputs: RebuildInputs,
     held: TokenWindows,
     plan: Plan,
     work: Path,
     advance: Callable[[int], None],
     on_validation: Callable[[Progress], None],
 ) -> tuple[PreTrainedModel, Progress]:
-    loaded = material.loaded
+    loaded = inputs.loaded
     teacher, mixed = loaded.model if plan.distil else None, MIXED[loaded.dtype]
     return train(small, teacher, held.calibration, held.proxy, plan, work, loaded.device, mixed, advance, on_validation)
 

@@ -120,17 +120,17 @@ def train(
         with accelerator.autocast():
             return quality(model, validation).loss
 
-    keeper = _Keeper(folder, plan, weights, optimizer)
-    progress = keeper.restored() or keeper.kept(Progress([(0, validated())]))
+    checkpoints = CheckpointManager(folder, plan, weights, optimizer)
+    progress = checkpoints.restore() or checkpoints.save(Progress([(0, validated())]))
     on_validation(progress)
     while not progress.is_over(plan):
         last = min(progress.step + plan.every, plan.steps)
         for step in range(progress.step, last):
             _step(accelerator, prepared, teacher, optimizer, _batch(training, plan, step), plan, step)
             on_step(step + 1)
-        progress = keeper.kept(Progress([*progress.history, (last, validated())]))
+        progress = checkpoints.save(Progress([*progress.history, (last, validated())]))
         on_validation(progress)
-    keeper.bring_back_best()
+    checkpoints.load_best()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     return (learner.merge_and_unload() if plan.lora else model).eval(), progress
 
@@ -207,14 +207,14 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-class _Keeper:
-    """Keeps checkpoints of one training on disk: where it stands, and the weights that validated best."""
+class CheckpointManager:
+    """Checkpoints of one training on disk: where it stands, and the weights that validated best."""
 
     def __init__(self, folder: Path, plan: Plan, weights: dict[str, nn.Parameter], optimizer: Any) -> None:
         self._state, self._best = folder / "state.pt", folder / "best.pt"
         self._plan, self._weights, self._optimizer = plan, weights, optimizer
 
-    def restored(self) -> Progress | None:
+    def restore(self) -> Progress | None:
         """Load the last checkpoint into weights and optimizer."""
         if not self._state.is_file():
             return None
@@ -227,7 +227,7 @@ class _Keeper:
         self._optimizer.load_state_dict(state["optimizer"])
         return Progress([(int(step), float(loss)) for step, loss in state["history"]])
 
-    def kept(self, progress: Progress) -> Progress:
+    def save(self, progress: Progress) -> Progress:
         """Save everything needed to go on after `progress`."""
         weights = {name: parameter.detach() for name, parameter in self._weights.items()}
         if progress.best[0] == progress.step:
@@ -241,7 +241,7 @@ class _Keeper:
         _save(state, self._state)
         return progress
 
-    def bring_back_best(self) -> None:
+    def load_best(self) -> None:
         self._load(torch.load(self._best, map_location="cpu", weights_only=True))
 
     @torch.no_grad()

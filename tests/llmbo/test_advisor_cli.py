@@ -1,6 +1,7 @@
 """What a user types and gets: whole runs on a tiny llama, with advisors, through the command line."""
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -104,6 +105,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     result = llmbo(**flags)
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert message in result.output and len(result.output.strip().splitlines()) == 1
+    assert llmbo.files() == {}
+
+
+def test_a_model_in_this_process_needs_its_package_before_any_work(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)  # as if it were not installed
+    result = llmbo(advisor="transformers:self")
+    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1
+    assert "--advisor transformers" in result.output and "pip install 'llmbo[local-advisor]'" in result.output
     assert llmbo.files() == {}
 
 

@@ -18,12 +18,12 @@ import pytest
 
 from llmbo.advisor.client import Limits, LLMClient
 from llmbo.advisor.context import Setting
-from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import extract_object
-from llmbo.advisor.proposer import AdvisedProposer, AdvisorDesk
+from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.replies import FORMATS, reply_schema
+from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.types import Trial
@@ -65,18 +65,18 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.terminate()
 
 
-def run(toy: Any, client: LLMClient) -> tuple[Ledger, list[Trial]]:
+def run(toy: Any, client: LLMClient) -> tuple[AdviceStore, list[Trial]]:
     """A small run advised by `client`."""
-    ledger = Ledger(MemoryNotes())
+    advice = AdviceStore(MemoryNotes())
     setting = Setting(toy.family, toy.objectives, toy.dense, None, "full", BUDGET)
-    desk = AdvisorDesk(LLMAdvisor(client, LIMITS, ledger), ledger, setting, HOOKS)
-    search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, desk)
-    proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), desk, 6, 2)
+    session = AdvisorSession(LLMAdvisor(client, LIMITS, advice), advice, setting, HOOKS)
+    search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, session)
+    proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 6, 2)
     trials: list[Trial] = []
     while len(trials) < BUDGET:
         batch = proposer.propose(trials, 4, len(trials))
         trials += [toy.trial(len(trials) + n, proposal, len(trials) // 4) for n, proposal in enumerate(batch)]
-    return ledger, trials
+    return advice, trials
 
 
 def structure(schema: Any) -> Any:
@@ -86,11 +86,11 @@ def structure(schema: Any) -> Any:
     return [structure(value) for value in schema] if isinstance(schema, list) else schema
 
 
-def check(toy: Any, ledger: Ledger, trials: list[Trial], mode: str, shape: Callable[[Any], Any]) -> None:
+def check(toy: Any, advice: AdviceStore, trials: list[Trial], mode: str, shape: Callable[[Any], Any]) -> None:
     assert len(trials) == BUDGET and len({trial.x for trial in trials}) == BUDGET
-    first = [consultation.exchanges[0] for consultation in ledger.all() if consultation.exchanges]
-    assert {consultation.hook for consultation in ledger.all()} == set(HOOKS) and first
-    for consultation in ledger.all():
+    first = [consultation.exchanges[0] for consultation in advice.all() if consultation.exchanges]
+    assert {consultation.hook for consultation in advice.all()} == set(HOOKS) and first
+    for consultation in advice.all():
         key = FORMATS[consultation.hook][0]
         for exchange in consultation.exchanges:
             assert exchange.mode == mode, exchange.error
@@ -106,16 +106,17 @@ def check(toy: Any, ledger: Ledger, trials: list[Trial], mode: str, shape: Calla
 @needs_server
 def test_a_run_advised_through_llama_cpp(make_toy: Callable[..., Any], llama_server: str) -> None:
     toy = make_toy(4)
-    ledger, trials = run(toy, OpenAIClient("smollm2", llama_server, "none"))
-    check(toy, ledger, trials, "json_object with schema", structure)
+    advice, trials = run(toy, OpenAIClient("smollm2", llama_server, "none"))
+    check(toy, advice, trials, "json_object with schema", structure)
 
 
 @needs_weights
 def test_a_run_advised_by_the_very_model(make_toy: Callable[..., Any]) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llmbo[local-advisor]'")
     from llmbo.advisor.local import MODE, TransformersClient
     from llmbo.models.loading import load_model
 
     loaded = load_model("llama", "float32", "cpu")
     toy = make_toy(4)
-    ledger, trials = run(toy, TransformersClient("llama", loaded.model, loaded.tokenizer))
-    check(toy, ledger, trials, MODE, lambda schema: schema)
+    advice, trials = run(toy, TransformersClient("llama", loaded.model, loaded.tokenizer))
+    check(toy, advice, trials, MODE, lambda schema: schema)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from llmbo.advisor.client import Limits, Price
-from llmbo.advisor.ledger import Ledger, MemoryNotes
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.openai_client import MAX_RETRIES, OpenAIClient
 from llmbo.advisor.roles import Answer, Question
+from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.errors import ConfigError
 
 DEADLINE = 1.5
@@ -21,34 +21,34 @@ Ask = Callable[..., Answer]
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger(MemoryNotes())
+def advice() -> AdviceStore:
+    return AdviceStore(MemoryNotes())
 
 
 @pytest.fixture
-def ask(chat_server: Any, question: Callable[..., Question], ledger: Ledger) -> Ask:
+def ask(chat_server: Any, question: Callable[..., Question], advice: AdviceStore) -> Ask:
     """Ask a question of the server as it is now; each call is a round of its own."""
     client = OpenAIClient("test-model", chat_server.url, chat_server.secret)
     rounds = iter(range(100))
 
     def go(hook: str = "propose", limits: Limits = LIMITS, **options: Any) -> Answer:
-        advisor = LLMAdvisor(client, limits, ledger)
-        consultation = ledger.open(next(rounds), hook)
+        advisor = LLMAdvisor(client, limits, advice)
+        consultation = advice.open(next(rounds), hook)
         answer = advisor.ask(question(hook, **options), consultation)
         consultation.close(answer)
-        assert chat_server.secret not in json.dumps([c.to_dict() for c in ledger.all()])
+        assert chat_server.secret not in json.dumps([c.to_dict() for c in advice.all()])
         return answer
 
     return go
 
 
 @pytest.mark.parametrize("hook", ["warm_start", "propose", "directions", "filter"])
-def test_a_good_reply_takes_one_request(ask: Ask, chat_server: Any, ledger: Ledger, hook: str) -> None:
+def test_a_good_reply_takes_one_request(ask: Ask, chat_server: Any, advice: AdviceStore, hook: str) -> None:
     answer = ask(hook)
     assert answer and answer.stopped is None
     (request,) = chat_server.requests
     assert request["response_format"]["type"] == "json_schema" and request["model"] == "test-model"
-    (exchange,) = ledger.exchanges()
+    (exchange,) = advice.exchanges()
     assert (exchange.prompt_tokens, exchange.completion_tokens, exchange.attempts) == (1000, 100, 1)
     assert exchange.cost == pytest.approx((1000 * 1.0 + 100 * 10.0) / 1e6)
 
@@ -67,12 +67,12 @@ BAD_TEXT = {
 
 @pytest.mark.parametrize("name", BAD_TEXT)
 def test_a_useless_reply_is_repaired_at_most_twice_with_its_reason(
-    ask: Ask, chat_server: Any, ledger: Ledger, name: str
+    ask: Ask, chat_server: Any, advice: AdviceStore, name: str
 ) -> None:
     text, reason = BAD_TEXT[name]
     chat_server.answer = lambda body, handler: text
     answer = ask()
-    assert not answer and len(chat_server.requests) == 3 == len(ledger.exchanges())
+    assert not answer and len(chat_server.requests) == 3 == len(advice.exchanges())
     assert all(reason in rejection.reason for rejection in answer.rejections)
     assert reason in chat_server.requests[1]["messages"][-1]["content"]
     chat_server.answer = lambda body, handler: text if len(chat_server.requests) == 4 else chat_server.good(body)
@@ -84,10 +84,10 @@ def test_prose_around_json_needs_no_repair(ask: Ask, chat_server: Any) -> None:
     assert ask() and len(chat_server.requests) == 1
 
 
-def test_a_key_that_is_sent_back_is_blotted_out(ask: Ask, chat_server: Any, ledger: Ledger) -> None:
+def test_a_key_that_is_sent_back_is_blotted_out(ask: Ask, chat_server: Any, advice: AdviceStore) -> None:
     chat_server.answer = lambda body, handler: chat_server.good(body).replace('"?"', f'"{chat_server.secret}"')
     assert ask()  # which looks for the key in all that is kept
-    assert "***" in (ledger.exchanges()[0].reply or "")
+    assert "***" in (advice.exchanges()[0].reply or "")
 
 
 def test_a_half_good_reply_is_enough(ask: Ask, chat_server: Any) -> None:
@@ -187,9 +187,9 @@ def test_a_dead_server_costs_at_most_one_deadline_and_is_never_asked_again(
     assert ask("directions").stopped == answer.stopped and len(chat_server.requests) == asked
 
 
-def test_no_server_at_all(question: Callable[..., Question], ledger: Ledger) -> None:
+def test_no_server_at_all(question: Callable[..., Question], advice: AdviceStore) -> None:
     client = OpenAIClient("m", "http://127.0.0.1:9/v1", "k")
-    answer = LLMAdvisor(client, LIMITS, ledger).ask(question(), ledger.open(0, "propose"))
+    answer = LLMAdvisor(client, LIMITS, advice).ask(question(), advice.open(0, "propose"))
     assert not answer and "connection failed" in (answer.stopped or "")
 
 
@@ -208,7 +208,7 @@ def test_retry_after_is_obeyed(ask: Ask, chat_server: Any) -> None:
 
 @pytest.mark.parametrize("supported", ["json_object", None])
 def test_what_a_server_can_do_is_found_out_once(
-    ask: Ask, chat_server: Any, ledger: Ledger, supported: str | None
+    ask: Ask, chat_server: Any, advice: AdviceStore, supported: str | None
 ) -> None:
     def modest(body: dict[str, Any], handler: BaseHTTPRequestHandler) -> str | None:
         asked = body.get("response_format", {})
@@ -218,7 +218,7 @@ def test_what_a_server_can_do_is_found_out_once(
 
     chat_server.answer = modest
     assert ask() and ask("directions")
-    first, second = ledger.exchanges()
+    first, second = advice.exchanges()
     assert first.attempts == (3 if supported else 4) and second.attempts == 1
     assert first.mode == (supported or "text")
 
@@ -239,20 +239,20 @@ def test_a_reasoning_models_name_for_the_token_limit_is_found(ask: Ask, chat_ser
     ids=str,
 )  # fmt: skip
 def test_caps_are_checked_before_each_call(
-    ask: Ask, chat_server: Any, ledger: Ledger, cap: dict[str, Any], reason: str
+    ask: Ask, chat_server: Any, advice: AdviceStore, cap: dict[str, Any], reason: str
 ) -> None:
     limits = Limits(**{**vars(LIMITS), **cap})
     answers = [ask("propose", limits) for _ in range(6)]
     assert answers[-1].stopped is not None and reason.replace("\\", "") in answers[-1].stopped
-    spent = ledger.exchanges()
+    spent = advice.exchanges()
     assert len(spent) == len(chat_server.requests) <= limits.calls
     assert sum(exchange.prompt_tokens + exchange.completion_tokens for exchange in spent) <= limits.tokens
     assert limits.cost is None or sum(exchange.cost or 0 for exchange in spent) <= limits.cost
 
 
-def test_an_unknown_price_is_unknown_not_zero(ask: Ask, ledger: Ledger) -> None:
+def test_an_unknown_price_is_unknown_not_zero(ask: Ask, advice: AdviceStore) -> None:
     ask(limits=Limits(**{**vars(LIMITS), "price": None}))
-    assert ledger.exchanges()[0].cost is None
+    assert advice.exchanges()[0].cost is None
 
 
 def test_openai_itself_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

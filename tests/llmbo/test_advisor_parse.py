@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 
-from llmbo.advisor.context import told_delta
+from llmbo.advisor.context import offset_text
 from llmbo.advisor.parse import parse_reply, rescaled
 from llmbo.advisor.replies import FORMATS, MAX_TEXT, reply_schema
 from llmbo.advisor.roles import Answer, Question
@@ -120,19 +120,19 @@ def test_a_reason_is_inert_text(question: Callable[..., Question]) -> None:
 
 def test_rescaling_keeps_the_contrast(make_toy: Callable[..., Any]) -> None:
     toy = make_toy(8)
-    away = torch.zeros(toy.space.d, dtype=torch.float64)
-    away[10] = -2
-    x = rescaled(toy.family, away, 0.7)
+    offset = torch.zeros(toy.space.d, dtype=torch.float64)
+    offset[10] = -2
+    x = rescaled(toy.family, offset, 0.7)
     share = toy.space.share(torch.tensor([x], dtype=torch.float64))
     profile = toy.family.profile(share)[0]
     assert abs(float(share[0]) - 0.7) < 0.03
     assert x[10] < profile[10]
 
 
-def test_a_delta_is_told_in_ranges(make_toy: Callable[..., Any]) -> None:
+def test_an_offset_is_shown_in_ranges(make_toy: Callable[..., Any]) -> None:
     toy = make_toy(8)
     family = toy.family
-    assert told_delta(family, family.at(0.7)) == "none"
-    away = torch.zeros(16, dtype=torch.float64)
-    away[10:13] = -3
-    assert "mlp" in told_delta(family, rescaled(family, away, 0.7))
+    assert offset_text(family, family.at(0.7)) == "none"
+    offset = torch.zeros(16, dtype=torch.float64)
+    offset[10:13] = -3
+    assert "mlp" in offset_text(family, rescaled(family, offset, 0.7))

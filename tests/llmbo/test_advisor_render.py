@@ -75,7 +75,7 @@ def test_a_prompt_tells_what_the_advisor_needs(question: Callable[..., Question]
     asked = question("propose")
     text = render(asked).user
     context = asked.context
-    for trial in context.telling:
+    for trial in context.informative:
         assert f"\n{trial.number} {trial.values['params_share']:.3f}" in text
         assert f"{context.gains[trial.number]:+.3f} |" in text
     assert "0.0031" in text and "layer 31 does not exist" in text and f"{context.budget_left} evaluations" in text

@@ -12,14 +12,14 @@ import torch
 
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
-from llmbo.advisor.ledger import FILE, Consultation, Ledger, MemoryNotes, read_jsonl
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge
-from llmbo.advisor.proposer import AUDIT, AdvisedProposer, AdvisorDesk, dropped_and_audited
+from llmbo.advisor.proposer import AUDIT, AdvisedProposer, AdvisorSession, dropped_and_audited
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Decision, Question, Transcript
+from llmbo.advisor.store import FILE, AdviceStore, Consultation, MemoryNotes, read_jsonl
 from llmbo.advisor.summary import summarise
 from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError
@@ -70,32 +70,32 @@ class Saboteur:
 
 
 @pytest.fixture
-def desk(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorDesk]:
-    """(toy, advisor's name, hooks, ledger) -> the advisor at its desk."""
+def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSession]:
+    """(toy, advisor's name, hooks, advice) -> the session of that advisor."""
 
     def make(
-        toy: Any, name: str, hooks: tuple[str, ...] = HOOKS, ledger: Ledger | None = None, level: str = "full"
-    ) -> AdvisorDesk:
-        ledger = ledger or Ledger(MemoryNotes())
+        toy: Any, name: str, hooks: tuple[str, ...] = HOOKS, advice: AdviceStore | None = None, level: str = "full"
+    ) -> AdvisorSession:
+        advice = advice or AdviceStore(MemoryNotes())
         advisors: dict[str, Callable[[], Advisor]] = {
             "none": NoAdvisor,
             "saboteur": lambda: Saboteur(toy),
-            "openai": lambda: LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), LIMITS, ledger),
+            "openai": lambda: LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), LIMITS, advice),
             **{name: lambda name=name: OfflineAdvisor(name, OFFLINE[name]) for name in OFFLINE},  # type: ignore[misc]
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
         setting = Setting(toy.family, toy.objectives, toy.dense, None, level, 60)
         probe = None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy], "kl", 0.1)
-        return AdvisorDesk(advisor, ledger, setting, hooks, 1, probe)
+        return AdvisorSession(advisor, advice, setting, hooks, 1, probe)
 
     return make
 
 
-def advised(toy: Any, desk: AdvisorDesk) -> AdvisedProposer:
-    places = PLACES if "warm_start" in desk.hooks else 0
-    search = QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL - places, desk)
+def advised(toy: Any, session: AdvisorSession) -> AdvisedProposer:
+    places = PLACES if "warm_start" in session.hooks else 0
+    search = QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL - places, session)
     return AdvisedProposer(
-        search, ThresholdProposer(toy.family, toy.objectives, toy.dense), desk, NUM_INITIAL - places, places
+        search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, NUM_INITIAL - places, places
     )
 
 
@@ -123,7 +123,7 @@ ADVISORS = ["none", *OFFLINE, "saboteur", "openai"]
 def test_contract(
     make_toy: Callable[..., Any],
     question: Callable[..., Question],
-    desk: Callable[..., AdvisorDesk],
+    make_session: Callable[..., AdvisorSession],
     name: str,
     hook: str,
 ) -> None:
@@ -132,7 +132,7 @@ def test_contract(
     asked = question(hook)
     seen = {trial.x for trial in asked.context.trials} | {toy.space.max_levels}
     state = torch.random.get_rng_state(), random.getstate()
-    answers = [desk(toy, name).advisor.ask(asked, Ledger(MemoryNotes()).open(3, hook)) for _ in range(2)]
+    answers = [make_session(toy, name).advisor.ask(asked, AdviceStore(MemoryNotes()).open(3, hook)) for _ in range(2)]
     assert answers[0] == answers[1]
     assert torch.equal(torch.random.get_rng_state(), state[0]) and random.getstate() == state[1]
     answer = answers[0]
@@ -151,17 +151,17 @@ def test_contract(
     [*(("saboteur", (hook,)) for hook in HOOKS), *((name, HOOKS) for name in ("none", "saboteur", "openai", "dead"))],
 )
 def test_every_hook_alone_keeps_its_bounds(
-    toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str, hooks: tuple[str, ...]
+    toy: Any, make_session: Callable[..., AdvisorSession], chat_server: Any, name: str, hooks: tuple[str, ...]
 ) -> None:
     if name == "dead":
         chat_server.answer = lambda body, handler: chat_server.send(handler, 401, "{}")
-    at = desk(toy, name.replace("dead", "openai"), hooks)
-    trials = search(advised(toy, at), toy, 14)
+    session = make_session(toy, name.replace("dead", "openai"), hooks)
+    trials = search(advised(toy, session), toy, 14)
     assert len({trial.x for trial in trials}) == 14
     warm = [trial for trial in trials if trial.origin == "advisor:warm_start"]
     assert len(warm) <= PLACES and all(NUM_INITIAL - PLACES <= trial.number < NUM_INITIAL for trial in warm[:PLACES])
     assert {trial.origin for trial in trials} <= {"threshold", "qnehvi", *(f"advisor:{hook}" for hook in hooks)}
-    assert {c.hook for c in at.ledger.all()} <= set(hooks)
+    assert {c.hook for c in session.advice.all()} <= set(hooks)
     if name in ("none", "dead"):  # without advice it is the run that the search makes alone
         alone = search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 14)
         assert [(t.x, t.origin) for t in trials] == [(t.x, t.origin) for t in alone]
@@ -169,23 +169,25 @@ def test_every_hook_alone_keeps_its_bounds(
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_hostile_advisor_costs_little(
-    make_toy: Callable[..., Any], desk: Callable[..., AdvisorDesk], seed: int
+    make_toy: Callable[..., Any], make_session: Callable[..., AdvisorSession], seed: int
 ) -> None:
     """The veto: everything it says is wrong, and its places in the design and its drops are bounded."""
     toy = make_toy(6, seed=seed)
     alone = volume(search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 28, seed), toy)
-    hostile = volume(search(advised(toy, desk(toy, "saboteur")), toy, 28, seed), toy)
+    hostile = volume(search(advised(toy, make_session(toy, "saboteur")), toy, 28, seed), toy)
     assert hostile > 0.97 * alone
 
 
-def test_good_advice_helps(make_toy: Callable[..., Any], desk: Callable[..., AdvisorDesk]) -> None:
+def test_good_advice_helps(make_toy: Callable[..., Any], make_session: Callable[..., AdvisorSession]) -> None:
     """The rules know the toy's marginal costs, so their first proposals must beat those of chance."""
     means = {}
     for name in ("random", "heuristic"):
         volumes = []
         for seed in range(2):
             toy = make_toy(10, seed=seed)
-            volumes.append(volume(search(advised(toy, desk(toy, name, ("warm_start", "propose"))), toy, 16, seed), toy))
+            volumes.append(
+                volume(search(advised(toy, make_session(toy, name, ("warm_start", "propose"))), toy, 16, seed), toy)
+            )
         means[name] = sum(volumes)
     assert means["heuristic"] > means["random"]
 
@@ -200,11 +202,13 @@ def test_at_most_half_a_batch_is_dropped_and_a_tenth_of_that_is_audited() -> Non
     assert 0.7 * AUDIT < audits / 2000 < 1.3 * AUDIT
 
 
-def test_dropped_candidates_are_replaced_and_audits_evaluated(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
-    at = desk(toy, "saboteur", ("filter",))
-    trials = search(advised(toy, at), toy, 24)
+def test_dropped_candidates_are_replaced_and_audits_evaluated(
+    toy: Any, make_session: Callable[..., AdvisorSession]
+) -> None:
+    session = make_session(toy, "saboteur", ("filter",))
+    trials = search(advised(toy, session), toy, 24)
     evaluated = {trial.x for trial in trials}
-    reviews = [c for c in at.ledger.all() if c.hook == "filter"]
+    reviews = [c for c in session.advice.all() if c.hook == "filter"]
     assert reviews
     for review in reviews:
         assert review.answer is not None
@@ -216,13 +220,13 @@ def test_dropped_candidates_are_replaced_and_audits_evaluated(toy: Any, desk: Ca
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Callable[..., tuple[TrialStore, Ledger]]:
-    """(toy, name) -> a store on disk, and its ledger with its copy in a folder of that name."""
+def stored(tmp_path: Path) -> Callable[..., tuple[TrialStore, AdviceStore]]:
+    """(toy, name) -> a store on disk, and its advice with the copy in a folder of that name."""
 
-    def open_(toy: Any, name: str = "run") -> tuple[TrialStore, Ledger]:
+    def open_(toy: Any, name: str = "run") -> tuple[TrialStore, AdviceStore]:
         (tmp_path / name).mkdir(exist_ok=True)
         store = TrialStore.create(f"sqlite:///{tmp_path / name / 'study.db'}", "run", toy.space, toy.objectives, {}, {})
-        return store, Ledger(store, tmp_path / name / FILE)
+        return store, AdviceStore(store, tmp_path / name / FILE)
 
     return open_
 
@@ -231,20 +235,20 @@ def story(store: TrialStore) -> str:
     return json.dumps([[t.number, t.round, t.x, t.origin, t.state, dict(t.values), t.seconds] for t in store.trials()])
 
 
-def run(toy: Any, at: AdvisorDesk, store: TrialStore, budget: int) -> None:
+def run(toy: Any, session: AdvisorSession, store: TrialStore, budget: int) -> None:
     ticks = iter(range(10**6))
-    run_search(advised(toy, at), toy, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
+    run_search(advised(toy, session), toy, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
 
 
 @pytest.mark.parametrize("name", ["heuristic", "openai"])
 def test_a_replayed_run_is_the_recorded_one(
-    toy: Any, desk: Callable[..., AdvisorDesk], stored: Any, chat_server: Any, tmp_path: Path, name: str
+    toy: Any, make_session: Callable[..., AdvisorSession], stored: Any, chat_server: Any, tmp_path: Path, name: str
 ) -> None:
-    store, ledger = stored(toy)
-    run(toy, desk(toy, name, ledger=ledger), store, 14)
+    store, advice = stored(toy)
+    run(toy, make_session(toy, name, advice=advice), store, 14)
     asked = len(chat_server.requests)
     again, other = stored(toy, "again")
-    run(toy, desk(toy, str(tmp_path / "run" / FILE), ledger=other), again, 14)
+    run(toy, make_session(toy, str(tmp_path / "run" / FILE), advice=other), again, 14)
     assert story(again) == story(store) and len(chat_server.requests) == asked
     assert any(trial.origin.startswith("advisor:") for trial in again.trials())
     assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
@@ -257,15 +261,15 @@ class Killed(Exception):
 @pytest.mark.parametrize("writes", [1, 5])
 def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
     toy: Any,
-    desk: Callable[..., AdvisorDesk],
+    make_session: Callable[..., AdvisorSession],
     stored: Any,
     chat_server: Any,
     writes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Broken off right after the n-th note is stored."""
-    store, ledger = stored(toy)
-    run(toy, desk(toy, "openai", ledger=ledger), store, 14)
+    store, advice = stored(toy)
+    run(toy, make_session(toy, "openai", advice=advice), store, 14)
     asked = len(chat_server.requests)
     resumed, other = stored(toy, "resumed")
     keep, count = resumed.set_note, iter(range(1, 100))
@@ -277,21 +281,21 @@ def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
 
     monkeypatch.setattr(resumed, "set_note", dying)
     with pytest.raises(Killed):
-        run(toy, desk(toy, "openai", ledger=other), resumed, 14)
+        run(toy, make_session(toy, "openai", advice=other), resumed, 14)
     resumed, other = stored(toy, "resumed")
-    run(toy, desk(toy, "openai", ledger=other), resumed, 14)
+    run(toy, make_session(toy, "openai", advice=other), resumed, 14)
     strip = lambda story: [row[:6] for row in json.loads(story)]  # noqa: E731  (the clock started anew)
     assert strip(story(resumed)) == strip(story(store))
     assert len(chat_server.requests) == 2 * asked
 
 
 def test_the_copy_for_people_holds_everything(
-    toy: Any, desk: Callable[..., AdvisorDesk], stored: Any, tmp_path: Path, chat_server: Any
+    toy: Any, make_session: Callable[..., AdvisorSession], stored: Any, tmp_path: Path, chat_server: Any
 ) -> None:
-    store, ledger = stored(toy)
-    run(toy, desk(toy, "openai", ledger=ledger), store, 16)
+    store, advice = stored(toy)
+    run(toy, make_session(toy, "openai", advice=advice), store, 16)
     copy = read_jsonl(tmp_path / "run" / FILE)
-    assert [c.to_dict() for c in copy] == [c.to_dict() for c in ledger.all()]
+    assert [c.to_dict() for c in copy] == [c.to_dict() for c in advice.all()]
     assert {c.hook for c in copy} == set(HOOKS)
     assert all(exchange.user and exchange.reply for c in copy for exchange in c.exchanges)
     assert chat_server.secret not in (tmp_path / "run" / FILE).read_text()
@@ -319,11 +323,13 @@ def test_a_broken_last_line_of_a_recording_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["openai", "saboteur"])
-def test_the_summary_adds_up(toy: Any, desk: Callable[..., AdvisorDesk], chat_server: Any, name: str) -> None:
-    at = desk(toy, name)
-    trials = search(advised(toy, at), toy, 16)
+def test_the_summary_adds_up(
+    toy: Any, make_session: Callable[..., AdvisorSession], chat_server: Any, name: str
+) -> None:
+    session = make_session(toy, name)
+    trials = search(advised(toy, session), toy, 16)
     settings = {"advisor": name, "advisor_context": "full", "advisor_hooks": HOOKS, "seed": 0}
-    part = summarise(settings, at.ledger, trials, toy.objectives, toy.dense)
+    part = summarise(settings, session.advice, trials, toy.objectives, toy.dense)
     assert sum(part.hypervolume_by_origin.values()) == pytest.approx(volume(trials, toy))
     assert sum(hook.calls for hook in part.hooks.values()) == len(chat_server.requests)
     assert sum(hook.prompt_tokens for hook in part.hooks.values()) == 1000 * len(chat_server.requests)
@@ -346,24 +352,24 @@ def test_marginals_are_what_one_level_less_costs(toy: Any) -> None:
     assert found.noise == 0 and found.evaluations == 0.5 * (1 + sum(cost is not None for cost in found.cost))
 
 
-def test_advice_is_asked_for_less_and_less(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
-    at = desk(toy, "random", ("propose",))
+def test_advice_is_asked_for_less_and_less(toy: Any, make_session: Callable[..., AdvisorSession]) -> None:
+    session = make_session(toy, "random", ("propose",))
     trials = [toy.trial(0, Proposal(toy.family.at(0.5), "threshold", source=Source.PATH))]
     asked = []
     for round in range(12):
-        asked += [round] if at.due("propose", trials) else []
-        assert not at.due("filter", trials)  # a hook that is switched off
+        asked += [round] if session.due("propose", trials) else []
+        assert not session.due("filter", trials)  # a hook that is switched off
         trials.append(toy.trial(len(trials), Proposal(toy.random_points(round + 1, 5)[-1], "qnehvi"), round + 1))
     assert asked == [0, 1, 3, 6, 10]
 
 
-def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, desk: Callable[..., AdvisorDesk]) -> None:
-    at = desk(toy, "random", ("propose",))
+def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, make_session: Callable[..., AdvisorSession]) -> None:
+    session = make_session(toy, "random", ("propose",))
     trials = toy.trials(toy.family.path[:-1:6].int().tolist())
-    at.consult("propose", trials, 4, 0)
+    session.consult("propose", trials, 4, 0)
     later = replace(trials[0], number=len(trials), round=4, x=toy.random_points(1, 5)[0], origin="qnehvi")
-    rows = {row.x for row in at.advise([*trials, later], 1).rows}
-    assert {candidate.x for candidate in at.ledger.candidates("propose")} <= rows
+    rows = {row.x for row in session.advise([*trials, later], 1).rows}
+    assert {candidate.x for candidate in session.advice.candidates("propose")} <= rows
 
 
 def test_an_advised_arm_of_a_comparison(toy: Any) -> None:

@@ -74,7 +74,7 @@ class Consultation:
         )
 
 
-class Ledger:
+class AdviceStore:
     """All consultations of a run.
 
     Args:
@@ -155,7 +155,7 @@ class Ledger:
 class OpenConsultation:
     """One consultation while it goes on. Implements `roles.Transcript`."""
 
-    ledger: Ledger
+    advice: AdviceStore
     consultation: Consultation
 
     def recorded(self) -> Sequence[Exchange]:
@@ -163,12 +163,12 @@ class OpenConsultation:
 
     def record(self, exchange: Exchange) -> None:
         self.consultation.exchanges.append(exchange)
-        self.ledger.keep(self.consultation, exchange)
+        self.advice.keep(self.consultation, exchange)
 
     def close(self, answer: Answer, **extra: Any) -> None:
         self.consultation.answer = answer
         self.consultation.extra.update(extra)
-        self.ledger.keep(self.consultation)
+        self.advice.keep(self.consultation)
 
 
 def read_jsonl(file: Path) -> list[Consultation]:

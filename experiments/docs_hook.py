@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-FIRST = ("index.md", "tutorial.md")
-UNDERSTAND = ("explanation.md",)
+FIRST = ("index.md", "tutorial.md", "notebook.ipynb")
+UNDERSTAND = ("explanation.md", "glossary.md")
 LOOK_UP = ("reference/cli.md", "reference/api.md")
 MARKER = "<!-- the output of --help for every command -->"
 

@@ -119,6 +119,11 @@ class Run:
         ]
         return DataFrame(rows).set_index("trial")
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's, which is that of every trial."""
+        return self._rebuilt().loaded.tokenizer
+
     def model(self, trial: int) -> PreTrainedModel:
         """The model of a trial, cut for real: an ordinary module in the run's dtype, on the run's device, with `generate`.
 
@@ -129,13 +134,14 @@ class Run:
             ModelError: The base model or the text is not the one that the run had.
         """
         found = find_trial(self.report, trial)
-        with build_display(self._show, 0, self.name) as display:
-            if self._inputs is None:
+        return self._rebuilt().cut(found)[0]
+
+    def _rebuilt(self) -> RebuildInputs:
+        if self._inputs is None:
+            with build_display(self._show, 0, self.name) as display:
                 loaded, windows = load_base(self.report, display, self._base)
                 self._inputs = RebuildInputs.of(self.report, loaded, windows, display)
-            with display.phase("cutting"):
-                model, _ = self._inputs.cut(found)
-        return model
+        return self._inputs
 
     def export(
         self, trial: int, out: str | Path, format: str = "hf", dtype: str = "", max_shard_size: str = "5GB"

@@ -259,6 +259,32 @@ def test_a_documented_command_runs(
             assert Path(words[words.index(flag) + 1]).exists()
 
 
+def test_the_notebook_runs(workplace: Path) -> None:
+    """In a kernel of its own, on the tiny model: every cell ends without an error, and the run shows itself."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    shutil.rmtree("runs/llama")
+    few = ", ".join(f"{key}={value}" for key, value in FEW_TOKENS.items())
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    searches = [cell for cell in notebook.cells if "budget=40" in cell.source]
+    for cell in searches:
+        cell.source = cell.source.replace("budget=40", f"budget=5, min_share=0.3, {few}")
+    assert len(searches) == 1
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(workplace)}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in paths.items():
+            patch.setenv(name, value)
+        client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert sum("data:image/png;base64," in html for html in shown) == 2  # `run`, and the run that was opened
+    assert any("importance: " in html and "search: " in html for html in shown)  # progress, drawn in place
+    assert Path("exports/notebook/config.json").is_file()
+
+
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,7 @@ from pruning.compensation import CompensationTable
 from pruning.export.hf import Pruned, save_hf
 from pruning.importance import activation, collect_statistics, fisher
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 SHARE = 0.6
 

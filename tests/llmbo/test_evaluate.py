@@ -12,7 +12,7 @@ from pruning.anatomy import anatomy_of
 from pruning.importance import activation, collect_statistics
 from pruning.likelihood import dense_distribution, quality
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 from pruning.supernet import Supernet
 
 

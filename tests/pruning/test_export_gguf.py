@@ -25,7 +25,7 @@ from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import Statistics, magnitude
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"

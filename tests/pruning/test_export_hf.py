@@ -24,7 +24,7 @@ from pruning.export import Pruned, load_pruned, save_hf, save_padded
 from pruning.export.hf import padded
 from pruning.export.rebuild import is_stock, rebuilt
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 PATTERNS = ["ABMB-", "MABBB", "UUU-U"]  # U: equal layers
 ONE_OF_EACH_KIND = pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pruning.errors import InvalidMask
 from pruning.importance import collect_statistics
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.projection import Projection, matrix_of
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 PATTERNS = ["BBBBB", "ABMB-", "MABBB", "-BBMA", "MM-BB", "M-M-A"]
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)

@@ -16,7 +16,7 @@ from pruning.importance import activation, collect_statistics
 from pruning.likelihood import dense_distribution, quality
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.projection import Projection
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 from pruning.supernet import Supernet, absent
 
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from pruning.masks import Ranking as Ranking
     from pruning.masks import masked as masked
     from pruning.shrinking import shrink as shrink
+    from pruning.statistics import Statistics as Statistics
+    from pruning.statistics import collect_statistics as collect_statistics
     from pruning.supernet import Supernet as Supernet
 
 _HOME = {
@@ -95,6 +97,7 @@ _HOME = {
     "likelihood": ("DenseDistribution", "Quality", "dense_distribution", "quality"),
     "masks": ("PruningMask", "Ranking", "masked"),
     "shrinking": ("shrink",),
+    "statistics": ("Statistics", "collect_statistics"),
     "supernet": ("Supernet",),
 }
 __all__ = [name for names in _HOME.values() for name in names]

@@ -97,6 +97,10 @@ class Block:
         """Indices of the output projection's columns of these units, in their order."""
         return expand_units(units, self.columns_per_unit)
 
+    def per_unit(self, columns: Tensor) -> Tensor:
+        """Values of the output projection's columns summed over the columns of each unit: `... x columns` -> `... x units`."""
+        return columns.unflatten(-1, (self.units, self.columns_per_unit)).sum(-1)
+
     def module_of(self, layer: nn.Module) -> nn.Module:
         """The module that holds the projections: the layer itself in families without a module for the block."""
         return _module(self.places, layer)

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
-from pruning.importance import frozen
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients, last_hidden
+from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen, last_hidden
 from pruning.supernet import Supernet
 
 ORDERS = 2  # first and second

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Block, BlockKind
-from pruning.importance import frozen
-from pruning.likelihood import Head, last_hidden, loss_gradient
+from pruning.likelihood import Head, frozen, last_hidden, loss_gradient
 from pruning.supernet import Supernet
 
 Widths = Mapping[BlockKind, Sequence[int]]

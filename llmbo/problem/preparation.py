@@ -26,12 +26,13 @@ from pruning.calibration import TokenWindows, cut_windows, read_text, sample_win
 from pruning.choices import Choices, read_items
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.cost import Serving
-from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
+from pruning.importance import activation, fisher, layer_scores, taylor
 from pruning.latency import Workload
 from pruning.likelihood import dense_distribution
 from pruning.masks import Ranking
 from pruning.moves import move_costs
 from pruning.narrowing import narrowing_costs
+from pruning.statistics import Statistics, collect_statistics
 from pruning.supernet import Supernet
 
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable
-from pruning.importance import collect_statistics
 from pruning.likelihood import DenseDistribution, dense_distribution
 from pruning.masks import Ranking
 from pruning.moves import move_costs
 from pruning.narrowing import narrowing_costs
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 Draw = Callable[[Anatomy, int], Ranking]

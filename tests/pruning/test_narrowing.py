@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.compensation import CompensationTable
-from pruning.importance import collect_statistics, fisher
+from pruning.importance import fisher
 from pruning.masks import Ranking
 from pruning.narrowing import narrowing_costs
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}  # costs are float32

@@ -4,9 +4,9 @@ A decoder layer holds two residual *blocks*, attention and MLP. Both have the sa
 projections whose rows belong to *units* (a KV group, a neuron), and one output projection whose columns belong to
 the same units. Everything else in this package works on `Block`, never on names such as `q_proj`.
 
-    block       unit                         rows of a unit in its inputs        columns of a unit in its output
-    attention   KV group (its queries too)   q: Q*head_dim, k, v: head_dim       o: Q*head_dim
-    mlp         neuron                       gate: 1, up: 1                      down: 1
+    block       unit                         rows of a unit in its inputs              columns of a unit in its output
+    attention   KV group (its queries too)   query: Q*head_dim, key, value: head_dim   Q*head_dim
+    mlp         neuron                       1 in each                                 1
 
 with Q the number of query heads that share a KV group (grouped-query attention, arXiv:2305.13245; Q = 1 is MHA).
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pruning.errors import UnsupportedModel
-from pruning.families import FAMILIES, Family, Places
+from pruning.families import FAMILIES, Family, Places, Role
 from pruning.modeling_pruned import LayerConfig
 from pruning.projection import Projection, matrix_of
 
@@ -96,6 +96,10 @@ class Block:
     def columns_of(self, units: Tensor) -> Tensor:
         """Indices of the output projection's columns of these units, in their order."""
         return expand_units(units, self.columns_per_unit)
+
+    def per_unit(self, columns: Tensor) -> Tensor:
+        """Values of the output projection's columns summed over the columns of each unit: `... x columns` -> `... x units`."""
+        return columns.unflatten(-1, (self.units, self.columns_per_unit)).sum(-1)
 
     def module_of(self, layer: nn.Module) -> nn.Module:
         """The module that holds the projections: the layer itself in families without a module for the block."""
@@ -220,10 +224,13 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             f"A {type(model).__name__} has no language-model head: load it as a causal language model."
         )
     queries = sizes.queries_per_group
-    roles = {"q": queries * sizes.head_dim, "k": sizes.head_dim, "v": sizes.head_dim, "n": 1, "h": 1, "H": queries}
+    owned: dict[Role, int] = {
+        "query": queries * sizes.head_dim, "key": sizes.head_dim, "value": sizes.head_dim, "neuron": 1,
+        "query_heads": queries, "kv_heads": 1,
+    }  # fmt: skip
     layers = list(getattr(model.get_decoder(), family.layers))
-    attention = _block("attention", family.attention, layers, roles, "q", sizes.num_key_value_heads)
-    mlp = _block("mlp", family.mlp, layers, roles, "n", sizes.intermediate_size)
+    attention = _block("attention", family.attention, layers, owned, "query", sizes.num_key_value_heads)
+    mlp = _block("mlp", family.mlp, layers, owned, "neuron", sizes.intermediate_size)
     per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in (attention, mlp))
     for index, layer in enumerate(layers):
         if _count(layer) != per_layer:
@@ -246,13 +253,13 @@ def expand_units(units: Tensor, width: int) -> Tensor:
 
 
 def _block(
-    kind: BlockKind, places: Places, layers: list[nn.Module], roles: Mapping[str, int], output_role: str, units: int
+    kind: BlockKind, places: Places, layers: list[nn.Module], owned: Mapping[Role, int], output_role: Role, units: int
 ) -> Block:
     inputs = {
-        name: Rows(tuple(sum(roles[role] for role in part) for part in parts), units)
+        name: Rows(tuple(sum(owned[role] for role in part) for part in parts), units)
         for name, parts in places.inputs.items()
     }
-    columns_per_unit = roles[output_role]
+    columns_per_unit = owned[output_role]
     _check_widths(places, layers, inputs, units * columns_per_unit)
     module = _module(places, layers[0])
     output = getattr(module, places.output)
@@ -261,18 +268,18 @@ def _block(
         rows.per_unit * (matrix_of(projections[name]).shape[1] + (projections[name].bias is not None))
         for name, rows in inputs.items()
     )
-    owned = [module] if places.module else [*projections.values(), output]
+    parts = [module] if places.module else [*projections.values(), output]
     norms = [getattr(layers[0], name) for name in (places.norm, places.post_norm) if name]
     return Block(
         kind=kind,
         places=places,
         inputs=inputs,
         columns_per_unit=columns_per_unit,
-        counts={name: roles[role] for name, role in places.counts.items()},
-        config_counts={name: roles[role] for name, role in places.config_counts.items()},
+        counts={name: owned[role] for name, role in places.counts.items()},
+        config_counts={name: owned[role] for name, role in places.config_counts.items()},
         units=units,
         parameters_per_unit=per_unit,
-        fixed_parameters=sum(_count(part) for part in (*owned, *norms)) - units * per_unit,
+        fixed_parameters=sum(_count(part) for part in (*parts, *norms)) - units * per_unit,
     )
 
 

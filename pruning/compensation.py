@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, Sizes
-from pruning.importance import Statistics
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
+from pruning.statistics import Statistics
 
 RIDGE = 0.03  # of the mean of diag(G); flat between 0.01 and 0.1 on SmolLM2
 CACHE_BYTES = 2 << 30

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import PruningError
-from pruning.shrink import shrink_to
+from pruning.shrinking import shrink_to
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")

@@ -5,6 +5,7 @@ Everything is in nats and averaged over the T - 1 predicted positions of each wi
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -239,6 +240,21 @@ def last_hidden(model: PreTrainedModel, batch: Tensor, leaf: bool = False) -> Te
     """
     inputs = model.get_input_embeddings()(batch).detach().requires_grad_(leaf)
     return model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no weight gradients inside, and restore every flag afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

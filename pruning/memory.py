@@ -20,7 +20,7 @@ from pruning.anatomy import Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import Serving, kv_bytes_by_layer, weight_bytes
 from pruning.latency import PHASES, Phase, a_prompt, at_widths, blocks_of
-from pruning.shrink import shrink_to
+from pruning.shrinking import shrink_to
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 This file travels with every checkpoint of unequal layers, so it imports nothing but torch and transformers (>= 5.15). `PrunedX` is
 transformers' `X` with each layer narrowed to its entry of `config.per_layer_config`: heads, KV heads and neurons, and `skip`, which
-names the blocks that are gone. `config.pruned_blocks` tells where a layer keeps them: the names in `pruning/families.py`, where
-letters stand for rows: q, k, v of all queries, keys, values, n of all neurons, and H, h for the numbers of query and KV heads.
+names the blocks that are gone. `config.pruned_blocks` tells where a layer keeps them: `Places` as in `pruning/families.py`.
 """
 
 import functools
@@ -15,6 +14,9 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+# Roles as checkpoints of the first version call them.
+LETTERS = {"q": "query", "k": "key", "v": "value", "n": "neuron", "H": "query_heads", "h": "kv_heads"}
 
 
 class AbsentAttention(nn.Module):
@@ -80,9 +82,10 @@ def narrow(layer: nn.Module, own: Any, shared: Any) -> None:
     """Cut a layer of dense size to its `own` config."""
     heads = own.num_attention_heads
     groups = getattr(own, "num_key_value_heads", heads)
-    sizes = {"H": heads, "h": groups, "n": getattr(own, shared.pruned_blocks["neurons"])}
-    sizes |= {"q": heads * own.head_dim, "k": groups * own.head_dim, "v": groups * own.head_dim}
-    for kind, columns in (("attention", "q"), ("mlp", "n")):
+    sizes = {"query_heads": heads, "kv_heads": groups, "neuron": getattr(own, shared.pruned_blocks["neurons"])}
+    sizes |= {"query": heads * own.head_dim, "key": groups * own.head_dim, "value": groups * own.head_dim}
+    sizes |= {letter: sizes[role] for letter, role in LETTERS.items()}
+    for kind, columns in (("attention", "query"), ("mlp", "neuron")):
         places = shared.pruned_blocks[kind]
         if kind in own.skip:
             for name, module in stand_ins(kind, places).items():

@@ -2,7 +2,7 @@
 
     python -m experiments.allocation experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt
 
-The families are those of `llmbo.problem.preparation.Problem`: the default one, the same before widths were moved between blocks, Fisher
+The families are those of `llmbo.problem.preparation.Problem`: the default one, the same before width exchanges between blocks, Fisher
 scores, and Taylor scores as in LLM-Pruner (arXiv:2305.11627); with and without compensation, on the config's held-out windows.
 """
 

@@ -30,7 +30,7 @@ from pruning.cost import cost_of
 from pruning.export import Pruned
 from pruning.export.gguf_file import FILE_TYPES, write_gguf
 from pruning.export.rebuild import rebuilt
-from pruning.shrink import shrink_to
+from pruning.shrinking import shrink_to
 
 Times = tuple[float, float]  # seconds of one prefill, and of one decoded token
 

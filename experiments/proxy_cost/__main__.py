@@ -48,7 +48,7 @@ from pruning.cost import block_parameters
 from pruning.importance import fisher
 from pruning.likelihood import DenseDistribution, dense_distribution, quality, window_qualities
 from pruning.masks import PruningMask, Ranking, masked
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 from pruning.supernet import Supernet
 
 BATCH = 4  # windows at a time, in every way

@@ -14,9 +14,10 @@ from pruning.anatomy import anatomy_of
 from pruning.calibration import cut_windows, read_text
 from pruning.compensation import CompensationTable
 from pruning.export.hf import Pruned, save_hf
-from pruning.importance import activation, collect_statistics, fisher
+from pruning.importance import activation, fisher
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
+from pruning.statistics import collect_statistics
 
 SHARE = 0.6
 

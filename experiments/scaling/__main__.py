@@ -82,7 +82,7 @@ def main() -> None:
         ):
             print(f"  {size / 1e9:8.2f} GB  {text}")
         candidate = 2 * (options.share * blocks + other / 2) * options.proxy_tokens
-        # Forward and backward for scores, for prices, and at each member that width is moved in; the rest is forward only.
+        # Forward and backward for scores, for block sensitivity, and at each member for width exchanges; the rest is forward only.
         both = min(DEFAULT.scored_tokens, options.calibration_tokens)
         both += DEFAULT.allocation_tokens * (1 + len(DEFAULT.anchors))
         alone = max(0, options.calibration_tokens - DEFAULT.scored_tokens)

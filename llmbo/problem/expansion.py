@@ -1,8 +1,8 @@
-"""The family corrected at pruned members: which blocks should give a level to which, and what to expect of all others.
+"""The path corrected at pruned members by width exchanges, and what to expect of all models around it.
 
-The family's prices are taken at the dense model. At some of its members, the anchors, KL is expanded anew (`pruning.moves`). That
-says which levels to exchange there at equal size (`best_moves`), other members follow by interpolation (`moved_family`), and
-the search expects the same of whatever it has not measured (`expansions`, `ThresholdFamily.expected_change`).
+The path's marginal costs are taken at the dense model. At some of its members, the anchors, KL is expanded anew (`pruning.exchanges`).
+That says which blocks should give a level to which at equal size (`best_exchanges`), other members follow by interpolation
+(`exchanged_family`), and the search expects the same of whatever it has not measured (`expansions`, `ThresholdFamily.expected_change`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,25 @@ from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor
-ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be moved at once
+ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be exchanged at once
 
 
-def moved_family(
-    family: ThresholdFamily, anchors: Sequence[tuple[int, ...]], moves: Sequence[Tensor]
+def exchanged_family(
+    family: ThresholdFamily, anchors: Sequence[tuple[int, ...]], exchanges: Sequence[Tensor]
 ) -> ThresholdFamily:
-    """Move width between blocks at equal size: by whole levels at the anchors, in between and towards the dense model by interpolation.
+    """The family after width exchanges: by whole levels at the anchors, in between and towards the dense model by interpolation.
 
     A member that would become illegal, by a limit for instance, stays as it was.
 
     Args:
         anchors: Members, by increasing share.
-        moves: `d` levels to add to each of them (`best_moves`).
+        exchanges: `d` levels to add to each of them (`best_exchanges`).
     """
     space = family.space
     if not anchors:
         return family
     at = space.share(torch.tensor([*anchors, space.max_levels], dtype=torch.float64))
-    offsets = interpolated(at, torch.stack([*moves, torch.zeros(space.d, dtype=torch.float64)]), family.shares)
+    offsets = interpolated(at, torch.stack([*exchanges, torch.zeros(space.d, dtype=torch.float64)]), family.shares)
     rows = (family.path + offsets).round().clamp(*space.bounds)
     path = torch.where(space.legal(rows)[:, None], rows, family.path)
     shares = space.share(path)
@@ -46,11 +46,11 @@ def moved_family(
     return replace(family, path=path[order][larger], shares=shares[order][larger])
 
 
-def best_moves(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
+def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
     """Which blocks should give a level to which at no larger size: `d` of -1, 0 and 1.
 
     Args:
-        costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.moves`).
+        costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.exchanges`).
     """
     here, steps = torch.tensor(x, dtype=torch.float64), torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
     changes = torch.cat([costs.double().cpu(), torch.zeros(space.d, 1, dtype=torch.float64)], dim=1)
@@ -66,18 +66,18 @@ def expansions(
     space: SearchSpace,
     anchors: Sequence[tuple[int, ...]],
     costs: Sequence[Tensor],
-    narrowing: Mapping[BlockKind, Tensor],
+    sensitivity: Mapping[BlockKind, Tensor],
 ) -> Expansions:
     """What the measurements at the anchors and at the dense model say of every level.
 
     Args:
         anchors: Members, by increasing share.
         costs: For each, `d x len(STEPS)`; levels farther away go on as the last two steps do.
-        narrowing: The dense model's, `num_layers x levels` by kind.
+        sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
     """
     levels = torch.arange(int(space.bounds[1].max()) + 1, dtype=torch.float64)
     tables = [_at_levels(torch.tensor(x), cost.double().cpu(), levels) for x, cost in zip(anchors, costs, strict=True)]
-    rows = [narrowing[block.kind].double().cpu() for block in space.anatomy.blocks]
+    rows = [sensitivity[block.kind].double().cpu() for block in space.anatomy.blocks]
     dense = torch.cat([F.pad(row, (0, len(levels) - row.shape[1])) for row in rows])
     points = torch.tensor([*anchors, space.max_levels], dtype=torch.float64)
     return Expansions(space.share(points), torch.stack([*tables, dense]))

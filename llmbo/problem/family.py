@@ -1,18 +1,20 @@
-"""The threshold family: one path of nested models from the dense one down, the strongest baseline there is without search.
+"""The threshold family: the *allocation path*, a path of nested models from the dense one down, each of another size.
 
-Every block climbs its grid levels one by one, and each *step* has a price: what it saves in nats per parameter it costs. A
-member takes all steps above one global threshold; lowering the threshold takes one more step, so the family is a list of
-points, not a formula. Two ways to price a step:
+It is the strongest baseline there is without search, and where the search begins. Every block climbs its grid levels one by one.
+A step up has a *marginal cost*: what it would cost to take it back, in nats of KL per parameter. A member of the path takes all
+steps whose marginal cost is above one global threshold; lowering the threshold takes one more step, so the path is a list of
+points, not a formula. Two estimates of marginal costs:
 
-    unit scores       a level is reached by the units whose score per parameter passes the threshold (`unit_steps`).
-                      LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores; Fisher scores allocate better.
-    narrowing costs   slopes of the convex hull of what the whole block costs at each width after its refit (`narrowing_steps`).
+    unit scores         a level is reached by the units whose score per parameter passes the threshold (`unit_marginal_costs`).
+                        LLM-Pruner (arXiv:2305.11627) thresholds Taylor scores; Fisher scores allocate better.
+    block sensitivity   slopes of the convex hull of what the whole block costs at each width after its refit
+                        (`block_marginal_costs`).
 
 The geometric mean of both is better than either: see `experiments/allocation`. *Which* units stay at a
 level follows from another ranking (see `pruning.importance`).
 
-Both prices are taken at the dense model; `llmbo.problem.expansion` corrects the family by what a level more or less of every block
-changes at pruned members.
+Both are taken at the dense model. `llmbo.problem.expansion` corrects the path by what a level more or less of every block
+changes at pruned members: after these exchanges of width its members need not be nested.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +30,8 @@ from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 from pruning.importance import Importance
 
-Steps = Sequence[Sequence[float]]  # per dimension, the price of every step up from level 0; never rising
-TINY = 1e-30  # a price of nothing, so that logarithms exist
+MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
+TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class ThresholdFamily:
     """The legal members, smallest first; without limits the dense model is the last.
 
     Args:
-        path: `num_members x d` levels. Unless moved, every row adds a level to the row before; steps that break a limit are left out.
+        path: `num_members x d` levels. Until widths are exchanged every row adds a level to the row before; steps that break a
+            limit are left out.
         shares: `num_members` parameter shares, increasing.
         importance: `d` importances, each block's summed over its units.
         expansions: What single blocks change around some members, where that was measured.
@@ -52,20 +55,20 @@ class ThresholdFamily:
     @classmethod
     def from_importance(cls, space: SearchSpace, importance: Importance) -> "ThresholdFamily":
         """The family of unit scores that are comparable across layers (`taylor` or `fisher`)."""
-        return cls.from_steps(space, unit_steps(space, importance), importance)
+        return cls.from_marginal_costs(space, unit_marginal_costs(space, importance), importance)
 
     @classmethod
-    def from_steps(cls, space: SearchSpace, steps: Steps, importance: Importance) -> "ThresholdFamily":
-        """The family of given prices.
+    def from_marginal_costs(cls, space: SearchSpace, costs: MarginalCosts, importance: Importance) -> "ThresholdFamily":
+        """The family of given marginal costs.
 
         Args:
-            steps: `d` rows.
+            costs: `d` rows.
             importance: Says what each block matters as a whole.
 
         Raises:
             ConfigError: The limits leave no member.
         """
-        order = sorted((-price, dimension) for dimension, row in enumerate(steps) for price in row)
+        order = sorted((-cost, dimension) for dimension, row in enumerate(costs) for cost in row)
         point = torch.zeros(space.d, dtype=torch.float64)
         rows = [point.clone()]
         for _, dimension in order:
@@ -108,7 +111,7 @@ class ThresholdFamily:
 
 @dataclass(frozen=True)
 class Expansions:
-    """KL around some members, block by block (`pruning.moves`): what to expect of models in between and nearby.
+    """KL around some members, block by block (`pruning.exchanges`): what to expect of models in between and nearby.
 
     Args:
         shares: `k` parameter shares of the members, increasing.
@@ -137,34 +140,35 @@ def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(path[right - 1], path[right], weight)
 
 
-def unit_steps(space: SearchSpace, importance: Importance) -> list[list[float]]:
-    """Prices by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
-    steps: list[list[float]] = []
+def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list[float]]:
+    """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
+    costs: list[list[float]] = []
     for block in space.anatomy.blocks:
         density = importance.of(block.kind).double().cpu() / block.parameters_per_unit
         midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
-        steps += density.sort(-1, descending=True).values[:, midpoints].tolist()
-    return steps
+        costs += density.sort(-1, descending=True).values[:, midpoints].tolist()
+    return costs
 
 
-def narrowing_steps(space: SearchSpace, costs: Mapping[BlockKind, Tensor]) -> list[list[float]]:
-    """Prices by what narrowing costs (`pruning.narrowing`), `d` rows: slopes of the lower convex hull over parameters.
+def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Tensor]) -> list[list[float]]:
+    """Marginal costs by `pruning.sensitivity`, `d` rows: slopes of its lower convex hull over parameters.
 
     Args:
-        costs: `num_layers x levels` by kind, at the widths of the grid.
+        sensitivity: `num_layers x levels` by kind, at the widths of the grid.
     """
-    steps: list[list[float]] = []
+    costs: list[list[float]] = []
     for block in space.anatomy.blocks:
         sizes = [
             units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
             for units in space.widths[block.kind]
         ]
-        steps += [_hull_slopes(sizes, row) for row in costs[block.kind].double().cpu().cummin(-1).values.tolist()]
-    return steps
+        rows = sensitivity[block.kind].double().cpu().cummin(-1).values.tolist()
+        costs += [_hull_slopes(sizes, row) for row in rows]
+    return costs
 
 
-def geometric_mean(first: Steps, second: Steps) -> list[list[float]]:
-    """Price by price: both are nats per parameter, and their errors are factors."""
+def geometric_mean(first: MarginalCosts, second: MarginalCosts) -> list[list[float]]:
+    """Step by step: both are nats per parameter, and their errors are factors."""
     return [
         [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
         for row, other in zip(first, second, strict=True)

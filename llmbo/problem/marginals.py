@@ -1,6 +1,7 @@
 """What one grid level less costs in each block, after compensation, around one pruned member of the family.
 
-Importance of the dense model misleads: compensation repairs some blocks better than others, and what a block is worth
+These are measured, in the quality's unit; the marginal costs of the path's steps (`llmbo.problem.family`) are estimates per
+parameter at the dense model. Such estimates mislead: compensation repairs some blocks better than others, and what a block is worth
 changes once its neighbours are pruned. So it is measured, on few windows: the differences are paired (same tokens, one
 block changed), which makes them far less noisy than the values themselves.
 """

@@ -1,4 +1,4 @@
-"""A loaded model and its windows -> a problem to search: importance, refits, prices, the allocation path, the dense model's values."""
+"""A loaded model and its windows -> a problem to search: importance, refits, the allocation path, the dense model's values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.config.objectives import known_limits, measured_limits
 from llmbo.models.loading import LoadedModel, max_positions
-from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_moves, expansions, moved_family
-from llmbo.problem.family import ThresholdFamily, geometric_mean, narrowing_steps, unit_steps
+from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
+from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.marginals import Marginals, measure_marginals
 from llmbo.problem.proxy import ProxyEvaluator, known_values
@@ -26,12 +26,13 @@ from pruning.calibration import TokenWindows, cut_windows, read_text, sample_win
 from pruning.choices import Choices, read_items
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.cost import Serving
-from pruning.importance import Statistics, activation, collect_statistics, fisher, layer_scores, taylor
+from pruning.exchanges import exchange_costs
+from pruning.importance import activation, fisher, layer_scores, taylor
 from pruning.latency import Workload
 from pruning.likelihood import dense_distribution
 from pruning.masks import Ranking
-from pruning.moves import move_costs
-from pruning.narrowing import narrowing_costs
+from pruning.sensitivity import block_sensitivity
+from pruning.statistics import Statistics, collect_statistics
 from pruning.supernet import Supernet
 
 
@@ -41,12 +42,12 @@ class Method:
 
     Args:
         scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
-        allocation_tokens: Of them, at most a quarter, price the path's steps; four times as many do it no better.
+        allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
         ridge: Of the refits, see `pruning.compensation`.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model: beyond these
             nothing is gained.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
-        operating_point: Where marginal costs are measured, as such a part: most of a front's gain is decided there.
+        operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
     """
 
     scored_tokens: int = 8192
@@ -66,7 +67,7 @@ class Problem:
 
     Args:
         family: The best allocation known without search; the other three are baselines.
-        threshold_family: The same before widths were moved between blocks.
+        threshold_family: The same before width exchanges.
         limits: Largest allowed values of what is measured; `space` knows the others.
         layers: Scores per layer by method and kind (`pruning.importance.layer_scores`).
         heldout_choices: Multiple-choice items that the search never saw; None when nothing asks for accuracy.
@@ -165,15 +166,15 @@ def prepared(
             table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
     del statistics
     with Supernet(model, ranking, table) as supernet:
-        priced = min(method.allocation_tokens // windows.calibration.shape[1], len(windows.calibration) // 4)
-        some = windows.calibration[: max(1, priced)]
+        enough = min(method.allocation_tokens // windows.calibration.shape[1], len(windows.calibration) // 4)
+        some = windows.calibration[: max(1, enough)]
         with phases.phase("allocation", len(some)) as advance:
             generator = torch.Generator(model.device).manual_seed(config.seed)
-            costs = narrowing_costs(supernet, some, space.widths, generator, on_window=advance)
-            steps = geometric_mean(unit_steps(space, importance), narrowing_steps(space, costs))
-        threshold_family = ThresholdFamily.from_steps(space, steps, importance)
-        with phases.phase("moves", len(method.anchors) * len(some)) as advance:
-            family = with_moves(threshold_family, supernet, some, costs, generator, advance, method)
+            sensitivity = block_sensitivity(supernet, some, space.widths, generator, on_window=advance)
+            costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
+        threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)
+        with phases.phase("width exchanges", len(method.anchors) * len(some)) as advance:
+            family = with_exchanges(threshold_family, supernet, some, sensitivity, generator, advance, method)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
@@ -198,28 +199,33 @@ def prepared(
         )
 
 
-def with_moves(
+def with_exchanges(
     family: ThresholdFamily,
     supernet: Supernet,
     windows: torch.Tensor,
-    narrowing: Mapping[BlockKind, torch.Tensor],
+    sensitivity: Mapping[BlockKind, torch.Tensor],
     generator: torch.Generator,
     on_window: Callable[[int], None],
     method: Method = DEFAULT,
 ) -> ThresholdFamily:
-    """The family corrected by what a level more or less of each block changes in some of its members, by `windows`; it keeps that."""
+    """The family after width exchanges, by what a level more or less of each block changes in some members; it keeps that.
+
+    Args:
+        windows: `num_windows x length` token ids, to measure these changes on.
+        sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
+    """
     space = family.space
     low = float(family.shares[0])
     anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in method.anchors))
     anchors = [x for x in anchors if x != space.max_levels]
     dense = dense_distribution(supernet.model, windows)
-    moves, measured = [], []
+    exchanges, measured = [], []
 
     def advance(before: int, done: int) -> None:
         on_window(before + done)
 
     for index, x in enumerate(anchors):
-        costs = move_costs(
+        costs = exchange_costs(
             supernet,
             space.decode(x),
             space.neighbouring_widths(x, STEPS),
@@ -229,9 +235,10 @@ def with_moves(
             on_window=partial(advance, index * len(windows)),
         )
         first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
-        moves.append(best_moves(space, x, (first + method.second_order * second)[:, ONE_LEVEL]))
+        exchanges.append(best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL]))
         measured.append(first + second)
-    return replace(moved_family(family, anchors, moves), expansions=expansions(space, anchors, measured, narrowing))
+    corrected = exchanged_family(family, anchors, exchanges)
+    return replace(corrected, expansions=expansions(space, anchors, measured, sensitivity))
 
 
 def _target(

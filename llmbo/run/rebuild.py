@@ -18,7 +18,7 @@ from pruning.calibration import TokenWindows
 from pruning.compensation import CompensationTable
 from pruning.likelihood import quality
 from pruning.masks import PruningMask, Ranking
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 LOSS_TOLERANCE = 0.02  # nats between the run's proxy loss of a trial and that of the rebuilt model
 

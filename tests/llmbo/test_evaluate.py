@@ -9,10 +9,11 @@ from llmbo.models.loading import load_model
 from llmbo.problem.proxy import ProxyEvaluator, known_values, out_of_memory
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
-from pruning.importance import activation, collect_statistics
+from pruning.importance import activation
 from pruning.likelihood import dense_distribution, quality
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 

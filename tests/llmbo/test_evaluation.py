@@ -17,7 +17,7 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.hf import Pruned, save_hf
 from pruning.masks import PruningMask, Ranking
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 WIDE = {"COLUMNS": "200"}
 

@@ -1,4 +1,4 @@
-"""Width moves between blocks where that pays and is legal, and what is expected of other models agrees with what was measured."""
+"""Width is exchanged between blocks where that pays and is legal, and what is expected of other models agrees with what was measured."""
 
 import itertools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmbo.problem.expansion import STEPS, best_moves, expansions, moved_family
+from llmbo.problem.expansion import STEPS, best_exchanges, exchanged_family, expansions
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
@@ -23,7 +23,7 @@ def anchors(family: ThresholdFamily) -> list[tuple[int, ...]]:
 
 
 def measured(space: SearchSpace, anchors: list[tuple[int, ...]]) -> tuple[list[Tensor], dict[BlockKind, Tensor]]:
-    """Random costs of steps from the anchors, those of steps that are not there like the last that is, and of narrowing."""
+    """Random costs of steps from the anchors, those of steps that are not there like the last that is, and block sensitivity."""
     generator = torch.Generator().manual_seed(0)
     costs = []
     for x in anchors:
@@ -31,19 +31,19 @@ def measured(space: SearchSpace, anchors: list[tuple[int, ...]]) -> tuple[list[T
         reached = (torch.tensor(x)[:, None] + torch.tensor(STEPS)).clamp_min(0).minimum(space.bounds[1][:, None].long())
         own = by_level.gather(1, torch.tensor(x)[:, None])
         costs.append(by_level.gather(1, reached) - own)
-    narrowing = {
+    sensitivity = {
         kind: torch.rand(space.num_layers, len(widths), generator=generator).sort(-1, descending=True).values
         for kind, widths in space.widths.items()
     }
-    return costs, narrowing  # type: ignore[return-value]
+    return costs, sensitivity  # type: ignore[return-value]
 
 
 def test_expansions_give_back_what_was_measured_and_add_up_over_blocks(
     family: ThresholdFamily, anchors: list[tuple[int, ...]]
 ) -> None:
     space = family.space
-    costs, narrowing = measured(space, anchors)
-    found = expansions(space, anchors, costs, narrowing)
+    costs, sensitivity = measured(space, anchors)
+    found = expansions(space, anchors, costs, sensitivity)
     torch.testing.assert_close(found.shares, space.share(torch.tensor([*anchors, space.max_levels])))
     for number, (x, cost) in enumerate(zip(anchors, costs, strict=True)):
         assert float(found.changes_at(torch.tensor([x]))[0, number]) == 0
@@ -52,7 +52,7 @@ def test_expansions_give_back_what_was_measured_and_add_up_over_blocks(
                 there = torch.tensor([[*x[:block], x[block] + step, *x[block + 1 :]]])
                 assert float(found.changes_at(there)[0, number]) == pytest.approx(float(cost[block, column]))
     narrowed = torch.tensor([tuple(max(0, level - 1) for level in space.max_levels)])
-    alone = sum(float(narrowing[block.kind][:, -2].sum()) for block in space.anatomy.blocks)
+    alone = sum(float(sensitivity[block.kind][:, -2].sum()) for block in space.anatomy.blocks)
     assert float(found.changes_at(narrowed)[0, -1]) == pytest.approx(alone)
 
 
@@ -61,8 +61,8 @@ def test_beyond_the_steps_costs_go_on_as_straight_lines(make_toy: Callable[..., 
     x = tuple(top // 2 for top in space.max_levels)
     slope = torch.linspace(-1, 1, space.d, dtype=torch.float64)
     costs = slope[:, None] * torch.tensor(STEPS, dtype=torch.float64)
-    _, narrowing = measured(space, [x])
-    changes = expansions(space, [x], [costs], narrowing).changes[0]
+    _, sensitivity = measured(space, [x])
+    changes = expansions(space, [x], [costs], sensitivity).changes[0]
     for block, top in enumerate(space.max_levels):
         levels = torch.arange(top + 1, dtype=torch.float64)
         torch.testing.assert_close(changes[block, : top + 1], slope[block] * (levels - x[block]))
@@ -73,7 +73,7 @@ def test_nothing_is_expected_of_members_and_each_anchor_speaks_for_its_own_size(
 ) -> None:
     space = family.space
     assert not family.expected_change(family.path, family.shares).any()  # nothing is known at all
-    anchors = [x for x in anchors if x != space.max_levels]  # the dense model has its own costs, of narrowing
+    anchors = [x for x in anchors if x != space.max_levels]  # the dense model has its own, block sensitivity
     known = replace(family, expansions=expansions(space, anchors, *measured(space, anchors)))
     torch.testing.assert_close(
         known.expected_change(family.path, family.shares),
@@ -104,31 +104,33 @@ def test_expectations_are_differences_to_the_member_of_the_same_size(make_toy: C
         )
 
 
-def test_moving_nothing_changes_nothing(family: ThresholdFamily) -> None:
+def test_exchanging_nothing_changes_nothing(family: ThresholdFamily) -> None:
     middle = tuple(family.path[len(family.path) // 2].int().tolist())
     for anchors in ([], [middle]):
-        still = moved_family(family, anchors, [torch.zeros(family.space.d)] * len(anchors))
+        still = exchanged_family(family, anchors, [torch.zeros(family.space.d)] * len(anchors))
         assert torch.equal(still.path, family.path) and torch.equal(still.shares, family.shares)
 
 
-def test_anchors_move_others_follow_and_all_stay_legal(family: ThresholdFamily, anchors: list[tuple[int, ...]]) -> None:
+def test_anchors_exchange_others_follow_and_all_stay_legal(
+    family: ThresholdFamily, anchors: list[tuple[int, ...]]
+) -> None:
     space = family.space
     costs = [torch.randn(space.d, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(len(anchors))]
-    moves = [best_moves(space, x, cost) for x, cost in zip(anchors, costs, strict=True)]
-    moved = moved_family(family, anchors, moves)
-    assert space.legal(moved.path).all() and (moved.shares.diff() > 0).all()
-    assert tuple(moved.path[-1].int().tolist()) == space.max_levels
-    torch.testing.assert_close(moved.shares, space.share(moved.path), rtol=0, atol=0)
-    rows = {tuple(row) for row in moved.path.int().tolist()}
-    shares = {round(share, 12) for share in moved.shares.tolist()}
-    for x, move in zip(anchors, moves, strict=True):
-        target = torch.tensor(x) + move
+    exchanges = [best_exchanges(space, x, cost) for x, cost in zip(anchors, costs, strict=True)]
+    corrected = exchanged_family(family, anchors, exchanges)
+    assert space.legal(corrected.path).all() and (corrected.shares.diff() > 0).all()
+    assert tuple(corrected.path[-1].int().tolist()) == space.max_levels
+    torch.testing.assert_close(corrected.shares, space.share(corrected.path), rtol=0, atol=0)
+    rows = {tuple(row) for row in corrected.path.int().tolist()}
+    shares = {round(share, 12) for share in corrected.shares.tolist()}
+    for x, exchange in zip(anchors, exchanges, strict=True):
+        target = torch.tensor(x) + exchange
         if bool(space.legal(target[None])):
             there = tuple(target.int().tolist())
             assert there in rows or round(float(space.share(target)), 12) in shares  # another member of its size
 
 
-def test_a_move_that_breaks_a_limit_is_not_made(make_toy: Callable[..., Any]) -> None:
+def test_an_exchange_that_breaks_a_limit_is_not_made(make_toy: Callable[..., Any]) -> None:
     """Less attention in the limit's stead would be legal; more of it is not."""
     toy = make_toy(4, 24, 0.3, 4)
     limit = 0.5 * float(toy.space.cost("kv_bytes", toy.space.bounds[1]))
@@ -136,10 +138,10 @@ def test_a_move_that_breaks_a_limit_is_not_made(make_toy: Callable[..., Any]) ->
     family = ThresholdFamily.from_importance(space, toy.importance)
     x = family.at(0.5)
     up = torch.tensor([1.0] * space.num_layers + [-1.0] * space.num_layers)
-    moved = moved_family(
+    corrected = exchanged_family(
         family, [x], [torch.minimum(up, space.bounds[1] - torch.tensor(x)).clamp_min(-torch.tensor(x))]
     )
-    assert (space.cost("kv_bytes", moved.path) <= limit).all()
+    assert (space.cost("kv_bytes", corrected.path) <= limit).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -149,20 +151,22 @@ def test_the_best_moves_are_the_best_of_all(make_toy: Callable[..., Any], seed: 
     generator = torch.Generator().manual_seed(seed)
     costs = torch.randn(space.d, 2, generator=generator)
     x = tuple(int(torch.randint(top + 1, (), generator=generator)) for top in space.max_levels)
-    found = best_moves(space, x, costs)
+    found = best_exchanges(space, x, costs)
     here = torch.tensor(x, dtype=torch.float64)
     steps = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=space.d)), dtype=torch.float64)
     rows = here + steps
     possible = ((rows >= 0) & (rows <= space.bounds[1])).all(-1)
     steps = steps[possible & (space.share(rows.clamp(*space.bounds)) <= space.share(here) + 1e-12)]
 
-    def cost(moves: torch.Tensor) -> torch.Tensor:
-        return torch.where(moves < 0, costs[:, 0].double(), torch.where(moves > 0, costs[:, 1].double(), 0.0)).sum(-1)
+    def cost(exchange: torch.Tensor) -> torch.Tensor:
+        return torch.where(
+            exchange < 0, costs[:, 0].double(), torch.where(exchange > 0, costs[:, 1].double(), 0.0)
+        ).sum(-1)
 
     assert any(torch.equal(found, row) for row in steps)
     assert float(cost(found)) == pytest.approx(float(cost(steps).min()), rel=2e-3, abs=1e-9)
 
 
-def test_nothing_moves_when_every_move_costs(family: ThresholdFamily) -> None:
+def test_nothing_is_exchanged_when_every_exchange_costs(family: ThresholdFamily) -> None:
     x = family.at(0.5)
-    assert not best_moves(family.space, x, torch.ones(family.space.d, 2)).any()
+    assert not best_exchanges(family.space, x, torch.ones(family.space.d, 2)).any()

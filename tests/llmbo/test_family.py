@@ -10,10 +10,10 @@ import torch
 
 from llmbo.problem.family import (
     ThresholdFamily,
+    block_marginal_costs,
     geometric_mean,
     interpolated,
-    narrowing_steps,
-    unit_steps,
+    unit_marginal_costs,
 )
 from llmbo.problem.space import SearchSpace
 from pruning.cost import dense_block_parameters
@@ -98,10 +98,10 @@ def test_a_more_important_block_never_keeps_less(make_toy: Callable[..., Any]) -
         assert favoured.profile(share[None])[0, dimension] >= toy.family.profile(share[None])[0, dimension] - 1e-9
 
 
-def test_without_refit_narrowing_prices_units_that_differ_little_as_their_scores_do(
+def test_without_refit_block_sensitivity_and_scores_agree_on_units_that_differ_little(
     make_toy: Callable[..., Any],
 ) -> None:
-    """Where every unit of a block costs the same and costs add up, both prices are that cost per parameter."""
+    """Where every unit of a block costs the same and costs add up, both marginal costs are that cost per parameter."""
     space = make_toy().space
     groups, neurons = torch.rand(4, 1).expand(4, 2), torch.rand(4, 1).expand(4, 24)
     importance = Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1))
@@ -109,38 +109,37 @@ def test_without_refit_narrowing_prices_units_that_differ_little_as_their_scores
         block.kind: importance.of(block.kind)[:, :1] * (block.units - torch.tensor(space.widths[block.kind])).float()
         for block in space.anatomy.blocks
     }
-    for units, narrowing, block in zip(
-        unit_steps(space, importance), narrowing_steps(space, costs), [b for b in space.anatomy.blocks for _ in range(4)],
-        strict=True,
-    ):  # fmt: skip
+    blocks = [block for block in space.anatomy.blocks for _ in range(4)]
+    by_units, by_blocks = unit_marginal_costs(space, importance), block_marginal_costs(space, costs)
+    for units, whole, block in zip(by_units, by_blocks, blocks, strict=True):
         fixed = block.fixed_parameters / (block.units * block.parameters_per_unit)  # norms leave with the last unit
-        assert narrowing == pytest.approx(units, rel=max(1e-6, 30 * fixed))
-        assert all(b <= a + 1e-15 for a, b in itertools.pairwise(narrowing))
+        assert whole == pytest.approx(units, rel=max(1e-6, 30 * fixed))
+        assert all(b <= a + 1e-15 for a, b in itertools.pairwise(whole))
 
 
-def test_narrowing_prices_are_the_slopes_of_the_convex_hull(make_toy: Callable[..., Any]) -> None:
+def test_marginal_costs_of_blocks_are_the_slopes_of_the_convex_hull(make_toy: Callable[..., Any]) -> None:
     space = make_toy(4, 24, 0.4, 8).space  # four levels of neurons
     mlp = space.anatomy.mlp
     costs = {"attention": torch.zeros(4, 3), "mlp": torch.tensor([[9.0, 8.5, 1.0, 0.0]] * 4)}
-    prices = narrowing_steps(space, costs)[4]
+    found = block_marginal_costs(space, costs)[4]
     step = 8 * mlp.parameters_per_unit
     first = 8.0 / (2 * step + mlp.fixed_parameters)  # from level 0 to 2 in one edge: level 1 lies above the hull
-    assert prices == pytest.approx([first, first, 1.0 / step])
+    assert found == pytest.approx([first, first, 1.0 / step])
 
 
 def test_a_cost_that_rises_with_width_is_taken_for_noise(make_toy: Callable[..., Any]) -> None:
     space = make_toy(4, 24, 0.4, 8).space
-    prices = narrowing_steps(space, {"attention": torch.rand(4, 3), "mlp": torch.rand(4, 4)})
-    assert all(price >= 0 for row in prices for price in row)
-    assert all(b <= a for row in prices for a, b in itertools.pairwise(row))
+    found = block_marginal_costs(space, {"attention": torch.rand(4, 3), "mlp": torch.rand(4, 4)})
+    assert all(cost >= 0 for row in found for cost in row)
+    assert all(b <= a for row in found for a, b in itertools.pairwise(row))
 
 
-def test_the_mean_of_prices_lies_between_them(make_toy: Callable[..., Any]) -> None:
-    steps = unit_steps(make_toy(seed=1).space, make_toy(seed=1).importance)
-    other = unit_steps(make_toy(seed=2).space, make_toy(seed=2).importance)
-    for row, a, b in zip(geometric_mean(steps, other), steps, other, strict=True):
+def test_the_mean_of_marginal_costs_lies_between_them(make_toy: Callable[..., Any]) -> None:
+    costs = unit_marginal_costs(make_toy(seed=1).space, make_toy(seed=1).importance)
+    other = unit_marginal_costs(make_toy(seed=2).space, make_toy(seed=2).importance)
+    for row, a, b in zip(geometric_mean(costs, other), costs, other, strict=True):
         assert all(min(x, y) <= mean <= max(x, y) for mean, x, y in zip(row, a, b, strict=True))
-    for row, same in zip(geometric_mean(steps, steps), steps, strict=True):
+    for row, same in zip(geometric_mean(costs, costs), costs, strict=True):
         assert row == pytest.approx(same)
 
 

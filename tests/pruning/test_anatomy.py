@@ -24,7 +24,7 @@ from pruning.errors import UnsupportedModel
 from pruning.families import FAMILIES
 from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 
 def test_sizes_are_the_configs(model: PreTrainedModel, anatomy: Anatomy) -> None:

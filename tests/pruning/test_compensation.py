@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, expand_units
 from pruning.compensation import CompensationTable, factor_values, solved_values
-from pruning.importance import Statistics, collect_statistics
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
+from pruning.statistics import Statistics, collect_statistics
 
 RIDGE = 0.03
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)

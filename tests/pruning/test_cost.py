@@ -14,7 +14,7 @@ from pruning.architecture import Architecture
 from pruning.cost import Serving, block_parameters, cost_of, dense_block_parameters
 from pruning.masks import PruningMask
 from pruning.projection import Projection
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 
 def test_predicted_equals_counted(

@@ -23,9 +23,10 @@ from pruning.export import Pruned, llama_cpp, save_gguf
 from pruning.export.gguf_file import check_gguf, context_length, gguf_architecture, write_gguf
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.verify import difference, expected_logits, probe
-from pruning.importance import Statistics, magnitude
+from pruning.importance import magnitude
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
+from pruning.statistics import Statistics
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"

@@ -23,8 +23,9 @@ from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, load_pruned, save_hf, save_padded
 from pruning.export.hf import padded
 from pruning.export.rebuild import is_stock, rebuilt
+from pruning.export.verify import reloaded
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 PATTERNS = ["ABMB-", "MABBB", "UUU-U"]  # U: equal layers
 ONE_OF_EACH_KIND = pytest.mark.parametrize(
@@ -68,6 +69,24 @@ def saved(tmp_path: Path) -> Callable[[Pruned], Path]:
 def tolerance(model: PreTrainedModel) -> float:
     """Gemma scales embeddings by a number that `.double()` leaves at float32's digits and a float64 checkpoint does not."""
     return 1e-4 if model.config.model_type.startswith("gemma") else 1e-12
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+def test_a_folder_of_the_first_version_loads_for_ever(name: str, tmp_path: Path) -> None:
+    """By the code in it and by this package's: its config tells roles by letters."""
+    folder = Path(__file__).parent / "data" / "first_version" / name
+    given = load_file(folder / "computes.safetensors")
+    inputs = json.loads((folder / "config.json").read_text())["pruned_blocks"]["attention"]["inputs"]
+    assert {role for parts in inputs.values() for part in parts for role in part} == {"q", "k", "v"}
+    with torch.no_grad():
+        found = load_pruned(folder)(given["tokens"], use_cache=False).logits
+    torch.testing.assert_close(found, given["logits"])
+    torch.testing.assert_close(reloaded("reload_hf.py", folder, {"tokens": given["tokens"]})["logits"], given["logits"])
+    # Saved again, as after training, it takes today's code along.
+    load_pruned(folder).save_pretrained(tmp_path / "again")
+    assert "LETTERS" in (tmp_path / "again" / "modeling_pruned.py").read_text()
+    again = reloaded("reload_hf.py", tmp_path / "again", {"tokens": given["tokens"]})["logits"]
+    torch.testing.assert_close(again, given["logits"])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -16,7 +16,6 @@ from pruning.importance import (
     Importance,
     activation,
     block_influence,
-    collect_statistics,
     fisher,
     fluctuation,
     magnitude,
@@ -24,6 +23,7 @@ from pruning.importance import (
 )
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
+from pruning.statistics import collect_statistics
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # statistics are float32
 ONE_FAMILY = pytest.mark.parametrize("model", ["qwen2"], indirect=True)
@@ -98,7 +98,7 @@ def test_windows_without_a_backward_pass_add_to_moments_and_to_no_score(
 def test_grams_are_second_moments_of_the_output_inputs(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pruning.importance.GRAM_BLOCK", block_size)
+    monkeypatch.setattr("pruning.statistics.GRAM_BLOCK", block_size)
     statistics = collect_statistics(model, windows)
     for block in anatomy.blocks:
         z = output_inputs(model, anatomy, block, windows)

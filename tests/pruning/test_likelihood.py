@@ -14,7 +14,7 @@ from pruning import likelihood
 from pruning.anatomy import Anatomy
 from pruning.likelihood import Head, dense_distribution, divergence_gradients, loss_gradient, quality, window_qualities
 from pruning.masks import PruningMask
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
 
 V = 97
 CHUNKS = pytest.mark.parametrize("chunk", [1, 4, 9, 256])  # 9 = positions of one window

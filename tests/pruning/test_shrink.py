@@ -15,10 +15,10 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable
 from pruning.errors import InvalidMask
-from pruning.importance import collect_statistics
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.projection import Projection, matrix_of
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
+from pruning.statistics import collect_statistics
 
 PATTERNS = ["BBBBB", "ABMB-", "MABBB", "-BBMA", "MM-BB", "M-M-A"]
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)

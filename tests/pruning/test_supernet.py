@@ -12,11 +12,12 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable
 from pruning.errors import InvalidArchitecture, InvalidMask
-from pruning.importance import activation, collect_statistics
+from pruning.importance import activation
 from pruning.likelihood import dense_distribution, quality
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.projection import Projection
-from pruning.shrink import shrink
+from pruning.shrinking import shrink
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet, absent
 
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)

@@ -1,4 +1,4 @@
-"""Costs of narrowed blocks equal direct computations, do not depend on the batch, and measuring them leaves no trace."""
+"""Block sensitivity equals direct computations, does not depend on the batch, and measuring them leaves no trace."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.compensation import CompensationTable
-from pruning.importance import collect_statistics, fisher
+from pruning.importance import fisher
 from pruning.masks import Ranking
-from pruning.narrowing import narrowing_costs
+from pruning.sensitivity import block_sensitivity
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}  # costs are float32
@@ -28,7 +29,7 @@ def costs_of(
 ) -> dict[BlockKind, Tensor]:
     table = CompensationTable(model, collect_statistics(model, windows), ranking) if compensated else None
     with Supernet(model, ranking, table) as supernet:
-        return narrowing_costs(supernet, windows, all_widths(anatomy), batch_size=batch_size)
+        return block_sensitivity(supernet, windows, all_widths(anatomy), batch_size=batch_size)
 
 
 def test_without_refit_losing_the_last_unit_costs_its_fisher_score(
@@ -116,7 +117,7 @@ def test_only_the_wanted_widths_are_measured_and_no_trace_is_left(
     every = costs_of(model, windows, ranking, anatomy, compensated=False)
     seen: list[int] = []
     with unchanged(model), Supernet(model, ranking) as supernet:
-        some = narrowing_costs(supernet, windows, {"attention": [1], "mlp": [0, 7]}, on_window=seen.append)
+        some = block_sensitivity(supernet, windows, {"attention": [1], "mlp": [0, 7]}, on_window=seen.append)
     torch.testing.assert_close(some["attention"], every["attention"][:, [1]], **CLOSE)
     torch.testing.assert_close(some["mlp"], every["mlp"][:, [0, 7]], **CLOSE)
     assert seen == [2, 4, 5]
@@ -131,7 +132,7 @@ def test_drawn_tokens_estimate_the_true_fisher_metric(
     widths: dict[BlockKind, list[int]] = {"attention": [0], "mlp": [0]}
     with Supernet(model, ranking) as supernet:
         generator = torch.Generator().manual_seed(0)
-        drawn = narrowing_costs(supernet, windows[:1].repeat(draws, 1), widths, generator, batch_size=draws)
+        drawn = block_sensitivity(supernet, windows[:1].repeat(draws, 1), widths, generator, batch_size=draws)
     for block in anatomy.blocks:
         expected = exact_drop(model, anatomy, block.kind, windows[0])
         torch.testing.assert_close(drawn[block.kind][:, 0].double(), expected, rtol=0.2, atol=0)

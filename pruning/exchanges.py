@@ -1,14 +1,14 @@
-"""What widening or narrowing single blocks of a *pruned* model changes: how to move width between blocks at equal size.
+"""What widening or narrowing single blocks of a *pruned* model changes: which width exchanges between blocks pay at equal size.
 
-Scores taken at the dense model (`importance`, `narrowing`) do not know that all other blocks are pruned as well. Here the KL
+Scores taken at the dense model (`importance`, `sensitivity`) do not know that all other blocks are pruned as well. Here the KL
 divergence from the dense model is expanded at the pruned model itself. With y = V_k z_k what a block of width k writes,
 dy = V_w z_w - V_k z_k its change at width w, D the dense model's next-token distribution and P the pruned one's,
 
     first(w)  = E_t [ g_t . dy_t ]          g_t: gradient of token t's KL(D || P), zero at the dense model
     second(w) = E_t [ (h_t . dy_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
 
-both from one forward pass and two backward passes, for all blocks. Terms between different blocks are left out, so a
-move of many blocks changes more than the sum; weighing `second` more allows for that.
+both from one forward pass and two backward passes, for all blocks. Terms between different blocks are left out, so an
+exchange among many blocks changes more than the sum; weighing `second` more allows for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,42 +21,41 @@ from torch.nn import functional as F
 
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
-from pruning.importance import frozen
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients, last_hidden
+from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen, last_hidden
 from pruning.supernet import Supernet
 
 ORDERS = 2  # first and second
 
 
-def move_costs(
+def exchange_costs(
     supernet: Supernet,
     architecture: Architecture,
-    moves: Mapping[BlockKind, Tensor],
+    widths: Mapping[BlockKind, Tensor],
     windows: Tensor,
     dense: DenseDistribution,
     generator: torch.Generator,
     batch_size: int = 2,
     on_window: Callable[[int], None] | None = None,
 ) -> dict[BlockKind, Tensor]:
-    """Change of KL by moving one block at a time, all others as in `architecture`, nats per token.
+    """Change of KL when one block alone gets another width, all others as in `architecture`, nats per token.
 
-    Memory: activations of `batch_size` windows of the architecture widened by all moves.
+    Memory: activations of `batch_size` windows of the architecture with every block at the widest of its widths.
 
     Args:
         supernet: Open.
-        moves: `num_layers x num_moves` units by kind: the widths to try.
+        widths: `num_layers x num_widths` units by kind, to try in turn.
         windows: `num_windows x length` token ids.
         dense: The dense model's distribution on them.
         generator: Draws tokens, on the model's device.
         on_window: Called with the number of windows done.
 
     Returns:
-        `num_layers x num_moves x 2` by kind, float32: the two orders.
+        `num_layers x num_widths x 2` by kind, float32: the two orders.
     """
     model = supernet.model
-    costs = {kind: torch.zeros(*units.shape, ORDERS, device=model.device) for kind, units in moves.items()}
+    costs = {kind: torch.zeros(*units.shape, ORDERS, device=model.device) for kind, units in widths.items()}
     widest = Architecture(
-        _widest(architecture.kv_groups, moves["attention"]), _widest(architecture.neurons, moves["mlp"])
+        _widest(architecture.kv_groups, widths["attention"]), _widest(architecture.neurons, widths["mlp"])
     )
     head = Head.of(model)
     done = 0
@@ -64,7 +63,7 @@ def move_costs(
         supernet.active(widest),
         frozen(model),
         torch.enable_grad(),
-        _listening(supernet, architecture, widest, moves, costs, windows.shape[1] - 1) as pass_back,
+        _listening(supernet, architecture, widest, widths, costs, windows.shape[1] - 1) as pass_back,
     ):
         for batch in windows.split(batch_size):
             hidden = last_hidden(model, batch.to(model.device), leaf=True)
@@ -77,8 +76,8 @@ def move_costs(
     return {kind: cost / (windows.shape[0] * (windows.shape[1] - 1)) for kind, cost in costs.items()}
 
 
-def _widest(kept: Sequence[int], moves: Tensor) -> tuple[int, ...]:
-    return tuple(torch.cat([torch.tensor(kept)[:, None], moves], -1).amax(-1).tolist())
+def _widest(kept: Sequence[int], tried: Tensor) -> tuple[int, ...]:
+    return tuple(torch.cat([torch.tensor(kept)[:, None], tried], -1).amax(-1).tolist())
 
 
 def _written(supernet: Supernet, index: int, block: Block, z: Tensor, units: int) -> Tensor:
@@ -94,7 +93,7 @@ def _listening(
     supernet: Supernet,
     architecture: Architecture,
     widest: Architecture,
-    moves: Mapping[BlockKind, Tensor],
+    widths: Mapping[BlockKind, Tensor],
     costs: Mapping[BlockKind, Tensor],
     predicted: int,
 ) -> Iterator[Callable[..., None]]:
@@ -108,7 +107,7 @@ def _listening(
 
     def narrowed(index: int, block: Block) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
         own = architecture.units(block.kind)[index]
-        tried = moves[block.kind][index].tolist()
+        tried = widths[block.kind][index].tolist()
         into, write = costs[block.kind][index], partial(_written, supernet, index, block)
 
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -117,10 +116,10 @@ def _listening(
 
             def on_gradient(gradient: Tensor) -> None:
                 kept = (gradient * before).float().sum(-1)
-                for move, units in enumerate(tried):
+                for column, units in enumerate(tried):
                     if units != own:
                         change = (gradient * write(z, units)).float().sum(-1) - kept
-                        into[move, order] += change.square().sum() / 2 if order else change.sum()
+                        into[column, order] += change.square().sum() / 2 if order else change.sum()
 
             y.requires_grad_()  # what a dropped block writes depends on nothing
             y.register_hook(on_gradient)

@@ -1,10 +1,10 @@
-"""What narrowing one block to each width costs *after* its refit: allocation scores for a compensated model.
+"""Block sensitivity: what each width of a block costs *after* its refit, all others dense. Allocation scores for a compensated model.
 
 Scores of single units (`importance.fisher`) overstate the cost of removing what the refit can rebuild from its neighbours. Here
 the refitted block itself is judged. With z the inputs of an output projection W, z_K those of the best-ranked units, V the
 refitted weight of that width and g_t the gradient of a token's loss with respect to y = W z,
 
-    cost(width) = E_t [ (g_t . (V z_K - W z))^2 ] / 2        nats per token
+    sensitivity(width) = E_t [ (g_t . (V z_K - W z))^2 ] / 2        nats per token
 
 the second-order KL divergence from the dense model, token by token (as in `importance.fisher`, Theis et al. 2018,
 arXiv:1801.05787; its first-order term vanishes at the dense model). A block that
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Block, BlockKind
-from pruning.importance import frozen
-from pruning.likelihood import Head, last_hidden, loss_gradient
+from pruning.likelihood import Head, frozen, last_hidden, loss_gradient
 from pruning.supernet import Supernet
 
 Widths = Mapping[BlockKind, Sequence[int]]
 
 
-def narrowing_costs(
+def block_sensitivity(
     supernet: Supernet,
     windows: Tensor,
     widths: Widths,
@@ -35,7 +34,7 @@ def narrowing_costs(
     batch_size: int = 2,
     on_window: Callable[[int], None] | None = None,
 ) -> dict[BlockKind, Tensor]:
-    """Cost of every block alone at each of `widths`, all others dense: `num_layers x len(widths)` by kind, float32.
+    """What every block alone costs at each of `widths`, all others dense: `num_layers x len(widths)` by kind, float32.
 
     One forward and backward pass without weight gradients, and one product with the refitted weight for each width.
 
@@ -84,7 +83,7 @@ def _listeners(
 ) -> tuple[Callable[[nn.Module, tuple[Tensor], Tensor], None], Callable[[nn.Module, tuple[Tensor], Tensor], None]]:
     """A hook on the output projection, and one on what the block adds to the residual stream, which fills `costs` by width.
 
-    A norm between the two keeps the dense model's scale, as in `importance`: its own derivative is blind to scaling.
+    A norm between the two keeps the dense model's scale, as in `statistics`: its own derivative is blind to scaling.
     """
     passing: list[tuple[Tensor, Tensor, Tensor | None]] = []
 

@@ -1,4 +1,4 @@
-"""What moves are said to cost equals direct computation at the pruned model, and asking leaves no trace."""
+"""What another width of one block is said to change equals direct computation at the pruned model, and asking leaves no trace."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
 from pruning.compensation import CompensationTable
-from pruning.importance import collect_statistics
+from pruning.exchanges import exchange_costs
 from pruning.likelihood import DenseDistribution, dense_distribution
 from pruning.masks import Ranking
-from pruning.moves import move_costs
-from pruning.narrowing import narrowing_costs
+from pruning.sensitivity import block_sensitivity
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 Draw = Callable[[Anatomy, int], Ranking]
@@ -30,7 +30,7 @@ def opened(model: PreTrainedModel, windows: Tensor, ranking: Ranking, compensate
     return Supernet(model, ranking, table)
 
 
-def all_moves(anatomy: Anatomy) -> dict[BlockKind, Tensor]:
+def all_widths(anatomy: Anatomy) -> dict[BlockKind, Tensor]:
     """Every width of every block."""
     return {block.kind: torch.arange(block.units + 1).repeat(anatomy.num_hidden_layers, 1) for block in anatomy.blocks}
 
@@ -50,12 +50,12 @@ def test_first_orders_are_derivatives_of_the_divergence(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw, compensated: bool
 ) -> None:
     """Blocks are blended from their own output towards that of the other width; autograd says what the first bit changes."""
-    architecture, moves = pruned(anatomy), all_moves(anatomy)
+    architecture, widths = pruned(anatomy), all_widths(anatomy)
     dense = dense_distribution(model, windows, k=8)
     with opened(model, windows, random_ranking(anatomy, 2), compensated) as supernet:
-        found = move_costs(supernet, architecture, moves, windows, dense, generator())
+        found = exchange_costs(supernet, architecture, widths, windows, dense, generator())
         for block in anatomy.blocks:
-            assert found[block.kind].shape == (*moves[block.kind].shape, 2)
+            assert found[block.kind].shape == (*widths[block.kind].shape, 2)
             for layer, own in enumerate(architecture.units(block.kind)):
                 assert not found[block.kind][layer, own].any()  # staying costs nothing
                 assert (found[block.kind][layer, :, 1] >= 0).all()
@@ -110,19 +110,19 @@ def blended(
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"], indirect=True)
-def test_at_the_dense_model_moves_cost_what_narrowing_does(
+def test_at_the_dense_model_changes_are_the_block_sensitivity(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw
 ) -> None:
-    moves = all_moves(anatomy)
+    widths = all_widths(anatomy)
     dense = dense_distribution(model, windows)
     with opened(model, windows, random_ranking(anatomy, 3), True) as supernet:
-        found = move_costs(supernet, Architecture.full(anatomy), moves, windows, dense, generator(), batch_size=2)
-        widths = {kind: units[0].tolist() for kind, units in moves.items()}
-        narrowed = narrowing_costs(supernet, windows, widths, generator(), batch_size=2)
+        found = exchange_costs(supernet, Architecture.full(anatomy), widths, windows, dense, generator(), batch_size=2)
+        rows = {kind: units[0].tolist() for kind, units in widths.items()}
+        sensitivity = block_sensitivity(supernet, windows, rows, generator(), batch_size=2)
     for kind, costs in found.items():
         assert costs[..., 0].abs().max() < 1e-6  # the divergence has its minimum there
         predicted = windows.shape[1] - 1
-        expected = narrowed[kind] * windows.shape[1] / predicted
+        expected = sensitivity[kind] * windows.shape[1] / predicted
         torch.testing.assert_close(costs[..., 1], expected, rtol=2e-3, atol=1e-7)
 
 
@@ -140,8 +140,8 @@ def test_a_dropped_layer_can_come_back_and_asking_leaves_no_trace(
     dense = dense_distribution(model, windows)
     done: list[int] = []
     with unchanged(model), opened(model, windows, random_ranking(anatomy, 1), False) as supernet:
-        found = move_costs(supernet, dropped, up, windows, dense, generator(), on_window=done.append)
-        stay = move_costs(
+        found = exchange_costs(supernet, dropped, up, windows, dense, generator(), on_window=done.append)
+        stay = exchange_costs(
             supernet,
             dropped,
             {kind: torch.zeros_like(units) for kind, units in up.items()},

@@ -1,0 +1,141 @@
+"""Decoders of any family whose layers differ in width, on top of transformers' own classes.
+
+This file travels with every checkpoint of unequal layers, so it imports nothing but torch and transformers (>= 5.15). `PrunedX` is
+transformers' `X` with each layer narrowed to its entry of `config.per_layer_config`: heads, KV heads and neurons, and `skip`, which
+names the blocks that are gone. `config.pruned_blocks` tells where a layer keeps them: the names in `pruning/families.py`, where
+letters stand for rows: q, k, v of all queries, keys, values, n of all neurons, and H, h for the numbers of query and KV heads.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class AbsentAttention(nn.Module):
+    """Attention that was pruned away: adds nothing to the residual stream and has no KV cache."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMLP(nn.Module):
+    """An MLP that was pruned away: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class LayerConfig:
+    """A model's config as one layer reads it: a few values are its own, all others are the model's, whenever they change."""
+
+    def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
+        vars(self).update(own, shared=shared)
+
+    def __getattr__(self, name: str) -> Any:  # asked only for what is not the layer's own
+        if name == "shared" or name.startswith("__"):  # a copy in the making, or copy and pickle looking for hooks
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def stand_ins(kind: str, places: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """What stands in, by attribute of the decoder layer, for a block that is gone; its norms leave with it."""
+    if places["module"]:
+        whole: dict[str, nn.Module] = {places["module"]: AbsentAttention() if kind == "attention" else AbsentMLP()}
+    else:  # the layer calls the projections itself
+        whole = {**{name: nn.Identity() for name in places["inputs"]}, places["output"]: AbsentMLP()}
+    return whole | {name: nn.Identity() for name in (places["norm"], places["post_norm"]) if name}
+
+
+class PrunedConfig:
+    """Mixin before a stock config, whose own sizes are those of the dense model."""
+
+    def validate(self) -> None:
+        with dense(self):
+            super().validate()  # type: ignore[misc]
+
+
+class PrunedModel:
+    """Mixin before a stock model with a language-model head."""
+
+    def __init__(self: Any, config: Any) -> None:
+        if not getattr(config, "is_heterogeneous", False):
+            raise ValueError("This checkpoint needs transformers >= 5.15 and a config with `per_layer_config`.")
+        with dense(config):
+            super().__init__(config)  # type: ignore[call-arg]
+        layers, attends = getattr(self.get_decoder(), config.pruned_blocks["layers"]), False
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            narrow(layer, own, config)
+            if "attention" not in own.skip and not attends:
+                # The first cache layer tells how long the text is: it belongs to the first layer that attends.
+                getattr(layer, config.pruned_blocks["attention"]["module"]).layer_idx, attends = 0, True
+
+
+def narrow(layer: nn.Module, own: Any, shared: Any) -> None:
+    """Cut a layer of dense size to its `own` config."""
+    heads = own.num_attention_heads
+    groups = getattr(own, "num_key_value_heads", heads)
+    sizes = {"H": heads, "h": groups, "n": getattr(own, shared.pruned_blocks["neurons"])}
+    sizes |= {"q": heads * own.head_dim, "k": groups * own.head_dim, "v": groups * own.head_dim}
+    for kind, columns in (("attention", "q"), ("mlp", "n")):
+        places = shared.pruned_blocks[kind]
+        if kind in own.skip:
+            for name, module in stand_ins(kind, places).items():
+                setattr(layer, name, module)
+            continue
+        block: Any = getattr(layer, places["module"]) if places["module"] else layer
+        for name, parts in places["inputs"].items():
+            _cut(getattr(block, name), outputs=sum(sizes[role] for part in parts for role in part))
+        _cut(getattr(block, places["output"]), inputs=sizes[columns])
+        for name, role in places["counts"].items():
+            setattr(block, name, sizes[role])
+        if places["config_counts"]:
+            block.config = LayerConfig(shared, {name: sizes[role] for name, role in places["config_counts"].items()})
+
+
+def _cut(projection: Any, outputs: int | None = None, inputs: int | None = None) -> None:
+    """Make a projection smaller; which of its values stay does not matter, since the checkpoint's replace them."""
+    weight, bias = projection.weight.detach(), projection.bias
+    if isinstance(projection, Conv1D):  # keeps its weight transposed
+        weight = weight[:inputs, :outputs]
+        projection.nx, projection.nf = weight.shape
+    else:
+        weight = weight[:outputs, :inputs]
+        projection.out_features, projection.in_features = weight.shape
+    projection.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        projection.bias = nn.Parameter(bias.detach()[:outputs].clone())
+
+
+@contextmanager
+def dense(config: Any) -> Iterator[None]:
+    """The config of a model whose layers are all as wide as the dense model's."""
+    widths = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = widths
+
+
+@functools.cache
+def __getattr__(name: str) -> Any:
+    """`PrunedX` and its config class, made from transformers' `X` when it is asked for (PEP 562)."""
+    stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    if stock is None:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if issubclass(stock, transformers.PreTrainedConfig):
+        bases: tuple[Any, ...] = (PrunedConfig, stock)
+        own = {"model_type": f"pruned_{stock.model_type}", "_auto_class": "AutoConfig"}
+    else:
+        bases = (PrunedModel, stock)
+        own = {
+            "config_class": __getattr__(f"Pruned{stock.config_class.__name__}"),
+            "_auto_class": "AutoModelForCausalLM",
+        }
+    return type(name, bases, {**own, "__module__": __name__})

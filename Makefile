@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test venv llama-cpp docs schema clean
+.PHONY: demo test venv llama-cpp docs generated clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
@@ -41,8 +41,9 @@ docs: venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --quiet --strict
 
-schema: venv
-	$(BIN)/python -c 'from llmbo.report import json_schema; print(json_schema(), end="")' > docs/report.schema.json
+# What in docs/ follows from the code.
+generated: venv
+	$(BIN)/python -m experiments.generated
 
 clean:
 	rm -rf .venv build *.egg-info

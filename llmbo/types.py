@@ -50,6 +50,11 @@ class Proposal:
     source: Source = Source.SEARCH
 
 
+def counts(state: str, feasible: bool, values: Mapping[str, float | None]) -> bool:
+    """Whether a trial may stand on the front: measured to the end, without losing a race, and within the limits."""
+    return state == TrialState.COMPLETE and feasible and values.get("error") is None
+
+
 @dataclass(frozen=True)
 class Trial:
     """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit.
@@ -85,8 +90,8 @@ class Trial:
 
     @property
     def counts(self) -> bool:
-        """Whether it may stand on the front: measured to the end and within the limits."""
-        return self.complete and self.feasible and not self.stopped
+        """Whether it may stand on the front."""
+        return counts(self.state, self.feasible, self.values)
 
 
 @dataclass(frozen=True)

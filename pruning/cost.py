@@ -1,7 +1,8 @@
 """What an architecture costs, by arithmetic alone. Exact, so the search never models it.
 
 Many architectures at once: `kv_groups` and `neurons` are `batch_shape x num_layers` counts of kept units, results are
-`batch_shape` tensors of int64.
+`batch_shape` tensors of int64 where nothing else is said. What can be searched for takes `serving` too, whether it depends on it
+or not.
 """
 
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ def dense_block_parameters(anatomy: Anatomy) -> int:
     )
 
 
+def parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
+    """All parameters, embeddings and head included."""
+    return anatomy.other_parameters + block_parameters(anatomy, kv_groups, neurons)
+
+
+def parameters_share(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
+    """Parameters of the decoder layers as a share of the dense model's, float64."""
+    return block_parameters(anatomy, kv_groups, neurons).double() / dense_block_parameters(anatomy)
+
+
 def flops(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
     """Floating-point operations for one token: two per weight of blocks and head, four per query feature and attended token.
 
@@ -88,18 +99,17 @@ def kv_bytes_by_layer(anatomy: Anatomy, kv_groups: Tensor, serving: Serving) -> 
 
 def weight_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:
     """Bytes of all weights."""
-    return (anatomy.other_parameters + block_parameters(anatomy, kv_groups, neurons)) * serving.bytes_per_value
+    return parameters(anatomy, kv_groups, neurons, serving) * serving.bytes_per_value
 
 
 def cost_of(anatomy: Anatomy, architecture: Architecture, serving: Serving | None = None) -> Cost:
     """Count the costs of `architecture`."""
     units = torch.tensor(architecture.kv_groups), torch.tensor(architecture.neurons)
     serving = serving or Serving()
-    blocks = int(block_parameters(anatomy, *units))
     return Cost(
-        parameters=anatomy.other_parameters + blocks,
-        block_parameters=blocks,
-        share=blocks / dense_block_parameters(anatomy),
+        parameters=int(parameters(anatomy, *units, serving)),
+        block_parameters=int(block_parameters(anatomy, *units)),
+        share=float(parameters_share(anatomy, *units, serving)),
         flops=int(flops(anatomy, *units, serving)),
         kv_bytes=int(kv_bytes(anatomy, *units, serving)),
         weight_bytes=int(weight_bytes(anatomy, *units, serving)),

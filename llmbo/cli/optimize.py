@@ -9,6 +9,7 @@ import typer
 
 from llmbo.cli.common import numbers, one_line_errors, split_list
 from llmbo.config import RunConfig
+from llmbo.config.objectives import limits_help, objectives_help
 from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,21 +32,13 @@ def optimize(
             help="Only models whose layers are all equal, which any tool can load: --strategy uniform.",
         ),
     ] = False,
-    objectives: Annotated[
-        str,
-        typer.Option(
-            help="Two or three of kl, loss, accuracy (measured), params, params_share, flops, weight_bytes, kv_bytes (counted), "
-            "prefill_latency, decode_latency, energy, peak_memory (from tables of blocks, measured on the device)."
-        ),
-    ] = "kl,params_share",
+    objectives: Annotated[str, typer.Option(help=objectives_help())] = "kl,params_share",
     reference_point: Annotated[
         str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")
     ] = None,
     maximum: Annotated[
         list[str] | None,
-        typer.Option(
-            "--max", metavar="NAME=VALUE", help="Limit on any objective, e.g. params_share=0.6; may be repeated."
-        ),
+        typer.Option("--max", metavar="NAME=VALUE", help=limits_help()),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that costs are counted or measured for.")] = 2048,
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time that costs are counted or measured for.")] = 1,

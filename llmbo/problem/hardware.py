@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from torch.utils import benchmark
 from transformers import PreTrainedModel
 
+from llmbo.config.objectives import OBJECTIVES, TableKind
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, cache_dir, choose_device, load_model, max_positions
 from llmbo.problem.energy import energy_counter
@@ -38,13 +39,7 @@ from pruning.memory import MemoryTable, measure_memory_table, peak_bytes
 MAX_WIDTHS = 12  # per kind; widths between two measured ones are interpolated
 ENERGY_STEPS = 64  # decoded tokens per reading: counters are renewed every few milliseconds at best
 
-Kind = Literal["latency", "energy", "memory"]
-KIND_OF: dict[str, Kind] = {
-    "prefill_latency": "latency",
-    "decode_latency": "latency",
-    "energy": "energy",
-    "peak_memory": "memory",
-}
+KIND_OF = {name: kind.table for name, kind in OBJECTIVES.items() if kind.table}
 
 
 class Profile(Protocol):
@@ -115,7 +110,7 @@ class Target:
     """
 
     model: PreTrainedModel
-    profiles: Mapping[Kind, Profile]
+    profiles: Mapping[TableKind, Profile]
 
     def costs(self) -> dict[str, CostFunction]:
         return {name: cost for profile in self.profiles.values() for name, cost in profile.costs().items()}
@@ -165,7 +160,7 @@ def build_target(
     model: PreTrainedModel,
     space: SearchSpace,
     workload: Workload,
-    kinds: Collection[Kind],
+    kinds: Collection[TableKind],
     stored: Mapping[str, Any] | None = None,
     fresh: bool = False,
     on_measured: Callable[[int], None] | None = None,
@@ -179,7 +174,7 @@ def build_target(
     Raises:
         ConfigError: The context does not fit the model, or energy cannot be measured here.
     """
-    profiles: dict[Kind, Profile] = {}
+    profiles: dict[TableKind, Profile] = {}
     before = 0
 
     def advance(done: int) -> None:
@@ -197,7 +192,7 @@ def build_target(
 
 
 def _table(
-    kind: Kind,
+    kind: TableKind,
     model: PreTrainedModel,
     widths: Mapping[BlockKind, Sequence[int]],
     workload: Workload,
@@ -223,7 +218,7 @@ def _table(
     return table
 
 
-def _profile(kind: Kind, table: Mapping[str, Any], anatomy: Anatomy, clock: Callable[[], float]) -> Profile:
+def _profile(kind: TableKind, table: Mapping[str, Any], anatomy: Anatomy, clock: Callable[[], float]) -> Profile:
     if kind == "memory":
         return MemoryProfile(MemoryTable.from_dict(table), anatomy)
     blocks = LatencyTable.from_dict(table)
@@ -259,7 +254,7 @@ def measured_widths(space: SearchSpace) -> dict[BlockKind, list[int]]:
     return {kind: some(widths) for kind, widths in space.widths.items()}
 
 
-def num_measurements(space: SearchSpace, kinds: Collection[Kind]) -> int:
+def num_measurements(space: SearchSpace, kinds: Collection[TableKind]) -> int:
     """How many measurements the tables take."""
     widths = measured_widths(space)
     return sum(
@@ -292,7 +287,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _identity(
-    kind: Kind, model: PreTrainedModel, widths: Mapping[BlockKind, Sequence[int]], workload: Workload
+    kind: TableKind, model: PreTrainedModel, widths: Mapping[BlockKind, Sequence[int]], workload: Workload
 ) -> dict[str, Any]:
     """All that a table depends on. Of the model these are the sizes, not the weights."""
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}

@@ -6,14 +6,16 @@ A point x holds one grid level per block: first the KV groups of layers 0..L-1, 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
+from llmbo.config.objectives import OBJECTIVES
 from llmbo.errors import ConfigError
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
-from pruning.cost import Serving, block_parameters, dense_block_parameters, flops, kv_bytes, weight_bytes
+from pruning.cost import Serving
 
 NEURON_LEVELS = 12
 HARDWARE_MULTIPLE = 32  # widths that are no multiple of this waste lanes of vector units and tensor cores
@@ -31,7 +33,7 @@ class SearchSpace:
         neuron_step: Neurons per grid level; by default about a twelfth of `intermediate_size`.
         serving: What FLOPs and bytes are counted for.
         limits: Largest legal value of known costs, by name.
-        extra_costs: Known costs beyond those of arithmetic, e.g. latency from a table, by name.
+        extra_costs: Known costs beyond those that are counted, e.g. latency from a table, by name.
 
     Raises:
         ConfigError: `min_share` outside (0, 1), or a step that leaves no choice.
@@ -117,17 +119,12 @@ class SearchSpace:
     @cached_property
     def costs(self) -> dict[str, CostFunction]:
         """Everything that is known of an architecture without measuring it, by name."""
-        anatomy, serving = self.anatomy, self.serving
-        return {
-            "params": lambda groups, neurons: anatomy.other_parameters + block_parameters(anatomy, groups, neurons),
-            "params_share": lambda groups, neurons: (
-                block_parameters(anatomy, groups, neurons).double() / dense_block_parameters(anatomy)
-            ),
-            "flops": partial(flops, anatomy, serving=serving),
-            "weight_bytes": partial(weight_bytes, anatomy, serving=serving),
-            "kv_bytes": partial(kv_bytes, anatomy, serving=serving),
-            **self.extra_costs,
+        counted = {
+            name: partial(resolve_name(kind.function), self.anatomy, serving=self.serving)
+            for name, kind in OBJECTIVES.items()
+            if kind.function
         }
+        return {**counted, **self.extra_costs}
 
     def cost(self, name: str, X: Tensor) -> Tensor:
         """A known cost, `batch_shape x d` levels -> `batch_shape`, float64."""

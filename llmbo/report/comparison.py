@@ -5,6 +5,7 @@ from math import inf
 from typing import Any
 
 from llmbo.errors import ConfigError
+from llmbo.types import counts
 
 Report = Mapping[str, Any]
 
@@ -32,22 +33,24 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
         Objective(part["name"], part["unit"], part["known"], reference[part["name"]], part["direction"] == "maximize")
         for part in reports[0]["objectives"]
     ]
-    complete = [[trial for trial in report["trials"] if trial["state"] == "complete"] for report in reports]
-    gains = [to_maximize([trial["objectives"] for trial in trials], objectives) for trials in complete]
-    for trials, own in zip(
-        complete, gains, strict=True
-    ):  # what breaks a constraint or lost its race adds no hypervolume
-        own[[not _counts(trial) for trial in trials]] = -inf
-    all_of_them = [(run, trial) for run, trials in enumerate(complete) for trial in trials if _counts(trial)]
-    joined = to_maximize([trial["objectives"] for _, trial in all_of_them], objectives)
-    union = [{"run": all_of_them[index][0], "trial": all_of_them[index][1]["number"]} for index in pareto_front(joined)]
-    traces = [hypervolume_trace(own, ref_point(objectives)) for own in gains]
+    traces, candidates = [], []
+    for run, report in enumerate(reports):
+        told = zip(report["trials"], counting(report), strict=True)
+        complete = [(trial, eligible) for trial, eligible in told if trial["state"] == "complete"]
+        gains = to_maximize([trial["objectives"] for trial, _ in complete], objectives)
+        gains[[not eligible for _, eligible in complete]] = -inf
+        traces.append(hypervolume_trace(gains, ref_point(objectives)))
+        candidates += [(run, trial) for trial, eligible in complete if eligible]
+    joined = to_maximize([trial["objectives"] for _, trial in candidates], objectives)
+    union = [{"run": candidates[index][0], "trial": candidates[index][1]["number"]} for index in pareto_front(joined)]
     return _parts(reference, traces, union, hypervolume(joined, ref_point(objectives)), _warnings(reports))
 
 
-def _counts(trial: Mapping[str, Any]) -> bool:
-    """Whether a complete trial keeps the limits and was measured to the end."""
-    return trial.get("feasible", True) and trial["objectives"].get("error") is None
+def counting(report: Report) -> list[bool]:
+    """Which trials of a report, whatever version wrote it, may stand on the front."""
+    return [
+        counts(trial["state"], trial.get("feasible", True), trial["objectives"] or {}) for trial in report["trials"]
+    ]
 
 
 def _parts(

@@ -12,7 +12,8 @@ from importlib import resources
 from importlib.metadata import version
 from typing import Any
 
-from llmbo.report.comparison import compare
+from llmbo.report.comparison import compare, counting
+from llmbo.report.quantities import quality_of, quantities
 from llmbo.report.table import front_rows
 
 LIBRARY = "echarts.common.min.js"
@@ -35,8 +36,10 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     together = compare(labels, [report for _, report in runs])
     data = {
         **{key: value for key, value in together.items() if key != "traces"},
+        "quality": quality_of(runs[0][1]["objectives"]),
+        "quantities": quantities(runs[0][1]["objectives"]),
         "runs": [
-            {"label": label, "folder": folder, "trace": trace, "report": report}
+            {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
     }

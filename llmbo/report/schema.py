@@ -1,11 +1,12 @@
 """The format of `report.json`. These classes validate every report before it is written; `docs/report.schema.json` is made from them."""
 
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
 from llmbo.advisor.parts import AdvisorPart
+from llmbo.config.objectives import QUANTITIES, Quantity
 
 
 class _Part(BaseModel):
@@ -93,7 +94,19 @@ class ArchitecturePart(_Part):
     neurons: list[int]
 
 
-class Values(_Part):
+def _field(row: Quantity) -> Any:
+    kind = int if row.integer else float
+    return kind if row.required else (kind | None, None)
+
+
+if TYPE_CHECKING:
+    _Fields = _Part
+else:  # one field for each row of the table, what every report has first
+    _rows = sorted(QUANTITIES.items(), key=lambda item: not item[1].required)
+    _Fields = create_model("Values", __base__=_Part, **{name: _field(row) for name, row in _rows})
+
+
+class Values(_Fields):
     """`kl` and `loss` in nats per token; `accuracy` as a share of the items; `params` of the whole model;
     `params_share` of the decoder blocks.
 
@@ -103,21 +116,12 @@ class Values(_Part):
     from tables of blocks, in `heldout` measured on the model cut for real.
     """
 
-    kl: float
-    loss: float
-    perplexity: float
-    params: int
-    params_share: float
-    flops: int
-    weight_bytes: int
-    kv_bytes: int
-    tokens: int | None = None
-    error: float | None = None
-    accuracy: float | None = None
-    prefill_latency: float | None = None
-    decode_latency: float | None = None
-    energy: float | None = None
-    peak_memory: float | None = None
+    if TYPE_CHECKING:  # those that the package itself reads
+        kl: float
+        loss: float
+        perplexity: float
+        params: int
+        params_share: float
 
 
 class TrialPart(_Part):

@@ -170,6 +170,19 @@ def opened(browser: Any, tmp_path: Path) -> Open:
     return open_page
 
 
+@pytest.fixture(scope="module")
+def page_of_a_report(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An open page, for asking its functions. Read it only."""
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(render_page([("runs/made-up", made_up_report())]), encoding="utf-8")
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-ready=yes]", timeout=20_000)
+    yield page
+    context.close()
+
+
 def test_it_shows_the_front_and_a_trial_of_it(opened: Open) -> None:
     report = made_up_report()
     with opened(report) as tab:
@@ -374,6 +387,77 @@ def test_constraints_shade_what_they_forbid_and_mark_who_breaks_them(opened: Ope
             tab.page.keyboard.press("ArrowRight")
             walked.add(tab.page.evaluate("BY_KEY.get(STATE.selected).trial.feasible"))
         assert False not in walked
+
+
+def test_what_lost_its_race_is_on_no_front(opened: Open) -> None:
+    report = made_up_report()
+    winner = min(report["trials"], key=lambda trial: trial["objectives"]["params"])["number"]
+    report["trials"][winner]["objectives"] |= {
+        "kl": 0.001,
+        "tokens": 512,
+        "error": 0.02,
+    }  # beats all others, by estimate
+    report["front"] = [point for point in report["front"] if point["trial"] != winner]
+    with opened(report) as tab:
+        hollow = """chart('front-chart').getOption().series.flatMap(s => s.data ?? [])
+            .filter(point => point.itemStyle?.color === 'transparent').map(point => point.key)"""
+        assert tab.page.evaluate(hollow) == [f"0:{winner}"]
+        line = (
+            "chart('front-chart').getOption().series.find(s => s.name === 'front, proxy windows').data.map(p => p.key)"
+        )
+        assert f"0:{winner}" not in tab.page.evaluate(line) != []
+        tab.page.fill("#budget", "1G")
+        best = min((t for t in report["trials"] if t["number"] != winner), key=lambda t: t["objectives"]["kl"])
+        assert tab.text("#trial h3") == f"trial {best['number']}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("kl", 0.123456, "0.1235 nats/token"),
+        ("perplexity", 12.3456, "12.35"),
+        ("accuracy", 0.125, "12.5 %"),
+        ("params", 134515008, "134.5 M"),
+        ("params_share", 0.6, "60.0 %"),
+        ("flops", 269_000_000, "269 M FLOPs/token"),
+        ("weight_bytes", 269_030_016, "269 MB"),
+        ("kv_bytes", 15_500, "15.5 kB"),
+        ("prefill_latency", 81.25, "81.25 ms"),
+        ("decode_latency", 12.5, "12.5 ms/token"),
+        ("energy", 0.75, "0.75 J/token"),
+        ("peak_memory", 3.1e8, "310 MB"),
+        ("gain", 0.01, "0.01 nats/token"),
+        ("of_another_version", 3, "3"),
+    ],
+)
+def test_values_are_written_as_their_rows_say(page_of_a_report: Any, name: str, value: float, shown: str) -> None:
+    assert page_of_a_report.evaluate("([name, value]) => withUnit(name, value)", [name, value]) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "amount"),
+    [
+        ("params", "100M", 100e6),
+        ("params", "1.5 bn", 1.5e9),
+        ("params", "90 000 000", 90e6),
+        ("params", "100M parameters", 100e6),
+        ("params_share", "60 %", 0.6),
+        ("flops", "150 MFLOPs", 150e6),
+        ("weight_bytes", "1,2 GB", 1.2e9),
+        ("peak_memory", "300 MBytes", 300e6),
+        ("kv_bytes", "15 kB", 15e3),
+        ("decode_latency", "25 ms", 25),
+        ("energy", "0.5 J", 0.5),
+        ("energy", "25 ms", None),
+        ("params", "small", None),
+        ("params", "", None),
+    ],
+)
+def test_amounts_are_read_as_people_type_them(
+    page_of_a_report: Any, name: str, typed: str, amount: float | None
+) -> None:
+    found = page_of_a_report.evaluate("([name, text]) => parseAmount(name, text)", [name, typed])
+    assert math.isnan(found) if amount is None else found == pytest.approx(amount)
 
 
 def test_three_objectives_and_whatever_else_was_measured(opened: Open) -> None:

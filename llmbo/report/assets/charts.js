@@ -37,7 +37,7 @@ function staircase(entries, x, y) {
 }
 
 function hover(entry, x, y) {
-  const names = [...new Set([x, y, ...OBJECTIVES.map((one) => one.name), ...CONSTRAINTS.map((bound) => bound.name), "params", "params_share", "gain", ...QUANTITIES.filter((name) => /latency|energy|peak_memory/.test(name))])];
+  const names = [...new Set([x, y, ...OBJECTIVES.map((one) => one.name), ...CONSTRAINTS.map((bound) => bound.name), ...[...ABOUT].filter(([, row]) => row.brief).map(([name]) => name)])];
   const reason = reasonOf(entry);
   return el("div", { class: "hover" },
     el("strong", {}, `${nameOf(entry)} · ${entry.trial.origin}${entry.onFront ? " · on the front" : ""}`),
@@ -83,12 +83,12 @@ function drawFront(state) {
     name, type: "scatter", z: 4, color: entries.length ? colorOf(entries[0]) : undefined,
     symbol: entries.length && !MANY ? symbolOf(entries[0]) : "circle",
     data: entries.map((entry) => point(entry, {
-      itemStyle: eligible(entry)
+      itemStyle: entry.counts
         ? { opacity: entry.onFront ? 1 : 0.55, borderColor: css("--text"), borderWidth: entry.onFront ? 1 : 0 }
         : { color: "transparent", borderColor: colorOf(entry), borderWidth: 1.5, borderType: entry.trial.feasible === false ? "dashed" : "solid" },
     })),
   }));
-  const complete = tried.filter(eligible);
+  const complete = tried.filter((entry) => entry.counts);
   if (MANY) {
     RUNS.forEach((run, index) => series.push({ ...line(run.label, complete.filter((entry) => entry.run === index), color(index), 1), z: 2 }));
     series.push(line("union front", complete, css("--text"), 2));

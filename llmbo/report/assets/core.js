@@ -13,18 +13,16 @@ const PALETTES = {
 const DARK = window.matchMedia("(prefers-color-scheme: dark)");
 const color = (index) => PALETTES[DARK.matches ? "dark" : "light"][index % PALETTES.light.length];
 const SYMBOLS = ["circle", "rect", "diamond", "triangle", "pin", "arrow", "roundRect"];
-const QUALITIES = ["kl", "loss", "perplexity", "accuracy", "gain"];
-const UNITS = {
-  kl: "nats/token", loss: "nats/token", gain: "nats/token", params: "parameters", params_share: "share of the decoder blocks",
-  flops: "FLOPs/token", accuracy: "share", latency: "ms", energy: "J/token",
-};
+/** What Python knows of each quantity: unit, format, maximize, measured, brief. */
+const ABOUT = new Map(Object.entries(DATA.quantities));
+const QUALITY = DATA.quality;
 
-/** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, onFront}. */
+/** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, onFront, counts}. */
 const TRIALS = RUNS.flatMap((run, index) => {
   const front = new Map(run.report.front.map((point) => [point.trial, point]));
   const dense = { ...run.report.dense, origin: "dense", state: "complete" };
-  const all = [{ number: "dense", trial: dense }, ...run.report.trials.map((trial) => ({ number: trial.number, trial }))];
-  return all.map(({ number, trial }) => ({
+  const all = [{ number: "dense", trial: dense, counts: true }, ...run.report.trials.map((trial, at) => ({ number: trial.number, trial, counts: run.counts[at] }))];
+  return all.map(({ number, trial, counts }) => ({
     key: `${index}:${number}`,
     run: index,
     number,
@@ -32,6 +30,7 @@ const TRIALS = RUNS.flatMap((run, index) => {
     values: valuesOf(trial),
     heldout: (number === "dense" ? dense.heldout : front.get(number)?.heldout) ?? null,
     onFront: front.has(number),
+    counts, // whether it may be on a front
   }));
 });
 const BY_KEY = new Map(TRIALS.map((entry) => [entry.key, entry]));
@@ -47,15 +46,10 @@ function valuesOf(trial) {
   return Object.fromEntries(numbers);
 }
 
-const objective = (name) => OBJECTIVES.find((candidate) => candidate.name === name);
-const maximized = (name) => (objective(name)?.direction ?? (["accuracy", "gain"].includes(name) ? "maximize" : "minimize")) === "maximize";
-const unitOf = (name) => objective(name)?.unit ?? UNITS[name] ?? (isBytes(name) ? "bytes" : "");
-const isBytes = (name) => /(_bytes|_memory)$/.test(name);
-const isShare = (name) => /(_share|^accuracy)$/.test(name);
-const QUALITY = (OBJECTIVES.find((one) => QUALITIES.includes(one.name)) ?? OBJECTIVES.find((one) => !one.known) ?? OBJECTIVES[0]).name;
-const isQuality = (name) => QUALITIES.includes(name) || name === QUALITY;
-/** Whether a trial may be on a front: measured, and within every constraint. */
-const eligible = (entry) => entry.trial.state === "complete" && entry.trial.feasible !== false;
+const maximized = (name) => ABOUT.get(name)?.maximize ?? false;
+const unitOf = (name) => ABOUT.get(name)?.unit ?? "";
+const formatOf = (name) => ABOUT.get(name)?.format ?? "plain";
+const isQuality = (name) => ABOUT.get(name)?.measured ?? false;
 const colorOf = (entry) => color(MANY ? entry.run : ORIGINS.indexOf(entry.trial.origin));
 const symbolOf = (entry) => SYMBOLS[ORIGINS.indexOf(entry.trial.origin) % SYMBOLS.length];
 const nameOf = (entry) => `${MANY ? `${RUNS[entry.run].label}, ` : ""}${entry.number === "dense" ? "dense model" : `trial ${entry.number}`}`;
@@ -77,23 +71,26 @@ function scaled(value, unit) {
 /** A value of the quantity `name` as people write it. */
 function format(name, value) {
   if (typeof value !== "number" || !Number.isFinite(value)) return "–";
-  if (isShare(name)) return `${(100 * value).toFixed(1)} %`;
-  if (isBytes(name)) return scaled(value, "B");
+  if (formatOf(name) === "share") return `${(100 * value).toFixed(1)} %`;
+  if (formatOf(name) === "bytes") return scaled(value, "B");
   if (Math.abs(value) >= 1e4) return scaled(value, "");
   return Number.isInteger(value) ? String(value) : Number(value.toPrecision(4)).toString();
 }
 
 /** The same with its unit, where that says more than the value and its name do. */
 function withUnit(name, value) {
-  const unit = isShare(name) || isBytes(name) || unitOf(name) === name || name === "params" ? "" : unitOf(name);
+  const unit = formatOf(name) === "plain" && unitOf(name) !== name ? unitOf(name) : "";
   return unit ? `${format(name, value)} ${unit}` : format(name, value);
 }
 
-/** What somebody typed, as a number: "100M", "1.2 GB", "60 %", "90 000 000"; NaN for anything else. */
-function parseAmount(text) {
-  const match = /^([0-9][0-9\s_']*(?:[.,][0-9]+)?|[.,][0-9]+)\s*(k|m|g|t|bn?|%)?i?b?(?:ytes)?(?:ms|flops?)?$/i.exec(text.trim());
+/** What somebody typed as a value of `name`, as a number: "100M", "1.2 GB", "60 %", "90 000 000", "25 ms"; NaN for anything else. */
+function parseAmount(name, text) {
+  const unit = unitOf(name).split("/")[0].toLowerCase();
+  const typed = text.trim().toLowerCase();
+  const bare = unit && typed.endsWith(unit) ? typed.slice(0, -unit.length) : typed;
+  const match = /^([0-9][0-9\s_']*(?:[.,][0-9]+)?|[.,][0-9]+)\s*(k|m|g|t|bn?|%)?i?b?\s*$/.exec(bare);
   if (!match) return NaN;
-  const factor = { k: 1e3, m: 1e6, g: 1e9, b: 1e9, bn: 1e9, t: 1e12, "%": 0.01 }[(match[2] ?? "").toLowerCase()] ?? 1;
+  const factor = { k: 1e3, m: 1e6, g: 1e9, b: 1e9, bn: 1e9, t: 1e12, "%": 0.01 }[match[2]] ?? 1;
   return Number(match[1].replace(/[\s_']/g, "").replace(",", ".")) * factor;
 }
 

@@ -30,7 +30,7 @@ function drawEverything() {
 /** The best quality among the trials that may be on a front, within the limit. */
 function bestWithin(name, limit) {
   const sign = maximized(QUALITY) ? -1 : 1;
-  const fitting = TRIALS.filter((entry) => entry.number !== "dense" && eligible(entry) && entry.values?.[name] <= limit * (1 + 1e-9));
+  const fitting = TRIALS.filter((entry) => entry.number !== "dense" && entry.counts && entry.values?.[name] <= limit * (1 + 1e-9));
   return fitting.reduce((best, entry) => (best && sign * best.values[QUALITY] <= sign * entry.values[QUALITY] ? best : entry), null);
 }
 
@@ -38,7 +38,7 @@ function applyLimit(name, limit) {
   const answer = document.getElementById("budget-answer");
   const best = bestWithin(name, limit);
   if (!best) {
-    const sizes = TRIALS.filter(eligible).map((entry) => entry.values?.[name]).filter(Number.isFinite);
+    const sizes = TRIALS.filter((entry) => entry.counts).map((entry) => entry.values?.[name]).filter(Number.isFinite);
     answer.textContent = `No trial is that small: the smallest has ${sizes.length ? format(name, Math.min(...sizes)) : "no value"}.`;
     update({ limit: { name, value: limit } });
     return;
@@ -69,7 +69,7 @@ function setUpBudget() {
     applyLimit(quantity.value, limit);
   });
   field.addEventListener("input", () => {
-    const limit = parseAmount(field.value);
+    const limit = parseAmount(quantity.value, field.value);
     field.setAttribute("aria-invalid", String(field.value.trim() !== "" && Number.isNaN(limit)));
     if (field.value.trim() === "") return reset();
     if (Number.isNaN(limit)) {
@@ -103,7 +103,7 @@ function setUpKeys() {
     const next = at < 0 ? 0 : Math.min(list.length - 1, Math.max(0, at + step));
     if (list.length) update({ selected: list[next].key });
   };
-  const front = () => staircase(byNumber.filter((entry) => eligible(entry) && STATE.x in entry.values && STATE.y in entry.values), STATE.x, STATE.y);
+  const front = () => staircase(byNumber.filter((entry) => entry.counts && STATE.x in entry.values && STATE.y in entry.values), STATE.x, STATE.y);
   const keys = {
     ArrowRight: () => walk(front(), 1), ArrowLeft: () => walk(front(), -1), ArrowDown: () => walk(byNumber, 1), ArrowUp: () => walk(byNumber, -1),
     Home: () => walk(front(), -Infinity), End: () => walk(front(), Infinity),
@@ -117,8 +117,9 @@ function setUpKeys() {
 
 function start() {
   const [size, third] = OBJECTIVES.map((one) => one.name).filter((name) => name !== QUALITY);
-  const front = TRIALS.filter((entry) => entry.onFront && entry.values).sort((a, b) => a.values.params - b.values.params);
-  Object.assign(STATE, { x: size ?? "params", y: QUALITY, size: third ?? "", selected: (front[Math.floor(front.length / 2)] ?? TRIALS[0]).key });
+  const x = size ?? QUALITY;
+  const front = TRIALS.filter((entry) => entry.onFront && entry.values).sort((a, b) => a.values[x] - b.values[x]);
+  Object.assign(STATE, { x, y: QUALITY, size: third ?? "", selected: (front[Math.floor(front.length / 2)] ?? TRIALS[0]).key });
   setUpAxes();
   setUpBudget();
   setUpKeys();

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from llmbo import __version__
+from llmbo.config.formats import FORMATS
 from llmbo.report.comparison import compare
 from llmbo.report.table import front_rows
 
@@ -39,6 +40,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             {"label": label, "folder": folder, "trace": trace, "report": report}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
+        "formats": [{"name": row.name, "title": row.description} for row in FORMATS.values()],
     }
     style, library, script = _asset("page.css"), _asset(LIBRARY), "\n".join(map(_asset, SCRIPTS))
     headings, rows = front_rows(runs, labels)

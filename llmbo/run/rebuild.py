@@ -13,9 +13,11 @@ from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
 from llmbo.types import Phases
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
 from pruning.compensation import CompensationTable
+from pruning.export.rebuild import rebuilt
 from pruning.likelihood import quality
 from pruning.masks import PruningMask, Ranking
 from pruning.shrink import shrink
@@ -68,20 +70,28 @@ def config_of(report: Report) -> RunConfig:
 
 
 def load_base(
-    report: Report, phases: Phases, model: str | None = None, device: str | None = None
+    report: Report, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
 ) -> tuple[LoadedModel, TokenWindows]:
     """The run's base model and windows.
 
     Args:
-        model: Where the base model is now; by default where the run had it.
-        device: By default the run's.
+        model: The base model, or where it is now; by default where the run had it.
+        device: Where to load it; by default where the run did. A model that is loaded stays where it is.
 
     Raises:
-        ModelError: It is another model, or its text is another.
+        ModelError: It is another model or in another dtype, or its text is another.
     """
     config = config_of(report)
     with phases.phase("model"):
-        loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+        if isinstance(model, LoadedModel):
+            loaded = model
+        else:
+            loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+        if loaded.dtype != report.run.dtype:
+            raise ModelError(
+                f"The run '{report.run.name}' had its model in {report.run.dtype}, the given one is in {loaded.dtype}: "
+                f"load it in {report.run.dtype}."
+            )
         windows = load_windows(config, loaded)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)
@@ -96,7 +106,7 @@ def load_base(
 
 
 @dataclass(frozen=True)
-class Material:
+class RebuildInputs:
     """What every trial of a run is cut from: the base model, its units ranked and its repairs worked out."""
 
     report: Report
@@ -106,7 +116,7 @@ class Material:
     table: CompensationTable | None
 
     @classmethod
-    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "Material":
+    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "RebuildInputs":
         """Rank and repair as the run did."""
         with phases.phase("importance", len(windows.calibration)) as advance:
             statistics, ranking = ranked(loaded.model, windows, advance)
@@ -132,3 +142,26 @@ class Material:
                 f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
             )
         return small, mask
+
+
+def pruned_model(
+    report: Report,
+    trial: int,
+    phases: Phases,
+    model: str | LoadedModel | None = None,
+    device: str | None = None,
+) -> PreTrainedModel:
+    """The cut model of a finished trial, where the base model is and in the run's dtype: `generate` and `save_pretrained` work.
+
+    Args:
+        model, device: As in `load_base`. The base model stays as it is and shares nothing with the result.
+
+    Raises:
+        ConfigError, ModelError: No such trial, another base model or text, or not what the run measured.
+    """
+    found = find_trial(report, trial)
+    loaded, windows = load_base(report, phases, model, device)
+    inputs = RebuildInputs.of(report, loaded, windows, phases)
+    with phases.phase("cutting"):
+        small, _ = inputs.cut(found)
+    return rebuilt(small, anatomy_of(loaded.model), architecture_of(found))

@@ -13,11 +13,11 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmbo.deploy.export import check_disk
+from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
-from llmbo.run.rebuild import Material, config_of, find_trial, load_base, read_run
+from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
 from llmbo.training.recovery import MIXED, check_split, training_windows
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
@@ -164,7 +164,7 @@ def rerank(
     if missing:
         loaded, windows = load_base(report, phases, model, device)
         held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
-        material = Material.of(report, loaded, windows, phases)
+        material = RebuildInputs.of(report, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)
     for trial in missing:
@@ -203,7 +203,7 @@ def spread(report: Report, top: int) -> list[TrialPart]:
 
 def _train(
     small: PreTrainedModel,
-    material: Material,
+    material: RebuildInputs,
     held: TokenWindows,
     plan: Plan,
     work: Path,

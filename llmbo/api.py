@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.config import RunConfig
-from llmbo.deploy.export import export, place_order
+from llmbo.deploy.export import export
+from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, adopt_model
@@ -134,7 +135,7 @@ class Run:
             ModelError: The base model or the text is not the one that the run had.
         """
         found = find_trial(self.report, trial)
-        return self._rebuilt().cut(found)[0]
+        return self._rebuilt().model(found)
 
     def _rebuilt(self) -> RebuildInputs:
         if self._inputs is None:
@@ -159,12 +160,12 @@ class Run:
         Raises:
             LlmboError, PruningError: One line for the user; nothing is left in `out`.
         """
-        order = place_order(str(self.folder), trial, format, dtype, Path(out), max_shard_size)
+        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size)
         command = _call(
             "export", {"trial": trial, "format": format, "out": str(out)}, f"llmbo.load_run({str(self.folder)!r})"
         )
         with build_display(self._show, 0, self.name) as display:
-            return export(order, command, display, self._base)
+            return export(request, command, display, self._base)
 
     def _point(self, trial: TrialPart) -> Point:
         assert trial.objectives is not None

@@ -2,9 +2,6 @@
 
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,38 +54,21 @@ def recover(
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.training.recovery import Task
-        from llmbo.training.recovery import recover as carry_out
+        from llmbo.training.recovery import recover as train_briefly
         from llmbo.training.trainer import Plan
 
         silence_libraries()
         console, command = Console(stderr=True), shlex.join(["llmbo", *sys.argv[1:]])
         plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, eval_every, patience, seed)
-        with Display(console, 0) as display, _folder(source, trial, out, command, display) as folder:
-            task = Task(folder, out, text, window, heldout, teacher, dtype, device)
-            outcome = carry_out(task, plan, command, display, lambda progress: tell(progress, console))
+        task = Task(source, out, text, window, heldout, teacher, dtype, device, trial)
+        with Display(console, 0) as display:
+            outcome = train_briefly(task, plan, command, display, lambda progress: tell(progress, console))
     typer.echo(
         f"{out}: held-out loss {outcome.before:.4f} → {outcome.after:.4f} nats per token (gain {outcome.gain:+.4f}) after "
         f"{outcome.progress.best[0]} steps, {outcome.tokens} tokens."
     )
     if outcome.progress.best[0] == 0:
         typer.echo("No validation was better than the untrained model, so that is what was written.")
-
-
-@contextmanager
-def _folder(source: str, trial: int | None, out: Path, command: str, display: Any) -> Iterator[str]:
-    """The pruned model as a folder; that of a run's trial is exported first."""
-    if trial is None:
-        yield source
-        return
-    from llmbo.deploy.export import export, place_order
-    from pruning.export.folder import check_out
-
-    check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / "pruned"
-        export(place_order(source, trial, "hf", "", folder), command, display)
-        yield str(folder)
 
 
 def tell(progress: "Progress", console: Any) -> None:

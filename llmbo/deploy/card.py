@@ -7,37 +7,20 @@ from typing import Any
 
 import torch
 
+from llmbo.config.formats import caveat
+from llmbo.deploy.request import ExportRequest
 from llmbo.models.loading import ALIASES, LoadedModel
 from llmbo.report.schema import ModelPart, Report, TrialPart, Values
 from pruning.masks import PruningMask
 
-LOADING = {
-    "hf": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{path}"{remote})
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-```""",
-    "gguf": """```
-llama-cli --model {path}
-```""",
-}
-REMOTE = """
-Its layers differ in size, which no stock class of transformers can hold: `modeling_pruned.py` in this folder does (transformers >= 5.15).
-`per_layer_config` in `config.json` tells the sizes.
-"""
-PADDED = """
-**This folder saves nothing.** Every layer is padded with zeros to the widest one, for tools that know no other shape: it computes
-what the pruned model computes, at about the cost of the dense one. Export `hf` or `gguf` for a smaller and faster model.
-"""
-
-
-def details(report: Report, trial: TrialPart, mask: PruningMask, format: str, dtype: str, command: str) -> str:
+def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
     """`llmbo.json`."""
+    report, trial = request.report, request.trial
     heldout = _heldout(report, trial)
     content: dict[str, Any] = {
-        "format": format,
-        "dtype": dtype,
+        "format": request.format.name,
+        "dtype": request.dtype,
         "run": report.run.name,
         "trial": trial.number,
         "base_model": report.model.model_dump(),
@@ -60,19 +43,19 @@ def mask_digest(mask: PruningMask) -> str:
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
 
 
-def model_card(
-    report: Report, trial: TrialPart, licence: str, format: str, dtype: str, is_stock: bool, path: str, command: str
-) -> str:
-    """`README.md`, with the header that the Hugging Face hub reads."""
+def model_card(request: ExportRequest, licence: str, load: str, command: str) -> str:
+    """`README.md`, with the header that the Hugging Face hub reads.
+
+    Args:
+        load: How to load the result, as `Format.load` has it.
+    """
+    report, trial = request.report, request.trial
     values = trial.objectives
     assert values is not None  # only finished trials are exported
     base = report.model
     header = ["---", f"base_model: {base.name}", f"license: {licence}", "library_name: transformers"]
     header += ["pipeline_tag: text-generation", "tags: [pruned, llmbo]", "---"]
-    loading = LOADING["gguf" if format == "gguf" else "hf"].format(
-        path=path, remote="" if is_stock else ", trust_remote_code=True"
-    )
-    notes = {"hf": "" if is_stock else REMOTE, "padded": PADDED}.get(format, "")
+    warning = caveat(request.format)
     return "\n".join(
         [
             *header,
@@ -81,12 +64,13 @@ def model_card(
             "",
             f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
             f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
-            f"trial {trial.number} of the run `{report.run.name}`. Stored as {dtype}. Not trained after pruning.",
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.dtype}. Not trained after pruning.",
             "",
             "## Load",
             "",
-            loading,
-            notes,
+            load.format(path=request.out, name=request.name, dtype=request.dtype),
+            "",
+            *([f"**{warning}**", ""] if warning else []),
             "## Measured",
             "",
             _quality_table(report, trial),

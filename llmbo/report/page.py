@@ -12,6 +12,7 @@ from importlib import resources
 from importlib.metadata import version
 from typing import Any
 
+from llmbo.config.formats import FORMATS
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
 from llmbo.report.table import front_rows
@@ -42,6 +43,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
+        "formats": [{"name": row.name, "title": row.description} for row in FORMATS.values()],
     }
     style, library, script = _asset("page.css"), _asset(LIBRARY), "\n".join(map(_asset, SCRIPTS))
     headings, rows = front_rows(runs, labels)

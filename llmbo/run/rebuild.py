@@ -13,9 +13,11 @@ from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
 from llmbo.types import Phases
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
 from pruning.compensation import CompensationTable
+from pruning.export.rebuild import rebuilt
 from pruning.likelihood import quality
 from pruning.masks import PruningMask, Ranking
 from pruning.shrinking import shrink
@@ -73,19 +75,23 @@ def load_base(
     """The run's base model and windows.
 
     Args:
-        model: Where the base model is now; by default where the run had it.
-        device: By default the run's.
+        model: The base model, or where it is now; by default where the run had it.
+        device: Where to load it; by default where the run did. A model that is loaded stays where it is.
 
     Raises:
-        ModelError: It is another model, or its text is another.
+        ModelError: It is another model or in another dtype, or its text is another.
     """
     config = config_of(report)
     with phases.phase("model"):
-        loaded = (
-            model
-            if isinstance(model, LoadedModel)
-            else load_model(model or config.model, report.run.dtype, device or report.run.device)
-        )
+        if isinstance(model, LoadedModel):
+            loaded = model
+        else:
+            loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+        if loaded.dtype != report.run.dtype:
+            raise ModelError(
+                f"The run '{report.run.name}' had its model in {report.run.dtype}, the given one is in {loaded.dtype}: "
+                f"load it in {report.run.dtype}."
+            )
         windows = load_windows(config, loaded)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)
@@ -136,3 +142,11 @@ class RebuildInputs:
                 f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
             )
         return small, mask
+
+    def model(self, trial: TrialPart) -> PreTrainedModel:
+        """The trial's model with its own config, where the base model is: `generate` and `save_pretrained` work.
+
+        It shares nothing with the base model, which stays as it is.
+        """
+        small, _ = self.cut(trial)
+        return rebuilt(small, anatomy_of(self.loaded.model), architecture_of(trial))

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmbo.deploy.export import check_disk
+from llmbo.deploy.disk import check_disk
+from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
 from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
 from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype
@@ -29,13 +30,14 @@ class Task:
     """What to recover, on which text.
 
     Args:
-        source: A folder written by `llmbo export`, or any other small model.
+        source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
         text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT.
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model for distillation; empty takes the one the folder names.
         dtype: Of the matrix products while training; "auto" takes the faster one here.
+        trial: Of the run that `source` names.
     """
 
     source: str
@@ -46,6 +48,7 @@ class Task:
     teacher: str
     dtype: str
     device: str
+    trial: int | None = None
 
     def __post_init__(self) -> None:
         check_split(self.window, self.heldout)
@@ -82,6 +85,10 @@ def recover(
         LlmboError, PruningError: One line for the user.
     """
     check_out(task.out)
+    if task.trial is not None:
+        with exported_beside(task.out, task.source, task.trial, command, phases) as folder:
+            exported = replace(task, source=str(folder), trial=None)
+            return recover(exported, plan, command, phases, on_validation)
     with phases.phase("model"):
         small = load_checkpoint(task.source, "float32", task.device)  # small steps vanish in bfloat16
         check_disk(task.out, 4 * small.parameters + checkpoint_bytes(small.model, plan))
@@ -189,7 +196,8 @@ def _write(
     files = {"llmbo.json": json.dumps({**_details(small.source), "recovery": recovery}, indent=2) + "\n"}
     card = Path(small.source) / "README.md"
     if card.is_file():
-        files["README.md"] = f"{card.read_text(encoding='utf-8')}\n{_section(plan, outcome, windows, command)}"
+        told = card.read_text(encoding="utf-8").replace(f'"{task.source}"', f'"{task.out}"')  # where to load it from
+        files["README.md"] = f"{told}\n{_section(plan, outcome, windows, command)}"
     with whole_folder(task.out, files) as folder:
         model.save_pretrained(folder)
         small.tokenizer.save_pretrained(folder)

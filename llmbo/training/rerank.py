@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmbo.deploy.export import check_disk
+from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart

@@ -8,10 +8,14 @@ import gguf
 import torch
 from gguf import GGUFReader
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pruning.anatomy import anatomy_of
+from pruning.architecture import Architecture
 from pruning.errors import ExportFailed
 from pruning.export.folder import whole_folder
-from pruning.export.gguf_file import context_length, gguf_tensors, write_gguf
+from pruning.export.gguf_file import check_gguf, context_length, gguf_tensors, write_gguf
+from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.hf import Pruned
 from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe, reloaded
 
@@ -21,6 +25,20 @@ TOLERANCE = 0.2
 LOSSLESS = ("f32", "f16")
 WEIGHT_TOLERANCE = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 1e-2}
 SAMPLE = "Hello world, it's 2026: 12345.67!\n\n    def café(x):\n\treturn x ** 2  # «naïve» 数字 😀 ...  end"
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> None:
+    """Refuse early what `save_gguf` would refuse.
+
+    Args:
+        model: The dense model.
+        architecture: What is to be kept of it.
+
+    Raises:
+        UnsupportedExport: GGUF or llama.cpp has no place for the architecture or the tokenizer.
+    """
+    check_gguf(model.config, anatomy_of(model), architecture)
+    check_tokenizer(tokenizer)
 
 
 def save_gguf(

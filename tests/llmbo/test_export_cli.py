@@ -13,14 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.config import RunConfig
-from llmbo.deploy import export as exporting
+from llmbo.deploy import disk
 from llmbo.models.loading import load_model
 from llmbo.problem.preparation import load_windows
 from pruning.export import load_pruned
@@ -91,7 +90,6 @@ def test_an_exported_trial_measures_what_the_run_measured(
         ("tiny", {"trial": -1}, "no trial -1"),
         ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
-        ("tiny", {"format": "gguf", "dtype": "q4_k"}, "--format gguf has no --dtype 'q4_k': expected one of f32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
         ("tiny", {"max_shard_size": "huge"}, "--max-shard-size .* 'huge'"),
         ("tiny", {"out": __file__}, "is a file"),
@@ -153,20 +151,10 @@ def test_another_base_model_or_text(export: Export, finished: Any, tmp_path: Pat
 def test_too_little_disk(
     export: Export, trial: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     said = refused(export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "new" / "out"))
     assert "Too little disk space" in said and "0.00 GB are free" in said
     assert list(tmp_path.iterdir()) == []
-
-
-def test_padded_says_that_it_saves_nothing(
-    export: Export, trial: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = export("tiny", trial=trial["trial"], format="padded", dtype="float16", out=tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    assert "saves no memory and no time" in result.stdout
-    assert "saves nothing" in (tmp_path / "out" / "README.md").read_text()
-    assert load_pruned(tmp_path / "out").dtype == torch.float16
 
 
 @pytest.mark.skipif(

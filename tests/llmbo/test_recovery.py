@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.deploy import export as exporting
+from llmbo.deploy import disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.models.checkpoints import load_checkpoint
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, forward_kl, train
@@ -160,13 +160,14 @@ def test_a_trial_of_a_run_is_exported_and_recovered(finished: Any, tmp_path: Pat
     assert result.exit_code == 0, result.output
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
+    assert f'from_pretrained("{out}"' in (out / "README.md").read_text()  # not the folder it was exported to first
     assert [path.name for path in tmp_path.iterdir()] == ["better"]
 
 
 def test_too_little_disk_is_found_before_training(
     model_folder: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     result = recover(model_folder, "--out", tmp_path / "out", "--steps", 2, "--text", f"text:{story}")
     assert result.exit_code == 2 and "Too little disk space" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 "use strict";
 /* The state of the page, the controls that change it, and the keys. */
 
-const STATE = { x: "", y: "", size: "", over: "evaluations", everything: false, selected: null, limit: null, format: "hf", quantity: "", run: 0 };
+const STATE = { x: "", y: "", size: "", over: "evaluations", everything: false, selected: null, limit: null, format: DATA.formats[0].name, quantity: "", run: 0 };
 const current = (state) => RUNS[BY_KEY.get(state.selected)?.run ?? 0];
 
 /** Change the state and redraw what depends on what changed. */

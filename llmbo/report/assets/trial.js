@@ -121,10 +121,10 @@ const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replac
 
 function exportCommand(entry, state) {
   const folder = RUNS[entry.run].folder;
-  const target = `${folder}/trial-${entry.number}${state.format === "gguf" ? "-gguf" : ""}`;
+  const target = `${folder}/trial-${entry.number}${state.format === DATA.formats[0].name ? "" : `-${state.format}`}`;
   const command = `llmbo export ${quoted(folder)} --trial ${entry.number} --format ${state.format} --out ${quoted(target)}`;
   const choice = el("select", { id: "export-format", onchange: (event) => update({ format: event.target.value }) },
-    ...["hf", "gguf"].map((name) => el("option", { value: name, selected: name === state.format }, name === "hf" ? "Hugging Face folder" : "GGUF for llama.cpp")));
+    ...DATA.formats.map(({ name, title }) => el("option", { value: name, selected: name === state.format }, title)));
   const button = el("button", { type: "button", id: "copy", onclick: () => copy(command, button) }, "Copy");
   return el("div", {}, el("h4", {}, "Take it"), el("p", {}, el("label", { for: "export-format" }, "as "), choice),
     el("div", { class: "command" }, el("code", { id: "export-command" }, command), button));

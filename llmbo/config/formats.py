@@ -1,0 +1,133 @@
+"""What a trial can be exported as: one row for each format, from which flags, messages, disk check, model card and report page follow.
+
+A new format is a row here and a writer in `pruning/export/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SAVES_NOTHING = "saves no memory and no time"
+FOLDER_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a pruned model.
+
+    Functions are named (`module:function`), not imported: the flags' help and the report page read this table without torch.
+
+    Args:
+        name: What the user types after `--format`.
+        title: What comes out, in a line.
+        loads_with: What loads it, Markdown.
+        dtypes: Bytes per parameter on disk, by what `--dtype` may say.
+        default: One of `dtypes`, or "auto" for the dtype the run measured in.
+        save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
+        options: What `save` takes by keyword, some of `dtype`, `name` and `max_shard_size`.
+        load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
+        load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
+        check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
+        check_model: `(dense model, its tokenizer, Architecture)`, refuses before anything is cut; empty if there is nothing.
+        saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
+        checking: Bytes per parameter of what lies beside the result while it is checked.
+    """
+
+    name: str
+    title: str
+    loads_with: str
+    dtypes: Mapping[str, float]
+    default: str
+    save: str
+    options: tuple[str, ...]
+    load: str
+    load_unequal: str = ""
+    check_type: str = ""
+    check_model: str = ""
+    saves: bool = True
+    checking: float = 0.0
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What `--dtype` may say, the default first."""
+        return tuple(dict.fromkeys((self.default, *self.dtypes)))
+
+    @property
+    def description(self) -> str:
+        """For the flag's help, the report page and the documentation."""
+        return self.title if self.saves else f"{self.title}: {SAVES_NOTHING}"
+
+    def bytes_on_disk(self, dtype: str, params: int, dense_params: int) -> int:
+        """What the weights take, at most.
+
+        Args:
+            params, dense_params: Parameters of the pruned and of the dense model.
+        """
+        return round(self.dtypes[dtype] * (params if self.saves else dense_params))
+
+
+def caveat(format: Format) -> str:
+    """What a user of the format must know; empty for one that saves memory and time."""
+    better = " or ".join(other.name for other in FORMATS.values() if other.saves)
+    return "" if format.saves else f"This format {SAVES_NOTHING}: use {better} for that."
+
+
+_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```"""
+
+# The first is what the report page shows until another one is chosen.
+_ROWS = (
+    Format(
+        name="hf",
+        title="Hugging Face folder",
+        loads_with="all layers equal: plain `from_pretrained`. Unequal layers: `trust_remote_code=True`, transformers ≥ 5.15",
+        dtypes=FOLDER_DTYPES,
+        default="auto",
+        save="pruning.export:save_hf",
+        options=("max_shard_size",),
+        load=_TRANSFORMERS,
+        load_unequal="""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```
+
+Its layers differ in size, which no stock class of transformers can hold: `modeling_pruned.py` in this folder does (transformers >= 5.15).
+`per_layer_config` in `config.json` tells the sizes.""",
+    ),
+    Format(
+        name="gguf",
+        title="GGUF file for llama.cpp, with tokenizer and chat template",
+        loads_with="llama.cpp, llama-cpp-python and what builds on them",
+        dtypes={"f16": 2, "bf16": 2, "q8_0": 1.0625, "f32": 4},
+        default="f16",
+        save="pruning.export:save_gguf",
+        options=("dtype", "name"),
+        load="""```python
+from llama_cpp import Llama
+
+model = Llama("{path}/{name}-{dtype}.gguf")
+```
+
+or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
+        check_type="pruning.export.gguf_file:gguf_architecture",
+        check_model="pruning.export.llama_cpp:check_model",
+        checking=2,  # bf16 and q8_0 are checked by an f16 twin
+    ),
+    Format(
+        name="padded",
+        title="stock Hugging Face folder, every layer padded with zeros to the widest",
+        loads_with="plain `from_pretrained`, in tools that know no other shape",
+        dtypes=FOLDER_DTYPES,
+        default="auto",
+        save="pruning.export:save_padded",
+        options=("max_shard_size",),
+        load=_TRANSFORMERS,
+        saves=False,
+    ),
+)
+FORMATS = {row.name: row for row in _ROWS}

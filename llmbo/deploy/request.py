@@ -1,0 +1,87 @@
+"""What to export, where and how: refused here if it can be refused without a model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from llmbo.config.formats import FORMATS, Format
+from llmbo.deploy.disk import check_disk
+from llmbo.errors import ConfigError
+from llmbo.report.schema import Report, TrialPart
+from llmbo.run.rebuild import architecture_of, find_trial, read_run
+from pruning.architecture import Architecture
+from pruning.export.folder import check_out
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """A trial of a run and what to write it as. Make one by `of`, which checks it.
+
+    Args:
+        dtype: A key of `format.dtypes`.
+        out: Folder to make.
+        max_shard_size: Of the largest safetensors file, for formats that have some.
+    """
+
+    report: Report
+    trial: TrialPart
+    format: Format
+    dtype: str
+    out: Path
+    max_shard_size: str
+
+    @classmethod
+    def of(
+        cls, run: str, trial: int, format: str, out: Path, dtype: str = "", max_shard_size: str = "5GB"
+    ) -> "ExportRequest":
+        """Check a request against the stored run, the format and the disk. Writes nothing.
+
+        Args:
+            run: Folder of a run, or its name below `runs/`.
+            format: A name in `FORMATS`.
+            dtype: One of the format's choices; empty takes its default.
+
+        Raises:
+            ConfigError, StorageError, PruningError: One line for the user.
+        """
+        report = read_run(run)
+        if not re.fullmatch(r"\d+([KMGT]B)?", max_shard_size):
+            raise ConfigError(f"--max-shard-size must be a size such as 500MB or 5GB, got '{max_shard_size}'.")
+        if format not in FORMATS:
+            raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
+        row = FORMATS[format]
+        dtype = dtype or row.default
+        if dtype not in row.choices:
+            raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
+        dtype = report.run.dtype if dtype == "auto" else dtype
+        request = cls(report, find_trial(report, trial), row, dtype, out, max_shard_size)
+        if row.check_type:
+            resolve_name(row.check_type)(report.model.model_type, request.architecture)
+        check_out(out)
+        check_disk(out, request.bytes_needed)
+        return request
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.trial)
+
+    @property
+    def name(self) -> str:
+        """Of the model, for formats that keep one."""
+        return f"{self.report.run.name}-trial-{self.trial.number}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the format's `save`."""
+        known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size}
+        return {name: known[name] for name in self.format.options}
+
+    @property
+    def bytes_needed(self) -> int:
+        """On the disk, until the result has been checked."""
+        assert self.trial.objectives is not None  # only finished trials are found
+        params = self.trial.objectives.params
+        written = self.format.bytes_on_disk(self.dtype, params, self.report.model.params)
+        return written + round(self.format.checking * params)

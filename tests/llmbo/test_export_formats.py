@@ -1,0 +1,254 @@
+"""Every row of the table of formats keeps what it promises. A new row joins by being in the table."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import llmbo
+from llmbo.cli import app
+from llmbo.config.formats import FORMATS, Format, caveat
+from llmbo.deploy.export import export
+from llmbo.deploy.request import ExportRequest
+from llmbo.display.progress import Display
+from llmbo.errors import ConfigError, ModelError
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.report.page import render_page
+from llmbo.run.rebuild import read_run
+from pruning.export.verify import difference
+
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+# How a program goes on that has a `model` from one of these libraries and `tokens`: it ends with `logits`.
+GOES_ON = {
+    "transformers": "logits = model(tokens).logits.detach()",
+    "llama_cpp": """
+rows = []
+for window in tokens.tolist():
+    model.reset()
+    model.eval(window)
+    rows.append(torch.from_numpy(model.scores[: len(window)].copy()))
+logits = torch.stack(rows)
+""",
+}
+PROGRAM = """
+import functools, importlib.util, sys, torch
+from safetensors.torch import load_file, save_file
+if importlib.util.find_spec("llama_cpp"):  # what a person need not say
+    import llama_cpp
+    llama_cpp.Llama = functools.partial(llama_cpp.Llama, logits_all=True, verbose=False, n_threads=1)
+tokens = load_file(sys.argv[1])["tokens"]
+{load}
+{goes_on}
+save_file({{"logits": logits.float().contiguous()}}, sys.argv[2])
+"""
+# Share of the logits' spread, by bytes per parameter: coarse weights compute something else, a wrong model everything.
+TOLERANCE = {4: 1e-3, 2: 0.02, 1.0625: 0.1}
+
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+
+
+def shown() -> Display:
+    return Display(Console(stderr=True), 0)
+
+
+@pytest.fixture(scope="module")
+def folder(finished: Any, tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Working directory of a run on a tiny llama that every format can hold: llama.cpp wants a byte-level tokenizer."""
+    place = tmp_path_factory.mktemp("formats")
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    words.train_from_iterator([text_file.read_text()], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(place / "model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=384, initializer_range=0.3, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(place / "model")
+    result = replace(finished, folder=place)(model=place / "model", budget=8, neuron_step=32)
+    assert result.exit_code == 0, result.output
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> str:
+    return str(folder / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> LoadedModel:
+    return load_model(str(folder / "model"), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trial(run: str) -> int:
+    """The smallest one with layers of unequal size."""
+    report = read_run(run)
+    unequal = [trial for trial in report.trials if len(set(trial.architecture.neurons)) > 1 and trial.objectives]
+    return min(unequal, key=lambda trial: trial.objectives.params).number  # type: ignore[union-attr]
+
+
+def pruned_model(run: str, trial: int, base: LoadedModel) -> PreTrainedModel:
+    return llmbo.Run(Path(run), read_run(run), base, "nothing").model(trial)
+
+
+@pytest.fixture(scope="module")
+def cut(run: str, trial: int, base: LoadedModel) -> PreTrainedModel:
+    return pruned_model(run, trial, base)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+def as_the_card_says(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits that a fresh process computes when it loads the model by the program on its card."""
+    load = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert load, "no program says how to load the model"
+    library = re.findall(r"^(?:from|import) (\w+)", load[1], re.MULTILINE)[0]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library} to load what was written")
+    scratch = folder.with_name("scratch")
+    scratch.mkdir()
+    save_file({"tokens": tokens}, scratch / "asked")
+    program = PROGRAM.format(load=load[1], goes_on=GOES_ON[library])
+    command = [sys.executable, "-c", program, str(scratch / "asked"), str(scratch / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"HF_MODULES_CACHE": str(scratch)})
+    assert done.returncode == 0, done.stderr
+    return load_file(scratch / "found")["logits"]
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [(row, dtype) for row in FORMATS.values() for dtype in (row.default, min(row.dtypes, key=row.dtypes.__getitem__))],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
+    format: Format,
+    dtype: str,
+    run: str,
+    trial: int,
+    base: LoadedModel,
+    cut: PreTrainedModel,
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    request = ExportRequest.of(run, trial, format.name, out, dtype)
+    check = export(request, "the command", shown(), base)
+    bytes_each = format.dtypes[request.dtype]
+    assert check.difference < TOLERANCE[bytes_each]
+
+    card = (out / "README.md").read_text()
+    assert "the command" in card and f"Stored as {request.dtype}." in card and caveat(format) in card
+    told = json.loads((out / "llmbo.json").read_text())
+    assert (told["format"], told["dtype"], told["trial"]) == (format.name, request.dtype, trial)
+
+    texts = [path for path in out.iterdir() if path.suffix in (".md", ".json", ".jinja", ".py")]
+    weights = sum(path.stat().st_size for path in out.iterdir() if path not in texts)
+    announced = format.bytes_on_disk(request.dtype, cut.num_parameters(), base.parameters)
+    least = 0.8 * bytes_each * cut.num_parameters()
+    assert cut.num_parameters() < 0.8 * base.parameters  # or the next line would not tell the two apart
+    assert least < weights < 1.05 * announced + 20_000, "names, vectors in float32 and the vocabulary"
+
+    if dtype == format.default:
+        assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
+
+
+@every_format
+def test_a_dtype_that_it_cannot_store_is_refused(format: Format, run: str, trial: int, tmp_path: Path) -> None:
+    others = {dtype for row in FORMATS.values() for dtype in row.choices} - set(format.choices)
+    assert format.default in format.choices and others
+    for dtype in (*others, "float7"):
+        with pytest.raises(ConfigError, match=f"--format {format.name} has no --dtype '{dtype}': expected one of"):
+            ExportRequest.of(run, trial, format.name, tmp_path / "out", dtype)
+
+
+def test_the_flags_name_every_format_and_dtype() -> None:
+    command: Any = typer.main.get_command(app)
+    told = {option.name: option.help for option in command.commands["export"].params}
+    for row in FORMATS.values():
+        assert f"{row.name}: {row.description}" in told["format"]
+        assert re.search(rf"\b{row.name}\b[\w, ]*: {', '.join(row.choices)}[;.]", told["dtype"])
+
+
+def test_only_what_saves_nothing_is_said_to(tmp_path: Path) -> None:
+    for row in FORMATS.values():
+        small, large = row.bytes_on_disk(next(iter(row.dtypes)), 100, 200), next(iter(row.dtypes.values())) * 200
+        assert ("saves no memory" in row.description) == bool(caveat(row)) == (small == large) == (not row.saves)
+
+
+def test_the_report_page_offers_every_format_with_a_command_that_is_understood(
+    browser: Any, run: str, tmp_path: Path
+) -> None:
+    page_file = tmp_path / "page.html"
+    page_file.write_text(render_page([(run, json.loads((Path(run) / "report.json").read_text()))]), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(page_file.as_uri())
+    titles = page.locator("#export-format option").all_text_contents()
+    assert titles == [row.description for row in FORMATS.values()]
+    folders = set()
+    for name in FORMATS:
+        page.select_option("#export-format", name)
+        words = shlex.split(page.locator("#export-command").text_content())
+        group: Any = typer.main.get_command(app)
+        given = group.commands["export"].make_context("export", words[2:]).params
+        request = ExportRequest.of(given["run"], given["trial"], given["format"], given["out"], given["dtype"])
+        assert words[:2] == ["llmbo", "export"] and request.format.name == name
+        folders.add(request.out)
+    assert len(folders) == len(FORMATS)
+    page.close()
+
+
+def test_the_documentation_lists_every_format() -> None:
+    lines = [
+        f"| `{row.name}` | {row.description} | {row.loads_with} | {', '.join(f'`{dtype}`' for dtype in row.choices)} |"
+        for row in FORMATS.values()
+    ]
+    assert "\n".join(["|---|---|---|---|", *lines, ""]) in DOCS.read_text(encoding="utf-8"), "put these lines there"
+
+
+def test_a_cut_model_is_an_ordinary_one(cut: PreTrainedModel, base: LoadedModel, tokens: Tensor, run: str) -> None:
+    dense = load_model(base.source, "float32", "cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), dense.parameters(), strict=True))
+    shared = {weight.data_ptr() for weight in base.model.parameters()} & {w.data_ptr() for w in cut.parameters()}
+    assert not shared and isinstance(cut, torch.nn.Module)
+    with torch.no_grad():
+        again = cut.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=True)
+        uncached = cut.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(again, uncached) and again.shape[1] <= tokens.shape[1] + 4
+
+
+def test_a_loaded_base_model_is_checked_too(
+    run: str, trial: int, base: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    coarse = load_model(str(folder / "model"), "bfloat16", "cpu")
+    with pytest.raises(ModelError, match="had its model in float32, the given one is in bfloat16"):
+        pruned_model(run, trial, coarse)
+    AutoModelForCausalLM.from_config(base.model.config).save_pretrained(tmp_path / "other")
+    base.tokenizer.save_pretrained(tmp_path / "other")
+    other = load_model(str(tmp_path / "other"), "float32", "cpu")
+    with pytest.raises(ModelError, match=r"had another model or text \(fingerprint"):
+        export(ExportRequest.of(run, trial, "hf", tmp_path / "out"), "", shown(), other)
+    with pytest.raises(ConfigError, match="no trial 999"):
+        pruned_model(run, 999, base)
+    assert not (tmp_path / "out").exists()

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 
 from experiments.quiet import Quiet
+from llmbo.comparison.arms import arm_part, measured_curves
 from llmbo.comparison.config import Arm, read_config
 from llmbo.comparison.problems import judged_objectives, opened
-from llmbo.comparison.result import arm_part, measured_curves
 from llmbo.comparison.runner import Outcome, run_arm
 from llmbo.comparison.session import arm_key
 from llmbo.comparison.store import Evaluation, EvaluationStore

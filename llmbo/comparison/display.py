@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmbo.comparison.config import Arm
-from llmbo.comparison.result import BandPart, Comparison
 from llmbo.comparison.runner import Outcome
+from llmbo.comparison.schema import BandPart, Comparison
 from llmbo.display.progress import result_table
 
 
@@ -57,7 +57,7 @@ class CompareDisplay:
 
     def on_outcome(self, outcome: Outcome) -> None:
         last = outcome.judgements[-1]
-        self._finished += last.evaluations  # a strategy that ran dry counts as done
+        self._finished += last.evaluations  # a strategy with nothing left to propose counts as done
         heldout = "" if last.heldout is None else f", held-out {last.heldout:.4f}"
         left = (self._clock() - self._started) / self._finished * (self._total - self._finished)
         self._console.print(

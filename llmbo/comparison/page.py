@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmbo.comparison.result import BandPart, Comparison, SummaryPart
+from llmbo.comparison.schema import BandPart, Comparison, SummaryPart
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }

@@ -144,8 +144,8 @@ def _windows(
     config: ProblemConfig, run: RunConfig, among: Sequence[ProblemConfig], loaded: LoadedModel
 ) -> TokenWindows:
     """The windows of one problem: the first of those dealt out for the greatest number that any of `among` wants."""
-    rivals = [other.run for other in among if (other.run.text, other.run.window) == (run.text, run.window)]
-    most = {split: max(other.windows[split] for other in [run, *rivals]) for split in SPLITS}
+    same_text = [other.run for other in among if (other.run.text, other.run.window) == (run.text, run.window)]
+    most = {split: max(other.windows[split] for other in [run, *same_text]) for split in SPLITS}
     if config.run.text == "self" or not config.undo_spacing:
         tokens: dict[str, Any] = {f"{split}_tokens": count * run.window for split, count in most.items()}
         largest = replace(run, **tokens)

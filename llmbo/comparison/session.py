@@ -1,4 +1,4 @@
-"""The story of a comparison: open each problem, run its arms, judge, write what is there."""
+"""One comparison from start to end: open each problem, run its arms, judge, write what is there."""
 
 import hashlib
 import json
@@ -11,21 +11,15 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from llmbo.comparison.arms import arm_part, measured_curves, union_front
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig
 from llmbo.comparison.display import CompareDisplay
 from llmbo.comparison.page import page
 from llmbo.comparison.problems import OpenProblem, opened
 from llmbo.comparison.recorded import open_recorded
-from llmbo.comparison.result import (
-    ArmPart,
-    Comparison,
-    UnionPoint,
-    arm_part,
-    build_comparison,
-    measured_curves,
-    union_front,
-)
+from llmbo.comparison.result import build_comparison
 from llmbo.comparison.runner import Outcome, check_designs, run_arm
+from llmbo.comparison.schema import ArmPart, Comparison, UnionPoint
 from llmbo.comparison.store import EvaluationStore
 from llmbo.errors import StorageError
 from llmbo.problem.objectives import Objective
@@ -44,19 +38,19 @@ def compare(
         if fresh:
             store.forget_rounds(config.name)
         _warn_of_other_code(config, store, say)
-        board = _Board(config, out)
+        results = _PartialResults(config, out)
         try:
             for problem_config in dict.fromkeys(arm.problem for arm in config.arms):
                 with _opened(problem_config, config, store, display) as problem:
-                    _run_problem(problem_config, problem, config, store, display, board)
+                    _run_problem(problem_config, problem, config, store, display, results)
         except KeyboardInterrupt:
-            board.write("interrupted")
+            results.write("interrupted")
             raise
-        return board.write("complete")
+        return results.write("complete")
 
 
-class _Board:
-    """What is known so far."""
+class _PartialResults:
+    """Finished arms and what belongs to them; writes the comparison they make."""
 
     def __init__(self, config: CompareConfig, out: Path) -> None:
         self._config, self._out = config, out
@@ -85,24 +79,24 @@ def _run_problem(
     config: CompareConfig,
     store: EvaluationStore,
     display: CompareDisplay,
-    board: _Board,
+    results: _PartialResults,
 ) -> None:
     """All arms of one problem, seed by seed, so that an early look at the results compares all of them."""
     arms = [arm for arm in config.arms if arm.problem == problem_config]
     curves = measured_curves(problem, config)
     outcomes: list[Outcome] = []
     methods = {arm.label for arm in arms} & {config.method}
-    if methods or not board.objectives:
-        board.objectives, board.facts = problem.objectives, dict(problem.facts)
+    if methods or not results.objectives:
+        results.objectives, results.facts = problem.objectives, dict(problem.facts)
     for seed in config.seeds:
         for arm in arms:
             outcome = run_arm(arm, seed, arm_key(arm, seed, config), config, problem, store, display)
             outcomes.append(outcome)
             check_designs(outcomes)
-            board.arms.append(arm_part(outcome, problem, curves, config))
+            results.arms.append(arm_part(outcome, problem, curves, config))
         if methods:
-            board.union = union_front(outcomes, problem)
-        board.write("interrupted")
+            results.union = union_front(outcomes, problem)
+        results.write("interrupted")
 
 
 def arm_key(arm: Arm, seed: int, config: CompareConfig) -> str:

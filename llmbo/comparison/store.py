@@ -1,4 +1,4 @@
-"""What a comparison must not lose: evaluations and proposals, in one SQLite file, each committed as soon as it is made.
+"""What a comparison stores: evaluations and proposals, in one SQLite file, each committed as soon as it is made.
 
 Evaluations belong to whoever measures the same thing: model, tokens and compensation, not the comparison's name. Rounds
 of proposals belong to one arm of one comparison. A process that is killed loses at most the evaluation that was running.
@@ -110,7 +110,7 @@ class EvaluationStore:
             )
 
     def forget_rounds(self, comparison: str) -> None:
-        """Let all strategies of a comparison think again; evaluations are kept."""
+        """Delete the proposals of all strategies of a comparison; evaluations are kept."""
         with self._connection:
             self._connection.execute("delete from rounds where comparison = ?", (comparison,))
             self._connection.execute("delete from facts where key = ?", (comparison,))

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
 from llmbo.comparison.problems import OpenProblem
-from llmbo.comparison.result import Comparison
 from llmbo.comparison.runner import check_designs, run_arm
+from llmbo.comparison.schema import Comparison
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
 from llmbo.errors import StrategyError

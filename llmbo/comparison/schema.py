@@ -1,0 +1,118 @@
+"""The classes below *are* the format of `comparison.json`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BandPart(_Part):
+    """Mean over seeds and its 95 % bootstrap band."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class CheckpointPart(_Part):
+    """The front after so many evaluations.
+
+    `gain` is the mean, over `points`, of the threshold family's quality at the same parameter share minus the point's own
+    (nats, on the proxy windows); `heldout_gain` the same in held-out loss. `survival` is the share of the proxy's gain
+    that held-out text confirms.
+    """
+
+    evaluations: int
+    hypervolume: float
+    heldout_hypervolume: float | None
+    gain: float | None
+    heldout_gain: float | None
+    survival: float | None
+    points: list[int]
+
+
+class TrialPart(_Part):
+    """`values` are empty when the trial failed; `gain` is null where the family was not measured."""
+
+    number: int
+    round: int
+    origin: str
+    digest: str
+    values: dict[str, float]
+    gain: float | None
+
+
+class ArmPart(_Part):
+    """One strategy under one seed. `seconds` are summed up to each trial; `proposal_seconds` are of each round."""
+
+    label: str
+    strategy: str
+    seed: int
+    checkpoints: list[CheckpointPart]
+    trace: list[float]
+    seconds: list[float]
+    proposal_seconds: list[float]
+    trials: list[TrialPart]
+
+
+class SummaryPart(_Part):
+    """One strategy over all seeds. `comparable` says whether its proxy values are measured like the method's."""
+
+    label: str
+    comparable: bool
+    checkpoints: dict[int, dict[str, BandPart | None]]
+    trace: list[BandPart]
+    seconds: BandPart
+    median_proposal_seconds: float
+
+
+class TestPart(_Part):
+    """The method against another strategy, seed by seed; positive differences are in its favour."""
+
+    label: str
+    metric: str
+    evaluations: int
+    difference: BandPart
+    wins: int
+    seeds: int
+    p: float | None
+
+
+class ReachPart(_Part):
+    """Evaluations that `label`'s mean trace needs to reach `baseline`'s mean final hypervolume; null: not within the budget."""
+
+    label: str
+    baseline: str
+    evaluations: int | None
+
+
+class UnionPoint(_Part):
+    """A point that no trial of any strategy dominates."""
+
+    digest: str
+    kv_groups: list[int]
+    neurons: list[int]
+    found_by: list[str]
+    values: dict[str, float]
+    heldout: dict[str, float] | None
+
+
+class Comparison(_Part):
+    schema_version: Literal[1] = 1
+    name: str
+    status: Literal["complete", "interrupted"]
+    method: str
+    seeds: list[int]
+    checkpoints: list[int]
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    environment: dict[str, Any]
+    objectives: list[dict[str, Any]]
+    arms: list[ArmPart]
+    summaries: list[SummaryPart]
+    tests: list[TestPart]
+    reach: list[ReachPart]
+    union_front: list[UnionPoint]

@@ -20,7 +20,8 @@ from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
-from llmbo.search.acquisition import QNehviProposer, candidate_pool
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.search.pool import candidate_pool
 from llmbo.types import Proposal, Source, Trial, TrialState
 from pruning.anatomy import anatomy_of
 from pruning.importance import Importance

@@ -13,6 +13,7 @@ from llmbo.advisor.context import Context, offset_from_path, share_of
 from llmbo.advisor.parse import judge
 from llmbo.advisor.replies import FORMATS
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
+from llmbo.problem.depth import gaussian_smoothed
 from llmbo.search.baselines import ThresholdProposer
 
 Reply = dict[str, Any]
@@ -139,7 +140,7 @@ def _measured(context: Context) -> list[Contrast | None]:
         return []
     layers = context.setting.space.num_layers
     attention, mlp = (_standardised(_known(half)) for half in _halves(context.marginals.cost, layers))
-    nothing, smoothed = torch.zeros(layers, dtype=torch.float64), _standardised(_smoothed(mlp))
+    nothing, smoothed = torch.zeros(layers, dtype=torch.float64), _standardised(gaussian_smoothed(mlp, SMOOTH))
     return [
         _contrast(
             "MLPs by measured cost", torch.cat([nothing, smoothed]), "a neuron less should hurt equally everywhere"
@@ -173,7 +174,7 @@ def _flat(context: Context) -> Contrast | None:
     low, high = float(family.shares[0]), float(family.shares[-1])
     profile = family.profile(torch.tensor([(low + high) / 2], dtype=torch.float64))[0]
     attention, mlp = profile.split(context.setting.space.num_layers)
-    scores = torch.cat([torch.zeros_like(attention), _standardised(-_smoothed(mlp))])
+    scores = torch.cat([torch.zeros_like(attention), _standardised(-gaussian_smoothed(mlp, SMOOTH))])
     contrast = _contrast("flatter MLPs", scores, "the family's profile is too steep")
     return contrast and replace(contrast, measured=False)
 
@@ -288,13 +289,6 @@ def _gaussian_basis(layers: int, per_kind: int = 6) -> Tensor:
     width = max(1.0, layers / per_kind / 2)
     basis = torch.exp(-((depth[:, None] - centres) ** 2) / (2 * width**2))
     return torch.block_diag(basis, basis)
-
-
-def _smoothed(scores: Tensor) -> Tensor:
-    """Scores of one kind smoothed along depth, `L`."""
-    depth = torch.arange(len(scores), dtype=torch.float64)
-    kernel = torch.exp(-((depth[:, None] - depth) ** 2) / (2 * SMOOTH**2))
-    return (kernel / kernel.sum(-1, keepdim=True)) @ scores
 
 
 def _standardised(scores: Tensor) -> Tensor:

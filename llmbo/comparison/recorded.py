@@ -28,6 +28,7 @@ from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.problems import Measure, OpenProblem, judged_objectives
 from llmbo.comparison.store import Evaluation
 from llmbo.errors import StorageError, first_line
+from llmbo.problem.depth import binomial_smoothed
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.proxy import known_values
@@ -121,8 +122,8 @@ class Recording:
         levels = np.asarray(points, dtype=np.float64)
         importance = self.family.importance.numpy()
         weighted = (1 - levels / np.asarray(self.space.max_levels)) * (importance / importance.mean()) ** 0.25
-        parts = np.split(weighted, 2, axis=1)
-        return np.hstack([weighted, *(_smoothed(part) for part in parts)])
+        parts = torch.from_numpy(weighted).split(self.space.num_layers, dim=1)
+        return np.hstack([weighted, *(binomial_smoothed(part, "constant").numpy() for part in parts)])
 
     def targets(self, name: str) -> tuple[Array, NDArray[np.bool_]]:
         """What the surrogate learns for `name`, and where it was measured."""
@@ -299,12 +300,6 @@ def _kernel(A: Array, B: Array, theta: Array) -> Array:
     a, length, b, c, _ = np.exp(theta)
     squares = cdist(A, B, "sqeuclidean")
     return np.asarray(a**2 * np.exp(-squares / (2 * length**2)) + b**2 * (A @ B.T) + c**2)
-
-
-def _smoothed(part: Array) -> Array:
-    """Each layer with half of either neighbour, `n x L`."""
-    padded = np.pad(part, ((0, 0), (1, 1)))
-    return (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
 
 
 def _members(family: ThresholdFamily) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmbo.problem.family import interpolated
 from llmbo.problem.objectives import Objective
 from llmbo.types import Trial
 
@@ -33,11 +34,7 @@ class FamilyCurve:
 
     def __call__(self, share: Tensor) -> Tensor:
         """log (F(s) + eps) at any share, same shape."""
-        share = share.clamp(self.shares[0], self.shares[-1])
-        right = torch.searchsorted(self.shares, share.contiguous()).clamp(1, len(self.shares) - 1)
-        low, high = self.shares[right - 1], self.shares[right]
-        weight = (share - low) / (high - low).clamp_min(1e-12)
-        return torch.lerp(self.log_excess[right - 1], self.log_excess[right], weight)
+        return interpolated(self.shares, self.log_excess[:, None], share).squeeze(-1)
 
 
 def trial_gains(trials: Sequence[Trial], quality: Objective, dense: Mapping[str, float]) -> dict[int, float]:

@@ -19,7 +19,7 @@ which make equal steps matter about equally, so that one lengthscale serves all 
 architectures of SmolLM2 this ranked unseen ones better (Spearman 0.82) than unweighted levels (0.79), automatic
 relevance determination (0.71), and deviations from the family smoothed along depth (0.62).
 
-The gain is 0 on the family, and 0 on average off it: c says what derivatives at pruned members let expect, and beyond that what
+The gain is 0 on the family, and 0 on average elsewhere: c says what derivatives at pruned members let expect, and beyond that what
 leaves the family unevenly along depth loses. beta and kappa say how much, and are regressed on what was measured. Without
 kappa a search spends its first thirty evaluations on finding out. If all distance counted beside c, the search
 would stay near the family though better models lie farther away: of five such searches of 200 evaluations only one came loose.
@@ -41,18 +41,18 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihoo
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 from torch import Tensor
-from torch.nn import functional as F
 
+from llmbo.problem.depth import binomial_smoothed
 from llmbo.problem.family import ThresholdFamily
 from llmbo.search.gain import EPSILON
 
 # feature columns that the GP does not look at, beside other costs
 SHARE = -1  # parameter share
-OFF_FAMILY = -2  # r(x)
+DISTANCE = -2  # r(x), from the path
 CHANGE = -3  # KL expected on top of the family's at equal share
 
-LOSS_OFF_FAMILY = 0.08  # prior kappa without c; SmolLM2: 0.04-0.06 of structured changes, 0.11 of random vectors
-BEYOND_EXPECTED = 0.04  # prior kappa with it
+LOSS_BY_DISTANCE = 0.08  # prior kappa without c; SmolLM2: 0.04-0.06 of structured changes, 0.11 of random vectors
+LOSS_BEYOND_EXPECTED = 0.04  # prior kappa with it
 RIDGE = (0.01, 1.0)  # sums of squared c and r that the priors of beta and kappa are worth
 LARGEST_FALL = 0.3  # of the excess, to which expansions may let it fall: they are good for small steps only
 
@@ -73,9 +73,9 @@ class Features:
         """`n x d` levels -> `n x (d + costs + 3)` features."""
         costs = [self.space.cost(name, X) / dense for name, dense in self.dense.items()]
         share = self.space.share(X)
-        away = (X - self.family.profile(share)) * self._scale
-        off = away if self.family.expansions is None else _uneven(away)
-        columns = (*costs, self.family.expected_change(X, share), off.square().sum(-1), share)
+        deviation = (X - self.family.profile(share)) * self._scale
+        counted = deviation if self.family.expansions is None else _uneven(deviation)
+        columns = (*costs, self.family.expected_change(X, share), counted.square().sum(-1), share)
         return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in columns)], dim=-1)
 
     def column(self, cost: str) -> int:
@@ -83,12 +83,10 @@ class Features:
         return self.space.d + list(self.dense).index(cost)
 
 
-def _uneven(away: Tensor) -> Tensor:
+def _uneven(deviation: Tensor) -> Tensor:
     """e - S e of `n x d` deviations, a value for each layer's attention and then for each MLP: what neighbours do not share."""
-    profiles = away.unflatten(-1, (2, -1))
-    padded = F.pad(profiles, (1, 1), mode="replicate")
-    smooth = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
-    return (profiles - smooth).flatten(-2)
+    profiles = deviation.unflatten(-1, (2, -1))
+    return (profiles - binomial_smoothed(profiles)).flatten(-2)
 
 
 def gains(values: Tensor, expected: Tensor, dense: float) -> Tensor:
@@ -106,17 +104,17 @@ def expected_fall(change: Tensor, log_excess: Tensor) -> Tensor:
     return -torch.log((1 + change / log_excess.exp()).clamp_min(LARGEST_FALL))
 
 
-def prior_weights(fall: Tensor | None, off: Tensor, gain: Tensor) -> tuple[float, float]:
-    """beta and kappa: ridge regression towards their priors, since the first proposals are made before anything off the family is measured.
+def prior_weights(fall: Tensor | None, distance: Tensor, gain: Tensor) -> tuple[float, float]:
+    """beta and kappa: ridge regression towards their priors, since the first proposals are made before anything but the path is measured.
 
     Args:
         fall: `n` gains that the expansions let expect; None where there are none, and beta is 0.
-        off: `n` values of r.
+        distance: `n` values of r.
         gain: `n` gains over the family at equal share.
     """
-    prior = torch.tensor([0.0, LOSS_OFF_FAMILY] if fall is None else [1.0, BEYOND_EXPECTED], dtype=torch.float64)
+    prior = torch.tensor([0.0, LOSS_BY_DISTANCE] if fall is None else [1.0, LOSS_BEYOND_EXPECTED], dtype=torch.float64)
     ridge = torch.tensor(RIDGE, dtype=torch.float64)
-    A = torch.stack([torch.zeros_like(off) if fall is None else fall, -off], dim=-1)
+    A = torch.stack([torch.zeros_like(distance) if fall is None else fall, -distance], dim=-1)
     found = torch.linalg.solve(A.T @ A + ridge.diag(), A.T @ gain + ridge * prior).clamp_min(0)
     return float(found[0]), float(found[1])
 

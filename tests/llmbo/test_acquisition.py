@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from llmbo.problem.objectives import ref_point
-from llmbo.search.acquisition import QNehviProposer, candidate_pool, smooth_changes, uniform_widths
+from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.pareto import hypervolume
+from llmbo.search.pool import candidate_pool, smooth_changes, uniform_widths
 from llmbo.search.surrogate import SHARE, quality_from_gain
 
 SAMPLES = 300
@@ -30,7 +31,7 @@ def test_expected_improvement_is_the_mean_gain_in_hypervolume(
     toy = make_toy().with_objectives(*names, reference_point=reference)
     trials = toy.trials([tuple(row) for row in toy.family.path[:-1:5].int().tolist()])
     trials += toy.trials(toy.random_points(8, 2), "qnehvi")
-    belief = QNehviProposer(toy.family, toy.objectives, toy.dense)._belief(trials)
+    belief = QNehviProposer(toy.family, toy.objectives, toy.dense).posterior(trials)
     X_front = torch.tensor([trial.x for trial in trials[:8]], dtype=torch.float64)
     X = torch.tensor(toy.random_points(12, 5), dtype=torch.float64)
     found = belief.expected_improvement(X_front)(X)
@@ -70,10 +71,10 @@ def test_a_limit_that_is_no_objective_weighs_by_its_probability(toy: Any) -> Non
 
     def value(**limits: float) -> torch.Tensor:
         proposer = QNehviProposer(toy.family, toy.objectives, toy.dense, limits=limits)
-        return proposer._belief(trials).expected_improvement(X_front)(X)
+        return proposer.posterior(trials).expected_improvement(X_front)(X)
 
     free, strict = value(), value(loss=3.0 + 0.3)
-    belief = QNehviProposer(toy.family, toy.objectives, toy.dense, limits={"loss": 3.3})._belief(trials)
+    belief = QNehviProposer(toy.family, toy.objectives, toy.dense, limits={"loss": 3.3}).posterior(trials)
     (loss, limit), Z = belief.limits[0], belief.features(X)
     noise = torch.randn(20_000, len(X), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():

@@ -11,10 +11,10 @@ import torch
 from llmbo.problem.family import Expansions
 from llmbo.search.gain import FamilyCurve
 from llmbo.search.surrogate import (
-    BEYOND_EXPECTED,
+    DISTANCE,
     LARGEST_FALL,
-    LOSS_OFF_FAMILY,
-    OFF_FAMILY,
+    LOSS_BEYOND_EXPECTED,
+    LOSS_BY_DISTANCE,
     SHARE,
     Features,
     _uneven,
@@ -94,7 +94,7 @@ def test_features_are_weighted_levels_and_the_share(make_toy: Callable[..., Any]
     torch.testing.assert_close(Z[:, : toy.space.d], X / X[0] * weights, rtol=1e-9, atol=1e-12)
 
 
-def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
+def test_members_have_no_distance_from_the_path_and_what_leaves_it_is_expected_to_lose(
     toy: Any, is_member: Callable[..., bool]
 ) -> None:
     members = toy.family.path[::4]
@@ -102,32 +102,32 @@ def test_members_are_not_off_the_family_and_what_leaves_it_is_expected_to_lose(
     others = torch.tensor(points, dtype=torch.float64)
     features = Features(toy.family)
     Z = features(torch.cat([members, others]))
-    off = Z[:, OFF_FAMILY]
-    torch.testing.assert_close(off[: len(members)], torch.zeros(len(members), dtype=torch.float64))
-    assert (off[len(members) :] > 0).all()
+    distance = Z[:, DISTANCE]
+    torch.testing.assert_close(distance[: len(members)], torch.zeros(len(members), dtype=torch.float64))
+    assert (distance[len(members) :] > 0).all()
 
     curve = FamilyCurve.through(Z[: len(members), SHARE], torch.linspace(1, 0, len(members), dtype=torch.float64))
     at = curve(Z[:, SHARE])
     for kappa in (0.0, 0.03, 0.5):  # what is lost per squared distance is found again, once enough is measured
-        values = quality_from_gain(-kappa * off, at, 0.0)
-        assert prior_weights(None, off, gains(values, at, 0.0)) == (0, pytest.approx(kappa, abs=0.01))
+        values = quality_from_gain(-kappa * distance, at, 0.0)
+        assert prior_weights(None, distance, gains(values, at, 0.0)) == (0, pytest.approx(kappa, abs=0.01))
     first = slice(len(members))
-    assert prior_weights(None, off[first], gains(values, at, 0.0)[first]) == (0, pytest.approx(LOSS_OFF_FAMILY))
+    assert prior_weights(None, distance[first], gains(values, at, 0.0)[first]) == (0, pytest.approx(LOSS_BY_DISTANCE))
 
 
 def test_what_expansions_are_worth_is_found_again() -> None:
     """And nobody believes them blindly where little is measured."""
     generator = torch.Generator().manual_seed(0)
     fall = 0.1 * torch.randn(60, generator=generator, dtype=torch.float64)
-    off = torch.rand(60, generator=generator, dtype=torch.float64)
+    distance = torch.rand(60, generator=generator, dtype=torch.float64)
     for beta, kappa in ((0.0, 0.1), (0.5, 0.0), (1.5, 0.02)):
-        gain = beta * fall - kappa * off
-        assert prior_weights(fall, off, gain) == pytest.approx((beta, kappa), abs=0.05)
-        before, after = prior_weights(fall[:1], off[:1], gain[:1])[0], prior_weights(fall, off, gain)[0]
+        gain = beta * fall - kappa * distance
+        assert prior_weights(fall, distance, gain) == pytest.approx((beta, kappa), abs=0.05)
+        before, after = prior_weights(fall[:1], distance[:1], gain[:1])[0], prior_weights(fall, distance, gain)[0]
         assert abs(before - 1) <= abs(after - 1) + 1e-9
     nothing_yet = torch.zeros(12, dtype=torch.float64)  # all members of the family
-    assert prior_weights(nothing_yet, nothing_yet, nothing_yet) == pytest.approx((1.0, BEYOND_EXPECTED))
-    assert prior_weights(fall, off, -fall)[0] == 0  # not even when they are wrong throughout
+    assert prior_weights(nothing_yet, nothing_yet, nothing_yet) == pytest.approx((1.0, LOSS_BEYOND_EXPECTED))
+    assert prior_weights(fall, distance, -fall)[0] == 0  # not even when they are wrong throughout
 
 
 def test_an_expected_fall_is_the_logarithm_of_what_is_left() -> None:
@@ -176,9 +176,9 @@ def test_where_directions_are_priced_only_what_neighbours_do_not_share_counts(to
     no_changes = torch.zeros(1, toy.space.d, int(toy.space.bounds[1].max()) + 1, dtype=torch.float64)
     known = replace(toy.family, expansions=Expansions(torch.ones(1, dtype=torch.float64), no_changes))
     X = torch.tensor(toy.random_points(40, 2), dtype=torch.float64)
-    all_of_it, uneven = Features(toy.family)(X)[:, OFF_FAMILY], Features(known)(X)[:, OFF_FAMILY]
+    all_of_it, uneven = Features(toy.family)(X)[:, DISTANCE], Features(known)(X)[:, DISTANCE]
     assert (uneven <= all_of_it).all() and (uneven < all_of_it).any()
-    assert Features(known)(toy.family.path)[:, OFF_FAMILY].abs().max() < 1e-12
+    assert Features(known)(toy.family.path)[:, DISTANCE].abs().max() < 1e-12
 
     even, single = torch.zeros(2, toy.space.d, dtype=torch.float64)
     even[: toy.space.num_layers] = 0.3

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from botorch.acquisition.multi_objective import logei
 from botorch.fit import fit_gpytorch_mll
 from botorch.models.gp_regression import SingleTaskGP
 from botorch.models.model_list_gp_regression import ModelListGP
@@ -22,10 +21,9 @@ from torch import Tensor
 from llmbo.problem.objectives import Objective, ref_point, to_maximize
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import RandomProposer, fresh, topped_up
+from llmbo.search.logei import qLogNoisyExpectedHypervolumeImprovement
 from llmbo.search.threads import one_thread
 from llmbo.types import Proposal, Trial, TrialState
-
-logei._load_attempted = True  # no C++ compilation at first use: see `llmbo.search.acquisition`
 
 NUM_RANDOM = 64  # candidates to fall back on where rounding leads to an illegal or known point
 
@@ -77,8 +75,8 @@ class PlainBotorchProposer:
 
     def _acquisition(
         self, model: ModelListGP, train_X: Tensor, pending: Sequence[tuple[int, ...]]
-    ) -> logei.qLogNoisyExpectedHypervolumeImprovement:
-        return logei.qLogNoisyExpectedHypervolumeImprovement(
+    ) -> qLogNoisyExpectedHypervolumeImprovement:
+        return qLogNoisyExpectedHypervolumeImprovement(
             model=model,
             ref_point=ref_point(self.objectives),
             X_baseline=train_X,
@@ -88,7 +86,7 @@ class PlainBotorchProposer:
         )
 
     def _best(
-        self, acq_function: logei.qLogNoisyExpectedHypervolumeImprovement, trials: Sequence[Trial], seed: int
+        self, acq_function: qLogNoisyExpectedHypervolumeImprovement, trials: Sequence[Trial], seed: int
     ) -> Iterator[tuple[int, ...]]:
         """The rounded optimum, then random legal points, the best of them first."""
         candidate, _ = optimize_acqf(

@@ -1,0 +1,80 @@
+"""Candidates around the front that the acquisition function chooses from, and what may be chosen at all."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from llmbo.problem.depth import gaussian_kernel
+from llmbo.problem.family import ThresholdFamily, interpolated
+from llmbo.problem.space import SearchSpace
+from llmbo.types import Trial
+
+POOL_SIZE = 1024
+
+
+def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
+    """Points worth a look around the front, about `size x d`, rounded but neither deduplicated nor checked.
+
+    A quarter each: one front point's deviation from the family carried to another size, with and without a smooth change
+    along depth; a smooth change of a front point; a few single levels of a front point; crossovers of two front points.
+    The whole threshold family is added, and as many mixtures of it with uniform widths, which are hard to beat near the dense model.
+    """
+    quarter = size // 4
+    levels = family.space.bounds[1]
+    base = front[torch.randint(len(front), (4 * quarter,), generator=generator)]
+    low, high = family.shares[0], family.shares[-1]
+    deviation = base - family.profile(family.space.share(base))
+    target = low + (high - low) * torch.rand(quarter, generator=generator, dtype=torch.float64)
+    changed = torch.rand(quarter, 1, generator=generator) < 0.5
+    carried = family.profile(target) + deviation[:quarter] + changed * smooth_changes(family.space, quarter, generator)
+    smooth = base[quarter : 2 * quarter] + smooth_changes(family.space, quarter, generator)
+    moves = (torch.rand(quarter, family.space.d, generator=generator) < 3 / family.space.d) * (
+        2 * torch.randint(2, (quarter, family.space.d), generator=generator) - 1
+    )
+    single = base[2 * quarter : 3 * quarter] + moves
+    mother = base[3 * quarter :]
+    order = family.space.share(front).argsort()
+    position = torch.searchsorted(family.space.share(front)[order], family.space.share(mother).contiguous()).clamp(
+        max=len(front) - 1
+    )
+    neighbour = (position + 2 * torch.randint(2, (quarter,), generator=generator) - 1).clamp(0, len(front) - 1)
+    father = front[order[neighbour]]
+    crossed = torch.where(torch.rand(quarter, family.space.d, generator=generator) < 0.5, mother, father)
+    part = torch.rand(len(family.path), 1, generator=generator, dtype=torch.float64)
+    mixed = torch.lerp(family.path, uniform_widths(family.space, family.shares), part)
+    pool = torch.cat([family.path, mixed, carried, smooth, single, crossed])
+    return pool.round().clamp(torch.zeros_like(levels), levels)
+
+
+def uniform_widths(space: SearchSpace, share: Tensor) -> Tensor:
+    """Levels of the model of that share whose layers all keep their KV groups and the same number of neurons: `n` -> `n x d`."""
+    L, top = space.num_layers, space.bounds[1]
+    levels = torch.arange(int(top[-1]) + 1, dtype=torch.float64)
+    models = torch.cat([top[:L].expand(len(levels), L), levels[:, None].expand(len(levels), L)], dim=1)
+    return interpolated(space.share(models), models, share)
+
+
+def smooth_changes(space: SearchSpace, n: int, generator: torch.Generator) -> Tensor:
+    """Random depth profiles for attention and MLPs, `n x d` in levels, of random smoothness and size."""
+    layers = space.num_layers
+    scales = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    kernel = gaussian_kernel(layers, scales[torch.randint(5, (n, 1, 1), generator=generator)])  # n x L x L
+    kernel = kernel / kernel.square().sum(-1, keepdim=True).sqrt()  # every layer's change has variance 1
+    profiles = torch.randn(n, 2, layers, generator=generator, dtype=torch.float64) @ kernel.transpose(-1, -2)
+    amplitude = 0.02 + 0.13 * torch.rand(n, 2, 1, generator=generator, dtype=torch.float64)  # share of a block's units
+    return (profiles * amplitude).flatten(1) * space.bounds[1]
+
+
+def eligible(X: Tensor, space: SearchSpace, seen: Collection[tuple[int, ...]]) -> Tensor:
+    """Distinct legal rows that are not in `seen`, in their order."""
+    fresh: dict[tuple[int, ...], int] = {}
+    for row, x in enumerate(X.int().tolist()):
+        fresh.setdefault(tuple(x), row)
+    kept = X[[row for x, row in fresh.items() if x not in seen]] if fresh else X
+    return kept[space.legal(kept)]
+
+
+def levels_of(trials: Sequence[Trial], d: int) -> Tensor:
+    """`n x d` levels of trials."""
+    return torch.tensor([trial.x for trial in trials], dtype=torch.float64).view(len(trials), d)

@@ -1,12 +1,15 @@
-"""MkDocs hook: the order of the pages, and the command reference from `--help`."""
+"""MkDocs hook: the order of the pages, the command reference from `--help`, and the table of families from their rows."""
 
 from pathlib import Path
 from typing import Any
 
+from pruning.families import FAMILIES
+
 FIRST = ("index.md", "tutorial.md", "notebook.ipynb")
 UNDERSTAND = ("explanation.md", "glossary.md")
 LOOK_UP = ("reference/cli.md", "reference/api.md")
-MARKER = "<!-- the output of --help for every command -->"
+COMMANDS_MARKER = "<!-- the output of --help for every command -->"
+FAMILIES_MARKER = "<!-- the rows of pruning/families.py -->"
 
 
 def on_config(config: Any) -> Any:
@@ -24,7 +27,16 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(MARKER, command_reference()) if MARKER in markdown else markdown
+    for marker, text in ((COMMANDS_MARKER, command_reference), (FAMILIES_MARKER, family_table)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, text())
+    return markdown
+
+
+def family_table() -> str:
+    """The built-in families, as a Markdown table."""
+    rows = [f"| `{family.model_type}` | {family.models} | {family.notes} |" for family in FAMILIES.values()]
+    return "\n".join(["| model_type | models | what is particular |", "|---|---|---|", *rows])
 
 
 def command_reference() -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pruning.cost import cost_of as cost_of
     from pruning.errors import ExportFailed as ExportFailed
     from pruning.errors import InvalidArchitecture as InvalidArchitecture
+    from pruning.errors import InvalidFamily as InvalidFamily
     from pruning.errors import InvalidMask as InvalidMask
     from pruning.errors import NotEnoughText as NotEnoughText
     from pruning.errors import PruningError as PruningError
@@ -74,6 +75,7 @@ _HOME = {
     "errors": (
         "ExportFailed",
         "InvalidArchitecture",
+        "InvalidFamily",
         "InvalidMask",
         "NotEnoughText",
         "PruningError",

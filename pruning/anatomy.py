@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pruning.errors import UnsupportedModel
-from pruning.families import FAMILIES, Family, Places, Role
+from pruning.errors import InvalidFamily, UnsupportedModel
+from pruning.families import Family, Places, Role, find_family, known_families
 from pruning.modeling_pruned import LayerConfig
 from pruning.projection import Projection, matrix_of
 
@@ -177,12 +177,13 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a model with this config.
 
     Raises:
-        UnsupportedModel: No decoder of a family in `FAMILIES`, or a variant that does not fit it.
+        UnsupportedModel: No decoder of a known family, or a variant that does not fit it.
+        InvalidFamily: A plug-in for it is broken.
     """
-    family = FAMILIES.get(config.model_type)
+    family = find_family(config.model_type)
     if family is None or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(sorted(FAMILIES))}."
+            f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(known_families())}."
         )
     for name, needed in family.required.items():
         if (found := getattr(config, name, needed)) != needed:
@@ -196,29 +197,34 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     """Read the sizes from a config of a supported family.
 
     Raises:
-        UnsupportedModel: See `family_of`.
+        UnsupportedModel, InvalidFamily: See `family_of`.
     """
-    family = family_of(config)
-    heads = config.num_attention_heads
-    return Sizes(
-        num_hidden_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate_size=getattr(config, family.intermediate_size) or 4 * config.hidden_size,
-        vocab_size=config.vocab_size,
-    )
+    return _sizes(config, family_of(config))
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """Read the sizes of `model` and check that every layer has them.
 
     Raises:
-        UnsupportedModel: Not a decoder of a family in `FAMILIES`, or layers of unequal size.
+        UnsupportedModel: Not a decoder of a known family, or layers of unequal size.
+        InvalidFamily: See `family_of`; or the family's row names what the model has not.
     """
-    sizes = sizes_of(model.config)
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config)
+    try:
+        return _anatomy(model, family)
+    except AttributeError as error:
+        raise InvalidFamily(
+            f"The row of the family '{family.model_type}' does not fit a {type(model).__name__}: {error}."
+        ) from error
+
+
+def expand_units(units: Tensor, width: int) -> Tensor:
+    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _anatomy(model: PreTrainedModel, family: Family) -> Anatomy:
+    sizes = _sizes(model.config, family)
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"A {type(model).__name__} has no language-model head: load it as a causal language model."
@@ -247,9 +253,17 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def expand_units(units: Tensor, width: int) -> Tensor:
-    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+def _sizes(config: PretrainedConfig, family: Family) -> Sizes:
+    heads = config.num_attention_heads
+    return Sizes(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate_size=getattr(config, family.intermediate_size) or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+    )
 
 
 def _block(
@@ -268,7 +282,7 @@ def _block(
         rows.per_unit * (matrix_of(projections[name]).shape[1] + (projections[name].bias is not None))
         for name, rows in inputs.items()
     )
-    parts = [module] if places.module else [*projections.values(), output]
+    modules = [module] if places.module else [*projections.values(), output]
     norms = [getattr(layers[0], name) for name in (places.norm, places.post_norm) if name]
     return Block(
         kind=kind,
@@ -279,7 +293,7 @@ def _block(
         config_counts={name: owned[role] for name, role in places.config_counts.items()},
         units=units,
         parameters_per_unit=per_unit,
-        fixed_parameters=sum(_count(part) for part in (*parts, *norms)) - units * per_unit,
+        fixed_parameters=sum(_count(module) for module in (*modules, *norms)) - units * per_unit,
     )
 
 

@@ -6,7 +6,11 @@ class PruningError(Exception):
 
 
 class UnsupportedModel(PruningError):
-    """The model is no decoder of a family listed in `pruning.families.FAMILIES`."""
+    """The model is no decoder of a family that `pruning.families` knows."""
+
+
+class InvalidFamily(PruningError):
+    """A row of families says what cannot be, or a third party's plug-in that should be one is none."""
 
 
 class InvalidArchitecture(PruningError):

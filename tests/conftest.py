@@ -6,8 +6,10 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 import copy
 import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }  # fmt: skip
 
 
+# The first row of every family, by `model_type`.
+FAMILIES: dict[str, str] = {}
+for _name, _make in CONFIGS.items():
+    FAMILIES.setdefault(_make().model_type, _name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are too small to share
@@ -111,6 +119,35 @@ def build() -> Callable[[str], PreTrainedModel]:
 def model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     """Every row of `CONFIGS` in turn. `parametrize("model", ["llama"], indirect=True)` narrows it."""
     return build(request.param)
+
+
+@pytest.fixture(params=FAMILIES.values())
+def family_model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """One model of every family in turn."""
+    return build(request.param)
+
+
+@pytest.fixture
+def tested_families() -> set[str]:
+    """Every `model_type` that has a row in `CONFIGS`."""
+    return set(FAMILIES)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """(name, entry points, code) -> a third party's package, as pip would leave it."""
+
+    def put(name: str, points: str, code: str) -> None:
+        info = tmp_path / f"site-{name}" / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info.parent / f"{name}.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(points)
+        # Another folder for each package: what is installed is looked up once for each `sys.path`.
+        monkeypatch.syspath_prepend(str(info.parent))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return put
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmbo.problem.family import Expansions, ThresholdFamily, interpolated
+from llmbo.problem.family import Expansions, ThresholdFamily, bracketed, interpolated
 from llmbo.problem.knapsack import cheapest
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
@@ -89,8 +89,6 @@ def _at_levels(x: Tensor, cost: Tensor, levels: Tensor) -> Tensor:
     known = torch.cat(
         [cost[:, : len(STEPS) // 2], torch.zeros(len(x), 1, dtype=torch.float64), cost[:, len(STEPS) // 2 :]], dim=1
     )
-    wanted = levels[None] - x[:, None]  # d x levels, in steps
-    right = torch.searchsorted(steps, wanted.contiguous()).clamp(1, len(steps) - 1)
-    weight = (wanted - steps[right - 1]) / (steps[right] - steps[right - 1])  # beyond 0 and 1 outside
+    right, weight = bracketed(steps, levels[None] - x[:, None])  # d x levels
     low, high = known.gather(1, right - 1), known.gather(1, right)
     return low + weight * (high - low)

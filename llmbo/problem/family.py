@@ -133,11 +133,19 @@ class Expansions:
 
 def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
     """Rows of `path` (`m x d`, at increasing `shares`) at any share, the ends beyond them: `n` -> `n x d`."""
-    share = share.clamp(shares[0], shares[-1])
-    right = torch.searchsorted(shares, share.contiguous()).clamp(1, len(shares) - 1)
-    low, high = shares[right - 1], shares[right]
-    weight = ((share - low) / (high - low).clamp_min(1e-12)).unsqueeze(-1)  # the dense model may be the only row
-    return torch.lerp(path[right - 1], path[right], weight)
+    right, weight = bracketed(shares, share.clamp(shares[0], shares[-1]))
+    return torch.lerp(path[right - 1], path[right], weight.unsqueeze(-1))
+
+
+def bracketed(knots: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where values lie between increasing knots: the index of the knot to the right, and how far it is on the way there.
+
+    A weight is 0 at the knot to the left and 1 at that to the right; beyond the ends the last two knots go on, with weights
+    outside of 0 to 1. Both have the shape of `at`.
+    """
+    right = torch.searchsorted(knots, at.contiguous()).clamp(1, len(knots) - 1)
+    left = knots[right - 1]
+    return right, (at - left) / (knots[right] - left).clamp_min(1e-12)  # the dense model may be the only knot
 
 
 def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list[float]]:

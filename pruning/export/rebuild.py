@@ -14,8 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pruning import modeling_pruned
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
-from pruning.errors import UnsupportedModel
-from pruning.families import FAMILIES
+from pruning.errors import UnsupportedExport, UnsupportedModel
 
 _DERIVED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
 
@@ -35,9 +34,7 @@ def is_stock(model: PreTrainedModel) -> bool:
 def local_class(folder: Path) -> type[Any] | None:
     """The class that a saved folder with layers of unequal size needs; None if a stock one will do."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"].removeprefix("pruned_") not in FAMILIES or not config["model_type"].startswith("pruned_"):
-        return None
-    return getattr(modeling_pruned, config["architectures"][0])
+    return getattr(modeling_pruned, config["architectures"][0]) if "pruned_blocks" in config else None
 
 
 def stock_config(small: PreTrainedModel, anatomy: Anatomy, groups: int, neurons: int) -> PreTrainedConfig | None:
@@ -61,13 +58,21 @@ def rebuilt(small: PreTrainedModel, anatomy: Anatomy, architecture: Architecture
     Args:
         small: The result of `shrink`.
         anatomy: Of the dense model.
+
+    Raises:
+        UnsupportedExport: Its layers are unequal, and its class is not one of transformers' own.
     """
     config = None
     if is_uniform(architecture):
         config = stock_config(small, anatomy, max(architecture.kv_groups), max(architecture.neurons))
     model_class: Any = type(small)
     if config is None:
-        model_class = getattr(modeling_pruned, f"Pruned{model_class.__name__}")
+        name = model_class.__name__
+        model_class = getattr(modeling_pruned, f"Pruned{name}", None)
+        if model_class is None:
+            raise UnsupportedExport(
+                f"Layers of unequal size are saved for classes of transformers only, and it has no '{name}': keep the layers equal."
+            )
         config = _unequal_config(small.config, anatomy, architecture, model_class.config_class)
     with torch.device("meta"):
         model = model_class(config)

@@ -1,36 +1,38 @@
 """Every supported kind of decoder goes through the whole command, and the documentation lists exactly these."""
 
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Starcoder2Config
 
 from llmbo.models import loading as models
 from pruning.families import FAMILIES
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
-NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt")
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "families.md"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_family_is_optimized(
-    llmbo: Any,
-    build: Callable[[str], PreTrainedModel],
-    model_folder: Path,
-    tmp_path: Path,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # For a Qwen2 model AutoTokenizer takes Qwen2's own tokenizer, whatever the folder says, and it has no words of ours.
-    monkeypatch.setattr(models, "AutoTokenizer", PreTrainedTokenizerFast)
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    model = build(name).float()
-    model.save_pretrained(folder)
+@pytest.fixture
+def saved(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], Path]:
+    """Any tiny model -> its folder, with a tokenizer of our words."""
+
+    def save(model: PreTrainedModel) -> Path:
+        # For a Qwen2 model AutoTokenizer takes Qwen2's own tokenizer, whatever the folder says, and it has no words of ours.
+        monkeypatch.setattr(models, "AutoTokenizer", PreTrainedTokenizerFast)
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def check(llmbo: Any, model: PreTrainedModel, folder: Path) -> None:
     result = llmbo(model=folder, budget=4)
     assert result.exit_code == 0, result.output
     report = llmbo.report()
@@ -40,10 +42,58 @@ def test_every_family_is_optimized(
     assert report["front"] and all(point["heldout"]["kl"] > 0 for point in report["front"])
 
 
-def test_no_family_is_left_out(build: Callable[[str], PreTrainedModel]) -> None:
-    assert {build(name).config.model_type for name in NAMES} == set(FAMILIES)
+def test_every_family_is_optimized(
+    llmbo: Any, family_model: PreTrainedModel, saved: Callable[[PreTrainedModel], Path]
+) -> None:
+    model = family_model.float()
+    check(llmbo, model, saved(model))
+
+
+def test_no_family_is_left_out(tested_families: set[str]) -> None:
+    assert tested_families == set(FAMILIES)
 
 
 def test_the_documentation_lists_the_supported_families() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert rows == [(family.model_type, family.models) for family in FAMILIES.values()]
+    hook = runpy.run_path(str(ROOT / "experiments" / "docs_hook.py"))
+    page = hook["on_page_markdown"](DOCUMENT.read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)
+    assert rows == [(family.model_type, family.models, family.notes) for family in FAMILIES.values()]
+
+
+def tiny_starcoder() -> PreTrainedModel:
+    config = Starcoder2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def example() -> tuple[str, str]:
+    """Entry points and code of the package in the documentation."""
+    toml, code = re.findall(r"```(?:toml|python)\n(.+?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    point = re.search(r"^starcoder2 = \"(.+)\"$", toml, flags=re.MULTILINE)
+    assert point
+    return f"[llmbo.families]\nstarcoder2 = {point[1]}\n", code
+
+
+def test_the_documented_plugin_is_optimized(
+    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[[str, str, str], None]
+) -> None:
+    model = tiny_starcoder()
+    folder = saved(model)
+    refused = llmbo(model=folder, budget=4)
+    assert refused.exit_code == 2 and "'starcoder2' is not supported" in refused.output
+    install("my_package", *example())
+    check(llmbo, model, folder)
+
+
+def test_a_broken_plugin_is_refused_in_one_line_and_disturbs_no_other_model(
+    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[[str, str, str], None]
+) -> None:
+    install("my_package", "[llmbo.families]\nstarcoder2 = my_package:GONE\n", "")
+    result = llmbo(model=saved(tiny_starcoder()), budget=4, name="refused")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert (
+        "error: Cannot use 'starcoder2 = my_package:GONE' of the package 'my_package'" in result.output.splitlines()[-1]
+    )
+    assert llmbo(budget=4).exit_code == 0

@@ -11,6 +11,7 @@ import torch
 from llmbo.problem.family import (
     ThresholdFamily,
     block_marginal_costs,
+    bracketed,
     geometric_mean,
     interpolated,
     unit_marginal_costs,
@@ -150,6 +151,15 @@ def test_interpolation_meets_its_rows_and_stops_at_the_ends() -> None:
     torch.testing.assert_close(found, torch.tensor(expected).double())
     alone = interpolated(shares[:1], path[:1], torch.tensor([0.1, 0.9]).double())
     torch.testing.assert_close(alone, path[:1].expand(2, 2))
+
+
+def test_values_lie_between_the_knots_around_them_or_beyond_the_last_two() -> None:
+    knots = torch.tensor([-1.0, 0.0, 2.0]).double()
+    at = torch.tensor([[-3.0, -1.0, -0.25], [0.5, 2.0, 5.0]]).double()
+    right, weight = bracketed(knots, at)
+    assert right.tolist() == [[1, 1, 1], [2, 2, 2]]
+    torch.testing.assert_close(weight, torch.tensor([[-2.0, 0.0, 0.75], [0.25, 1.0, 2.5]]).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(knots[right - 1] + weight * (knots[right] - knots[right - 1]), at)
 
 
 def test_under_limits_the_family_goes_on_with_what_they_leave(make_toy: Callable[..., Any]) -> None:

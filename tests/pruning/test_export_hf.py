@@ -337,3 +337,12 @@ def test_heads_that_do_not_divide_the_hidden_size(
     found = load_pruned(saved(cut))
     torch.testing.assert_close(logits(found, windows), logits(cut.model, windows), rtol=0, atol=1e-12)
     assert padded(cut).config.num_attention_heads == 4
+
+
+@ONE_FAMILY
+def test_unequal_layers_need_a_class_of_transformers(model: PreTrainedModel, pruned: Draw) -> None:
+    model.__class__ = type("Mine", (type(model),), {})
+    cut, equal = pruned(model, "MABB-"), pruned(model, "UUU-U")
+    with pytest.raises(UnsupportedExport, match=r"classes of transformers only, and it has no 'Mine'"):
+        rebuilt(cut.model, cut.anatomy, cut.architecture)
+    assert type(rebuilt(equal.model, equal.anatomy, equal.architecture)) is type(model)

@@ -37,4 +37,4 @@ class EvaluationError(LlmboError):
 
 
 class StrategyError(LlmboError):
-    """A strategy does not keep the rules that make a comparison fair."""
+    """A strategy fails, or does not keep the rules of proposers and of fair comparisons."""

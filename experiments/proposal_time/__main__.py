@@ -93,7 +93,7 @@ def main() -> None:
     for model, config in SHAPES.items():
         space, family = search_space(config)
         for names in (("kl", "params_share"), ("kl", "params_share", "kv_bytes")):
-            for n in (100, 300):
+            for n in (100, 200, 300):
                 trials, dense = observed(family, n)
                 objectives = build_objectives(names, dense, known_values(space, family.at(0.0)))
                 proposer = QNehviProposer(family, objectives, dense)

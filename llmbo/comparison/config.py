@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from llmbo.comparison.strategies import strategy_of
 from llmbo.config import MAX_NAME_BYTES, RunConfig
 from llmbo.errors import ConfigError, first_line, unknown
-from llmbo.search.strategies import strategy_of
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ def _arm(item: str | dict[str, Any], problem: dict[str, Any]) -> Arm:
         if key not in strategy.options:
             known = [*strategy.options, "label", *_problem_keys()]
             raise ConfigError(unknown(f"key of the strategy {name}", key, known))
-    return Arm(label, name, strategy.checked(name, table), _problem({**problem, **changes}))
+    return Arm(label, name, strategy.checked(table), _problem({**problem, **changes}))
 
 
 def _problem_keys() -> list[str]:

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-import torch
-
 from llmbo.comparison.config import Arm, CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.store import EvaluationStore, Round
+from llmbo.comparison.strategies import strategy_of
 from llmbo.config.objectives import feasible
 from llmbo.errors import StrategyError
 from llmbo.problem.objectives import outcomes, ref_point, to_maximize
 from llmbo.report import front_of
+from llmbo.search.contract import broken_rule
 from llmbo.search.loop import SEEDS_PER_RUN
 from llmbo.search.pareto import hypervolume, hypervolume_trace
-from llmbo.search.strategies import strategy_of
 from llmbo.types import Proposal, Source, Trial, TrialState
 
 
@@ -80,7 +79,7 @@ def run_arm(
     Raises:
         StrategyError: The strategy proposes too many candidates, illegal ones, or the same again.
     """
-    proposer = strategy_of(arm.strategy).build(arm.strategy, problem.search, problem.objectives, arm.options)
+    proposer = strategy_of(arm.strategy).build(problem.search, problem.objectives, arm.options)
     stored = store.rounds(config.name, key)
     trials: list[Trial] = []
     seconds: list[float] = []
@@ -156,17 +155,8 @@ def _num_initial(outcome: Outcome) -> int:
 def _check_proposals(
     arm: Arm, proposals: Sequence[Proposal], trials: Sequence[Trial], q: int, problem: OpenProblem
 ) -> None:
-    points = [proposal.x for proposal in proposals]
-    X = torch.tensor(points, dtype=torch.float64).view(len(points), problem.space.d)
-    faults = {
-        f"{len(points)} candidates where {q} were asked for": len(points) > q,
-        "the same candidate twice": len(set(points)) < len(points),
-        "a candidate that it has evaluated before": not set(points).isdisjoint(trial.x for trial in trials),
-        "an illegal candidate": not bool(problem.space.legal(X).all()),
-    }
-    for fault, found in faults.items():
-        if found:
-            raise StrategyError(f"The strategy {arm.label} proposed {fault}, after {len(trials)} evaluations.")
+    if fault := broken_rule(proposals, trials, q, problem.space):
+        raise StrategyError(f"The strategy {arm.label} proposed {fault}, after {len(trials)} evaluations.")
 
 
 def _evaluated(proposal: Proposal, number: int, round_number: int, problem: OpenProblem) -> Trial:

@@ -1,9 +1,10 @@
 """What the user may type after `--advisor` and its companions. Refuses what can be refused without a model or a server."""
 
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from urllib.parse import urlsplit
 
+from llmbo.config.plugins import installed, plugin_named
 from llmbo.errors import ConfigError, unknown
 
 HOOKS = ("warm_start", "propose", "directions", "filter")
@@ -32,19 +33,20 @@ class AdvisorSpec:
 
 def plugins() -> dict[str, EntryPoint]:
     """Third parties' advisors by name."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return installed(ENTRY_POINTS)
 
 
 def parse_spec(text: str) -> AdvisorSpec:
     """Check what was typed.
 
     Raises:
-        ConfigError: Unknown name, missing or needless argument, or a URL that holds a secret.
+        ConfigError: Unknown name or one with two owners, missing or needless argument, or a URL that holds a secret.
     """
     kind, _, argument = text.partition(":")
     others = plugins()
     if kind not in KINDS and kind not in others:
         raise ConfigError(f"--advisor {text}: {unknown('advisor', kind, [*(_usage(name) for name in KINDS), *others])}")
+    plugin_named("advisor", ENTRY_POINTS, kind, KINDS)  # one owner only
     wanted = KINDS.get(kind, "ARGUMENT")
     if kind in KINDS and bool(argument) != (wanted is not None):
         raise ConfigError(f"--advisor {kind} is written '{_usage(kind)}', got '{text}'.")

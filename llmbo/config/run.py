@@ -7,14 +7,9 @@ from typing import Any
 
 from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
+from llmbo.config.strategies import strategy_plugin
 from llmbo.errors import ConfigError, unknown
 
-# What each of them is: `llmbo.search.strategies`. Here, because input is checked before anything heavy is imported.
-STRATEGIES = (
-    "qnehvi", "qnehvi-plain", "threshold-moved", "threshold", "threshold-fisher", "llm-pruner", "uniform", "random",
-    "random-vectors", "knapsack", "local-search", "nsga2", "nsga2-seeded", "botorch", "optuna-tpe", "optuna-tpe-seeded", "optuna-nsga2",
-    "optuna-nsga2-seeded", "optuna-gp", "optuna-gp-seeded",
-)  # fmt: skip
 MAX_NAME_BYTES = 250  # file systems take 255
 MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
 FREE = (  # what may change between two starts of a run
@@ -109,8 +104,7 @@ class RunConfig:
             raise ConfigError(f"--neuron-step must not be negative, got {self.neuron_step}.")
         if not 0 < self.min_share < 1:
             raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(unknown("strategy", self.strategy, STRATEGIES))
+        strategy_plugin(self.strategy)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
         check_objectives(self.objectives, self.reference_point)

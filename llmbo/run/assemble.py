@@ -43,7 +43,7 @@ class RunParts:
 
 def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
     """The proposer behind a strategy's name, without advice."""
-    return strategy_of(strategy).build(strategy, problem, objectives, {})
+    return strategy_of(strategy).build(problem, objectives, {})
 
 
 def evaluator_of(
@@ -98,6 +98,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     if not fresh:
         _continued(config, url)
     check_advisor(config, folder)
+    strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         _check_window(config, given.model.config if given else load_config(config.model))
     if config.text != "self":

@@ -1,4 +1,10 @@
-"""Choose q points by qLogNEHVI over a discrete pool around the front, after local search among the best of it.
+"""Choose q points by expected hypervolume improvement over a discrete pool around the front, after local search among its best.
+
+The closed form judges the whole pool. With two objectives qLogNEHVI, which also integrates over noise and over what pending points
+will bring, has the last word on a shortlist. With three it does not: one partition of the undominated space for each sample makes
+proposals five times as slow, and on the recorded benchmark it gained nothing (`kl,params_share,kv_bytes`, five seeds of 60 evaluations,
+hypervolume in shares of the reference point: closed form 0.1487; 16 samples 0.1466; 16 samples, decomposed approximately with
+alpha = 0.001, 0.1484; alpha = 0.01 orders candidates anew). `prune_baseline` costs more than it saves: fronts hold little else.
 
 Limits on known costs are kept by every point of the pool (`SearchSpace.legal`); limits on objectives bound the reference point.
 """
@@ -77,8 +83,6 @@ class QNehviProposer:
         pool = eligible(torch.cat([advised, candidate_pool(self.family, front, generator)]), space, seen)
         proposals: list[Proposal] = []
         while len(proposals) < q and len(pool):
-            # The closed form is cheap enough for every candidate; qLogNEHVI, which integrates over noise and pending
-            # points jointly, decides among the best. With three objectives it would take half a minute (64 partitions).
             improvement = posterior.expected_improvement(torch.cat([front, pending]))
             best, *others = shortlist = _improve(improvement, pool, space, seen, generator, advised_by)
             if others and len(self.objectives) == 2:

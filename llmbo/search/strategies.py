@@ -1,23 +1,25 @@
-"""The table of search strategies: name -> proposer. Heavy libraries are imported when a strategy is built."""
+"""From a strategy's name to its proposer. Heavy libraries are imported when the strategy is asked for."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from importlib.metadata import EntryPoint
+from typing import Any, Protocol
 
-from llmbo.config import STRATEGIES
+from llmbo.config.plugins import failure, loaded
+from llmbo.config.strategies import STRATEGIES, Design, Strategy, strategy_plugin
 from llmbo.errors import ConfigError, unknown
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL, Started
-from llmbo.types import Proposer, Source
+from llmbo.search.contract import PluginProposer
+from llmbo.types import Proposer
 
-Design = Literal["moved", "threshold", "random"]
-Family = Literal["family", "threshold_family", "fisher_family", "taylor_family"]
 Options = Mapping[str, Any]
+FILLED = ("space", "family", "objectives", "dense", "limits", "problem")  # fields that a problem fills
 
 
 class SearchProblem(Protocol):
@@ -48,27 +50,22 @@ class SearchProblem(Protocol):
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """How to build a proposer.
+class ProposerFactory:
+    """A strategy that is ready to be built.
 
     Args:
-        proposer: `module:class`; the class is a dataclass whose fields are filled from the problem by name.
-        design: Its initial design; None where it has none, or is one itself.
-        wrapped: Whether the design is put before it (`Started`), or is its own business.
-        fixed: Fields that belong to the name.
-        family: Which of the problem's families it sees.
+        type: The class of its proposer.
+        plugin: Where a third party's comes from; None for our own.
     """
 
-    proposer: str
-    design: Design | None = None
-    wrapped: bool = True
-    fixed: Options = field(default_factory=dict)
-    family: Family = "family"
+    name: str
+    strategy: Strategy
+    type: Any
+    plugin: EntryPoint | None = None
 
     @property
-    def type(self) -> Any:
-        module, name = self.proposer.split(":")
-        return getattr(import_module(module), name)
+    def design(self) -> Design | None:
+        return self.strategy.design
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,11 +73,13 @@ class Strategy:
         found = {
             item.name: item.default
             for item in dataclasses.fields(self.type)
-            if item.init and item.default is not dataclasses.MISSING and item.name not in self.fixed
+            if item.init
+            and item.default is not dataclasses.MISSING
+            and item.name not in (*FILLED, *self.strategy.fixed)
         }
-        return found | ({"num_initial": NUM_INITIAL} if self.design and self.wrapped else {})
+        return found | ({"num_initial": NUM_INITIAL} if self.design and self.strategy.wrapped else {})
 
-    def checked(self, name: str, options: Options) -> dict[str, Any]:
+    def checked(self, options: Options) -> dict[str, Any]:
         """`options` as the proposer wants them.
 
         Raises:
@@ -89,83 +88,84 @@ class Strategy:
         known, checked = self.options, dict[str, Any]()
         for key, given in options.items():
             if key not in known:
-                raise ConfigError(unknown(f"key of the strategy {name}", key, known))
+                raise ConfigError(unknown(f"key of the strategy {self.name}", key, known))
             value: Any = tuple(given) if isinstance(given, list) else given
             kinds: Any = (int, float) if isinstance(known[key], float) else type(known[key])
             if known[key] is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)):
-                raise ConfigError(f"The key {key} of the strategy {name} is like {known[key]!r}, got {value!r}.")
+                raise ConfigError(f"The key {key} of the strategy {self.name} is like {known[key]!r}, got {value!r}.")
             if key == "num_initial" and isinstance(value, int) and value < 1:
-                raise ConfigError(f"The key num_initial of the strategy {name} must be at least 1, got {value}.")
+                raise ConfigError(f"The key num_initial of the strategy {self.name} must be at least 1, got {value}.")
             checked[key] = value
         return checked
 
-    def build(self, name: str, problem: SearchProblem, objectives: Sequence[Objective], options: Options) -> Proposer:
-        checked = self.checked(name, options)
+    def build(self, problem: SearchProblem, objectives: Sequence[Objective], options: Options) -> Proposer:
+        """The proposer for a problem.
+
+        Raises:
+            ConfigError: An option is unknown or of the wrong type, or a third party's class takes exception to something.
+        """
+        checked, strategy = self.checked(options), self.strategy
+        num_initial = checked.pop("num_initial", NUM_INITIAL) if strategy.wrapped else NUM_INITIAL
         parts = {
             "space": problem.space,
-            "family": getattr(problem, self.family),
+            "family": getattr(problem, strategy.family),
             "objectives": tuple(objectives),
             "dense": problem.dense,
             "limits": problem.limits,
             "problem": problem,
-            **self.fixed,
+            **strategy.fixed,
         }
-        num_initial = checked.pop("num_initial", NUM_INITIAL) if self.wrapped else NUM_INITIAL
         names = {item.name for item in dataclasses.fields(self.type) if item.init}
-        search: Proposer = self.type(**{key: value for key, value in parts.items() if key in names}, **checked)
-        if self.design is None or not self.wrapped:
+        search: Proposer
+        try:
+            search = self.type(**{key: value for key, value in parts.items() if key in names}, **checked)
+        except Exception as error:
+            if self.plugin is None:
+                raise
+            raise ConfigError(failure("strategy", self.plugin, error)) from error
+        if self.plugin is not None:
+            search = PluginProposer(self.plugin, search, problem.space)
+        if self.design is None or not strategy.wrapped:
             return search
         return Started(design_of(self.design, problem, objectives), search, problem.space, num_initial)
 
 
-def _path(origin: str, source: Source, family: Family = "family") -> Strategy:
-    """A family without search; gains are measured against members whose source is the path."""
-    return Strategy(f"{_DESIGNS}:ThresholdProposer", fixed={"origin": origin, "source": source}, family=family)
-
-
-_DESIGNS = "llmbo.search.baselines.designs"
-_NSGA2 = "llmbo.search.baselines.nsga2:Nsga2Proposer"
-_OPTUNA = "llmbo.search.baselines.optuna_samplers:OptunaProposer"
-TABLE: dict[str, Strategy] = {
-    "qnehvi": Strategy("llmbo.search.acquisition:QNehviProposer", "moved", wrapped=False, fixed={"advice": None}),
-    "qnehvi-plain": Strategy(
-        "llmbo.search.acquisition:QNehviProposer",
-        "threshold",
-        wrapped=False,
-        fixed={"advice": None},
-        family="threshold_family",
-    ),
-    "advised": Strategy("llmbo.advisor.strategy:AdvisedStrategy", "moved", wrapped=False),  # for comparisons only
-    "threshold-moved": _path("threshold", Source.PATH),
-    "threshold": _path("threshold", Source.PATH, "threshold_family"),
-    "threshold-fisher": _path("threshold-fisher", Source.SEARCH, "fisher_family"),
-    "llm-pruner": _path("llm-pruner", Source.SEARCH, "taylor_family"),
-    "uniform": Strategy(f"{_DESIGNS}:UniformProposer"),
-    "random": Strategy(f"{_DESIGNS}:RandomProposer"),
-    "random-vectors": Strategy(f"{_DESIGNS}:RandomVectorsProposer"),
-    "knapsack": Strategy("llmbo.search.baselines.knapsack:KnapsackProposer"),
-    "local-search": Strategy("llmbo.search.baselines.local_search:LocalSearchProposer", "threshold"),
-    "nsga2": Strategy(_NSGA2, "random"),
-    "nsga2-seeded": Strategy(_NSGA2, "threshold"),
-    "botorch": Strategy("llmbo.search.baselines.plain_botorch:PlainBotorchProposer", "random"),
-    "optuna-tpe": Strategy(_OPTUNA, "random", fixed={"sampler": "tpe"}),
-    "optuna-tpe-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "tpe"}),
-    "optuna-nsga2": Strategy(_OPTUNA, "random", fixed={"sampler": "nsga2"}),
-    "optuna-nsga2-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "nsga2"}),
-    "optuna-gp": Strategy(_OPTUNA, "random", fixed={"sampler": "gp"}),
-    "optuna-gp-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "gp"}),
-}
-
-
-def strategy_of(name: str) -> Strategy:
+def strategy_of(name: str, own: Mapping[str, Strategy] = STRATEGIES) -> ProposerFactory:
     """The strategy behind a name.
 
     Raises:
-        ConfigError: There is none of that name; says which are like it.
+        ConfigError: There is none of that name, and it says which are like it; or a third party's cannot be used.
     """
-    if name not in TABLE:
-        raise ConfigError(unknown("strategy", name, STRATEGIES))
-    return TABLE[name]
+    point = strategy_plugin(name, own)
+    if point is None:
+        return ProposerFactory(name, own[name], _class_of(own[name]))
+    found = loaded("strategy", point)
+    try:
+        strategy = found if isinstance(found, Strategy) else Strategy(found)
+        return ProposerFactory(name, strategy, _fillable(_class_of(strategy), strategy.fixed), point)
+    except Exception as error:
+        raise ConfigError(failure("strategy", point, error)) from error
+
+
+def _class_of(strategy: Strategy) -> Any:
+    if not isinstance(strategy.proposer, str):
+        return strategy.proposer
+    module, _, name = strategy.proposer.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _fillable(cls: Any, fixed: Options) -> Any:
+    """`cls`, if it is a proposer that a problem can fill."""
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "propose")):
+        raise TypeError(f"expected a dataclass with the method propose, or a Strategy, got {cls!r}")
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
+    for name in fixed:
+        if name not in fields:
+            raise TypeError(f"it has no field {name} to be fixed")
+    for name, item in fields.items():
+        if item.default is item.default_factory is dataclasses.MISSING and name not in (*FILLED, *fixed):
+            raise TypeError(f"its field {name} needs a default, as none of {', '.join(FILLED)} is called so")
+    return cls
 
 
 def design_of(design: Design, problem: SearchProblem, objectives: Sequence[Objective]) -> Proposer:

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import botorch
 import pytest
 import torch
+from botorch.acquisition.multi_objective import logei
+from torch.utils import cpp_extension
 
 from llmbo.problem.objectives import ref_point
 from llmbo.search.acquisition import QNehviProposer
@@ -84,6 +87,26 @@ def test_a_limit_that_is_no_objective_weighs_by_its_probability(toy: Any) -> Non
     torch.testing.assert_close(strict, free * kept, rtol=0.02, atol=0.01 * float(free.max()))
     assert kept.min() < 0.1 and kept.max() > 0.9
     torch.testing.assert_close(value(loss=1e6), free, rtol=1e-9, atol=0)
+
+
+def test_botorch_compiles_nothing_and_heeds_the_private_mark_that_says_so(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`llmbo.search.logei` sets a private mark of BoTorch, for want of a public switch."""
+    attempts: list[object] = []
+    monkeypatch.setattr(cpp_extension, "load", lambda **wanted: attempts.append(wanted))
+    monkeypatch.setattr(logei, "_C", None)
+    trials = toy.trials([tuple(row) for row in toy.family.path[:-1:5].int().tolist()])
+    posterior = QNehviProposer(toy.family, toy.objectives, toy.dense).posterior(trials)
+    X = torch.tensor(toy.random_points(4, 5), dtype=torch.float64)
+    values = posterior.log_nehvi(X, X[:1], X[:0])
+    here = f"BoTorch {botorch.__version__}: see llmbo/search/logei.py"
+    assert not attempts, f"compiles its C++ kernel although `logei._load_attempted` is set. {here}"
+    monkeypatch.setattr(logei, "_load_attempted", False)
+    torch.testing.assert_close(posterior.log_nehvi(X, X[:1], X[:0]), values)
+    assert attempts, (
+        f"does not compile a C++ kernel when `logei._load_attempted` is False: is the mark needed yet? {here}"
+    )
 
 
 def test_pool_candidates_stay_inside_the_bounds_and_hold_the_family(toy: Any, is_member: Callable[..., bool]) -> None:

@@ -21,6 +21,7 @@ from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Decision, Question, Transcript
 from llmbo.advisor.store import FILE, AdviceStore, Consultation, MemoryNotes, read_jsonl
 from llmbo.advisor.summary import summarise
+from llmbo.comparison.strategies import strategy_of
 from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError
 from llmbo.problem.marginals import measure_marginals
@@ -30,7 +31,6 @@ from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.loop import run_search
 from llmbo.search.pareto import hypervolume
-from llmbo.search.strategies import TABLE
 from llmbo.types import Proposal, Source, Trial
 
 LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)
@@ -374,11 +374,11 @@ def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, make_session: Callab
 
 def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
     """Built from the table like any strategy, for problems that have no statistics."""
-    build = TABLE["advised"].build
-    arm = build("advised", toy, toy.objectives, {"by": "random", "hooks": ["propose", "warm_start"], "num_initial": 8})
+    build = strategy_of("advised").build
+    arm = build(toy, toy.objectives, {"by": "random", "hooks": ["propose", "warm_start"], "num_initial": 8})
     origins = {trial.origin for trial in search(arm, toy, 10)}
     assert "advisor:warm_start" in origins and "threshold" in origins
     with pytest.raises(ConfigError, match="did you mean heuristic"):
-        build("advised", toy, toy.objectives, {"by": "heuristics"})
+        build(toy, toy.objectives, {"by": "heuristics"})
     with pytest.raises(ConfigError, match="llmbo optimize"):
-        build("advised", toy, toy.objectives, {"by": "transformers:self"})
+        build(toy, toy.objectives, {"by": "transformers:self"})

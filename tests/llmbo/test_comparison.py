@@ -24,9 +24,10 @@ from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import check_designs, run_arm
 from llmbo.comparison.schema import Comparison
 from llmbo.comparison.store import Evaluation, EvaluationStore
+from llmbo.comparison.strategies import COMPARED, strategy_of
 from llmbo.config import RunConfig
 from llmbo.errors import StrategyError
-from llmbo.search.strategies import TABLE, Strategy
+from llmbo.search.strategies import ProposerFactory
 from llmbo.types import Proposal, Trial
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
@@ -309,7 +310,7 @@ def run(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         return Evaluation(toy.evaluate(x), 1.0)
 
     def go(*rounds: Sequence[tuple[int, ...]], label: str = "scripted") -> Any:
-        monkeypatch.setattr(Strategy, "build", lambda *parts: Scripted(*rounds))
+        monkeypatch.setattr(ProposerFactory, "build", lambda *parts: Scripted(*rounds))
         opened = OpenProblem(toy, toy.objectives, measure, None, (), {})
         with EvaluationStore.open(tmp_path / "store.db") as store:
             return run_arm(Arm(label, "nsga2-seeded", {}, problem), 0, label, config, opened, store, Silent())
@@ -352,4 +353,4 @@ def test_every_config_of_the_project_can_be_read(path: Path) -> None:
 
 def test_every_design_is_declared(toy: Any) -> None:
     """What `check_designs` relies on: a strategy with an initial design says how many trials it has."""
-    assert all("num_initial" in strategy.options for strategy in TABLE.values() if strategy.design)
+    assert all("num_initial" in strategy_of(name).options for name, row in COMPARED.items() if row.design)

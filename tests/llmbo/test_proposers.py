@@ -3,9 +3,11 @@
 import itertools
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,14 @@ from llmbo.config import STRATEGIES
 from llmbo.problem.objectives import Objective, outcomes, ref_point, to_maximize
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
+from llmbo.search.baselines.designs import evenly, van_der_corput
+from llmbo.search.baselines.optuna_samplers import POPULATION
 from llmbo.search.pareto import hypervolume
-from llmbo.search.strategies import TABLE
+from llmbo.search.strategies import strategy_of
 from llmbo.types import Proposal, Proposer, Source, Trial, TrialState
 from pruning.importance import Importance
 
+DOCS = Path(__file__).parents[2] / "docs"
 # Every strategy joins every test of the contract.
 # Options keep the slow ones quick.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,11 +35,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def maker(name: str) -> Callable[[Any], Proposer]:
-    return lambda toy: TABLE[name].build(name, toy, toy.objectives, OPTIONS.get(name, {}))
+    return lambda toy: strategy_of(name).build(toy, toy.objectives, OPTIONS.get(name, {}))
 
 
+# A third party's package: the example of the documentation.
+(EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "plugins.md").read_text(), re.MULTILINE | re.DOTALL)
+PLUGINS = {"thinning": "my_search:Thinning", "thinning-seeded": "my_search:seeded"}
 # The GP samplers of Optuna take seconds per candidate; the adapter is the same for all its samplers.
-PROPOSERS = {name: maker(name) for name in STRATEGIES if not name.startswith("optuna-gp")}
+PROPOSERS = {name: maker(name) for name in [*STRATEGIES, *PLUGINS] if not name.startswith("optuna-gp")}
+
+
+@pytest.fixture(autouse=True)
+def plugins(install: Callable[..., None]) -> None:
+    install("my_search", EXAMPLE, {"llmbo.strategies": PLUGINS})
 
 
 def history(toy: Any) -> dict[str, list[Trial]]:
@@ -125,6 +138,40 @@ def test_random_covers_all_sizes(toy: Any) -> None:
 def test_random_listens_to_the_seed(toy: Any) -> None:
     proposer = RandomProposer(toy.space)
     assert proposer.propose([], 4, 0) != proposer.propose([], 4, 1)
+
+
+@pytest.mark.parametrize("first", [0, 1, 6, 37])
+def test_van_der_corput_mirrors_the_binary_digits_at_the_point(first: int) -> None:
+    expected = [int(f"{n:b}"[::-1], 2) / 2 ** len(f"{n:b}") for n in range(first, first + 200)]
+    assert van_der_corput(200, first) == expected
+
+
+def test_evenly_gives_every_item_once_and_spreads_every_prefix() -> None:
+    found = list(evenly(range(100)))
+    assert sorted(found) == list(range(100)) and found[:4] == [0, 50, 25, 75]
+    for n in (8, 16, 32):
+        assert max(b - a for a, b in itertools.pairwise(sorted(found[:n]))) <= 2 * 100 / n
+    assert list(evenly([])) == []
+
+
+def test_optunas_nsga2_breeds_from_what_it_was_told(make_toy: Callable[..., Any]) -> None:
+    """A child takes its levels from two parents, but for a mutation. Without any generation all would stay random."""
+    toy = make_toy(10)
+    proposer = strategy_of("optuna-nsga2").build(toy, toy.objectives, {})
+
+    def kinship(told: Sequence[Trial]) -> float:
+        """Mean share of a proposal's levels that the best pair of trials accounts for."""
+        X = torch.tensor([trial.x for trial in told])
+        shares = []
+        for proposal in proposer.propose(told, 8, 0):
+            same = X == torch.tensor(proposal.x)
+            shares.append(float((same[:, None] | same).double().mean(-1).max()))
+        return statistics.mean(shares)
+
+    trials = toy.trials(toy.random_points(POPULATION, 0))
+    assert kinship(trials) > 0.9 > kinship(trials[:-1])
+    failed = [*trials[:-1], replace(trials[-1], state=TrialState.FAILED, values={})]
+    assert kinship(failed) > 0.9  # its place in the first generation is taken all the same
 
 
 def threshold(toy: Any) -> ThresholdProposer:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 import torch
+from scipy.stats import qmc
 from torch import Tensor
 
 from llmbo.problem.family import ThresholdFamily
@@ -196,17 +197,12 @@ def legal_rows(points: Sequence[tuple[int, ...]], space: SearchSpace) -> list[in
 
 def evenly(items: Sequence[int]) -> Iterator[int]:
     """All items, every prefix of them spread evenly over the sequence."""
-    yield from dict.fromkeys(items[int(van_der_corput(n) * len(items))] for n in range(4 * len(items)))
+    yield from dict.fromkeys(items[int(place * len(items))] for place in van_der_corput(4 * len(items)))
 
 
-def van_der_corput(n: int) -> float:
-    """The n-th element of the base-2 sequence 0, 1/2, 1/4, 3/4, 1/8, .."""
-    value, weight = 0.0, 0.5
-    while n:
-        value += weight * (n & 1)
-        n >>= 1
-        weight /= 2
-    return value
+def van_der_corput(n: int, first: int = 0) -> list[float]:
+    """`n` elements of the base-2 sequence 0, 1/2, 1/4, 3/4, 1/8, .., from number `first` on."""
+    return qmc.Halton(d=1, scramble=False).fast_forward(first).random(n).flatten().tolist()
 
 
 def attempts(q: int) -> int:

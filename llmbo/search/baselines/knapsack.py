@@ -103,8 +103,7 @@ class KnapsackProposer:
     ) -> tuple[int, ...] | None:
         """The optimum for the next budget that has one not seen yet."""
         largest = self.space.limits.get("params_share", 1.0)
-        for offset in range(MAX_BUDGETS):
-            place = van_der_corput(position + offset)
+        for offset, place in enumerate(van_der_corput(MAX_BUDGETS, position)):
             budget = largest if offset == MAX_BUDGETS - 1 else largest - (largest - self.space.min_share) * place
             x = self._solve(scores, costs, seen, budget)
             if x is not None:

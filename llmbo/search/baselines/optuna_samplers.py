@@ -8,8 +8,8 @@ import optuna
 import torch
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
-from optuna.trial import create_trial
 
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
@@ -20,10 +20,24 @@ from llmbo.types import Proposal, Trial, TrialState
 POPULATION = 20
 ASKS = {"tpe": 20, "nsga2": 50, "gp": 3}  # per wanted candidate, before a batch is filled up at random
 
+
+class _NsgaII(NSGAIISampler):
+    """NSGA-II whose generations follow from the trials' numbers, as a study that is rebuilt every round needs it."""
+
+    def get_trial_generation(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        if trial.state.is_finished():
+            return trial.number // POPULATION
+        return sum(known.state.is_finished() for known in study.get_trials(deepcopy=False)) // POPULATION
+
+    def get_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+        return [trial for trial in complete if self.get_trial_generation(study, trial) == generation]
+
+
 # Every sampler starts at once: the initial design has been evaluated before it is asked.
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1),
-    "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION),
+    "nsga2": lambda seed: _NsgaII(seed=seed, population_size=POPULATION),
     "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=1, deterministic_objective=True),
 }
 _STATES = {
@@ -31,7 +45,6 @@ _STATES = {
     TrialState.FAILED: OptunaState.FAIL,
     TrialState.RUNNING: OptunaState.RUNNING,
 }
-_GENERATION = NSGAIISampler._get_generation_key()  # kept with each trial: the sampler counts generations by it
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,13 @@ class OptunaProposer:
             sampler=SAMPLERS[self.sampler](seed % 2**32),  # NumPy takes no larger one
             directions=["maximize" if objective.maximize else "minimize" for objective in self.objectives],
         )
-        for position, trial in enumerate(trials):
+        for trial in trials:
             study.add_trial(
                 create_trial(
                     state=_STATES[trial.state],
                     params=dict(zip(self._distributions, trial.x, strict=True)),
                     distributions=dict(self._distributions),
                     values=[trial.values[o.name] for o in self.objectives] if trial.complete else None,
-                    system_attrs={_GENERATION: position // POPULATION},
                 )
             )
         return study

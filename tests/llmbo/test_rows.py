@@ -120,7 +120,7 @@ def test_every_number_of_a_report_has_a_row(finished: Any) -> None:
             ("share of items", "share"),
         ),
         ([("polite", "smiles", False), ("loss", "nats/token", False)], "loss", ("nats/token", "plain")),
-        ([("params", "parameters", True), ("polite", "smiles", False)], "polite", ("smiles", "plain")),
+        ([("params", "weights", True), ("polite", "smiles", False)], "polite", ("smiles", "plain")),
     ],
 )
 def test_a_gain_is_in_the_unit_of_the_quality(

@@ -1,27 +1,34 @@
 """Short training of a pruned model: steps, validation, checkpoints. Knows nothing of files of models or of the command line."""
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import RNG_STATE_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llmbo.errors import ConfigError, StorageError
+from llmbo.errors import ConfigError, StorageError, first_line
 from pruning.likelihood import quality
 from pruning.projection import Projection
 
 WARMUP = 0.05  # of all steps
 FLOOR = 0.1  # of the learning rate, where the cosine ends
 LORA_ALPHA = 2  # times the rank
+PROGRESS = "progress.json"  # in each checkpoint: the plan, and how validation went
 LEARNING_RATES = {False: 3e-4, True: 1e-3}  # all weights, LoRA
 
 
@@ -120,7 +127,7 @@ def train(
         with accelerator.autocast():
             return quality(model, validation).loss
 
-    checkpoints = CheckpointManager(folder, plan, weights, optimizer)
+    checkpoints = CheckpointManager(folder, plan, weights, accelerator)
     progress = checkpoints.restore() or checkpoints.save(Progress([(0, validated())]))
     on_validation(progress)
     while not progress.is_over(plan):
@@ -208,63 +215,92 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
 
 
 class CheckpointManager:
-    """Checkpoints of one training on disk: where it stands, and the weights that validated best."""
+    """Checkpoints of one training on disk: accelerate's state after each validation, and the weights that validated best.
 
-    def __init__(self, folder: Path, plan: Plan, weights: dict[str, nn.Parameter], optimizer: Any) -> None:
-        self._state, self._best = folder / "state.pt", folder / "best.pt"
-        self._plan, self._weights, self._optimizer = plan, weights, optimizer
+    A checkpoint appears as a whole, as the folder `step-N`, before the one before it is deleted.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, weights: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+        self._folder, self._best = folder, folder / "best.safetensors"
+        self._plan, self._weights, self._accelerator = plan, weights, accelerator
+        accelerator.register_save_state_pre_hook(self._leave_out_frozen)
 
     def restore(self) -> Progress | None:
-        """Load the last checkpoint into weights and optimizer."""
-        if not self._state.is_file():
+        """Load the last checkpoint into weights and optimizer.
+
+        Raises:
+            StorageError: It belongs to another plan or version, or is damaged.
+        """
+        if (self._folder / "state.pt").exists():
+            raise StorageError(f"'{self._folder}' was left by an earlier version of llmbo: delete it, then run again.")
+        if not (steps := self._steps()):
             return None
-        state = torch.load(self._state, map_location="cpu", weights_only=True)
-        if state["plan"] != asdict(self._plan):
+        *former, last = steps
+        _delete(former)  # of a process that died before it could
+        try:
+            stored = json.loads((last / PROGRESS).read_text(encoding="utf-8"))
+            if stored["plan"] != asdict(self._plan):
+                raise StorageError(
+                    f"'{self._folder}' holds a recovery with other settings: delete it, or choose another --out."
+                )
+            # `strict`: frozen weights are not in it. `weights_only`: nothing that is in it is run.
+            self._accelerator.load_state(str(last), load_kwargs={"weights_only": True}, strict=False)
+            return Progress([(step, loss) for step, loss in stored["history"]])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise StorageError(
-                f"'{self._state.parent}' holds a recovery with other settings: delete it, or choose another --out."
-            )
-        self._load(state["weights"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        return Progress([(int(step), float(loss)) for step, loss in state["history"]])
+                f"The checkpoint '{last}' is damaged ({first_line(error)}): delete '{self._folder}', then run again."
+            ) from error
 
     def save(self, progress: Progress) -> Progress:
         """Save everything needed to go on after `progress`."""
-        weights = {name: parameter.detach() for name, parameter in self._weights.items()}
         if progress.best[0] == progress.step:
-            _save(weights, self._best)
-        state = {
-            "plan": asdict(self._plan),
-            "history": progress.history,
-            "weights": weights,
-            "optimizer": self._optimizer.state_dict(),
-        }
-        _save(state, self._state)
+            with _written(self._best) as temporary:
+                save_file(self._trained(), temporary)
+        former = self._steps()
+        with _written(self._folder / f"step-{progress.step}") as temporary:
+            self._accelerator.save_state(str(temporary))
+            _delete(temporary.glob(f"{RNG_STATE_NAME}_*"))  # the caller's generators, of which training uses none
+            stored = {"plan": asdict(self._plan), "history": progress.history}
+            (temporary / PROGRESS).write_text(json.dumps(stored), encoding="utf-8")
+        _delete(former)
         return progress
 
-    def load_best(self) -> None:
-        self._load(torch.load(self._best, map_location="cpu", weights_only=True))
-
     @torch.no_grad()
-    def _load(self, weights: dict[str, Tensor]) -> None:
+    def load_best(self) -> None:
+        best = load_file(self._best)
         for name, parameter in self._weights.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(best[name])
+
+    def _leave_out_frozen(self, models: list[nn.Module], states: list[dict[str, Tensor]], folder: str) -> None:
+        """A hook of `save_state`: what is not trained, which may be most of a model, is there without a checkpoint."""
+        states[0] = self._trained()
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().contiguous() for name, parameter in self._weights.items()}
+
+    def _steps(self) -> list[Path]:
+        """Whole checkpoints, the last one last."""
+        return sorted(self._folder.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    with _written(path) as temporary:
-        torch.save(content, temporary)
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` when all is there."""
-    temporary = path.with_suffix(".partial")
+    temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        _delete([temporary])
         raise StorageError(
             f"Cannot write the checkpoint '{path}' ({error}): free some disk space and run again."
         ) from error

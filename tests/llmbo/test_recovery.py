@@ -1,14 +1,20 @@
 """Recovery gains, resumes to the same result, and never returns something worse."""
 
 import json
+import os
+import random
+import shutil
+from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from click.testing import Result
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -18,6 +24,7 @@ from llmbo.cli import app
 from llmbo.deploy import disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.models.checkpoints import load_checkpoint
+from llmbo.training import trainer
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, forward_kl, train
 from pruning.likelihood import quality
 
@@ -107,6 +114,117 @@ def test_an_interrupted_training_ends_where_it_would_have_ended(
         run(model_folder, windows, tmp_path / "parts", replace(plan, seed=1), teacher=teacher)
 
 
+class Death(BaseException):
+    """Stands in for a power cut: nothing may catch it."""
+
+
+def dying(times: int, deed: Callable[..., Any], done: bool) -> Callable[..., Any]:
+    """`deed`, whose process dies at the last of so many times: after it, or else before."""
+    count = iter(range(1, times + 1))
+
+    def do(*given: Any, **named: Any) -> Any:
+        last = next(count) == times
+        if last and not done:
+            raise Death
+        result = deed(*given, **named)
+        if last:
+            raise Death
+        return result
+
+    return do
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize(
+    ("where", "name", "times"),
+    [(Accelerator, "save_state", 3), (os, "replace", 5), (os, "replace", 6), (shutil, "rmtree", 3), (trainer, "save_file", 3)],
+    ids=str,
+)  # fmt: skip
+def test_a_process_that_dies_while_it_saves_leaves_a_whole_checkpoint(
+    model_folder: Path,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    name: str,
+    times: int,
+    done: bool,
+) -> None:
+    whole, progress = run(model_folder, windows, tmp_path / "whole", PLAN)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, dying(times, getattr(where, name), done))
+        with pytest.raises(Death):
+            run(model_folder, windows, tmp_path / "parts", PLAN)
+    last = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "parts").glob("step-*[0-9]"))
+    steps: list[int] = []
+    found: list[int] = []
+    resumed, again = run(
+        model_folder,
+        windows,
+        tmp_path / "parts",
+        PLAN,
+        on_step=steps.append,
+        on_validation=lambda progress: found.append(len([*(tmp_path / "parts").glob("step-*[0-9]")])),
+    )
+    assert again.history == progress.history and steps == list(range(last + 1, PLAN.steps + 1)) and last > 0
+    assert set(found) == {1}  # what the dead process left takes no disk any more
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"best.safetensors", f"step-{PLAN.steps}"}
+
+
+class Hostile:
+    """Unpickles to a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "progress.json", "custom_checkpoint_0.pkl", "random_states_0.pkl"]
+)
+def test_a_damaged_checkpoint_is_named_and_runs_nothing(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, name: str, hostile: bool
+) -> None:
+    plan = replace(PLAN, steps=4)
+    run(model_folder, windows, tmp_path / "work", plan)
+    file, mark = tmp_path / "work" / "step-4" / name, tmp_path / "mark"
+    if hostile:
+        torch.save(Hostile(mark), file)
+    else:
+        file.write_bytes(b"{")
+    if name == "random_states_0.pkl":  # nobody's: training draws from no generator
+        run(model_folder, windows, tmp_path / "work", plan)
+    else:
+        with pytest.raises(StorageError, match=r"step-4' is damaged \(.*delete") as caught:
+            run(model_folder, windows, tmp_path / "work", plan)
+        assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save({}, tmp_path / "state.pt")
+    with pytest.raises(StorageError, match="earlier version"):
+        run(model_folder, windows, tmp_path, PLAN)
+
+
+def test_resuming_leaves_the_callers_random_numbers_alone(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    run(model_folder, windows, tmp_path, replace(PLAN, steps=4))
+    model = load_checkpoint(str(model_folder), "float32", "cpu").model
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    train(model, None, *windows, replace(PLAN, steps=4), tmp_path, "cpu")
+    drawn = random.random(), np.random.random(), torch.rand(1)
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    assert drawn == (random.random(), np.random.random(), torch.rand(1))
+
+
 def test_forward_kl_is_the_textbook_one() -> None:
     rng = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(3, 4, 9, generator=rng), torch.randn(3, 4, 9, generator=rng)
@@ -183,10 +301,11 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
     small = load_checkpoint(str(model_folder), "float32", "cpu").model
     expected = checkpoint_bytes(small, plan)
     run(model_folder, windows, tmp_path, plan)
-    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    best = (tmp_path / "best.safetensors").stat().st_size
+    state = sum(path.stat().st_size for path in (tmp_path / "step-4").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", "step-4"}
     overhead = 200_000  # names and archive entries, which do not grow with the weights
-    assert sizes["best.pt"] + 2 * sizes["state.pt"] < expected + overhead
-    assert sizes["best.pt"] + 2 * sizes["state.pt"] > expected / 2 - overhead
+    assert expected / 2 - overhead < best + 2 * state < expected + overhead
 
 
 @pytest.mark.parametrize(

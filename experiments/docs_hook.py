@@ -1,15 +1,12 @@
-"""MkDocs hook: the order of the pages, the command reference from `--help`, and the table of families from their rows."""
+"""MkDocs hook: the order of the pages, and the command reference from `--help`."""
 
 from pathlib import Path
 from typing import Any
 
-from pruning.families import FAMILIES
-
 FIRST = ("index.md", "tutorial.md", "notebook.ipynb")
 UNDERSTAND = ("explanation.md", "glossary.md")
 LOOK_UP = ("reference/cli.md", "reference/api.md")
-COMMANDS_MARKER = "<!-- the output of --help for every command -->"
-FAMILIES_MARKER = "<!-- the rows of pruning/families.py -->"
+MARKER = "<!-- the output of --help for every command -->"
 
 
 def on_config(config: Any) -> Any:
@@ -27,16 +24,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    for marker, text in ((COMMANDS_MARKER, command_reference), (FAMILIES_MARKER, family_table)):
-        if marker in markdown:
-            markdown = markdown.replace(marker, text())
-    return markdown
-
-
-def family_table() -> str:
-    """The built-in families, as a Markdown table."""
-    rows = [f"| `{family.model_type}` | {family.models} | {family.notes} |" for family in FAMILIES.values()]
-    return "\n".join(["| model_type | models | what is particular |", "|---|---|---|", *rows])
+    return markdown.replace(MARKER, command_reference()) if MARKER in markdown else markdown
 
 
 def command_reference() -> str:

@@ -31,7 +31,6 @@ from llmbo.report.page import render_page
 from llmbo.run.rebuild import read_run
 from pruning.export.verify import difference
 
-DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 # How a program goes on that has a `model` from one of these libraries and `tokens`: it ends with `logits`.
 GOES_ON = {
     "transformers": "logits = model(tokens).logits.detach()",
@@ -217,14 +216,6 @@ def test_the_report_page_offers_every_format_with_a_command_that_is_understood(
         folders.add(request.out)
     assert len(folders) == len(FORMATS)
     page.close()
-
-
-def test_the_documentation_lists_every_format() -> None:
-    lines = [
-        f"| `{row.name}` | {row.description} | {row.loads_with} | {', '.join(f'`{dtype}`' for dtype in row.choices)} |"
-        for row in FORMATS.values()
-    ]
-    assert "\n".join(["|---|---|---|---|", *lines, ""]) in DOCS.read_text(encoding="utf-8"), "put these lines there"
 
 
 def test_a_cut_model_is_an_ordinary_one(cut: PreTrainedModel, base: LoadedModel, tokens: Tensor, run: str) -> None:

@@ -1,7 +1,6 @@
 """Every supported kind of decoder goes through the whole command, and the documentation lists exactly these."""
 
 import re
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +50,6 @@ def test_every_family_is_optimized(
 
 def test_no_family_is_left_out(tested_families: set[str]) -> None:
     assert tested_families == set(FAMILIES)
-
-
-def test_the_documentation_lists_the_supported_families() -> None:
-    hook = runpy.run_path(str(ROOT / "experiments" / "docs_hook.py"))
-    page = hook["on_page_markdown"](DOCUMENT.read_text(encoding="utf-8"))
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)
-    assert rows == [(family.model_type, family.models, family.notes) for family in FAMILIES.values()]
 
 
 def tiny_starcoder() -> PreTrainedModel:

@@ -30,7 +30,7 @@ from llmbo.errors import StrategyError
 from llmbo.search.strategies import ProposerFactory
 from llmbo.types import Proposal, Trial
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
 STRATEGIES = (
     '["threshold", "random", "nsga2-seeded", {strategy = "nsga2-seeded", label = "small population", population = 4}]'
 )
@@ -177,7 +177,7 @@ def test_a_killed_comparison_goes_on_and_loses_one_evaluation_at_most(compare: C
     command = [sys.executable, "-m", "llmbo", "compare", str(path)]
     process = subprocess.Popen(
         command, cwd=compare.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     database = compare.folder / "comparisons" / "evaluations.db"
     try:

@@ -16,7 +16,7 @@ from llmbo.comparison.recorded import FIT, Recording, Surrogate, find_recorded
 from llmbo.errors import StorageError
 from llmbo.problem.family import Expansions
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "problem_r_surrogate"
+FOLDER = Path(__file__).parents[3] / "experiments" / "problem_r_surrogate"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from llmbo.search.strategies import strategy_of
 from llmbo.types import Proposal, Proposer, Source, Trial, TrialState
 from pruning.importance import Importance
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 # Every strategy joins every test of the contract.
 # Options keep the slow ones quick.
 OPTIONS: dict[str, dict[str, Any]] = {

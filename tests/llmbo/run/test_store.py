@@ -278,3 +278,13 @@ def test_a_path_that_cannot_be_opened_is_a_storage_error(toy: Any, tmp_path: Pat
             stored_run(url, "run")
         with pytest.raises(StorageError):
             TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, FACTS)
+
+
+def test_optunas_private_name_is_what_the_store_takes_it_for() -> None:
+    """There is no public way back from a stored trial to one that takes attributes."""
+    study = optuna.create_study()
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))
+    frozen, here = study.get_trials()[0], f"Optuna {optuna.__version__}: see TrialStore._annotate"
+    assert hasattr(frozen, "_trial_id"), f"FrozenTrial has no `_trial_id` any more. {here}"
+    optuna.trial.Trial(study, frozen._trial_id).set_user_attr("kept", 1)
+    assert study.get_trials()[0].user_attrs == {"kept": 1}, f"`_trial_id` no longer names a stored trial. {here}"

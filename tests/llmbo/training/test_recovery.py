@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from click.testing import Result
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -334,3 +336,12 @@ def test_bad_input_is_one_line(
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert said in line
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_accelerates_private_name_is_what_the_trainer_takes_it_for() -> None:
+    """Two trainings of one process may want different precisions."""
+    here = f"accelerate {accelerate.__version__}: see llmbo/training/trainer.py"
+    assert hasattr(AcceleratorState, "_reset_state"), f"AcceleratorState has no `_reset_state` any more. {here}"
+    for precision in ("no", "bf16", "no"):
+        AcceleratorState._reset_state()
+        assert accelerate.Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision, here

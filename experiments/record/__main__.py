@@ -6,11 +6,13 @@ The problem is the one of the config's method. `fit.json` states the errors on a
 8-fold cross-validation: over all of them, and in the front region (KL below 1.25 times that of the measured threshold families
 at that size).
 Afterwards `llmbo compare CONFIG --problem problem-r-surrogate` needs no model.
+
+    python -m experiments.record --refit    # fits the surrogate anew to the table that is there
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from scipy.stats import spearmanr
 
 from experiments.quiet import Quiet
 from llmbo.comparison.config import read_config
+from llmbo.comparison.gaussian_process import hyperparameters_of
 from llmbo.comparison.problems import OpenProblem, opened
-from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fitted_theta
+from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fit_process
 from llmbo.comparison.store import EvaluationStore
 from llmbo.models.loading import load_config, silence_libraries
 
@@ -33,26 +36,40 @@ Array = NDArray[np.float64]
 def main() -> None:
     silence_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?")
     parser.add_argument("--text", help="replaces the problem's text")
     parser.add_argument("--cache", type=Path, default=Path("comparisons/evaluations.db"))
     parser.add_argument("--out", type=Path, default=Path("experiments/problem_r_surrogate"))
+    parser.add_argument("--refit", action="store_true", help="read the table in --out, not the cache")
     arguments = parser.parse_args()
-    config = read_config(arguments.config, text=arguments.text)
-    problem_config = next(arm.problem for arm in config.arms if arm.label == config.method)
-    with (
-        EvaluationStore.open(arguments.cache) as store,
-        opened(problem_config, [problem_config], config.margin, True, store, Quiet()) as problem,
-    ):
-        recording = recorded(problem, store)
-    recording.write(arguments.out, sizes(problem_config.run.model))
-    recording = Recording.read(arguments.out)  # what readers will see, rounded as it is
-    thetas = {
-        name: fitted_theta(recording, name) for name in TARGETS if recording.targets(name)[1].sum() >= MIN_MEASURED
-    }
-    fit = {"theta": thetas, "rows": len(recording.points), "errors": errors(recording, thetas)}
+    if not arguments.refit:
+        if arguments.config is None:
+            parser.error("expected a config, or --refit")
+        write_table(arguments.config, arguments.text, arguments.cache, arguments.out)
+    fit = fitted(Recording.read(arguments.out))  # what readers will see, rounded as it is
     (arguments.out / FIT).write_text(json.dumps(fit, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(fit, indent=1))
+
+
+def write_table(path: Path, text: str | None, cache: Path, out: Path) -> None:
+    """Turn what the cache holds about the problem of the config's method into a table."""
+    config = read_config(path, text=text)
+    problem_config = next(arm.problem for arm in config.arms if arm.label == config.method)
+    with (
+        EvaluationStore.open(cache) as store,
+        opened(problem_config, [problem_config], config.margin, True, store, Quiet()) as problem,
+    ):
+        recorded(problem, store).write(out, sizes(problem_config.run.model))
+
+
+def fitted(recording: Recording) -> dict[str, object]:
+    """`fit.json`: hyperparameters by target, and the errors of what they predict."""
+    found = {
+        name: {key: float(f"{value:.6g}") for key, value in hyperparameters_of(fit_process(recording, name)).items()}
+        for name in TARGETS
+        if recording.targets(name)[1].sum() >= MIN_MEASURED
+    }
+    return {"hyperparameters": found, "rows": len(recording.points), "errors": errors(recording, found)}
 
 
 def recorded(problem: OpenProblem, store: EvaluationStore) -> Recording:
@@ -91,18 +108,18 @@ def sizes(model: str) -> dict[str, object]:
     return {key: config[key] for key in keys if key in config}
 
 
-def errors(recording: Recording, thetas: dict[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+def errors(recording: Recording, hyperparameters: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Cross-validated errors in nats and rank correlations, by target."""
     fold = np.random.default_rng(0).integers(FOLDS, size=len(recording.points))
-    predicted = {name: np.full(len(recording.points), np.nan) for name in thetas}
+    predicted = {name: np.full(len(recording.points), np.nan) for name in hyperparameters}
     for k in range(FOLDS):
         left_out = np.flatnonzero(fold == k)
-        answers = Surrogate(recording, thetas, fold != k)([recording.points[row] for row in left_out])
-        for name in thetas:
+        answers = Surrogate(recording, hyperparameters, fold != k)([recording.points[row] for row in left_out])
+        for name in hyperparameters:
             predicted[name][left_out] = answers[name]
     near, family = front_region(recording)
     found = {}
-    for name in thetas:
+    for name in hyperparameters:
         known = ~np.isnan(recording.values[name])
         measured, guess = recording.values[name][known], predicted[name][known]
         front = near[known]

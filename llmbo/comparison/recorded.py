@@ -1,8 +1,7 @@
 """A recorded benchmark: real evaluations of one problem in a table, and a surrogate that fills the gaps between them.
 
-    F(x)      features: removed share of every block, weighted by the root of its importance, raw and smoothed along depth
-    k(x, x')  = a^2 exp(-|F - F'|^2 / 2 l^2) + b^2 F.F' + c^2, and noise s^2
-    log (kl + eps)                           Gaussian process, posterior mean
+    F(x)                                     features: removed share of every block, weighted by importance, raw and smoothed along depth
+    log (kl + eps)                           Gaussian process over F (`llmbo.comparison.gaussian_process`), posterior mean
     log (excess of v + eps) - log (kl + eps) the same for v = loss, held-out loss and held-out KL
 
 so comparing strategies takes seconds. It is exact to the errors stated in `fit.json`, and no judge of published claims.
@@ -19,12 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from botorch.models import SingleTaskGP
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
+from torch import Tensor
 
 from llmbo.comparison.config import ProblemConfig
+from llmbo.comparison.gaussian_process import (
+    fit_gaussian_process,
+    gaussian_process,
+    posterior_mean,
+    with_hyperparameters,
+)
 from llmbo.comparison.problems import Measure, OpenProblem, judged_objectives
 from llmbo.comparison.store import Evaluation
 from llmbo.errors import StorageError, first_line
@@ -133,77 +137,58 @@ class Recording:
             return kl, known
         return np.log(np.maximum(self.values[name] - self.floor(name), 0) + EPSILON) - kl, known
 
+    def training_data(self, name: str, rows: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
+        """`n x 2d` features and `n x 1` targets of the rows that know `name`, in the order of points, whatever order the table has."""
+        y, known = self.targets(name)
+        used = np.flatnonzero(known if rows is None else known & rows)
+        order = sorted(used.tolist(), key=lambda row: self.points[row])
+        return torch.from_numpy(self.features([self.points[row] for row in order])), torch.from_numpy(y[order, None])
+
     def floor(self, name: str) -> float:
         """The dense model's value, of which only the excess is learnt."""
         return 0.0 if name.endswith("kl") else self.dense[name]
 
 
-@dataclass(frozen=True)
-class Process:
-    """A fitted Gaussian process. Args: `theta` holds the logarithms of a, l, b, c and s."""
-
-    train: Array
-    mean: float
-    weights: Array
-    theta: Array
-
-    @classmethod
-    def fit(cls, train: Array, y: Array, theta: Array) -> "Process":
-        K = _kernel(train, train, theta) + np.exp(2 * theta[4]) * np.eye(len(y))
-        mean = float(y.mean())
-        return cls(train, mean, cho_solve(cho_factor(K, lower=True), y - mean), theta)
-
-    def __call__(self, features: Array) -> Array:
-        return self.mean + _kernel(features, self.train, self.theta) @ self.weights
-
-
 class Surrogate:
-    """The processes of all targets.
+    """One Gaussian process for each target; what it predicts is its posterior mean.
 
     Args:
-        thetas: Hyperparameters by target; none for a target that was measured too seldom.
+        hyperparameters: By target; none for a target that was measured too seldom.
         rows: Rows to learn from; all by default.
+
+    Raises:
+        ValueError: The hyperparameters are not those of the processes.
     """
 
     def __init__(
-        self, recording: Recording, thetas: Mapping[str, Sequence[float]], rows: NDArray[np.bool_] | None = None
+        self,
+        recording: Recording,
+        hyperparameters: Mapping[str, Mapping[str, float]],
+        rows: NDArray[np.bool_] | None = None,
     ) -> None:
         self._recording = recording
-        features = recording.features(recording.points)
-        self._processes = {}
-        for name, theta in thetas.items():
-            y, known = recording.targets(name)
-            used = known if rows is None else known & rows
-            self._processes[name] = Process.fit(features[used], y[used], np.asarray(theta))
+        self._processes = {
+            name: with_hyperparameters(gaussian_process(*recording.training_data(name, rows)), values)
+            for name, values in hyperparameters.items()
+        }
 
     def __call__(self, points: Sequence[tuple[int, ...]]) -> dict[str, Array]:
         """Predicted values by target, in nats."""
-        features = self._recording.features(points)
-        log_kl = self._processes["kl"](features)
+        features = torch.from_numpy(self._recording.features(points))
+        log_kl = posterior_mean(self._processes["kl"], features)
         predicted = {"kl": np.maximum(np.exp(log_kl) - EPSILON, 0)}
         for name, process in self._processes.items():
             if name != "kl":
-                excess = np.maximum(np.exp(log_kl + process(features)) - EPSILON, 0)
+                excess = np.maximum(np.exp(log_kl + posterior_mean(process, features)) - EPSILON, 0)
                 predicted[name] = self._recording.floor(name) + excess
         return predicted
 
 
-def fitted_theta(recording: Recording, name: str) -> list[float]:
-    """Hyperparameters of the greatest marginal likelihood of at most `FITTED_ROWS` rows, drawn at random: time grows with their cube."""
-    y, known = recording.targets(name)
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(known))[:FITTED_ROWS]
-    train, centred = recording.features(recording.points)[rows], y[rows] - y[rows].mean()
-
-    def loss(theta: Array) -> float:
-        K = _kernel(train, train, theta) + (np.exp(2 * theta[4]) + 1e-10) * np.eye(len(train))
-        factor = cho_factor(K, lower=True)
-        return float(0.5 * centred @ cho_solve(factor, centred) + np.log(np.diag(factor[0])).sum())
-
-    scale = math.log(math.sqrt(train.shape[1]) * float(train.std()))
-    start = np.array([-0.5, scale, -1.5, 0.0, -3.0])
-    limits = [(-6, 4), (scale - 3, scale + 4), (-8, 3), (-6, 3), (-6, 0)]
-    found = minimize(loss, start, method="L-BFGS-B", bounds=limits, options={"maxiter": 60})
-    return [round(float(value), 5) for value in found.x]
+def fit_process(recording: Recording, name: str) -> SingleTaskGP:
+    """The process fitted to at most `FITTED_ROWS` rows, drawn at random: time grows with their cube."""
+    train_X, train_Y = recording.training_data(name)
+    rows = np.random.default_rng(0).permutation(len(train_Y))[:FITTED_ROWS]
+    return fit_gaussian_process(gaussian_process(train_X[rows], train_Y[rows]))
 
 
 @dataclass(frozen=True)
@@ -263,15 +248,18 @@ def open_recorded(config: ProblemConfig, margin: float, heldout: bool) -> OpenPr
     recording = Recording.read(folder)
     try:
         fit = json.loads((folder / FIT).read_text(encoding="utf-8"))
-        surrogate = Surrogate(recording, fit["theta"])
+        surrogate = Surrogate(recording, fit["hyperparameters"])
     except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"The recorded benchmark '{folder}' has no usable {FIT} ({first_line(error)}).") from error
+        raise StorageError(
+            f"The recorded benchmark '{folder}' has no usable {FIT} ({first_line(error)}): fit it again with "
+            f"python -m experiments.record --refit --out {folder}"
+        ) from error
     search = RecordedSearch(recording)
     smallest = known_values(search.space, search.family.at(0.0))
     objectives = build_objectives(config.run.objectives, search.dense, smallest, config.run.reference_point)
     measure, judge = _predicting(surrogate, recording)
     judged = judged_objectives({"loss": recording.dense["heldout_loss"]} | smallest, smallest, margin)
-    if not heldout or "heldout_loss" not in fit["theta"]:
+    if not heldout or "heldout_loss" not in fit["hyperparameters"]:
         return OpenProblem(search, objectives, measure, None, (), recording.facts)
     return OpenProblem(search, objectives, measure, judge, judged, recording.facts)
 
@@ -294,12 +282,6 @@ def _evaluation(found: Mapping[str, float], prefix: str, sizes: Mapping[str, flo
     values = {name: found[prefix + name] for name in ("kl", "loss") if prefix + name in found}
     loss = values.get("loss")
     return Evaluation({**values, **({"perplexity": math.exp(loss)} if loss is not None else {}), **sizes}, 0.0)
-
-
-def _kernel(A: Array, B: Array, theta: Array) -> Array:
-    a, length, b, c, _ = np.exp(theta)
-    squares = cdist(A, B, "sqeuclidean")
-    return np.asarray(a**2 * np.exp(-squares / (2 * length**2)) + b**2 * (A @ B.T) + c**2)
 
 
 def _members(family: ThresholdFamily) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class RunConfig:
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
         window: Tokens per window.
         storage: Database URL, or None for SQLite in the run folder.
-        advisor: See `advisor.spec`. The next three say where, on what grounds and how often it is heard; the others are
+        advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are
             caps for the whole run: calls, tokens, dollars (None for no cap), seconds of waiting, seconds that a dead or
             misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
         advisor_share: Part of the initial design that the advisor may fill.

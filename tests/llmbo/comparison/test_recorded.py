@@ -5,14 +5,34 @@ import signal
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from botorch.models import SingleTaskGP
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.comparison.recorded import FIT, Recording, Surrogate, find_recorded
+from llmbo.comparison.config import ProblemConfig
+from llmbo.comparison.gaussian_process import (
+    gaussian_process,
+    hyperparameters_of,
+    posterior_mean,
+    with_hyperparameters,
+)
+from llmbo.comparison.recorded import (
+    FIT,
+    TARGETS,
+    Array,
+    Recording,
+    Surrogate,
+    find_recorded,
+    fit_process,
+    open_recorded,
+)
+from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.problem.family import Expansions
 
@@ -52,15 +72,117 @@ def test_recorded_architectures_are_legal_and_distinct(recording: Recording) -> 
     assert not np.isnan(recording.values["kl"]).any()
 
 
-def test_the_surrogate_knows_what_it_has_seen_and_what_it_has_not(recording: Recording, fit: dict) -> None:
-    measured = recording.values["kl"]
-    near = measured < 1.2
-    seen = Surrogate(recording, fit["theta"])(recording.points)["kl"]
-    assert np.abs(seen - measured)[near].max() < 0.1
-    unseen = np.arange(len(measured)) % 5 == 0
-    guessed = Surrogate(recording, fit["theta"], ~unseen)(recording.points)["kl"]
-    error = np.sqrt(np.mean((guessed - measured)[unseen & near] ** 2))
+@pytest.fixture(scope="module")
+def few(recording: Recording) -> Recording:
+    """A hundred rows that know every target."""
+    return some_rows(recording, np.flatnonzero(~np.isnan(recording.values["heldout_kl"]))[:100])
+
+
+def some_rows(recording: Recording, rows: NDArray[np.int64]) -> Recording:
+    return replace(
+        recording,
+        points=tuple(recording.points[row] for row in rows),
+        origins=tuple(recording.origins[row] for row in rows),
+        values={name: values[rows] for name, values in recording.values.items()},
+    )
+
+
+def test_the_surrogate_is_within_its_noise_of_what_it_has_seen_and_as_good_as_stated_elsewhere(
+    recording: Recording, fit: dict
+) -> None:
+    known = {name: process_of(recording, fit, name) for name in TARGETS}
+    for name, process in known.items():
+        X, Y = recording.training_data(name)
+        rest = posterior_mean(process, X) - Y.squeeze(-1).numpy()
+        noise = process.likelihood.noise.item() ** 0.5 * Y.std().item()
+        assert np.sqrt(np.mean(rest**2)) < noise, name
+    unseen = np.arange(len(recording.points)) % 5 == 0
+    near = unseen & (recording.values["kl"] < 1.2)
+    points = [point for point, wanted in zip(recording.points, near, strict=True) if wanted]
+    guessed = Surrogate(recording, {"kl": fit["hyperparameters"]["kl"]}, ~unseen)(points)["kl"]
+    error = np.sqrt(np.mean((guessed - recording.values["kl"][near]) ** 2))
     assert error < 2 * fit["errors"]["kl"]["front_rmse"]
+
+
+def process_of(recording: Recording, fit: dict, name: str) -> SingleTaskGP:
+    return with_hyperparameters(gaussian_process(*recording.training_data(name)), fit["hyperparameters"][name])
+
+
+def test_predictions_are_the_textbooks_posterior_mean(few: Recording, fit: dict) -> None:
+    """(k(x, X) (K + s^2 I)^-1 (y - m) + m) of standardised targets, written out."""
+    values = fit["hyperparameters"]["kl"]
+    noise, mean, a2, length, b2, offset = (values[name] for name in NAMES)
+    X, Y = (part.numpy() for part in few.training_data("kl"))
+    x = few.features([few.space.max_levels, *few.points[:3]]) + 0.01
+
+    def kernel(A: Array, B: Array) -> Array:
+        r = np.sqrt(5) * np.linalg.norm(A[:, None] - B[None], axis=-1) / length
+        return a2 * (1 + r + r**2 / 3) * np.exp(-r) + b2 * (A @ B.T + offset)
+
+    center, scale = Y.mean(), Y.std(ddof=1)
+    weights = np.linalg.solve(kernel(X, X) + noise * np.eye(len(X)), (Y - center) / scale - mean)
+    expected = center + scale * (mean + kernel(x, X) @ weights).squeeze(-1)
+    np.testing.assert_allclose(posterior_mean(process_of(few, fit, "kl"), torch.from_numpy(x)), expected, rtol=1e-9)
+
+
+NAMES = (
+    "likelihood.noise_covar.noise",
+    "mean_module.constant",
+    "covar_module.kernels.0.outputscale",
+    "covar_module.kernels.0.base_kernel.lengthscale",
+    "covar_module.kernels.1.outputscale",
+    "covar_module.kernels.1.base_kernel.offset",
+)
+
+
+def test_the_order_of_the_table_changes_nothing(few: Recording, fit: dict) -> None:
+    shuffled = some_rows(few, np.random.default_rng(0).permutation(len(few.points)))
+    assert shuffled.points != few.points
+    first, second = (Surrogate(some, fit["hyperparameters"])(few.points) for some in (few, shuffled))
+    for name in TARGETS:
+        np.testing.assert_array_equal(first[name], second[name])
+    assert hyperparameters_of(fit_process(few, "kl")) == hyperparameters_of(fit_process(shuffled, "kl"))
+
+
+def test_a_saved_fit_predicts_what_the_fitted_process_did(few: Recording) -> None:
+    fitted = fit_process(few, "kl")
+    saved = json.loads(json.dumps(hyperparameters_of(fitted)))
+    assert set(saved) == set(NAMES)
+    X, _ = few.training_data("kl")
+    log_kl = posterior_mean(fitted.eval(), X)
+    loaded = Surrogate(few, {"kl": saved})(sorted(few.points))["kl"]
+    np.testing.assert_allclose(loaded, np.exp(log_kl) - 0.02, atol=1e-9)
+
+
+def test_a_point_is_worth_the_same_alone_and_among_others(recording: Recording, fit: dict) -> None:
+    """1,500 rows: more than GPyTorch solves exactly unless it is told to."""
+    surrogate = Surrogate(some_rows(recording, np.arange(1500)), {"kl": fit["hyperparameters"]["kl"]})
+    points = recording.points[:20]
+    together = surrogate(points)["kl"]
+    alone = [surrogate([point])["kl"].item() for point in points]
+    np.testing.assert_allclose(together, alone, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda values: values.pop("mean_module.constant"), ["expected", "mean_module.constant"]),
+        (lambda values: values.update(lengthscale=1.0), ["got", "lengthscale"]),
+        (lambda values: values.update({NAMES[0]: -1.0}), [NAMES[0], "-1.0", "range"]),
+        (lambda values: values.update({NAMES[3]: 0.0}), [NAMES[3], "0.0", "range"]),
+        (lambda values: values.update({NAMES[0]: None}), [NAMES[0], "None", "range"]),
+    ],
+)
+def test_a_damaged_fit_is_one_line_with_its_remedy(tmp_path: Path, fit: dict, change: Any, words: list[str]) -> None:
+    for name in ("evaluations.csv", "problem.json"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    damaged = json.loads(json.dumps(fit))
+    change(damaged["hyperparameters"]["kl"])
+    (tmp_path / FIT).write_text(json.dumps(damaged), encoding="utf-8")
+    with pytest.raises(StorageError) as error:
+        open_recorded(ProblemConfig(RunConfig("any"), recorded=str(tmp_path)), 1.0, True)
+    (line,) = str(error.value).splitlines()
+    assert all(word in line for word in [*words, FIT, "--refit"])
 
 
 def test_the_stated_rank_correlation_is_good_enough_to_compare_strategies(fit: dict) -> None:

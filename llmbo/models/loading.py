@@ -130,7 +130,7 @@ def load_config(name: str) -> PretrainedConfig:
     source = resolve(name)
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(_not_loaded(name, source, error)) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(

@@ -41,14 +41,14 @@ def rerank(
     with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
-        from llmbo.training.rerank import rerank as carry_out
+        from llmbo.training import rerank as training
         from llmbo.training.trainer import Plan
 
         silence_libraries()
         console = Console(stderr=True)
         plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, every=steps)
         with Display(console, 0) as display:
-            found = carry_out(
+            found = training.rerank(
                 run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console)
             )
     Console().print(_table(found))

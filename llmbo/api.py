@@ -13,7 +13,7 @@ from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
-from llmbo.models.loading import LoadedModel, adopt_model
+from llmbo.models.loading import LoadedModel, adopt_model, libraries_silenced
 from llmbo.report.files import find_run
 from llmbo.report.notebook import run_html
 from llmbo.report.schema import Report, TrialPart, Values
@@ -139,7 +139,7 @@ class Run:
 
     def _rebuilt(self) -> RebuildInputs:
         if self._inputs is None:
-            with build_display(self._show, 0, self.name) as display:
+            with libraries_silenced(), build_display(self._show, 0, self.name) as display:
                 loaded, windows = load_base(self.report, display, self._base)
                 self._inputs = RebuildInputs.of(self.report, loaded, windows, display)
         return self._inputs
@@ -164,7 +164,7 @@ class Run:
         command = _call(
             "export", {"trial": trial, "format": format, "out": str(out)}, f"llmbo.load_run({str(self.folder)!r})"
         )
-        with build_display(self._show, 0, self.name) as display:
+        with libraries_silenced(), build_display(self._show, 0, self.name) as display:
             return export(request, command, display, self._base)
 
     def _point(self, trial: TrialPart) -> Point:
@@ -270,6 +270,7 @@ def optimize(
     config = RunConfig.from_settings({key: _stored(value) for key, value in settings.items()})
     with (
         _evaluating(given),
+        libraries_silenced(),
         build_display(show, config.budget, config.name) as display,
         assemble(config, fresh, display, given) as parts,
     ):

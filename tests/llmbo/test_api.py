@@ -22,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.utils import logging
 
 import llmbo
 from llmbo.cli import app
@@ -183,6 +184,18 @@ def test_the_same_call_goes_on_and_a_changed_one_is_refused(run: llmbo.Run, plac
         llmbo.optimize(budget=16, seed=1, **call)
     longer = llmbo.optimize(budget=16, **call)
     assert longer.trials[:14] == run.trials and len(longer.trials) == 16
+
+
+def test_silence_is_silent_and_leaves_the_libraries_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+    logging.enable_progress_bar()
+    logging.set_verbosity_info()
+    try:
+        quiet = llmbo.optimize("tiny", budget=13, name="quiet", text="text:words.txt", fresh=True, **FEW)
+        quiet.model(1)
+        assert capfd.readouterr() == ("", "")
+        assert logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity_warning()
 
 
 class TestALoadedModel:

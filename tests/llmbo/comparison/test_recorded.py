@@ -12,6 +12,7 @@ import pytest
 import torch
 from botorch.models import SingleTaskGP
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from typer.testing import CliRunner
 
 from llmbo.cli import app
@@ -101,28 +102,30 @@ def test_the_surrogate_is_within_its_noise_of_what_it_has_seen_and_as_good_as_st
     points = [point for point, wanted in zip(recording.points, near, strict=True) if wanted]
     guessed = Surrogate(recording, {"kl": fit["hyperparameters"]["kl"]}, ~unseen)(points)["kl"]
     error = np.sqrt(np.mean((guessed - recording.values["kl"][near]) ** 2))
-    assert error < 2 * fit["errors"]["kl"]["front_rmse"]
+    stated = fit["errors"]["kl"]["front_rmse"]
+    assert stated / 2 < error < 2 * stated  # rows that were seen after all would be far better
 
 
 def process_of(recording: Recording, fit: dict, name: str) -> SingleTaskGP:
     return with_hyperparameters(gaussian_process(*recording.training_data(name)), fit["hyperparameters"][name])
 
 
-def test_predictions_are_the_textbooks_posterior_mean(few: Recording, fit: dict) -> None:
-    """(k(x, X) (K + s^2 I)^-1 (y - m) + m) of standardised targets, written out."""
+def test_predictions_are_the_textbooks_posterior_mean(recording: Recording, fit: dict) -> None:
+    """k(x, X) (K + s^2 I)^-1 (y - m) + m of standardised targets, with more rows than GPyTorch solves exactly unless it is told to."""
+    some = some_rows(recording, np.arange(1000))
     values = fit["hyperparameters"]["kl"]
     noise, mean, a2, length, b2, offset = (values[name] for name in NAMES)
-    X, Y = (part.numpy() for part in few.training_data("kl"))
-    x = few.features([few.space.max_levels, *few.points[:3]]) + 0.01
+    X, Y = (part.numpy() for part in some.training_data("kl"))
+    x = some.features([some.space.max_levels, *recording.points[1000:1003]])
 
     def kernel(A: Array, B: Array) -> Array:
-        r = np.sqrt(5) * np.linalg.norm(A[:, None] - B[None], axis=-1) / length
+        r = np.sqrt(5) * cdist(A, B) / length
         return a2 * (1 + r + r**2 / 3) * np.exp(-r) + b2 * (A @ B.T + offset)
 
     center, scale = Y.mean(), Y.std(ddof=1)
     weights = np.linalg.solve(kernel(X, X) + noise * np.eye(len(X)), (Y - center) / scale - mean)
     expected = center + scale * (mean + kernel(x, X) @ weights).squeeze(-1)
-    np.testing.assert_allclose(posterior_mean(process_of(few, fit, "kl"), torch.from_numpy(x)), expected, rtol=1e-9)
+    np.testing.assert_allclose(posterior_mean(process_of(some, fit, "kl"), torch.from_numpy(x)), expected, atol=1e-9)
 
 
 NAMES = (
@@ -152,15 +155,6 @@ def test_a_saved_fit_predicts_what_the_fitted_process_did(few: Recording) -> Non
     log_kl = posterior_mean(fitted.eval(), X)
     loaded = Surrogate(few, {"kl": saved})(sorted(few.points))["kl"]
     np.testing.assert_allclose(loaded, np.exp(log_kl) - 0.02, atol=1e-9)
-
-
-def test_a_point_is_worth_the_same_alone_and_among_others(recording: Recording, fit: dict) -> None:
-    """1,500 rows: more than GPyTorch solves exactly unless it is told to."""
-    surrogate = Surrogate(some_rows(recording, np.arange(1500)), {"kl": fit["hyperparameters"]["kl"]})
-    points = recording.points[:20]
-    together = surrogate(points)["kl"]
-    alone = [surrogate([point])["kl"].item() for point in points]
-    np.testing.assert_allclose(together, alone, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def gaussian_process(train_X: Tensor, train_Y: Tensor) -> SingleTaskGP:
 
 def fit_gaussian_process(process: SingleTaskGP) -> SingleTaskGP:
     """Hyperparameters of the greatest marginal likelihood, under BoTorch's prior of the noise."""
-    with _exact(process):
-        # the default stops at once where the likelihood rises slowly: mean, linear part and length scale can stand in for each other
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(process.likelihood, process), optimizer_kwargs={"options": OPTIONS})
+    likelihood = ExactMarginalLogLikelihood(process.likelihood, process)
+    # the default stops at once where the likelihood rises slowly: mean, linear part and length scale can stand in for each other
+    fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": OPTIONS})
     return process
 
 
@@ -65,11 +65,6 @@ def with_hyperparameters(process: SingleTaskGP, values: Mapping[str, float]) -> 
 
 
 def posterior_mean(process: SingleTaskGP, X: Tensor) -> NDArray[np.float64]:
-    """`n` posterior means at `n x d` inputs."""
-    with torch.no_grad(), gpytorch.settings.skip_posterior_variances(), _exact(process):
+    """`n` posterior means at `n x d` inputs, by Cholesky factors: importing BoTorch turns GPyTorch's approximate solves off."""
+    with torch.no_grad(), gpytorch.settings.skip_posterior_variances():
         return np.asarray(process.posterior(X).mean.squeeze(-1))
-
-
-def _exact(process: SingleTaskGP) -> gpytorch.settings.max_cholesky_size:
-    """Cholesky factors whatever the size: from 800 rows on GPyTorch would take conjugate gradients, to a tolerance."""
-    return gpytorch.settings.max_cholesky_size(len(process.train_targets))

@@ -111,7 +111,7 @@ def process_of(recording: Recording, fit: dict, name: str) -> SingleTaskGP:
 
 
 def test_predictions_are_the_textbooks_posterior_mean(recording: Recording, fit: dict) -> None:
-    """k(x, X) (K + s^2 I)^-1 (y - m) + m of standardised targets, with more rows than GPyTorch solves exactly unless it is told to."""
+    """k(x, X) (K + s^2 I)^-1 (y - m) + m of standardised targets, with more rows than GPyTorch solves exactly without BoTorch."""
     some = some_rows(recording, np.arange(1000))
     values = fit["hyperparameters"]["kl"]
     noise, mean, a2, length, b2, offset = (values[name] for name in NAMES)

@@ -7,7 +7,7 @@ import copy
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,32 @@ def tested_families() -> set[str]:
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
-    """(name, entry points, code) -> a third party's package, as pip would leave it."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """(name, code, entry points) -> a third party's package, as pip would leave it. Entry points: the text of `entry_points.txt`, or
+    `{"group": {"entry": "name:object"}}`."""
+    modules: list[str] = []
 
-    def put(name: str, points: str, code: str) -> None:
-        info = tmp_path / f"site-{name}" / f"{name}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info.parent / f"{name}.py").write_text(code)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(points)
-        # Another folder for each package: what is installed is looked up once for each `sys.path`.
-        monkeypatch.syspath_prepend(str(info.parent))
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    def put(name: str, code: str, points: str | Mapping[str, Mapping[str, str]]) -> None:
+        if not isinstance(points, str):
+            rows = [
+                (f"[{group}]", *(f"{key} = {value}" for key, value in own.items())) for group, own in points.items()
+            ]
+            points = "\n".join(line for lines in rows for line in lines)
+        site = (
+            tmp_path / f"site-{name}"
+        )  # another folder for each package: what is installed is looked up once for each `sys.path`
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (site / f"{name}.py").write_text(code, encoding="utf-8")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text(points, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(site))
+        sys.modules.pop(name, None)
+        modules.append(name)
 
-    return put
+    yield put
+    for name in modules:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

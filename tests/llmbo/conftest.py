@@ -8,7 +8,6 @@ import math
 import random
 import shutil
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -250,30 +249,6 @@ def _llmbo(folder: Path, model_folder: Path, text_file: Path) -> Llmbo:
 def llmbo(tmp_path: Path, model_folder: Path, text_file: Path) -> Llmbo:
     """`llmbo(budget=8)` runs `llmbo optimize` on a tiny llama, in seconds."""
     return _llmbo(tmp_path, model_folder, text_file)
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """`install("name", code, {"group": {"entry": "name:object"}})` leaves a third party's package as pip would."""
-    modules: list[str] = []
-
-    def installed(name: str, code: str, groups: Mapping[str, Mapping[str, str]]) -> None:
-        site = tmp_path / f"site-{name}"
-        info = site / f"{name}-1.0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (site / f"{name}.py").write_text(code, encoding="utf-8")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
-        points = [
-            [f"[{group}]", *(f"{key} = {value}" for key, value in rows.items())] for group, rows in groups.items()
-        ]
-        (info / "entry_points.txt").write_text("\n".join(itertools.chain(*points)), encoding="utf-8")
-        monkeypatch.syspath_prepend(str(site))
-        sys.modules.pop(name, None)
-        modules.append(name)
-
-    yield installed
-    for name in modules:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

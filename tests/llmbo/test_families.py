@@ -69,20 +69,21 @@ def example() -> tuple[str, str]:
 
 
 def test_the_documented_plugin_is_optimized(
-    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[[str, str, str], None]
+    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[..., None]
 ) -> None:
     model = tiny_starcoder()
     folder = saved(model)
     refused = llmbo(model=folder, budget=4)
     assert refused.exit_code == 2 and "'starcoder2' is not supported" in refused.output
-    install("my_package", *example())
+    points, code = example()
+    install("my_package", code, points)
     check(llmbo, model, folder)
 
 
 def test_a_broken_plugin_is_refused_in_one_line_and_disturbs_no_other_model(
-    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[[str, str, str], None]
+    llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[..., None]
 ) -> None:
-    install("my_package", "[llmbo.families]\nstarcoder2 = my_package:GONE\n", "")
+    install("my_package", "", "[llmbo.families]\nstarcoder2 = my_package:GONE\n")
     result = llmbo(model=saved(tiny_starcoder()), budget=4, name="refused")
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert (

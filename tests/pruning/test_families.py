@@ -18,7 +18,7 @@ from pruning.masks import PruningMask, Ranking, masked
 from pruning.shrinking import shrink
 from pruning.supernet import Supernet
 
-Install = Callable[[str, str, str], None]
+Install = Callable[..., None]
 POINTS = "[llmbo.families]\nstarcoder2 = other:STARCODER2\n"
 CODE = """
 from pruning import Family, Places
@@ -50,7 +50,7 @@ def test_a_plugin_obeys_the_laws(
     starcoder: PreTrainedModel, install: Install, windows: Tensor, logits: Any, tmp_path: Path,
     random_architecture: Callable[..., Architecture], random_ranking: Callable[..., Ranking],
 ) -> None:  # fmt: skip
-    install("other", POINTS, CODE)
+    install("other", CODE, POINTS)
     anatomy = anatomy_of(starcoder)
     architecture, ranking = random_architecture(anatomy, 3, "BAMB-"), random_ranking(anatomy, 3)
     mask = PruningMask.from_architecture(architecture, ranking)
@@ -68,7 +68,7 @@ def test_a_plugin_obeys_the_laws(
 def test_messages_list_plugins_and_load_none(starcoder: PreTrainedModel, install: Install) -> None:
     with pytest.raises(UnsupportedModel, match="'starcoder2' is not supported"):
         anatomy_of(starcoder)
-    install("other", POINTS + "lost = nowhere:LOST\n", CODE)
+    install("other", CODE, POINTS + "lost = nowhere:LOST\n")
     assert known_families() == sorted({*FAMILIES, "starcoder2", "lost"})
     with pytest.raises(UnsupportedModel, match=r"'bert' is not supported.*gpt2.* lost, .*starcoder2"):
         family_of(AutoConfig.for_model("bert"))
@@ -89,7 +89,7 @@ def test_messages_list_plugins_and_load_none(starcoder: PreTrainedModel, install
     ],
 )
 def test_a_broken_plugin_is_refused(install: Install, points: str, code: str, message: str) -> None:
-    install("other", f"[llmbo.families]\n{points}\n", code)
+    install("other", code, f"[llmbo.families]\n{points}\n")
     with pytest.raises(InvalidFamily, match=message) as refusal:
         find_family("mine")
     assert "\n" not in str(refusal.value) and "llmbo.families" in str(refusal.value)
@@ -97,11 +97,11 @@ def test_a_broken_plugin_is_refused(install: Install, points: str, code: str, me
 
 
 def test_no_plugin_takes_the_place_of_another_family(install: Install) -> None:
-    install("other", "[llmbo.families]\nllama = other:STARCODER2\nstarcoder2 = other:STARCODER2\n", CODE)
+    install("other", CODE, "[llmbo.families]\nllama = other:STARCODER2\nstarcoder2 = other:STARCODER2\n")
     with pytest.raises(InvalidFamily, match=r"'llama = other:STARCODER2' of the package 'other'.*'llama' already"):
         find_family("llama")
     assert find_family("starcoder2") is not None
-    install("another", POINTS.replace("other", "another"), CODE)
+    install("another", CODE, POINTS.replace("other", "another"))
     with pytest.raises(InvalidFamily, match=r"'another'.* and .*'other'.* one of them must go"):
         find_family("starcoder2")
     assert find_family("opt") is FAMILIES["opt"]
@@ -114,7 +114,7 @@ def test_no_plugin_takes_the_place_of_another_family(install: Install) -> None:
 def test_a_plugin_that_names_what_is_not_there_is_refused(
     starcoder: PreTrainedModel, install: Install, right: str, wrong: str
 ) -> None:
-    install("other", POINTS, CODE.replace(right, wrong))
+    install("other", CODE.replace(right, wrong), POINTS)
     with pytest.raises(
         InvalidFamily, match=r"family 'starcoder2' does not fit a Starcoder2ForCausalLM: .*has no attri"
     ) as refusal:

@@ -269,7 +269,7 @@ def test_bad_input_is_one_line(call: dict[str, Any], says: str) -> None:
     assert "\n" not in str(refused.value) and not Path("runs/bad").exists()
 
 
-def test_a_run_that_is_not_there_is_refused_by_name() -> None:
+def test_a_run_that_is_not_there_is_refused_by_name(run: llmbo.Run) -> None:
     with pytest.raises(StorageError, match=r"no run 'tinny'.*Did you mean 'tiny'"):
         llmbo.load_run("tinny")
 

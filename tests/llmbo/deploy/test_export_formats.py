@@ -211,7 +211,7 @@ def test_the_report_page_offers_every_format_with_a_command_that_is_understood(
         words = shlex.split(page.locator("#export-command").text_content())
         group: Any = typer.main.get_command(app)
         given = group.commands["export"].make_context("export", words[2:]).params
-        request = ExportRequest.of(given["run"], given["trial"], given["format"], given["out"], given["dtype"])
+        request = ExportRequest.of(given["run"], given["trial"], given["format"], Path(given["out"]), given["dtype"])
         assert words[:2] == ["llmbo", "export"] and request.format.name == name
         folders.add(request.out)
     assert len(folders) == len(FORMATS)

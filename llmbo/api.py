@@ -105,7 +105,7 @@ class Run:
             from pandas import DataFrame
         except ImportError as error:
             raise ConfigError("run.to_dataframe() needs the package pandas: pip install pandas.") from error
-        front = {point.trial for point in self.front}
+        front = {point.trial for point in self.report.front}
         rows = [
             {
                 "trial": point.trial,
@@ -169,12 +169,11 @@ class Run:
 
     def _point(self, trial: TrialPart) -> Point:
         assert trial.objectives is not None
-        heldout = {point.trial: point.heldout for point in self.report.front}.get(trial.number)
         return Point(
             trial.number,
             Architecture.from_dict(trial.architecture.model_dump()),
             _measured(trial.objectives),
-            _judged(heldout),
+            _judged(self.report.heldout_of(trial.number)),
             trial.origin,
             trial.gain,
             trial.why,

@@ -23,6 +23,11 @@ class Source(StrEnum):
     SEARCH = "search"  # everything else
 
     @classmethod
+    def restored(cls, stored: str | None, origin: str) -> "Source":
+        """From a record, which holds its source unless the first version wrote it."""
+        return cls(stored) if stored else cls.of_origin(origin)
+
+    @classmethod
     def of_origin(cls, origin: str) -> "Source":
         """For records of the first version, which kept nothing but the origin."""
         known = {

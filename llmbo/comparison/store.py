@@ -125,4 +125,4 @@ class EvaluationStore:
 
 
 def _proposal(x: list[int], origin: str, source: str = "") -> Proposal:
-    return Proposal(tuple(x), origin, source=Source(source) if source else Source.of_origin(origin))
+    return Proposal(tuple(x), origin, source=Source.restored(source, origin))

@@ -10,14 +10,14 @@ import torch
 from llmbo.config.formats import caveat
 from llmbo.deploy.request import ExportRequest
 from llmbo.models.loading import ALIASES, LoadedModel
-from llmbo.report.schema import ModelPart, Report, TrialPart, Values
+from llmbo.report.schema import ModelPart, Report, TrialPart
 from pruning.masks import PruningMask
 
 
 def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
     """`llmbo.json`."""
     report, trial = request.report, request.trial
-    heldout = _heldout(report, trial)
+    heldout = report.heldout_of(trial.number)
     content: dict[str, Any] = {
         "format": request.format.name,
         "dtype": request.dtype,
@@ -103,15 +103,11 @@ def licence_of(loaded: LoadedModel) -> str:
     return "unknown"
 
 
-def _heldout(report: Report, trial: TrialPart) -> Values | None:
-    return next((point.heldout for point in report.front if point.trial == trial.number), None)
-
-
 def _quality_table(report: Report, trial: TrialPart) -> str:
     rows = [
         ("this model, proxy", trial.objectives),
         ("dense model, proxy", report.dense.objectives),
-        ("this model, held-out", _heldout(report, trial)),
+        ("this model, held-out", report.heldout_of(trial.number)),
         ("dense model, held-out", report.dense.heldout),
     ]
     lines = ["| | kl | loss | perplexity |", "|---|---|---|---|"]

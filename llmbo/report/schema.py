@@ -185,6 +185,10 @@ class Report(_Part):
     importance: list[ImportancePart] = []
     advisor: AdvisorPart | None = None
 
+    def heldout_of(self, trial: int) -> Values | None:
+        """Held-out values of a trial; None where there are none, which only the front has."""
+        return next((point.heldout for point in self.front if point.trial == trial), None)
+
 
 def json_schema() -> str:
     """The JSON schema of `report.json`, as kept in `docs/`."""

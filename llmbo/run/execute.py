@@ -4,13 +4,13 @@ from typing import Any
 
 from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
-from llmbo.report import Report, build_report, environment, front_of, write_report
+from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.store import shown_url
 from llmbo.search.loop import run_search
 
 
-def execute(run: RunParts, display: Display, command: str) -> Report:
+def execute(run: RunParts, display: Display, command: str) -> None:
     """Spend the budget, and write the report whatever ends the search.
 
     Args:
@@ -32,8 +32,7 @@ def execute(run: RunParts, display: Display, command: str) -> Report:
         status = "interrupted"
         raise
     finally:
-        report = _write(run, display, command, status)
-    return report
+        _write(run, display, command, status)
 
 
 def measure_heldout(run: RunParts) -> None:
@@ -52,7 +51,7 @@ def measure_heldout(run: RunParts) -> None:
         run.store.set_heldout(trial.number, measure(trial.x))
 
 
-def _write(run: RunParts, display: Display, command: str, status: str) -> Report:
+def _write(run: RunParts, display: Display, command: str, status: str) -> None:
     config, facts, trials = run.config, run.store.facts, run.store.trials()
     part = _run_part(run, display.seconds, command, status, facts)
     advised = config.advisor != "none"
@@ -66,7 +65,6 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> Report
     )
     write_report(report, run.folder)
     run.store.set_fact("run", part)  # last: it says that the report is there
-    return report
 
 
 def _run_part(

@@ -320,7 +320,7 @@ def _rounds(study: optuna.Study) -> list[list[Proposal]]:
 
 
 def _source(record: Mapping[str, Any]) -> Source:
-    return Source(record["source"]) if "source" in record else Source.of_origin(record["origin"])
+    return Source.restored(record.get("source"), record["origin"])
 
 
 def _sqlite_path(url: str) -> Path | None:

@@ -1,10 +1,12 @@
 """Stored trials -> a report. Needs no model."""
 
 import platform
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from llmbo.advisor.parts import AdvisorPart
@@ -109,12 +111,22 @@ def build_report(
 
 def environment() -> dict[str, Any]:
     """Versions and peak memory of this process, as `RunPart` wants them."""
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "platform": platform.platform(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _peak_memory() -> int:
+    """Bytes this process held in memory at most.
+
+    Linux's `ru_maxrss` survives `exec`, so it may be the peak of the process that started this one; `VmHWM` is our own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _architecture(space: SearchSpace, x: tuple[int, ...]) -> ArchitecturePart:

@@ -3,6 +3,8 @@
 import json
 import math
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,17 @@ def data(finished: Any) -> dict[str, Any]:
 def test_a_report_follows_the_schema(data: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(json.loads(json_schema())).validate(data)
     assert Report.model_validate(data).model_dump(mode="json") == data
+
+
+def test_the_memory_told_is_the_own_process_s_not_its_parent_s() -> None:
+    """A child process inherits its parent's `ru_maxrss`: 2 GiB held here must not show up there."""
+    tell = "from llmbo.report.build import environment; print(environment()['peak_memory_bytes'])"
+    parent = (
+        "import subprocess, sys; held = b'1' * 2**31; "
+        f"subprocess.run([sys.executable, '-c', {tell!r}], check=True); assert held"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 2**24 < int(done.stdout) < 2**30
 
 
 def test_an_unknown_or_missing_key_is_no_report(data: dict[str, Any]) -> None:

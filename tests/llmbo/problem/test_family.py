@@ -79,6 +79,23 @@ def test_levels_count_the_units_above_a_common_threshold(make_space: Callable[..
     assert {tuple(row) for row in family.path.int().tolist()} <= expected
 
 
+@pytest.mark.parametrize(("neurons", "step"), [(24, 1), (24, 2), (25, 5), (24, 7), (100, 8), (10, 10)])
+def test_a_level_costs_what_the_unit_scores_with_which_the_count_rounds_to_it(
+    make_space: Callable[..., SearchSpace], neurons: int, step: int
+) -> None:
+    """Half-way between two widths, and there upwards: of widths 0 and 4 the second, and of 0 and 5 the third best unit decides."""
+    space = make_space(2, neurons, 0.1, step)
+    rng = torch.Generator().manual_seed(5)
+    scores = {"attention": torch.rand(2, 2, generator=rng), "mlp": torch.rand(2, neurons, generator=rng)}
+    found = unit_marginal_costs(space, Importance(scores["attention"], scores["mlp"], torch.ones(2)))
+    rows = [(block, row) for block in space.anatomy.blocks for row in scores[block.kind].double()]
+    for costs, (block, row) in zip(found, rows, strict=True):
+        best, widths = row.sort(descending=True).values / block.parameters_per_unit, space.widths[block.kind]
+        for level, cost in enumerate(costs, 1):
+            count = next(n for n in range(1, block.units + 1) if n - widths[level - 1] >= widths[level] - n)
+            assert cost == pytest.approx(float(best[count - 1]), rel=1e-12), (block.kind, level)
+
+
 def test_scaling_all_scores_changes_nothing(make_toy: Callable[..., Any]) -> None:
     toy = make_toy()
     scaled = Importance(

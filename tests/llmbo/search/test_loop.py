@@ -114,6 +114,20 @@ def test_proposers_see_earlier_rounds_and_nothing_else(toy: Any, open_store: Cal
     assert len({seed for *_, seed in seen}) == 3  # a round's own seed
 
 
+def test_no_two_runs_share_the_seed_of_any_round(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    """Or the second round of one run would draw what the first of the next run drew."""
+    seen: list[int] = []
+
+    class Asked:
+        def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+            seen.append(seed)
+            return RandomProposer(toy.space).propose(trials, q, seed)
+
+    for seed in range(3):
+        run_search(Asked(), Scripted(toy), open_store(str(seed)), 2, 1, seed, Log())
+    assert len(seen) == 6 == len(set(seen))
+
+
 @pytest.mark.parametrize("make", [lambda toy: RandomProposer(toy.space), qnehvi], ids=["random", "qnehvi"])
 @pytest.mark.parametrize("stops", [[3, 10], [1, 2, 5, 9], [6, 8]], ids=str)
 def test_a_raised_budget_equals_one_longer_run(

@@ -1,0 +1,134 @@
+"""A prepared problem on a real, if tiny, model: how the path is priced and corrected, and that its expansions foretell what is measured."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmbo.config import RunConfig
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
+from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
+from llmbo.problem.preparation import DEFAULT, Problem, load_windows, prepared, with_exchanges
+from llmbo.problem.proxy import ProxyEvaluator
+from pruning.anatomy import BlockKind
+from pruning.calibration import TokenWindows
+from pruning.exchanges import exchange_costs
+from pruning.importance import fisher
+from pruning.likelihood import dense_distribution
+from pruning.sensitivity import block_sensitivity
+from pruning.statistics import collect_statistics
+
+
+class Quiet:
+    """Phases that nobody watches."""
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A problem, and what its preparation measures, measured again."""
+
+    config: RunConfig
+    loaded: LoadedModel
+    problem: Problem
+    windows: Tensor
+    sensitivity: dict[BlockKind, Tensor]
+
+    def moved(self, method: object = DEFAULT) -> ThresholdFamily:
+        generator = torch.Generator().manual_seed(0)
+        parts = self.problem.threshold_family, self.problem.supernet, self.windows, self.sensitivity, generator
+        return with_exchanges(*parts, lambda done: None, method)
+
+    def orders(self) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+        """Every anchor, and first and second order of every block's `STEPS` from there, `d x steps` each."""
+        space, supernet, generator = self.problem.space, self.problem.supernet, torch.Generator().manual_seed(0)
+        family, dense = self.problem.threshold_family, dense_distribution(supernet.model, self.windows)
+        low = float(family.shares[0])
+        for part in DEFAULT.anchors:
+            x = family.at(low + (1 - low) * part)
+            widths = space.neighbouring_widths(x, STEPS)
+            costs = exchange_costs(supernet, space.decode(x), widths, self.windows, dense, generator)
+            first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).double().unbind(-1)
+            yield x, first, second
+
+
+@pytest.fixture(scope="module")
+def opened(model_folder: Path, text_file: Path) -> Iterator[Opened]:
+    config = RunConfig(
+        model=str(model_folder), text=f"text:{text_file}", window=16, calibration_tokens=640, proxy_tokens=64,
+        heldout_tokens=64, dtype="float32", device="cpu", min_share=0.2,
+    )  # fmt: skip
+    loaded = load_model(config.model, config.dtype, config.device)
+    windows: TokenWindows = load_windows(config, loaded)
+    with prepared(config, loaded, windows, Quiet()) as problem:
+        some = windows.calibration[: len(windows.calibration) // 4]
+        generator = torch.Generator().manual_seed(config.seed)
+        sensitivity = block_sensitivity(problem.supernet, some, problem.space.widths, generator)
+        yield Opened(config, loaded, problem, some, sensitivity)
+
+
+def test_the_path_is_priced_by_units_and_by_whole_blocks(opened: Opened) -> None:
+    problem, model = opened.problem, opened.loaded.model
+    statistics = collect_statistics(model, problem.windows.calibration)
+    importance = fisher(model, statistics)
+    units = unit_marginal_costs(problem.space, importance)
+    blocks = block_marginal_costs(problem.space, opened.sensitivity)
+    both, by_units, by_blocks = (
+        ThresholdFamily.from_marginal_costs(problem.space, costs, importance).path
+        for costs in (geometric_mean(units, blocks), units, blocks)
+    )
+    assert torch.equal(problem.threshold_family.path, both)
+    assert not torch.equal(both, by_units) and not torch.equal(both, by_blocks)  # else this would say nothing
+
+
+@pytest.mark.parametrize("weight", [0.2, 0.5])
+def test_anchors_take_the_exchanges_that_pay_by_both_orders_up_and_down(opened: Opened, weight: float) -> None:
+    """Narrowing and widening each have a price of their own; the weight of the second order and the anchors are the method's."""
+    moved = opened.moved(replace(DEFAULT, second_order=weight))
+    rows, exchanges = {tuple(row) for row in moved.path.int().tolist()}, []
+    for x, first, second in opened.orders():
+        exchanges.append(best_exchanges(opened.problem.space, x, (first + weight * second)[:, ONE_LEVEL]))
+        assert tuple((torch.tensor(x) + exchanges[-1]).int().tolist()) in rows, x
+    assert sum(bool(exchange.any()) for exchange in exchanges) >= 2, exchanges  # else this would say nothing
+
+
+def test_nothing_is_exchanged_without_anchors_or_where_the_second_order_weighs_all(opened: Opened) -> None:
+    path = opened.problem.threshold_family.path
+
+    def exchanged(**constants: object) -> int:
+        moved = {tuple(row) for row in opened.moved(replace(DEFAULT, **constants)).path.int().tolist()}
+        return len(moved - {tuple(row) for row in path.int().tolist()})
+
+    assert exchanged(second_order=0.5) > 0
+    assert exchanged(second_order=1e6) == 0
+    assert exchanged(second_order=0.5, anchors=()) == 0
+
+
+def test_expansions_foretell_what_a_level_changes_and_slopes_alone_do_not(opened: Opened) -> None:
+    """Against the KL measured a level down and up of every block at every anchor, on the windows of the expansion."""
+    problem, space, found = opened.problem, opened.problem.space, opened.moved().expansions
+    evaluator = ProxyEvaluator.on(opened.windows, space, problem.supernet)
+    assert found is not None
+    rows: list[tuple[int, float, float, float]] = []
+    for number, (x, slopes, _) in enumerate(opened.orders()):
+        here = evaluator.evaluate(x)["kl"]
+        for block, column in itertools.product(range(space.d), ONE_LEVEL):
+            there = (*x[:block], x[block] + STEPS[column], *x[block + 1 :])
+            if 0 <= there[block] <= space.max_levels[block]:
+                foretold = found.changes_at(torch.tensor([there], dtype=torch.float64))[0, number]
+                change = evaluator.evaluate(there)["kl"] - here
+                rows.append((STEPS[column], change, float(foretold), float(slopes[block, column])))
+    step, change, foretold, slope = torch.tensor(rows, dtype=torch.float64).T
+    assert (foretold - change).square().mean() < 0.5 * (slope - change).square().mean()
+    down = step < 0
+    assert change[down].sum() / 2 < foretold[down].sum() < 2 * change[down].sum()
+    assert slope[down].sum() < change[down].sum() / 2  # else this would say nothing of the second order

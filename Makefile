@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest venv llama-cpp docs generated clean
+.PHONY: demo test test-oldest mutants venv llama-cpp docs generated clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
@@ -51,6 +51,12 @@ test-oldest: .venv-oldest/.installed
 	grep '^torch==' constraints.txt > .venv-oldest/torch.txt
 	$(OLDEST)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --constraint .venv-oldest/torch.txt --editable '.[test]'
 	touch $@
+
+# Do the tests find planted faults? A list that all must be found, and a sample whose share is told. Minutes, and an hour.
+mutants: venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python -m experiments.mutants
+	$(BIN)/python -m experiments.mutants --sampled 200
 
 # Warnings are errors; the result is build/site.
 docs: venv

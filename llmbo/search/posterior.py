@@ -203,7 +203,7 @@ class ObjectivesPosterior:
         return value
 
     def log_nehvi(self, X: Tensor, X_baseline: Tensor, X_pending: Tensor) -> Tensor:
-        """qLogNEHVI of each of `n` candidates together with the pending points, `n` (Ament et al. 2023, arXiv:2310.20708)."""
+        """qLogNEHVI of each of `n` candidates beyond the front and the pending points, `n` (Ament et al. 2023, arXiv:2310.20708)."""
         outputs: list[Model] = [
             objective.gp if isinstance(objective, MeasuredObjective) else _deterministic(objective.mean)
             for objective in self.objectives

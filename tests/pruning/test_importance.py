@@ -21,7 +21,6 @@ from pruning.importance import (
     magnitude,
     taylor,
 )
-from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
 from pruning.statistics import collect_statistics
 
@@ -216,7 +215,6 @@ def test_a_ranking_is_descending_and_stable() -> None:
     scores = Importance(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[1.0, 1.0, 2.0, 1.0, 2.0]]), torch.tensor([5.0]))
     assert scores.ranking().groups.tolist() == [[1, 2, 0]]
     assert scores.ranking().neurons.tolist() == [[2, 4, 0, 1, 3]]
-    assert isinstance(scores.ranking(), Ranking)
 
 
 def test_influence_is_one_minus_the_cosine_of_the_residual_stream(

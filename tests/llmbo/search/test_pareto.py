@@ -93,3 +93,11 @@ def test_the_trace_is_the_volume_of_every_prefix(m: int, ties: bool) -> None:
     trace = hypervolume_trace(Y, ref)
     assert trace == pytest.approx([hypervolume(Y[: n + 1], ref) for n in range(len(Y))], abs=1e-12)
     assert all(after >= before for before, after in itertools.pairwise(trace))
+
+
+def test_what_failed_is_no_point_even_where_nothing_else_is() -> None:
+    """A failed trial is worse than anything, and -inf does not dominate -inf."""
+    none = torch.full((3, 2), -math.inf, dtype=torch.float64)
+    assert pareto_front(none) == []
+    assert pareto_front(torch.cat([none, torch.tensor([[-1.0, -2.0]]).double()])) == [3]
+    assert pareto_front(torch.tensor([[-1.0, -math.inf], [-math.inf, -1.0]]).double()) == []

@@ -63,8 +63,9 @@ def test_the_packaged_llama_is_pruned(searched: Any) -> None:
 def test_its_surrogate_proposes_what_is_new_and_about_as_good_as_the_path(searched: Any) -> None:
     trials = searched.report("llama")["trials"]
     design, proposed = trials[:NUM_INITIAL], trials[NUM_INITIAL:]
-    assert {trial["source"] for trial in design} == {"path"} and {trial["source"] for trial in proposed} == {"search"}
-    print([(t["gain"], t["objectives"]["kl"], t["objectives"]["params_share"]) for t in trials])
+    assert {trial["origin"] for trial in design} == {"threshold"} and {trial["origin"] for trial in proposed} == {
+        "qnehvi"
+    }
     for trial in proposed:
         assert trial["architecture"] not in [other["architecture"] for other in trials if other is not trial]
         assert trial["gain"] > -0.5 * trial["objectives"]["kl"]
@@ -72,13 +73,14 @@ def test_its_surrogate_proposes_what_is_new_and_about_as_good_as_the_path(search
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp")
 def test_it_goes_to_llama_cpp_and_talks(searched: Any, tmp_path: Path) -> None:
-    (trial, *_) = searched.report("llama")["trials"]
-    words = ["export", "llama", "--trial", "0", "--format", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "out")]
+    *_, point = searched.report("llama")["front"]
+    number, params, out = point["trial"], point["objectives"]["params"], tmp_path / "out"
+    words = ["export", "llama", "--trial", str(number), "--format", "gguf", "--dtype", "q8_0", "--out", str(out)]
     with chdir(searched.folder):
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "llama.cpp" in result.stdout
-    file, params = tmp_path / "out" / "llama-trial-0-q8_0.gguf", trial["objectives"]["params"]
+    file = out / f"llama-trial-{number}-q8_0.gguf"
     assert 1.06 * params < file.stat().st_size < 1.2 * params + 4e6
     program = (
         "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"

@@ -102,7 +102,6 @@ def test_anchors_take_the_exchanges_that_pay_by_both_orders_up_and_down(opened: 
         if exchange.any() and evaluator.evaluate(target)["kl"] < evaluator.evaluate(x)["kl"]:  # as was foretold
             assert target in rows, x
             followed += 1
-    print("FOLLOWED", weight, followed)
     assert followed  # else this would say nothing
 
 

@@ -95,6 +95,7 @@ def build_report(
                 failure=trial.failure,
                 gain=gains.get(trial.number),
                 feasible=trial.feasible,
+                counts=trial.counts,
                 why=trial.why,
             )
             for trial in trials

@@ -10,6 +10,7 @@ import typer
 from llmbo.errors import ConfigError, LlmboError, first_line
 
 EXIT_BAD_INPUT = 2
+EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
 EXIT_INTERRUPTED = 130
 
 

@@ -39,6 +39,9 @@ def report(
         folders = [find_run(run) for run in runs]
         found = [(str(folder), read_report(folder)) for folder in folders]
         text = _render(found, format)
+        for folder, one in found:
+            for warning in one.get("warnings", []):
+                typer.echo(f"warning: {folder}: {warning}", err=True)
         if out is None and format is Format.HTML:
             out = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
         if out is None:

@@ -174,6 +174,8 @@ class ImportancePart(_Part):
 
 
 class Report(_Part):
+    """`warnings` say in words what the numbers leave unsaid: that nothing counts, and why."""
+
     schema_version: Literal[1] = 1
     run: RunPart
     model: ModelPart
@@ -185,6 +187,7 @@ class Report(_Part):
     trials: list[TrialPart]
     front: list[FrontPoint]
     hypervolume: HypervolumePart
+    warnings: list[str] = []
     importance: list[ImportancePart] = []
     advisor: AdvisorPart | None = None
 

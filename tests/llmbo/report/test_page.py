@@ -416,6 +416,7 @@ def test_what_lost_its_race_is_on_no_front(opened: Open, written: bool) -> None:
         tab.page.evaluate(f"update({{selected: '0:{winner}'}})")
         assert "lost its race" in tab.text("#trial")
         tab.page.click("#all-trials summary")
+        tab.page.wait_for_selector("#all-trials tbody tr")
         assert tab.text("#all-trials").count("lost its race") == 1
 
 

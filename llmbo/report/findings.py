@@ -1,4 +1,4 @@
-"""What a run must not leave unsaid: that nothing it measured counts, and why."""
+"""What a run must not leave unsaid: that nothing it measured is a result, and why."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,14 +22,14 @@ def warnings_of(trials: Sequence[Trial], objectives: Sequence[Objective], limits
     if not whole:
         reasons = [trial.failure for trial in ended if trial.failure]
         return [
-            f"No trial counts: none was measured to its end{f', the last one because: {reasons[-1]}' if reasons else ''}."
+            f"No trial was measured to its end{f', the last because: {reasons[-1]}' if reasons else ''}: there is no front."
         ]
     within = [trial for trial in whole if trial.feasible]
     if not within:
         measured = measured_limits(limits)
         missed = _missed(measured, whole, lambda name, value: value <= measured[name], lambda name: 1.0)
         some = " and ".join(f"--max {name}={limit:g}" for name, limit in measured.items())
-        return [f"No trial counts: none keeps {some} ({missed}). {REMEDY} a larger limit."]
+        return [f"No trial keeps {some} ({missed}), so there is no front. {REMEDY} a larger limit."]
     reference = {objective.name: objective.reference for objective in objectives}
     sign = {objective.name: objective.sign for objective in objectives}
 
@@ -40,7 +40,9 @@ def warnings_of(trials: Sequence[Trial], objectives: Sequence[Objective], limits
         return []
     point = ", ".join(f"{name} {value:g}" for name, value in reference.items())
     missed = _missed(reference, within, beats, lambda name: -sign[name])
-    return [f"No trial counts: none beats the reference point {point} ({missed}). {REMEDY} a worse --reference-point."]
+    return [
+        f"No trial beats the reference point {point} ({missed}), so hypervolume is 0. {REMEDY} a worse --reference-point."
+    ]
 
 
 def _missed(

@@ -44,10 +44,10 @@ def test_it_is_said_to_programs_too(llmbo: Any, flag: str) -> None:
     assert result.exit_code == EXIT_NOTHING_COUNTS
     said = result.stderr.splitlines()
     if flag == "quiet":
-        assert len(said) == 1 and said[0].startswith("warning: No trial counts")
+        assert len(said) == 1 and said[0].startswith("warning: No trial keeps")
     else:
         (event,) = [event for line in said if (event := json.loads(line))["event"] == "warning"]
-        assert event["text"].startswith("No trial counts")
+        assert event["text"].startswith("No trial keeps")
 
 
 def test_the_page_of_such_a_run_works(finished: Any, browser: Any, tmp_path: Any) -> None:
@@ -56,7 +56,7 @@ def test_the_page_of_such_a_run_works(finished: Any, browser: Any, tmp_path: Any
     report = finished.report()
     for trial in report["trials"]:
         trial |= {"feasible": False, "counts": False}
-    report |= {"front": [], "warnings": ["No trial counts: <b>none</b> keeps --max kl=1e-12."]}
+    report |= {"front": [], "warnings": ["No trial keeps <b>--max</b> kl=1e-12."]}
     report["hypervolume"] |= {"final": 0.0, "trace": [0.0] * len(report["trials"])}
     file = tmp_path / "report.html"
     file.write_text(render_page([("runs/tiny", report)]), encoding="utf-8")
@@ -89,6 +89,6 @@ def test_the_line_names_what_was_missed(toy: Any) -> None:
     (reference,) = warnings_of(made(toy, 0.3, 0.2), strict, {})
     assert "the best kl is 0.2, of trial 1" in reference and "the best params_share" not in reference
     lost = [replace(trial, values={**trial.values, "error": 0.1}) for trial in made(toy, 0.1)]
-    assert "none was measured to its end" in warnings_of(lost, toy.objectives, {})[0]
+    assert "No trial was measured to its end" in warnings_of(lost, toy.objectives, {})[0]
     failed = made(toy, 0.1, state=TrialState.FAILED, failure="out of memory")
     assert "out of memory" in warnings_of(failed, toy.objectives, {})[0]

@@ -3,12 +3,16 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from llmbo.errors import ConfigError, LlmboError, first_line
 
+USAGE_ERROR: Any = (
+    typer.BadParameter.__base__
+)  # Typer's own: newer ones bring a click with them, older ones use the installed one
 EXIT_BAD_INPUT = 2
 EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
 EXIT_INTERRUPTED = 130
@@ -38,6 +42,17 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
             raise
         typer.echo(f"error: {explained}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+class OneLineGroup(TyperGroup):
+    """Says what is wrong with a command line as everything else is said: in one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
 
 
 def split_list(text: str) -> list[str]:

@@ -51,11 +51,17 @@ def compare(
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:
+    from llmbo.config.numbers import SEED
     from llmbo.errors import ConfigError
 
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in split_list(text))
+        seeds = tuple(int(part) for part in split_list(text))
     except ValueError:
-        raise ConfigError(f"--seeds needs whole numbers separated by commas, got '{text}'.") from None
+        seeds = ()
+    if not seeds:
+        raise ConfigError(f"--seeds needs whole numbers separated by commas, got '{text}'.")
+    for seed in seeds:
+        SEED.check("--seeds", seed, whole=True)
+    return seeds

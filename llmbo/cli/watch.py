@@ -21,7 +21,7 @@ def watch(
     storage: Annotated[
         str | None, typer.Option(help="Database URL, for a run that was started with --storage.")
     ] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 2.0,
 ) -> None:
     """Show a run as it goes on, wherever it goes on, until it is complete or Ctrl-C is pressed.
 
@@ -34,9 +34,11 @@ def watch(
     with one_line_errors(interrupted="Stopped watching; the run goes on."):
         from rich.console import Console
 
+        from llmbo.config.numbers import Within
         from llmbo.report.files import RUNS
         from llmbo.run.heartbeat import Heartbeat
 
+        Within(0.1, 86_400).check("--every", every)
         folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmbo.cli.common import EXIT_NOTHING_COUNTS, numbers, one_line_errors, split_list
+from llmbo.cli.common import EXIT_NOTHING_COUNTS, numbers, one_line_errors, say, split_list
 from llmbo.config import RunConfig
 from llmbo.config.objectives import limits_help, objectives_help
 from llmbo.errors import ConfigError
@@ -127,10 +127,10 @@ def optimize(
         nothing = bool(run.report.warnings) and not (run.report.front and settings["reference_point"] is None)
         if quiet and nothing:
             for text in run.report.warnings:
-                typer.echo(f"warning: {text}", err=True)
+                say(f"warning: {text}", err=True)
         if not (quiet or json_logs):
             _print_front(run)
-    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
+    say(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
     if nothing:
         raise typer.Exit(EXIT_NOTHING_COUNTS)
 
@@ -142,10 +142,9 @@ def _tied(strategy: str) -> str:
 
 
 def _print_front(run: "Run") -> None:
-    from rich.console import Console
-
+    from llmbo.display.console import Console
     from llmbo.display.progress import advice_line, summary
 
     Console().print(summary(run.report))
     if run.report.advisor:
-        typer.echo(advice_line(run.report.advisor))
+        say(advice_line(run.report.advisor))

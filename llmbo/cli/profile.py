@@ -30,7 +30,7 @@ def profile(
 
     Example: llmbo profile --model llama --context 256
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. Tables that were finished are in the cache."):
         from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, Within

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 
 if TYPE_CHECKING:
     from llmbo.display.dashboard import Snapshot
@@ -32,9 +32,8 @@ def watch(
     Example: llmbo watch llama --storage postgresql://user@host/trials
     """
     with one_line_errors(interrupted="Stopped watching; the run goes on."):
-        from rich.console import Console
-
         from llmbo.config.numbers import Within
+        from llmbo.display.console import Console
         from llmbo.report.files import RUNS
         from llmbo.run.heartbeat import Heartbeat
 
@@ -72,7 +71,7 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
         found = follow_run(url, name)
         if found is None:
             if not look:
-                typer.echo(f"There is no run '{name}' there yet: waiting.", err=True)
+                say(f"There is no run '{name}' there yet: waiting.", err=True)
             continue
         settings, facts, trials, moments = found
         dense, elapsed = facts["dense"], time.monotonic() - start

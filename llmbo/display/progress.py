@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from llmbo.advisor.parts import AdvisorPart
+from llmbo.display.console import Console
 from llmbo.display.dashboard import Dashboard, Snapshot, volume
 from llmbo.display.dashboard import Progress as SearchProgress
 from llmbo.display.notebook import NotebookLive, notebook_console
@@ -214,9 +215,9 @@ class LivePicture(Silence):
         self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}", markup=True),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             console=console,
         )

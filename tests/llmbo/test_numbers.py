@@ -48,7 +48,10 @@ def is_number(hint: Any) -> bool:
 
 def numeric_options() -> list[tuple[str, str]]:
     """Every command and every option of it whose type is a number."""
-    commands = {str(command.name or command.callback.__name__): command.callback for command in app.registered_commands}
+    commands = {
+        str(command.name or getattr(command.callback, "__name__", "")): command.callback
+        for command in app.registered_commands
+    }
     assert {*NEEDED} == {*commands}
     return [
         (name, f"--{parameter.replace('_', '-')}")
@@ -106,7 +109,17 @@ def test_numbers_inside_words_are_checked_as_well(command: str, option: str) -> 
 def test_a_keyword_refuses_nonsense(command: str, field: str) -> None:
     """Before the model: there is none."""
     whole = get_type_hints(RunConfig)[field] is int
-    values = [float("nan"), float("inf"), -float("inf"), -1, 1e308, 10**30, "", "3", *([2.5] if whole else [])]
+    values: list[Any] = [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        -1,
+        1e308,
+        10**30,
+        "",
+        "3",
+        *([2.5] if whole else []),
+    ]
     for value in values:
         with pytest.raises(ConfigError, match=f"--{field.replace('_', '-')} ") as caught:
             llmbo.optimize("./nowhere", show="nothing", **{field: value})

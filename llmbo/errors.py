@@ -3,6 +3,24 @@
 import difflib
 from collections.abc import Collection
 
+# What a terminal obeys instead of showing: control characters but tab and line end, and what turns the direction of text round.
+_OBEYED = [
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_PRINTABLE = {**dict.fromkeys(_OBEYED), **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")}
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal obeys; lone surrogates, which nothing can print, as replacement characters."""
+    return text.translate(_PRINTABLE)
+
 
 def first_line(error: BaseException) -> str:
     """What `error` says, cut to one line; its type when it says nothing."""

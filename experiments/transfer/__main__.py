@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{'strategy':20} seed  evaluations  hypervolume  mean gain (nats)")
         for arm in arms:
             for seed in config.seeds:
-                outcome = run_arm(arm, seed, arm_key(arm, seed, config), config, problem, store, Unwatched())
+                outcome = run_arm(arm, seed, arm_key(arm, seed, config, problem), config, problem, store, Unwatched())
                 for point in arm_part(outcome, problem, curves, config).checkpoints:
                     volume, gain = point.heldout_hypervolume or 0.0, point.heldout_gain or 0.0
                     found[arm.label, point.evaluations].append((volume, gain))

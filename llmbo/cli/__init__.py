@@ -3,6 +3,7 @@
 import typer
 
 from llmbo.cli.advise import advise
+from llmbo.cli.common import OneLineGroup
 from llmbo.cli.compare import compare
 from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
@@ -14,7 +15,7 @@ from llmbo.cli.report import report
 from llmbo.cli.rerank import rerank
 from llmbo.cli.watch import watch
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()

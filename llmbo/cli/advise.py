@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError, unknown
 
@@ -28,9 +28,8 @@ def advise(
             raise ConfigError(f"--hook: {unknown('hook', hook, HOOKS)}")
         if hook == "filter":
             raise ConfigError("--hook filter reviews a round's candidates, which only a run makes: use another hook.")
-        from rich.console import Console
-
         from llmbo.advisor.assemble import check_advisor
+        from llmbo.display.console import Console
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.run.preview import COUNT, reopened, shown_answer, shown_prompt, stored_config
@@ -44,10 +43,10 @@ def advise(
         with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (session, trials):
             question = session.question(hook, trials, COUNT, config.seed)
             if dry_run:
-                typer.echo(shown_prompt(question))
+                say(shown_prompt(question))
                 return
             answer = session.advisor.ask(question, session.advice.open(question.round, hook))
         for exchange in session.advice.exchanges():
-            typer.echo(f"{exchange.reply or exchange.error}\n", err=True)
+            say(f"{exchange.reply or exchange.error}\n", err=True)
         for line in shown_answer(answer, session):
-            typer.echo(line)
+            say(line)

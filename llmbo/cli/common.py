@@ -3,13 +3,17 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from llmbo.errors import ConfigError, LlmboError, first_line
+from llmbo.errors import ConfigError, LlmboError, first_line, printable
 
+# Typer's own: newer versions bring a click with them, older ones use the one that is installed.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 EXIT_BAD_INPUT = 2
+EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
 EXIT_INTERRUPTED = 130
 
 
@@ -26,17 +30,33 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
     try:
         yield
     except (LlmboError, PruningError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
-        typer.echo(interrupted, err=True)
+        say(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         explained = _explained(error)
         if explained is None:
             raise
-        typer.echo(f"error: {explained}", err=True)
+        say(f"error: {explained}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def say(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print untrusted text: to stdout, or to stderr with `err`."""
+    typer.echo(printable(text), err=err, nl=nl)
+
+
+class OneLineGroup(TyperGroup):
+    """Says what is wrong with a command line as everything else is said: in one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            say(f"error: {' '.join(error.format_message().split())}", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
 
 
 def split_list(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmbo.cli.common import one_line_errors, split_list
+from llmbo.cli.common import one_line_errors, say, split_list
 
 
 def compare(
@@ -31,7 +31,7 @@ def compare(
 
     Example: llmbo compare experiments/configs/quick.toml
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     console = Console(stderr=True)
     with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
@@ -47,15 +47,21 @@ def compare(
         with CompareDisplay(console, total) as display:
             result = run(checked, folder, cache, fresh, display, console.print)
         Console().print(table(result))
-        typer.echo(f"Results: {folder / 'comparison.json'}   Page: {folder / 'comparison.html'}")
+        say(f"Results: {folder / 'comparison.json'}   Page: {folder / 'comparison.html'}")
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:
+    from llmbo.config.numbers import SEED
     from llmbo.errors import ConfigError
 
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in split_list(text))
+        seeds = tuple(int(part) for part in split_list(text))
     except ValueError:
-        raise ConfigError(f"--seeds needs whole numbers separated by commas, got '{text}'.") from None
+        seeds = ()
+    if not seeds:
+        raise ConfigError(f"--seeds needs whole numbers separated by commas, got '{text}'.")
+    for seed in seeds:
+        SEED.check("--seeds", seed, whole=True)
+    return seeds

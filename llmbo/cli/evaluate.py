@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors, split_list
+from llmbo.cli.common import one_line_errors, say, split_list
 
 if TYPE_CHECKING:
     from llmbo.evaluation.table import Result
@@ -38,7 +38,7 @@ def evaluate(
 
     Example: llmbo evaluate llama exports/llama-54 --text text:notes.txt --tasks arc_easy --limit 100
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. Models that were finished are in the --json file."):
         from llmbo.display.progress import Display
@@ -66,6 +66,6 @@ def evaluate(
 def _print(results: "list[Result]", table: Any, console: Any) -> None:
     console.print(table(results))
     for recipe in dict.fromkeys(str(result.quality.recipe) for result in results if result.quality):
-        typer.echo(f"Recipe: {recipe}")
+        say(f"Recipe: {recipe}")
     for note in dict.fromkeys(note for result in results for note in result.notes):
-        typer.echo(f"Note: {note}")
+        say(f"Note: {note}")

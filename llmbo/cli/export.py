@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 from llmbo.config.formats import FORMATS, caveat
 
 
@@ -40,7 +40,7 @@ def export(
 
     Example: llmbo export runs/llama --trial 38 --format gguf --out exports/llama-54
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. Nothing was left in the output folder."):
         from llmbo.deploy.export import export as write
@@ -55,10 +55,10 @@ def export(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None
-    typer.echo(
+    say(
         f"{out}: {values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
         f"Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
     if warning := caveat(request.format):
-        typer.echo(warning)
-    typer.echo(f"How to load it: {out / 'README.md'}")
+        say(warning)
+    say(f"How to load it: {out / 'README.md'}")

@@ -1,6 +1,6 @@
 """`llmbo models`."""
 
-import typer
+from llmbo.cli.common import say
 
 
 def models() -> None:
@@ -11,4 +11,4 @@ def models() -> None:
     from llmbo.models.loading import ALIASES
 
     for alias in ALIASES.values():
-        typer.echo(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
+        say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")

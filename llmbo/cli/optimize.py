@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmbo.cli.common import numbers, one_line_errors, split_list
+from llmbo.cli.common import EXIT_NOTHING_COUNTS, numbers, one_line_errors, say, split_list
 from llmbo.config import RunConfig
 from llmbo.config.objectives import limits_help, objectives_help
 from llmbo.errors import ConfigError
@@ -98,6 +98,7 @@ def optimize(
     """Search for smaller models and write runs/NAME/report.json.
 
     The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
+    Exit codes: 0; 2 for what is refused; 3 when no trial keeps the limits or beats the reference point given; 130 when stopped.
 
     Example: llmbo optimize --model llama --budget 60
     """
@@ -122,9 +123,16 @@ def optimize(
         run = llmbo.optimize(
             **settings, fresh=fresh, show="nothing" if quiet else "json" if json_logs else "auto", command=command
         )
+        # The default reference point is only where hypervolume begins; one that was typed is what the user asks for.
+        nothing = bool(run.report.warnings) and not (run.report.front and settings["reference_point"] is None)
+        if quiet and nothing:
+            for text in run.report.warnings:
+                say(f"warning: {text}", err=True)
         if not (quiet or json_logs):
             _print_front(run)
-    typer.echo(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
+    say(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
+    if nothing:
+        raise typer.Exit(EXIT_NOTHING_COUNTS)
 
 
 def _tied(strategy: str) -> str:
@@ -134,10 +142,9 @@ def _tied(strategy: str) -> str:
 
 
 def _print_front(run: "Run") -> None:
-    from rich.console import Console
-
+    from llmbo.display.console import Console
     from llmbo.display.progress import advice_line, summary
 
     Console().print(summary(run.report))
     if run.report.advisor:
-        typer.echo(advice_line(run.report.advisor))
+        say(advice_line(run.report.advisor))

@@ -30,12 +30,13 @@ def profile(
 
     Example: llmbo profile --model llama --context 256
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. Tables that were finished are in the cache."):
+        from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, Within
         from llmbo.display.progress import Display
         from llmbo.errors import ConfigError, unknown
-        from llmbo.models.loading import choose_device, load_model, silence_libraries
+        from llmbo.models.loading import check_dtype, choose_device, load_model, silence_libraries
         from llmbo.problem.hardware import KIND_OF, build_target, device_name, num_measurements
         from llmbo.problem.hardware import check as check_tables
         from llmbo.problem.space import SearchSpace
@@ -43,11 +44,12 @@ def profile(
         from pruning.anatomy import anatomy_of
         from pruning.latency import Workload
 
-        for flag, value, least in (
-            ("--context", context, 1), ("--serve-batch", serve_batch, 1), ("--repeats", repeats, 1), ("--check", check, 0),
+        for flag, value, least, most in (
+            ("--context", context, 1, MOST_CONTEXT), ("--serve-batch", serve_batch, 1, MOST_SERVED),
+            ("--neuron-step", neuron_step, 0, MOST), ("--repeats", repeats, 1, MOST), ("--check", check, 0, MOST),
         ):  # fmt: skip
-            if value < least:
-                raise ConfigError(f"{flag} must be at least {least}, got {value}.")
+            Within(least, most).check(flag, value, whole=True)
+        check_dtype(dtype)
         words, known = measure.split(","), sorted({*KIND_OF.values()})
         for word in words:
             if word not in known:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 
 if TYPE_CHECKING:
     from llmbo.training.trainer import Progress
@@ -48,7 +48,7 @@ def recover(
 
     Example: llmbo recover exports/llama-60 --out exports/llama-60-recovered --steps 200 --distil
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
         from llmbo.display.progress import Display
@@ -63,12 +63,12 @@ def recover(
         task = Task(source, out, text, window, heldout, teacher, dtype, device, trial)
         with Display(console, 0) as display:
             outcome = train_briefly(task, plan, command, display, lambda progress: tell(progress, console))
-    typer.echo(
+    say(
         f"{out}: held-out loss {outcome.before:.4f} → {outcome.after:.4f} nats per token (gain {outcome.gain:+.4f}) after "
         f"{outcome.progress.best[0]} steps, {outcome.tokens} tokens."
     )
     if outcome.progress.best[0] == 0:
-        typer.echo("No validation was better than the untrained model, so that is what was written.")
+        say("No validation was better than the untrained model, so that is what was written.")
 
 
 def tell(progress: "Progress", console: Any) -> None:

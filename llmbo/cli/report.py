@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 
 
 class Format(StrEnum):
@@ -39,13 +39,16 @@ def report(
         folders = [find_run(run) for run in runs]
         found = [(str(folder), read_report(folder)) for folder in folders]
         text = _render(found, format)
+        for folder, one in found:
+            for warning in one.get("warnings", []):
+                say(f"warning: {folder}: {warning}", err=True)
         if out is None and format is Format.HTML:
             out = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
         if out is None:
-            typer.echo(text, nl=False)
+            say(text, nl=False)
             return
         _write(out, text)
-        typer.echo(f"Report: {out}")
+        say(f"Report: {out}")
 
 
 def _render(runs: list[tuple[str, Mapping[str, Any]]], format: Format) -> str:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 from llmbo.cli.recover import tell
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def rerank(
 
     Example: llmbo rerank runs/llama --top 5 --steps 15
     """
-    from rich.console import Console
+    from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
         from llmbo.display.progress import Display
@@ -53,11 +53,9 @@ def rerank(
             )
     Console().print(_table(found))
     tau = {name: _tau(orders) for name, orders in found.orders.items()}
-    typer.echo(
-        f"Kendall's tau of the orders: by loss {tau['loss']}, at equal size {tau['equal_size']}, by KL {tau['kl']}."
-    )
+    say(f"Kendall's tau of the orders: by loss {tau['loss']}, at equal size {tau['equal_size']}, by KL {tau['kl']}.")
     gone = set(found.front(found.before)) - set(found.front(found.after))
-    typer.echo(
+    say(
         f"No longer on the front after training: {', '.join(map(str, sorted(gone)))}."
         if gone
         else "All that were on the front on held-out text before are so after training."

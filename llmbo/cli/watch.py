@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmbo.cli.common import one_line_errors
+from llmbo.cli.common import one_line_errors, say
 
 if TYPE_CHECKING:
     from llmbo.display.dashboard import Snapshot
@@ -21,7 +21,7 @@ def watch(
     storage: Annotated[
         str | None, typer.Option(help="Database URL, for a run that was started with --storage.")
     ] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 2.0,
 ) -> None:
     """Show a run as it goes on, wherever it goes on, until it is complete or Ctrl-C is pressed.
 
@@ -32,11 +32,12 @@ def watch(
     Example: llmbo watch llama --storage postgresql://user@host/trials
     """
     with one_line_errors(interrupted="Stopped watching; the run goes on."):
-        from rich.console import Console
-
+        from llmbo.config.numbers import Within
+        from llmbo.display.console import Console
         from llmbo.report.files import RUNS
         from llmbo.run.heartbeat import Heartbeat
 
+        Within(0.1, 86_400).check("--every", every)
         folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines
@@ -70,7 +71,7 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
         found = follow_run(url, name)
         if found is None:
             if not look:
-                typer.echo(f"There is no run '{name}' there yet: waiting.", err=True)
+                say(f"There is no run '{name}' there yet: waiting.", err=True)
             continue
         settings, facts, trials, moments = found
         dense, elapsed = facts["dense"], time.monotonic() - start

@@ -5,12 +5,13 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from llmbo.comparison.strategies import strategy_of
 from llmbo.config import MAX_NAME_BYTES, RunConfig
+from llmbo.config.numbers import MOST, SEED, VALUE, Within, check_numbers
 from llmbo.errors import ConfigError, first_line, unknown
 
 T = TypeVar("T")
@@ -84,11 +85,11 @@ class _File:
     strategies: list[str | dict[str, Any]]
     problem: dict[str, Any] = field(default_factory=dict)
     name: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    checkpoints: tuple[int, ...] = (20, 40, 100)
-    batch: int = 4
-    judged_points: int = 24
-    margin: float = 1.0
+    seeds: Annotated[tuple[int, ...], SEED] = (0, 1, 2, 3, 4)
+    checkpoints: Annotated[tuple[int, ...], Within(1, MOST)] = (20, 40, 100)
+    batch: Annotated[int, Within(1, MOST)] = 4
+    judged_points: Annotated[int, Within(0, MOST)] = 24
+    margin: Annotated[float, VALUE] = 1.0
     method: str = ""
 
 
@@ -123,16 +124,17 @@ def read_config(
 
 
 def _checked(file: _File) -> CompareConfig:
+    check_numbers(file, name=str)
     if not file.strategies:
         raise ConfigError('strategies is empty: name at least one, e.g. strategies = ["qnehvi", "threshold"].')
     if not file.seeds:
         raise ConfigError("seeds is empty: give at least one, e.g. seeds = [0, 1, 2, 3, 4].")
-    if len(set(file.seeds)) != len(file.seeds) or min(file.seeds) < 0:
-        raise ConfigError(f"seeds must be different numbers from 0 up, got {list(file.seeds)}.")
-    if not file.checkpoints or min(file.checkpoints) < 1 or list(file.checkpoints) != sorted(set(file.checkpoints)):
+    if len(set(file.seeds)) != len(file.seeds):
+        raise ConfigError(f"seeds must be different numbers, got {list(file.seeds)}.")
+    if not file.checkpoints or list(file.checkpoints) != sorted(set(file.checkpoints)):
         raise ConfigError(f"checkpoints must be increasing numbers of evaluations, got {list(file.checkpoints)}.")
-    if file.batch < 1 or file.judged_points < 0 or file.judged_points == 1 or not file.margin > 0:
-        raise ConfigError("batch must be at least 1, judged_points 0 or at least 2, and margin above 0.")
+    if file.judged_points == 1:
+        raise ConfigError("judged_points must be 0 or at least 2, got 1.")
     if not file.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(file.name) > MAX_NAME_BYTES:
         raise ConfigError(f"name may hold letters, digits, '.', '_' and '-' only, got '{file.name}'.")
     arms = tuple(_arm(item, file.problem) for item in file.strategies)

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from llmbo.comparison.config import Arm
 from llmbo.comparison.runner import Outcome
 from llmbo.comparison.schema import BandPart, Comparison
+from llmbo.display.console import Console
 from llmbo.display.progress import result_table
 
 
@@ -21,7 +21,7 @@ class CompareDisplay:
         self._console = console
         self._clock = clock
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmbo.comparison.schema import BandPart, Comparison, SummaryPart
+from llmbo.comparison.statistics import FEWEST_SEEDS
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -34,16 +35,20 @@ def page(result: Comparison) -> str:
     parts = [
         f"<h1>{html.escape(result.name)}</h1>",
         f'<p class="note">{html.escape(_facts(result))}. {seeds}; hypervolume of {html.escape(size)}; larger is better. '
-        f"Bands are 95 % bootstrap bands of the mean over seeds.{state}</p>",
+        "Intervals are 95 % of the mean, Student's t over the optimiser's seeds: text, windows and model are the same under "
+        f"every seed, so they say nothing of other ones.{state}</p>",
         "<h2>Summary</h2>",
         _summary_table(result),
         "<h2>Hypervolume by evaluations</h2>",
-        _figure(lambda axes: _traces(result, axes), "Hypervolume after each evaluation, mean over seeds with its band"),
+        _figure(
+            lambda axes: _traces(result, axes), "Hypervolume after each evaluation, mean over seeds with its interval"
+        ),
         "<h2>Hypervolume by seconds</h2>",
         _figure(lambda axes: _seconds(result, axes), "Hypervolume by seconds of proposing and evaluating, every seed"),
         f"<h2>{html.escape(result.method)} against the others, seed by seed</h2>",
-        '<p class="note">Mean difference, its paired bootstrap band, seeds won, and the two-sided Wilcoxon signed-rank p '
-        f"(not below {2 ** (1 - len(result.seeds)):.2g} with {seeds}).</p>",
+        '<p class="note">Mean difference with the interval of the paired differences, seeds won, and the two-sided Wilcoxon '
+        f"signed-rank p (not below {2 ** (1 - len(result.seeds)):.2g} with {seeds}). "
+        f"With fewer than {FEWEST_SEEDS} seeds nothing is called ahead or behind.</p>",
         _test_table(result),
         "<h2>Evaluations needed to reach each other's final hypervolume</h2>",
         '<p class="note">Row: who searches. Column: whose mean hypervolume at the end is to be reached. – : not within the budget.</p>',
@@ -103,10 +108,12 @@ def _test_table(result: Comparison) -> str:
     rows = []
     for test in result.tests:
         difference = test.difference
-        kind = "ahead" if difference.low > 0 else "behind" if difference.high < 0 else ""
         where = "held-out" if test.metric == "heldout_hypervolume" else "proxy"
         p = "–" if test.p is None else f"{test.p:.3f}"
-        shown = f'<span class="{kind}">{difference.mean:+.4f}</span> <small>{difference.low:+.4f} … {difference.high:+.4f}</small>'
+        verdict = f" {test.verdict}" if test.verdict else ""
+        shown = (
+            f'<span class="{test.verdict}">{difference.mean:+.4f}{verdict}</span>{_interval(difference, "+.4f", " … ")}'
+        )
         rows.append([html.escape(test.label), where, str(test.evaluations), shown, f"{test.wins}/{test.seeds}", p])
     return _table(["against", "windows", "evaluations", "difference", "won", "p"], rows)
 
@@ -152,8 +159,14 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _band(band: BandPart | None) -> str:
     if band is None:
         return "–"
-    spread = f" <small>{band.low:.4f}…{band.high:.4f}</small>" if band.high > band.low else ""
-    return f"{band.mean:.4f}{spread}"
+    return f"{band.mean:.4f}{_interval(band, '.4f', '…')}"
+
+
+def _interval(band: BandPart, format: str, between: str) -> str:
+    """Nothing where there is none, or it has no width."""
+    if band.low is None or band.high is None or band.low == band.high:
+        return ""
+    return f" <small>{band.low:{format}}{between}{band.high:{format}}</small>"
 
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:
@@ -187,8 +200,9 @@ def _traces(result: Comparison, axes: Any) -> None:
     for summary in shown:
         steps = np.arange(1, len(summary.trace) + 1)
         axes.plot(steps, [b.mean for b in summary.trace], label=summary.label, lw=1.6, **styles[summary.label])
-        low, high = ([getattr(b, end) for b in summary.trace] for end in ("low", "high"))
-        axes.fill_between(steps, low, high, color=styles[summary.label]["color"], alpha=0.15, lw=0)
+        ends = [[getattr(b, end) for b in summary.trace] for end in ("low", "high")]
+        if None not in ends[0]:
+            axes.fill_between(steps, *ends, color=styles[summary.label]["color"], alpha=0.15, lw=0)
     _finish(axes, "evaluations", "hypervolume, proxy windows", result)
 
 
@@ -237,7 +251,7 @@ def _finish(axes: Any, x: str, y: str, result: Comparison) -> None:
     if finals and max(finals) > 0:
         axes.set_ylim(
             bottom=max(0.0, 0.6 * max(finals)),
-            top=1.02 * max(b.high for s in result.summaries if s.comparable for b in s.trace[-1:]),
+            top=1.02 * max(b.high or b.mean for s in result.summaries if s.comparable for b in s.trace[-1:]),
         )
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)

@@ -16,6 +16,7 @@ from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.hardware import device_name
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import load_windows, prepared
 from llmbo.problem.space import SearchSpace
@@ -61,6 +62,7 @@ class OpenProblem:
         judge: Values on held-out windows, or None where fronts are not judged.
         judged: Objectives of the judgement.
         facts: Model, text and machine, for the reader of the results.
+        identity: Digest of all that values follow from: weights, windows, settings and the machine; or the recording.
         evaluators: Keys of `measure` and `judge` in the store; empty where nothing is stored.
     """
 
@@ -70,6 +72,7 @@ class OpenProblem:
     judge: Measure | None
     judged: tuple[Objective, ...]
     facts: Mapping[str, Any]
+    identity: str
     evaluators: tuple[str, str] = ("", "")
 
     @property
@@ -123,7 +126,8 @@ def opened(
             "text_sha256": windows.sha256,
             "tokens": {split: int(getattr(windows, split).numel()) for split in SPLITS},
         }
-        yield OpenProblem(problem, objectives, measure, judge, judged, facts, (proxy_key, heldout_key))
+        identity = _key(proxy_key, device_name(torch.device(loaded.device)))
+        yield OpenProblem(problem, objectives, measure, judge, judged, facts, identity, (proxy_key, heldout_key))
 
 
 def _reference(names: Sequence[str], dense: Mapping[str, float], margin: float) -> tuple[float, ...] | None:

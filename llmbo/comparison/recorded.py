@@ -8,6 +8,7 @@ so comparing strategies takes seconds. It is exact to the errors stated in `fit.
 """
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -259,9 +260,10 @@ def open_recorded(config: ProblemConfig, margin: float, heldout: bool) -> OpenPr
     objectives = build_objectives(config.run.objectives, search.dense, smallest, config.run.reference_point)
     measure, judge = _predicting(surrogate, recording)
     judged = judged_objectives({"loss": recording.dense["heldout_loss"]} | smallest, smallest, margin)
+    identity = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (TABLE, PROBLEM, FIT))).hexdigest()
     if not heldout or "heldout_loss" not in fit["hyperparameters"]:
-        return OpenProblem(search, objectives, measure, None, (), recording.facts)
-    return OpenProblem(search, objectives, measure, judge, judged, recording.facts)
+        return OpenProblem(search, objectives, measure, None, (), recording.facts, identity)
+    return OpenProblem(search, objectives, measure, judge, judged, recording.facts, identity)
 
 
 def _predicting(surrogate: Surrogate, recording: Recording) -> tuple[Measure, Measure]:

@@ -1,4 +1,4 @@
-"""Finished arms -> the comparison: means and bands over seeds, paired tests, evaluations to reach each other."""
+"""Finished arms -> the comparison: means and intervals over seeds, paired tests, evaluations to reach each other."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -54,8 +54,6 @@ def build_comparison(
 
 def _summary(label: str, parts: Sequence[ArmPart], comparable: bool, config: CompareConfig) -> SummaryPart:
     traces = np.array([_padded(part.trace, config.budget) for part in parts])
-    low, high = bands(traces)
-    mean = traces.mean(0)
     rounds = [seconds for part in parts for seconds in part.proposal_seconds]
     return SummaryPart(
         label=label,
@@ -64,10 +62,7 @@ def _summary(label: str, parts: Sequence[ArmPart], comparable: bool, config: Com
             evaluations: {metric: _band(_values(parts, index, metric)) for metric in METRICS}
             for index, evaluations in enumerate(config.checkpoints)
         },
-        trace=[
-            BandPart(mean=m, low=lo, high=hi)
-            for m, lo, hi in zip(mean.tolist(), low.tolist(), high.tolist(), strict=True)
-        ],
+        trace=[_part(band) for band in bands(traces)],
         seconds=_part(band_of([part.seconds[-1] if part.seconds else 0.0 for part in parts])),
         median_proposal_seconds=float(np.median(rounds)) if rounds else 0.0,
     )
@@ -97,6 +92,7 @@ def _tests(
                         wins=test.wins,
                         seeds=test.seeds,
                         p=test.p,
+                        verdict=test.verdict,
                     )
                 )
     return tests

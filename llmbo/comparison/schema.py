@@ -10,11 +10,11 @@ class _Part(BaseModel):
 
 
 class BandPart(_Part):
-    """Mean over seeds and its 95 % bootstrap band."""
+    """Mean over the optimiser's seeds and its 95 % interval (Student's t); text and model are fixed. Null ends: a single seed."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class CheckpointPart(_Part):
@@ -70,7 +70,10 @@ class SummaryPart(_Part):
 
 
 class TestPart(_Part):
-    """The method against another strategy, seed by seed; positive differences are in its favour."""
+    """The method against another strategy, seed by seed; positive differences are in its favour.
+
+    `verdict` calls it ahead or behind where the interval is without zero, and never with three seeds or fewer.
+    """
 
     label: str
     metric: str
@@ -79,6 +82,7 @@ class TestPart(_Part):
     wins: int
     seeds: int
     p: float | None
+    verdict: Literal["ahead", "behind", ""]
 
 
 class ReachPart(_Part):

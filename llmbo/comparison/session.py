@@ -25,6 +25,9 @@ from llmbo.errors import StorageError
 from llmbo.problem.objectives import Objective
 from llmbo.report import environment
 
+PLACES = ("model", "text", "items", "name", "storage")
+KEYED_BY = "content"  # written beside the code's digest; earlier versions keyed rounds by the text's path
+
 
 def compare(
     config: CompareConfig, out: Path, cache: Path, fresh: bool, display: CompareDisplay, say: Callable[[str], None]
@@ -90,7 +93,7 @@ def _run_problem(
         results.objectives, results.facts = problem.objectives, dict(problem.facts)
     for seed in config.seeds:
         for arm in arms:
-            outcome = run_arm(arm, seed, arm_key(arm, seed, config), config, problem, store, display)
+            outcome = run_arm(arm, seed, arm_key(arm, seed, config, problem), config, problem, store, display)
             outcomes.append(outcome)
             check_designs(outcomes)
             results.arms.append(arm_part(outcome, problem, curves, config))
@@ -99,10 +102,15 @@ def _run_problem(
         results.write("interrupted")
 
 
-def arm_key(arm: Arm, seed: int, config: CompareConfig) -> str:
-    """Names an arm's stored rounds: whatever changes its proposals changes the name."""
-    settings = json.dumps([asdict(arm), config.batch], sort_keys=True)
-    return f"{arm.label}/{seed}/{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+def arm_key(arm: Arm, seed: int, config: CompareConfig, problem: OpenProblem) -> str:
+    """Names an arm's stored rounds: whatever changes its proposals changes the name.
+
+    Model and text count by what they hold, not by where they lie; both are in the problem's identity.
+    """
+    settings = asdict(arm)
+    run = {key: value for key, value in settings["problem"]["run"].items() if key not in PLACES}
+    what = [arm.strategy, settings["options"], run, config.batch, problem.identity]
+    return f"{arm.label}/{seed}/{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 @contextmanager
@@ -119,14 +127,23 @@ def _opened(
 
 
 def _warn_of_other_code(config: CompareConfig, store: EvaluationStore, say: Callable[[str], None]) -> None:
-    """Evaluations are checked when a problem is opened; proposals that other code has made cannot be."""
+    """Evaluations are checked when a problem is opened; proposals that other code has made cannot be.
+
+    Raises:
+        StorageError: The proposals may be those of another text or model.
+    """
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     stored = store.fact(config.name)
+    if stored and stored.get("keyed_by") != KEYED_BY:
+        raise StorageError(
+            f"The proposals of the comparison '{config.name}' were stored by an earlier version, under the path of their text "
+            "whatever it held: --fresh makes them anew; evaluations are kept."
+        )
     if stored and stored["code"] != digest:
         say("note: some proposals of this comparison were made by other code; --fresh makes them anew.")
         return
-    store.set_fact(config.name, {"code": digest})
+    store.set_fact(config.name, {"code": digest, "keyed_by": KEYED_BY})
 
 
 @contextmanager

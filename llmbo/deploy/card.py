@@ -9,6 +9,7 @@ import torch
 
 from llmbo.config.formats import caveat
 from llmbo.deploy.request import ExportRequest
+from llmbo.errors import printable
 from llmbo.models.loading import ALIASES, LoadedModel
 from llmbo.report.schema import ModelPart, Report, TrialPart
 from pruning.masks import PruningMask
@@ -56,7 +57,7 @@ def model_card(request: ExportRequest, licence: str, load: str, command: str) ->
     header = ["---", f"base_model: {base.name}", f"license: {licence}", "library_name: transformers"]
     header += ["pipeline_tag: text-generation", "tags: [pruned, llmbo]", "---"]
     warning = caveat(request.format)
-    return "\n".join(
+    text = "\n".join(
         [
             *header,
             "",
@@ -87,6 +88,7 @@ def model_card(request: ExportRequest, licence: str, load: str, command: str) ->
             "",
         ]
     )
+    return printable(text)
 
 
 def licence_of(loaded: LoadedModel) -> str:

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
+
+from llmbo.display.console import Console
 
 WIDTH = 110
 SECONDS_BETWEEN = 0.25

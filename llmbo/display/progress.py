@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from llmbo.advisor.parts import AdvisorPart
+from llmbo.display.console import Console
 from llmbo.display.dashboard import Dashboard, Snapshot, volume
 from llmbo.display.dashboard import Progress as SearchProgress
 from llmbo.display.notebook import NotebookLive, notebook_console
@@ -42,6 +43,7 @@ class View(Protocol):
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: "Display") -> None: ...
+    def warned(self, text: str) -> None: ...
 
 
 class Display:
@@ -94,6 +96,9 @@ class Display:
     def on_trial_end(self, trial: Trial, trials: Sequence[Trial]) -> None:
         self._view.trial_ended(trial, trials, self)
 
+    def warn(self, text: str) -> None:
+        self._view.warned(text)
+
 
 def _suitable(console: Console, display: Display, clock: Callable[[], float]) -> View:
     if console.is_jupyter:
@@ -112,6 +117,7 @@ class Silence:
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None: ...
+    def warned(self, text: str) -> None: ...
 
 
 class Lines(Silence):
@@ -128,6 +134,9 @@ class Lines(Silence):
 
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
         self._say(trial_line(trial, trials, display.objectives, display.budget))
+
+    def warned(self, text: str) -> None:
+        self._say(f"warning: {text}")
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -164,6 +173,9 @@ class JsonLines(Silence):
             hypervolume=volume(trials, display.objectives),
             budget=display.budget,
         )
+
+    def warned(self, text: str) -> None:
+        self._say("warning", text=text)
 
     def _say(self, event: str, **fields: Any) -> None:
         self._write(json.dumps({"time": round(self._now(), 3), "event": event, **fields}))
@@ -203,9 +215,9 @@ class LivePicture(Silence):
         self._stored_before = 0  # trials that earlier processes have finished: they say nothing about our speed
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}", markup=True),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             console=console,
         )
@@ -248,6 +260,9 @@ class LivePicture(Silence):
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
         self._found = SearchProgress(trials, display.objectives, display.dense)
         self._live.refresh()  # at once: the next picture may come after the end of a quick search
+
+    def warned(self, text: str) -> None:
+        self._console.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False)
 
     def _picture(self) -> RenderableType:
         if self._console.width != self._width:  # the terminal has reflowed what we drew: start from a clean screen

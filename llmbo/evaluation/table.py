@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
-from llmbo.errors import ConfigError, StorageError
+from llmbo.config.numbers import MOST, MOST_TOKENS, Within, check_numbers
+from llmbo.errors import StorageError
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
 from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
@@ -28,19 +29,17 @@ class Settings:
     """
 
     text: str
-    tokens: int
-    window: int
-    stride: int
+    tokens: Annotated[int, Within(0, MOST_TOKENS)]
+    window: Annotated[int, Within(2, MOST)]
+    stride: Annotated[int, Within(1, MOST)]
     tasks: tuple[str, ...]
-    limit: int | None
+    limit: Annotated[int | None, Within(0, MOST)]
     dtype: str
     device: str
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
-        for flag, value in (("--tokens", self.tokens), ("--limit", self.limit or 0)):
-            if value < 0:
-                raise ConfigError(f"{flag} must be at least 0, got {value}.")
+        check_numbers(self)
         check_dtype(self.dtype)
 
 

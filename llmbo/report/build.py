@@ -13,6 +13,7 @@ from llmbo.advisor.parts import AdvisorPart
 from llmbo.config.objectives import OBJECTIVES, parse_limits
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.problem.space import SearchSpace
+from llmbo.report.findings import warnings_of
 from llmbo.report.schema import (
     ArchitecturePart,
     ConstraintPart,
@@ -58,6 +59,7 @@ def build_report(
     quality = next(objective for objective in objectives if not objective.known)
     gains = trial_gains(trials, quality, facts["dense"])
     trace = hypervolume_trace(outcomes(complete, objectives), ref_point(objectives))
+    limits = parse_limits(facts["run"]["settings"].get("maximum", ()))
     return Report(
         run=facts["run"],
         model=facts["model"],
@@ -80,7 +82,7 @@ def build_report(
         ],
         constraints=[
             ConstraintPart(name=name, unit=OBJECTIVES[name].unit, maximum=limit, known=OBJECTIVES[name].known)
-            for name, limit in parse_limits(facts["run"]["settings"].get("maximum", ())).items()
+            for name, limit in limits.items()
         ],
         dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),
         trials=[
@@ -95,6 +97,7 @@ def build_report(
                 failure=trial.failure,
                 gain=gains.get(trial.number),
                 feasible=trial.feasible,
+                counts=trial.counts,
                 why=trial.why,
             )
             for trial in trials
@@ -104,6 +107,7 @@ def build_report(
             for trial in front_of(trials, objectives)
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
+        warnings=warnings_of(trials, objectives, limits),
         importance=facts.get("importance", []),
         advisor=advisor,
     )

@@ -48,9 +48,11 @@ def compare(labels: Sequence[str], reports: Sequence[Report]) -> dict[str, Any]:
 
 def counting(report: Report) -> list[bool]:
     """Which trials of a report, whatever version wrote it, may stand on the front."""
-    return [
-        counts(trial["state"], trial.get("feasible", True), trial["objectives"] or {}) for trial in report["trials"]
-    ]
+
+    def derived(trial: Report) -> bool:
+        return counts(trial["state"], trial.get("feasible", True), trial["objectives"] or {})
+
+    return [derived(trial) if trial.get("counts") is None else trial["counts"] for trial in report["trials"]]
 
 
 def _parts(

@@ -58,6 +58,11 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         script=Markup(script),
         data=Markup(_json(data)),
         facts=_facts(runs, together),
+        warnings=[
+            f"{label}: {text}" if len(runs) > 1 else text
+            for label, (_, report) in zip(labels, runs, strict=True)
+            for text in report.get("warnings", [])
+        ],
         headings=headings,
         rows=rows,
         version=version("llmbo"),

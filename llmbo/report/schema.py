@@ -127,6 +127,8 @@ class Values(_Fields):
 class TrialPart(_Part):
     """`gain`: quality saved against the threshold family at the same share, in its unit; null where the family is unknown.
 
+    `counts`: whether it may stand on the front: measured to the end, without losing a race, and within the limits. Null in reports
+    of earlier versions, where it follows from the rest.
     `why`: the advisor's reason for the proposal that the trial stems from, refined by local search or not; empty without one.
     """
 
@@ -140,6 +142,7 @@ class TrialPart(_Part):
     failure: str | None
     gain: float | None = None
     feasible: bool = True
+    counts: bool | None = None
     why: str = ""
 
 
@@ -171,6 +174,8 @@ class ImportancePart(_Part):
 
 
 class Report(_Part):
+    """`warnings` say in words what the numbers leave unsaid: that nothing counts, and why."""
+
     schema_version: Literal[1] = 1
     run: RunPart
     model: ModelPart
@@ -182,6 +187,7 @@ class Report(_Part):
     trials: list[TrialPart]
     front: list[FrontPoint]
     hypervolume: HypervolumePart
+    warnings: list[str] = []
     importance: list[ImportancePart] = []
     advisor: AdvisorPart | None = None
 

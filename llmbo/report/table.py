@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmbo.errors import printable
+
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -27,7 +29,8 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
 def as_markdown(runs: Runs, labels: Sequence[str]) -> str:
     """The fronts as a Markdown table."""
     headings, rows = front_rows(runs, labels)
-    lines = [headings, ["---:"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    cells = [[printable(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (headings, *rows)]
+    lines = [cells[0], ["---:"] * len(headings), *cells[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -38,7 +41,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     keys = ("number", "round", "origin", "state", "seconds", "gain", "failure", "why")
     heldout = [f"heldout_{name}" for name in quantities]
-    writer.writerow(["run", *keys, "on_front", *quantities, *heldout, "architecture"])
+    writer.writerow([_defused(cell) for cell in ("run", *keys, "on_front", *quantities, *heldout, "architecture")])
     for label, (_, report) in zip(labels, runs, strict=True):
         front = {point["trial"]: point["heldout"] or {} for point in report["front"]}
         for trial in report["trials"]:
@@ -49,8 +52,22 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 *(values.get(name) for name in quantities),
                 *(seen.get(name) for name in quantities),
             ]
-            writer.writerow([label, *cells, json.dumps(trial["architecture"])])
+            writer.writerow([_defused(cell) for cell in (label, *cells, json.dumps(trial["architecture"]))])
     return out.getvalue()
+
+
+def _defused(cell: object) -> object:
+    """A word that a spreadsheet would run as a formula gets a quote before it (OWASP, CSV injection); numbers stay numbers."""
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell)
+    if not text.startswith(("=", "+", "-", "@", "\t", "\n", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def _quantities(runs: Runs) -> list[str]:

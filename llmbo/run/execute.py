@@ -64,6 +64,8 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
     )
     write_report(report, run.folder)
+    for text in report.warnings:
+        display.warn(text)
     run.store.set_fact("run", part)  # last: it says that the report is there
 
 

@@ -13,6 +13,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.report.files import find_run, replace_file
@@ -150,6 +151,7 @@ def rerank(
     Raises:
         LlmboError, PruningError: One line for the user.
     """
+    Within(2, MOST).check("--top", top, whole=True)  # orders are compared
     report, folder = read_run(run), find_run(run)
     config = config_of(report)
     check_split(config.window, heldout)
@@ -188,10 +190,8 @@ def spread(report: Report, top: int) -> list[TrialPart]:
     """`top` points of the front (or all, if it has no more), the smallest and the largest among them.
 
     Raises:
-        ConfigError: Fewer than two, or a front without two.
+        ConfigError: A front without two.
     """
-    if top < 2:
-        raise ConfigError(f"--top must be at least 2, since orders are compared, got {top}.")
     points = [point.trial for point in report.front if point.trial is not None]
     if len(points) < 2:
         raise ConfigError(

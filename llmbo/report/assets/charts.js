@@ -46,7 +46,7 @@ function hover(entry, x, y) {
       const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${format(name, heldout)})` : "";
       return el("div", {}, `${words(name)}: ${withUnit(name, entry.values[name])}${seen}`);
     }),
-    entry.trial.state !== "complete" ? el("div", {}, entry.trial.state) : null,
+    entry.counts ? null : el("div", {}, stateOf(entry)),
     ...broken(entry).map((text) => el("div", { class: "broken" }, `breaks ${text}`)),
     reason ? el("em", {}, reason) : null);
 }

@@ -53,6 +53,8 @@ const isQuality = (name) => ABOUT.get(name)?.measured ?? false;
 const colorOf = (entry) => color(MANY ? entry.run : ORIGINS.indexOf(entry.trial.origin));
 const symbolOf = (entry) => SYMBOLS[ORIGINS.indexOf(entry.trial.origin) % SYMBOLS.length];
 const nameOf = (entry) => `${MANY ? `${RUNS[entry.run].label}, ` : ""}${entry.number === "dense" ? "dense model" : `trial ${entry.number}`}`;
+/** How far its measurement came, in words. */
+const stateOf = (entry) => `${entry.trial.state}${entry.trial.feasible === false ? ", infeasible" : ""}${"error" in (entry.values ?? {}) ? ", lost its race: values are estimates" : ""}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}`;
 /** Why the advisor proposed it, if it said so. */
 const reasonOf = (entry) => (typeof entry.trial.why === "string" ? entry.trial.why : "");
 /** The constraints that a trial breaks, in words. */

@@ -140,7 +140,7 @@ function drawTrials(state) {
   const rows = sorted.map((entry) => el("tr", { class: entry.onFront ? "on-front" : null }, ...columns.map((name) =>
     el("td", {}, name === "number"
       ? el("button", { type: "button", class: "plain", onclick: () => { update({ selected: entry.key }); document.getElementById("front").scrollIntoView(); } }, `${entry.number}${entry.onFront ? " ●" : ""}`)
-      : ["run", "origin"].includes(name) ? cell(entry, name) : name === "state" ? `${entry.trial.state}${entry.trial.feasible === false ? ", infeasible" : ""}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}` : format(name, cell(entry, name))))));
+      : ["run", "origin"].includes(name) ? cell(entry, name) : name === "state" ? stateOf(entry) : format(name, cell(entry, name))))));
   details.querySelector(".body").replaceChildren(el("p", { class: "muted" }, "● on the front. A heading sorts, a number shows the trial above."),
     el("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "All trials" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows))));
 }

@@ -10,7 +10,7 @@ function drawTrial(state) {
   const reason = reasonOf(entry);
   panel.replaceChildren(
     el("h3", { id: "trial-name" }, nameOf(entry)),
-    el("p", { class: "muted" }, `${origin}${place}${entry.trial.state === "complete" ? "" : `, ${entry.trial.state}`}${entry.trial.failure ? `: ${entry.trial.failure}` : ""}`),
+    el("p", { class: "muted" }, `${origin}${place}${entry.counts ? "" : `, ${stateOf(entry)}`}`),
     ...broken(entry).map((text) => el("p", { class: "warning" }, `Breaks a constraint: ${text}`)),
     reason ? el("blockquote", {}, reason) : "",
     entry.values ? numbers(entry) : "",

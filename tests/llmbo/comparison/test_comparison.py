@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
@@ -313,7 +315,7 @@ def run(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
     def go(*rounds: Sequence[tuple[int, ...]], label: str = "scripted") -> Any:
         monkeypatch.setattr(ProposerFactory, "build", lambda *parts: Scripted(*rounds))
-        opened = OpenProblem(toy, toy.objectives, measure, None, (), {})
+        opened = OpenProblem(toy, toy.objectives, measure, None, (), {}, "toy")
         with EvaluationStore.open(tmp_path / "store.db") as store:
             return run_arm(Arm(label, "nsga2-seeded", {}, problem), 0, label, config, opened, store, Silent())
 
@@ -356,3 +358,55 @@ def test_every_config_of_the_project_can_be_read(path: Path) -> None:
 def test_every_design_is_declared(toy: Any) -> None:
     """What `check_designs` relies on: a strategy with an initial design says how many trials it has."""
     assert all("num_initial" in strategy_of(name).options for name, row in COMPARED.items() if row.design)
+
+
+FEW = {"strategies": '["random"]', "seeds": "[0]", "checkpoints": "[12]", "judged_points": "0"}
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["another path", "other content under the same path"])
+def test_rounds_belong_to_what_a_text_and_a_model_hold(compare: Compare, text_file: Path, same: bool) -> None:
+    """nsga2's proposals follow from values: on another text they are not those that are stored."""
+    few = {**FEW, "strategies": '["nsga2-seeded"]', "checkpoints": "[16]"}
+    mine, content = compare.folder / "mine.txt", text_file.read_text(encoding="utf-8")
+    mine.write_text(content if same else content[len(content) // 2 :] + content[: len(content) // 2], encoding="utf-8")
+    at_first = text_file if same else mine
+    assert compare(top=few, problem={"text": f'"text:{at_first}"'}).exit_code == 0
+    before = compare.count("rounds")
+    if not same:
+        mine.write_text(content, encoding="utf-8")
+    assert compare(top=few, problem={"text": f'"text:{mine}"'}).exit_code == 0
+    assert compare.count("rounds") == before * (1 if same else 2)
+
+
+@pytest.mark.parametrize("changed", ["machine", "weights"])
+def test_rounds_belong_to_a_machine_and_to_weights(
+    compare: Compare, model_folder: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if changed == "machine":
+        problem = compare.problem
+    else:
+        copy = compare.folder / "model"
+        shutil.copytree(model_folder, copy)
+        problem = {**compare.problem, "model": f'"{copy}"'}
+    assert compare(top=FEW, problem=problem).exit_code == 0
+    before = compare.count("rounds")
+    if changed == "machine":
+        monkeypatch.setattr("llmbo.comparison.problems.device_name", lambda device: "another CPU, 1 threads")
+    else:
+        weights = load_file(copy / "model.safetensors")
+        name = next(key for key in weights if "down_proj" in key)
+        save_file({**weights, name: 1.001 * weights[name]}, copy / "model.safetensors", {"format": "pt"})
+    assert compare(top=FEW, problem=problem).exit_code == 0
+    assert compare.count("rounds") == 2 * before
+
+
+def test_rounds_of_an_earlier_version_are_refused_until_made_anew(compare: Compare) -> None:
+    assert compare(top=FEW).exit_code == 0
+    with sqlite3.connect(compare.folder / "comparisons" / "evaluations.db") as connection:
+        connection.execute("update facts set fact = ?", (json.dumps({"code": "0" * 16}),))
+    evaluations = compare.count("evaluations")
+    answer = compare(top=FEW)
+    assert answer.exit_code == 2 and "--fresh" in answer.stderr and "'tiny'" in answer.stderr
+    assert len([line for line in answer.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert compare("--fresh", top=FEW).exit_code == 0
+    assert compare.count("evaluations") == evaluations

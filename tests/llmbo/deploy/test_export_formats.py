@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -24,6 +23,7 @@ from llmbo.cli import app
 from llmbo.config.formats import FORMATS, Format, caveat
 from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
+from llmbo.display.console import Console
 from llmbo.display.progress import Display
 from llmbo.errors import ConfigError, ModelError
 from llmbo.models.loading import LoadedModel, load_model

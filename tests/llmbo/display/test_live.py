@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from rich.console import Console
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.display.console import Console
 from llmbo.display.dashboard import Dashboard, FrontPlot, Progress, Snapshot
 from llmbo.run.heartbeat import PATIENCE, SHORTEST_SILENCE, Heartbeat, usual_pause
 from llmbo.run.lock import LOCK

@@ -389,7 +389,8 @@ def test_constraints_shade_what_they_forbid_and_mark_who_breaks_them(opened: Ope
         assert False not in walked
 
 
-def test_what_lost_its_race_is_on_no_front(opened: Open) -> None:
+@pytest.mark.parametrize("written", [True, False], ids=["counts in the report", "report of an earlier version"])
+def test_what_lost_its_race_is_on_no_front(opened: Open, written: bool) -> None:
     report = made_up_report()
     winner = min(report["trials"], key=lambda trial: trial["objectives"]["params"])["number"]
     report["trials"][winner]["objectives"] |= {
@@ -398,6 +399,9 @@ def test_what_lost_its_race_is_on_no_front(opened: Open) -> None:
         "error": 0.02,
     }  # beats all others, by estimate
     report["front"] = [point for point in report["front"] if point["trial"] != winner]
+    if written:
+        for trial in report["trials"]:
+            trial["counts"] = trial["number"] != winner
     with opened(report) as tab:
         hollow = """chart('front-chart').getOption().series.flatMap(s => s.data ?? [])
             .filter(point => point.itemStyle?.color === 'transparent').map(point => point.key)"""
@@ -409,6 +413,26 @@ def test_what_lost_its_race_is_on_no_front(opened: Open) -> None:
         tab.page.fill("#budget", "1G")
         best = min((t for t in report["trials"] if t["number"] != winner), key=lambda t: t["objectives"]["kl"])
         assert tab.text("#trial h3") == f"trial {best['number']}"
+        tab.page.evaluate(f"update({{selected: '0:{winner}'}})")
+        assert "lost its race" in tab.text("#trial")
+        tab.page.click("#all-trials summary")
+        tab.page.wait_for_selector("#all-trials tbody tr")
+        assert tab.text("#all-trials").count("lost its race") == 1
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_page_takes_python_s_word_for_what_counts(opened: Open, counts: bool) -> None:
+    """Not a predicate of its own: nothing but `counts` tells these trials apart."""
+    report = made_up_report()
+    best = min(report["trials"], key=lambda trial: trial["objectives"]["kl"])
+    for trial in report["trials"]:
+        trial["counts"] = counts or trial is not best
+    with opened(report) as tab:
+        tab.page.fill("#budget", "1G")
+        assert (tab.text("#trial h3") == f"trial {best['number']}") is counts
+        tab.page.evaluate("update({selected: '0:dense'})")
+        entry = tab.page.evaluate(f"BY_KEY.get('0:{best['number']}').counts")
+        assert entry is counts
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ def test_races_in_a_search(llmbo: Callable[..., Result]) -> None:
     stopped = [trial for trial in whole["trials"] if trial["objectives"]["error"] is not None]
     assert stopped and all(64 <= trial["objectives"]["tokens"] < 256 for trial in stopped)
     assert not {trial["number"] for trial in stopped} & {point["trial"] for point in whole["front"]}
+    assert [trial["number"] for trial in whole["trials"] if not trial["counts"]] == [
+        trial["number"] for trial in stopped
+    ]
     plain = copy.deepcopy(options) | {"racing": None, "name": "plain"}
     assert llmbo(budget=24, **plain).exit_code == 0
     assert [point["trial"] for point in llmbo.report("plain")["front"]] == [point["trial"] for point in whole["front"]]

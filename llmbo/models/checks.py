@@ -23,16 +23,9 @@ BIDIRECTIONAL = ("bert-generation", "xlnet")
 # Buffers that older versions of transformers saved, and that follow from the config.
 HARMLESS = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
 SIZES = (
-    *(
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-    ),
-    *("vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "ffn_dim"),
-)
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "ffn_dim",
+)  # fmt: skip
 SHOWN = 3  # names in a line
 
 
@@ -58,9 +51,10 @@ def check_entries(name: str, entries: Any) -> None:
     if not isinstance(entries, dict):
         kind = {type(None): "null", list: "a list", str: "a text"}.get(type(entries), "a number")
         raise ModelError(f"The config.json of '{name}' holds {kind} where an object was expected: get a whole copy.")
-    if not isinstance(entries.get("model_type"), str):
+    kind = entries.get("model_type", "" if "auto_map" in entries else None)
+    if not isinstance(kind, str):
         raise ModelError(
-            f"The config.json of '{name}' has model_type {entries.get('model_type')!r} where a name was expected: get a whole copy."
+            f"The config.json of '{name}' has model_type {kind!r} where a name was expected: get a whole copy."
         )
     for part in _parts(entries):
         sizes = {key: value for key in SIZES if isinstance(value := part.get(key), int)}
@@ -92,7 +86,8 @@ def dequantised(name: str, source: str, entries: Mapping[str, Any]) -> dict[str,
             method = f"{method}, damaged: {first_line(error)}"
         else:
             return found | {"dequantize": True}
-    how = method or ("bitsandbytes" if isinstance(found, dict) and any("load_in" in key for key in found) else "how?")
+    old = isinstance(found, dict) and any(str(key).startswith("load_in_") for key in found)
+    how = method or ("bitsandbytes" if old else "its config does not say how")
     raise ModelError(
         f"'{name}' is quantised ({how}), and quantised weights cannot be pruned, trained or compared: "
         f"give the full-precision model{_base_model(source, entries)}."

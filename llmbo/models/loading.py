@@ -119,9 +119,9 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
     """
     source = resolve(name)
     folder = Path(source)
-    check_no_adapter(name, source)
+    local = folder.is_dir()
     with _told(name, source, "the config.json of "):
-        local = folder.is_dir()
+        check_no_adapter(name, source)
         entries = (
             json.loads((folder / "config.json").read_bytes()) if local else PretrainedConfig.get_config_dict(source)[0]
         )

@@ -28,6 +28,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.display.progress import JsonLines
 from llmbo.errors import ModelError
 from llmbo.models import loading
 from llmbo.models.loading import adopt_model, load_model
@@ -383,6 +384,14 @@ def test_no_command_runs_foreign_code_or_asks(
     assert not [path for path in tmp_path.rglob("*") if path.name in ("ran", "small", "study.db")]
 
 
+def test_foreign_code_runs_when_the_option_was_typed(
+    damaged: Callable[[Damage], Path], commands: dict[str, Any], tmp_path: Path
+) -> None:
+    foreign = damaged(REFUSED["code: of the model"][0])
+    line = refusal(invoke(tmp_path, *commands["evaluate"], foreign, "--trust-remote-code"))
+    assert (tmp_path / "ran").exists() and "has no attribute 'C'" in line  # it holds nothing else
+
+
 def test_an_advisor_that_is_not_there_is_refused_before_any_work(
     commands: dict[str, Any], model_folder: Path, tmp_path: Path
 ) -> None:
@@ -477,6 +486,9 @@ def test_multi_query_attention_is_said_to_stay_whole(massive: Path, commands: di
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if "KV head" in line]
     assert line.startswith("note: ") and result.stderr.index(line) < result.stderr.index("importance")
+    events: list[str] = []
+    JsonLines(events.append).noted(line)
+    assert json.loads(events[0])["text"] == line
 
 
 def test_one_table_has_one_dtype(

@@ -1,5 +1,6 @@
 """What a checkpoint must be to be pruned, measured or trained. Each check is silent, or says in one line what is wrong."""
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from llmbo.errors import ModelError, first_line
 
@@ -37,10 +38,9 @@ def check_no_adapter(name: str, source: str) -> None:
         return
     if file is None:
         return
-    try:
+    base: Any = "its base model"
+    with contextlib.suppress(ValueError, LookupError, TypeError):
         base = json.loads(Path(file).read_bytes())["base_model_name_or_path"]
-    except (ValueError, LookupError, TypeError):
-        base = "its base model"
     raise ModelError(
         f"'{name}' holds a PEFT adapter, of {base}: merge the adapter first (merge_and_unload, then save_pretrained)."
     )
@@ -154,7 +154,8 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *id
 
     A larger tokenizer alone is no fault: that of Gemma 3 has a token for images, which its text models do not know.
     """
-    rows, last = model.get_input_embeddings().weight.shape[0], max(int(part.max()) for part in ids if part.numel())
+    embedding: Any = model.get_input_embeddings()
+    rows, last = len(embedding.weight), max(int(part.max()) for part in ids if part.numel())
     if last >= rows:
         raise ModelError(
             f"The tokenizer of '{model.name_or_path}' has {len(tokenizer)} tokens, the model's embedding {rows} rows, and the text "

@@ -49,8 +49,8 @@ def check_no_adapter(name: str, source: str) -> None:
 def check_entries(name: str, entries: Any) -> None:
     """Raise ModelError unless `config.json` holds an object that names a model type, with sizes that a decoder can have."""
     if not isinstance(entries, dict):
-        kind = {type(None): "null", list: "a list", str: "a text"}.get(type(entries), "a number")
-        raise ModelError(f"The config.json of '{name}' holds {kind} where an object was expected: get a whole copy.")
+        found = {type(None): "null", list: "a list", str: "a text"}.get(type(entries), "a number")
+        raise ModelError(f"The config.json of '{name}' holds {found} where an object was expected: get a whole copy.")
     kind = entries.get("model_type", "" if "auto_map" in entries else None)
     if not isinstance(kind, str):
         raise ModelError(

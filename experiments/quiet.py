@@ -8,3 +8,6 @@ class Quiet:
 
     def phase(self, name: str, total: int | None = None) -> nullcontext:
         return nullcontext(lambda done: None)
+
+    def note(self, text: str) -> None:
+        pass

@@ -23,8 +23,9 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` says, cut to one line; its type when it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What `error` says, cut to one line, and the next where that one ends with a colon; its type when it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:

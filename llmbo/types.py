@@ -191,3 +191,7 @@ class Phases(Protocol):
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
         """A context for one phase; what it gives is called with the number of steps done, out of `total`."""
         ...
+
+    def note(self, text: str) -> None:
+        """Something in a line that the user should know, and that stops nothing."""
+        ...

@@ -3,6 +3,7 @@
 Who may import whom is checked by import-linter, whose contracts stand in `pyproject.toml`: `make test` runs `lint-imports`.
 """
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,20 @@ def test_the_top_level_holds_rooms_and_little_else() -> None:
 def test_every_room_says_what_it_is_for(folder: Path) -> None:
     if folder.name != "__pycache__":
         assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""')
+
+
+@pytest.mark.parametrize("package", ["llmbo", "pruning", "experiments"])
+def test_every_load_says_whether_foreign_code_may_run(package: str) -> None:
+    """Left out, `trust_remote_code` makes transformers ask on the terminal, where a blind "y" runs the code."""
+    calls = [
+        (path, call)
+        for path in (ROOT / package).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    silent = [
+        f"{path.name}:{call.lineno}"
+        for path, call in calls
+        if not {"trust_remote_code", None} & {word.arg for word in call.keywords}  # None: **source
+    ]
+    assert calls and not silent

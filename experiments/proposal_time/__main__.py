@@ -39,7 +39,7 @@ SHAPES = {
 def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
     """A space and a family of random scores, with expansions at four members; no weight is allocated."""
     with torch.device("meta"):
-        anatomy = anatomy_of(AutoModelForCausalLM.from_config(config))
+        anatomy = anatomy_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     generator = torch.Generator().manual_seed(0)
 
     def scores(units: int, scale: float) -> torch.Tensor:

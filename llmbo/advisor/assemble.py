@@ -18,7 +18,7 @@ from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.config.advisor import AdvisorSpec, parse_spec, plugins
 from llmbo.errors import ConfigError, first_line
-from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.loading import LoadedModel, find_checkpoint, load_checkpoint
 from llmbo.problem.marginals import Marginals
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
@@ -49,13 +49,18 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
         folder: Where the run will write.
 
     Raises:
-        ConfigError: One line for the user.
+        ConfigError, ModelError: One line for the user.
     """
     spec = parse_spec(config.advisor)
     if spec.kind == "openai":
         _openai(spec)
-    elif spec.kind == "transformers" and importlib.util.find_spec("llguidance") is None:
-        raise ConfigError("--advisor transformers needs the package llguidance: pip install 'llmbo[local-advisor]'.")
+    elif spec.kind == "transformers":
+        if importlib.util.find_spec("llguidance") is None:
+            raise ConfigError(
+                "--advisor transformers needs the package llguidance: pip install 'llmbo[local-advisor]'."
+            )
+        if spec.argument != "self":
+            find_checkpoint(spec.argument)
     elif spec.kind == "replay":
         recording = Path(spec.argument)
         ReplayAdvisor(recording)
@@ -122,7 +127,7 @@ def _openai(spec: AdvisorSpec) -> LLMClient:
 def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel | None) -> LLMClient:
     from llmbo.advisor.local import TransformersClient
 
-    loaded = pruned if spec.argument == "self" and pruned else load_model(spec.argument, "auto", config.device)
+    loaded = pruned if spec.argument == "self" and pruned else load_checkpoint(spec.argument, "auto", config.device)
     return TransformersClient(loaded.name, loaded.model, loaded.tokenizer)
 
 

@@ -8,7 +8,7 @@ def models() -> None:
 
     Example: llmbo models
     """
-    from llmbo.models.loading import ALIASES
+    from llmbo.models.aliases import ALIASES
 
     for alias in ALIASES.values():
         say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")

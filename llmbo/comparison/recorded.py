@@ -318,4 +318,4 @@ def _anatomy(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return anatomy_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)))
+        return anatomy_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False))

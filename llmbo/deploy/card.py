@@ -10,7 +10,8 @@ import torch
 from llmbo.config.formats import caveat
 from llmbo.deploy.request import ExportRequest
 from llmbo.errors import printable
-from llmbo.models.loading import ALIASES, LoadedModel
+from llmbo.models.aliases import ALIASES
+from llmbo.models.loading import LoadedModel
 from llmbo.report.schema import ModelPart, Report, TrialPart
 from pruning.masks import PruningMask
 

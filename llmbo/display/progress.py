@@ -40,6 +40,7 @@ class View(Protocol):
     def phase_started(self, name: str, total: int | None) -> None: ...
     def phase_moved(self, done: int) -> None: ...
     def phase_ended(self, name: str, seconds: float) -> None: ...
+    def noted(self, text: str) -> None: ...
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: "Display") -> None: ...
@@ -87,6 +88,9 @@ class Display:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
             self._view.phase_ended(name, spent)
 
+    def note(self, text: str) -> None:
+        self._view.noted(text)
+
     def on_proposing(self, round: int) -> None:
         self._view.proposing(round)
 
@@ -114,6 +118,7 @@ class Silence:
     def phase_started(self, name: str, total: int | None) -> None: ...
     def phase_moved(self, done: int) -> None: ...
     def phase_ended(self, name: str, seconds: float) -> None: ...
+    def noted(self, text: str) -> None: ...
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None: ...
@@ -131,6 +136,9 @@ class Lines(Silence):
 
     def phase_ended(self, name: str, seconds: float) -> None:
         self._say(f"{name}: {seconds:.1f} s")
+
+    def noted(self, text: str) -> None:
+        self._say(f"note: {text}")
 
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
         self._say(trial_line(trial, trials, display.objectives, display.budget))
@@ -154,6 +162,9 @@ class JsonLines(Silence):
 
     def phase_ended(self, name: str, seconds: float) -> None:
         self._say("phase_ended", phase=name, seconds=round(seconds, 3))
+
+    def noted(self, text: str) -> None:
+        self._say("note", text=text)
 
     def proposing(self, round: int) -> None:
         self._say("proposing", round=round)
@@ -248,6 +259,9 @@ class LivePicture(Silence):
         if name == SEARCH:
             self._search_start = None
         self._console.print(f"{name}: {seconds:.1f} s", style="dim", highlight=False, markup=False)
+
+    def noted(self, text: str) -> None:
+        self._console.print(f"note: {text}", highlight=False, markup=False)
 
     def proposing(self, round: int) -> None:
         self._doing = "proposing"

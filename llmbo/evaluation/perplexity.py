@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.errors import ConfigError
+from llmbo.models.checks import check_tokens
 from pruning.calibration import Text, adds_bos
 from pruning.errors import NotEnoughText
 
@@ -101,6 +102,7 @@ def measure(
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     if len(ids) < 2:
         raise NotEnoughText(f"The text '{text.source}' holds {len(ids)} tokens, at least 2 are needed.")
+    check_tokens(model, tokenizer, ids, ids.new_tensor([] if bos is None else [bos]))
     total, done = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in _batches(list(pieces(ids, window, stride, bos)), model.config.get_text_config().vocab_size):
         total += _loss_sum(model, torch.stack([piece.tokens for piece in batch]).to(model.device), batch[0].scored)

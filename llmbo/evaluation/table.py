@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +13,8 @@ from llmbo.config.numbers import MOST, MOST_TOKENS, Within, check_numbers
 from llmbo.errors import StorageError
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
-from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
-from llmbo.models.loading import Checkpoint, check_dtype
+from llmbo.models.checks import check_finite
+from llmbo.models.loading import Checkpoint, check_dtype, choose_device, choose_dtype, find_checkpoint, load_checkpoint
 from llmbo.report import environment
 from llmbo.types import Phases
 from pruning.calibration import Text, read_text
@@ -81,14 +81,18 @@ def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path
     Raises:
         LlmboError, PruningError: One line for the user.
     """
-    for name in names:
-        found = find_checkpoint(name, settings.trust_remote_code)
-        if settings.text:
-            check_window(found.config, settings.window, settings.stride)
+    found = [find_checkpoint(name, settings.trust_remote_code) for name in names]
+    if settings.text:
+        for each in found:
+            check_window(each.config, settings.window, settings.stride)
     text = read_text(settings.text) if settings.text else None
     if file is not None:
         _append(file, "")
     tasks = Tasks.load(settings.tasks, settings.limit) if settings.tasks else None
+    if settings.dtype == "auto":  # one for all, or they could not be compared
+        dtype = choose_dtype("auto", choose_device(settings.device), found[0].config.get_text_config())
+        settings = replace(settings, dtype=dtype)
+        phases.note(f"everything is measured in {dtype}, the faster one here")
     for name in names:
         result = _measure(name, settings, text, tasks, phases)
         if file is not None:
@@ -111,6 +115,7 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
                 settings.tokens,
                 advance,
             )
+            check_finite(name, checkpoint.dtype, quality.loss)
     if tasks:
         with phases.phase(f"{name}: {', '.join(settings.tasks)}"):
             scores = tasks.evaluate(checkpoint)
@@ -128,6 +133,7 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
 
 def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:
     """What makes a number less than it seems."""
+    yield from checkpoint.notes
     details = Path(checkpoint.source) / "llmbo.json"
     if text and details.is_file():
         used = json.loads(details.read_text(encoding="utf-8")).get("text") or {}

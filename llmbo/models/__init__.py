@@ -1,1 +1,1 @@
-"""Names -> loaded models and tokenizers: `loading` for what can be pruned, `checkpoints` for what was."""
+"""Names -> loaded models and tokenizers, or one line that says why not."""

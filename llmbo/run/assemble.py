@@ -110,6 +110,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
             loaded = given or load_model(config.model, dtype, device)
+            for note in loaded.notes:
+                phases.note(note)
             windows = load_windows(config, loaded)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:

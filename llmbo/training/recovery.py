@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
-from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
-from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype
+from llmbo.models.checks import check_finite, check_tokens
+from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype, find_checkpoint, load_checkpoint
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
 from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
@@ -96,7 +96,9 @@ def recover(
         stored = _saved_dtype(task.source)
         teacher = _teacher(task, small, kind) if plan.distil else None
         windows = training_windows(task.text, small.tokenizer, task.window, task.heldout, plan)
+        check_tokens(small.model, small.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     before = quality(small.model, windows.heldout).loss
+    check_finite(task.source, small.dtype, before)
     work = task.out.with_name(task.out.name + ".recovery")
     with phases.phase("training", plan.steps) as advance:
         trained, progress = train(

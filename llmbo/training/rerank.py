@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
+from llmbo.models.checks import check_tokens
 from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
@@ -166,6 +167,7 @@ def rerank(
     if missing:
         loaded, windows = load_base(report, phases, model, device)
         held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
+        check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
         inputs = RebuildInputs.of(report, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)

@@ -65,7 +65,7 @@ def save_padded(
 def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a folder written by `save_hf` or `save_padded`, without running code from it."""
     loader: Any = local_class(Path(folder)) or AutoModelForCausalLM
-    return loader.from_pretrained(folder, dtype=dtype or "auto").eval()
+    return loader.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).eval()
 
 
 def padded(pruned: Pruned) -> PreTrainedModel:

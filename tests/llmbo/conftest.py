@@ -21,7 +21,7 @@ import pytest
 import torch
 from click.testing import Result
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from llmbo.advisor.context import Context, Setting
@@ -36,7 +36,11 @@ from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Proposal, Source, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.export.hf import Pruned, save_hf
 from pruning.importance import Importance
+from pruning.masks import PruningMask, Ranking
+from pruning.shrinking import shrink
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
@@ -191,6 +195,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of unequal layers, as `llmbo export` writes it. Copy it before changing it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    anatomy = anatomy_of(model)
+    ranking = Ranking(torch.arange(2).repeat(4, 1), torch.arange(24).repeat(4, 1))
+    architecture = Architecture((1, 2, 0, 2), (24, 0, 7, 12))
+    small = shrink(model, PruningMask.from_architecture(architecture, ranking))
+    folder = tmp_path_factory.mktemp("exported") / "small"
+    save_hf(Pruned(small, anatomy, architecture, AutoTokenizer.from_pretrained(model_folder)), folder)
     return folder
 
 

@@ -309,7 +309,7 @@ def test_without_llama_cpp_the_file_is_read_back(
 @needs_smollm2
 def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
     """Real weights, unequal layers, f16: logits, 500 argmaxes and 32 greedy tokens."""
-    from llmbo.models.loading import resolve
+    from llmbo.models.aliases import resolve
 
     folder = resolve("llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)

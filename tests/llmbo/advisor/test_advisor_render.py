@@ -34,7 +34,8 @@ def test_prompts_are_short_enough(question: Callable[..., Question], hook: str, 
 def test_the_estimate_is_an_upper_bound(question: Callable[..., Question]) -> None:
     from transformers import AutoTokenizer
 
-    from llmbo.models.loading import load_config, resolve
+    from llmbo.models.aliases import resolve
+    from llmbo.models.loading import load_config
 
     load_config("llama")  # converts it on first use
     tokenizer = AutoTokenizer.from_pretrained(resolve("llama"))

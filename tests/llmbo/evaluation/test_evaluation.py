@@ -6,37 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.models.checkpoints import load_checkpoint
-from pruning.anatomy import anatomy_of
-from pruning.architecture import Architecture
-from pruning.export.hf import Pruned, save_hf
-from pruning.masks import PruningMask, Ranking
-from pruning.shrinking import shrink
 
 WIDE = {"COLUMNS": "200"}
 
 
 def evaluate(*words: object) -> Result:
     return CliRunner().invoke(app, ["evaluate", *map(str, words), "--dtype", "float32", "--device", "cpu"], env=WIDE)
-
-
-@pytest.fixture(scope="module")
-def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of unequal layers, as `llmbo export` writes it."""
-    model = load_checkpoint(str(model_folder), "float32", "cpu").model
-    anatomy = anatomy_of(model)
-    ranking = Ranking(torch.arange(2).repeat(4, 1), torch.arange(24).repeat(4, 1))
-    architecture = Architecture((1, 2, 0, 2), (24, 0, 7, 12))
-    small = shrink(model, PruningMask.from_architecture(architecture, ranking))
-    folder = tmp_path_factory.mktemp("exported") / "small"
-    save_hf(Pruned(small, anatomy, architecture, AutoTokenizer.from_pretrained(model_folder)), folder)
-    return folder
 
 
 @pytest.fixture

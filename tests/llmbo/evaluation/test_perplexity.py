@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from llmbo.errors import ConfigError
 from llmbo.evaluation.perplexity import measure, pieces
-from llmbo.models.checkpoints import Checkpoint, load_checkpoint
+from llmbo.models.loading import Checkpoint, load_checkpoint
 from pruning.calibration import Text, read_text
 from pruning.errors import NotEnoughText
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PretrainedConfig, T5Config
 
 from llmbo.errors import ConfigError, ModelError
-from llmbo.models.loading import ALIASES, choose_device, choose_dtype, load_config, load_model, resolve
+from llmbo.models.aliases import ALIASES, resolve
+from llmbo.models.loading import choose_device, choose_dtype, load_config, load_model
 
 
 @pytest.fixture

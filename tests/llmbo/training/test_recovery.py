@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.deploy import disk
 from llmbo.errors import ConfigError, StorageError
-from llmbo.models.checkpoints import load_checkpoint
+from llmbo.models.loading import load_checkpoint
 from llmbo.training import trainer
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, forward_kl, train
 from pruning.likelihood import quality

@@ -9,6 +9,7 @@ import typer
 
 from llmbo.errors import ConfigError, LlmboError, first_line
 
+EXIT_NO_ANSWER = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -95,7 +95,7 @@ class OpenAIClient:
             )
         end = self.clock() + deadline
         reply = self._tried(prompt, prompt.max_tokens, end)
-        if reply.problem is None or not reply.short or prompt.second_try <= prompt.max_tokens:
+        if not reply.short or prompt.second_try <= prompt.max_tokens:
             return reply
         try:
             again = self._tried(prompt, prompt.second_try, end)
@@ -214,18 +214,19 @@ class OpenAIClient:
         if isinstance(error, openai.APIConnectionError):
             error = error.__cause__ or error
         if isinstance(error, _Refused):
-            said = complaint(_parsed(error.body)) or (error.body.decode(errors="replace"), None)
-            return self._status(error.status, said[0], error.headers)
+            whole = error.body.decode(errors="replace")
+            said = complaint(_parsed(error.body)) or (whole, None)
+            return self._status(error.status, said[0], whole, error.headers)
         if isinstance(error, (openai.APIConnectionError, OSError)) or type(error).__module__.startswith("httpx"):
             return _Retry(f"connection failed ({first_line(error)})")
         return error
 
-    def _status(self, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+    def _status(self, status: int, text: str, whole: str, headers: Mapping[str, str]) -> Exception:
         reason = f"HTTP {status}: {_line(text)}"
-        if status == 400 and "max_tokens" in text and self._tokens_key == "max_tokens":
+        if status == 400 and "max_tokens" in whole and self._tokens_key == "max_tokens":
             self._tokens_key = "max_completion_tokens"  # reasoning models
             return _Retry(reason, after=0.0)
-        if self._mode + 1 < len(MODES) and (status in _UNSUPPORTED or "response_format" in text):
+        if self._mode + 1 < len(MODES) and (status in _UNSUPPORTED or "response_format" in whole):
             return _OtherMode(reason)
         if status in (408, 409, 429) or status >= 500:
             return _Retry(reason, _retry_after(headers))
@@ -236,11 +237,9 @@ class OpenAIClient:
         said = complaint(data)
         if said is not None:  # with status 200, as gateways pass on the error of a provider
             text, status = said
-            raise (
-                self._status(status, text, {})
-                if status
-                else _Hopeless(f"the server's answer is an error: {_line(text)}")
-            )
+            if status is None:
+                raise _Hopeless(f"the server's answer is an error: {_line(text)}")
+            raise self._status(status, text, body.decode(errors="replace"), {})
         try:
             choice = data["choices"][0]
             message, cut = choice["message"], choice.get("finish_reason") in ("length", "max_tokens")

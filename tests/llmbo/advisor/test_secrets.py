@@ -201,8 +201,9 @@ def test_a_server_from_the_environment_is_checked_as_one_that_is_typed(
 
 
 NASTY = {
-    "half a pair": "\ud800", "colour": "\x1b[31m", "title": "\x1b]0;x\x07", "C1": "\x9b2J", "override": "\u202etxt.exe", 
-    "isolate": "\u2066",    "line separator": "\u2028", "nul": "\x00", "delete": "\x7f", "bell": "\x07", "return": "\rover", "private": "\ue000",
+    "half a pair": "\ud800", "colour": "\x1b[31m", "title": "\x1b]0;x\x07", "C1": "\x9b2J", "override": "\u202etxt.exe",
+    "isolate": "\u2066", "line separator": "\u2028", "nul": "\x00", "delete": "\x7f", "bell": "\x07", "return": "\rover",
+    "private": "\ue000",
 }  # fmt: skip
 
 

@@ -54,10 +54,10 @@ class LLMAdvisor:
         try:
             reply = self.client.complete(prompt, max(1.0, self.limits.patience(self.spending)))
         except Exception as error:  # of the client's, its library's or its proxy's making: no run ends because of them
-            known = isinstance(error, ClientError)
-            reason = str(error) if known else f"the client failed ({type(error).__name__}: {first_line(error)})"
+            given_up = isinstance(error, ClientError)
+            reason = str(error) if given_up else f"the client failed ({type(error).__name__}: {first_line(error)})"
             return Exchange(
-                prompt.system, prompt.user, None, reason, self.client.model, "", error.attempts if known else 1,
+                prompt.system, prompt.user, None, reason, self.client.model, "", getattr(error, "attempts", 1),
                 seconds=round(self.clock() - start, 3),
             )  # fmt: skip
         prompt_tokens = reply.prompt_tokens or prompt.tokens

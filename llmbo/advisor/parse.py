@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from llmbo.advisor.context import share_of
@@ -216,9 +216,10 @@ def checked(answer: Answer, question: Question) -> Answer:
         ValueError, TypeError: It holds what cannot be evaluated or stored.
     """
     space = question.context.setting.space
-    answer = Answer.from_dict(json.loads(json.dumps(answer.to_dict(), allow_nan=False)))
+    written = json.dumps(answer.to_dict(), allow_nan=False)  # as it will be stored
+    answer = TypeAdapter(Answer).validate_json(written, strict=True)
     for candidate in answer.candidates:
-        if len(candidate.x) != space.d or not all(type(level) is int for level in candidate.x):
+        if len(candidate.x) != space.d:
             raise ValueError(f"a candidate needs {space.d} whole levels, got {candidate.x}")
         if not space.legal(torch.tensor([candidate.x], dtype=torch.float64)).all():
             raise ValueError(f"a candidate is outside the space: {candidate.x}")

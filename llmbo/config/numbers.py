@@ -42,7 +42,7 @@ class Within:
             expected = f"must be a {'whole ' * whole}number"
         elif value <= self.least if self.apart else value < self.least:  # type: ignore[operator]
             expected = f"must be {'above' if self.apart else 'at least'} {_short(self.least)}"
-        elif value >= self.most if self.apart else value > self.most:  # type: ignore[operator]
+        elif value >= self.most if self.apart else value > self.most:
             expected = f"must be {'below' if self.apart else 'at most'} {_short(self.most)}"
         else:
             return

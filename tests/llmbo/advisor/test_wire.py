@@ -410,7 +410,8 @@ class Plugged:
         Answer(candidates=(Candidate((0,) * 12),)), Answer(candidates=(Candidate((1.5,) * 12),)),  # type: ignore[arg-type]
         Answer(directions=(Direction("d", (1.0,)),)), Answer(directions=(Direction("d", (0.0,) * 12),)),
         Answer(directions=(Direction("d", (float("nan"),) * 12),)), Answer(decisions=(Decision(7, False, 1.0),)),
-        Answer(rejections=(Rejection("x", object(), "illegal"),)),  # type: ignore[arg-type]
+        Answer(directions=(Direction("d", (1.0,) * 12, 5),)), Answer(directions=(Direction(None, (1.0,) * 12),)),  # type: ignore[arg-type]
+        Answer(rejections=(Rejection("x", "y", "rude"),)), Answer(rejections=(Rejection("x", object(), "illegal"),)),  # type: ignore[arg-type]
     ],
     ids=lambda answer: str(answer)[:60],
 )  # fmt: skip
@@ -419,6 +420,8 @@ def test_what_somebody_elses_advisor_says_is_checked(
 ) -> None:
     checked = Guarded(Plugged(answer)).ask(question(), advice.open(0, "propose"))
     assert not checked and "the advisor failed" in (checked.stopped or "")
+    good = Answer(directions=(Direction("d", (1.0,) * 12, "why"),), rejections=(Rejection("x", "y", "illegal"),))
+    assert Guarded(Plugged(good)).ask(question(), advice.open(0, "propose")) == good
 
 
 def test_an_advisor_that_cannot_be_made_ends_no_run(

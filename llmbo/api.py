@@ -222,6 +222,7 @@ def optimize(
     advisor_every: int = RunConfig.advisor_every,
     advisor_max_calls: int = RunConfig.advisor_max_calls,
     advisor_max_tokens: int = RunConfig.advisor_max_tokens,
+    advisor_reply_tokens: int = RunConfig.advisor_reply_tokens,
     advisor_max_cost: float | None = None,
     advisor_max_seconds: float = RunConfig.advisor_max_seconds,
     advisor_deadline: float = RunConfig.advisor_deadline,
@@ -245,7 +246,7 @@ def optimize(
         batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
             text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, name, storage,
             advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
-            advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
+            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

@@ -2,5 +2,5 @@
 
 Data flows one way: `context` (what it reads) -> `render` (prompt text) -> a client (text in, text out) -> `parse` (text to
 grid points and directions) -> `llm` (ask, bounded repair, give up) -> `proposer` (what a round does with the advice).
-Advisors without a model (`offline`) skip the text. Every exchange is kept by `store` before its advice is used.
+Advisors without a model (`offline`) skip the text. Every exchange is kept by `store`, censored, before its advice is used.
 """

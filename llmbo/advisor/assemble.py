@@ -7,10 +7,12 @@ from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+from llmbo.advisor.censor import KEY_VARIABLE, Censor, environment_key
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
+from llmbo.advisor.parse import checked
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
@@ -43,7 +45,7 @@ class AdvisorInputs:
 
 
 def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
-    """Refuse what can be refused before a model is loaded: a missing key, package or recording, a broken plug-in.
+    """Refuse what can be refused before a model is loaded: a missing key, package, model or recording, a broken plug-in.
 
     Args:
         folder: Where the run will write.
@@ -51,7 +53,9 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
     Raises:
         ConfigError, ModelError: One line for the user.
     """
-    spec = parse_spec(config.advisor)
+    spec, censor = parse_spec(config.advisor), Censor(environment_key())
+    if censor(config.advisor) != config.advisor:
+        raise ConfigError(f"--advisor holds the key in {KEY_VARIABLE}, and would be stored and shown: leave it out.")
     if spec.kind == "openai":
         _openai(spec)
     elif spec.kind == "transformers":
@@ -76,7 +80,10 @@ def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore)
     setting, probe = inputs.setting, None if spec.kind in WITHOUT_MARGINALS else inputs.probe
     if config.advisor_context != "full":
         setting, probe = replace(setting, statistics=None), None
-    advisor = _makers(spec, config, inputs, advice)[spec.kind]()
+    try:
+        advisor = _makers(spec, config, inputs, advice)[spec.kind]()
+    except Exception as error:  # `check_advisor` has refused what the user can mend; by now a run has something to lose
+        advisor = Absent(f"the advisor cannot be made ({type(error).__name__}: {first_line(error)})")
     return AdvisorSession(advisor, advice, setting, config.advisor_hooks, config.advisor_every, probe)
 
 
@@ -105,6 +112,7 @@ def _makers(
         seconds=config.advisor_max_seconds,
         cost=config.advisor_max_cost,
         deadline=config.advisor_deadline,
+        reply_tokens=config.advisor_reply_tokens,
         price=Price(*config.advisor_price) if config.advisor_price else None,
     )
     at_no_cost = replace(limits, price=Price(0.0, 0.0))
@@ -119,8 +127,10 @@ def _makers(
 
 
 def _openai(spec: AdvisorSpec) -> LLMClient:
-    from llmbo.advisor.openai_client import OpenAIClient  # half a second of imports that other advisors do not need
-
+    try:
+        from llmbo.advisor.openai_client import OpenAIClient  # half a second of imports that other advisors do not need
+    except ImportError as error:
+        raise ConfigError(f"--advisor openai cannot be loaded ({first_line(error)}): pip install openai.") from error
     return OpenAIClient.from_environment(spec.argument, spec.base_url)
 
 
@@ -136,9 +146,18 @@ def _plugin(point: EntryPoint, spec: AdvisorSpec) -> Advisor:
     try:
         return Guarded(point.load()(spec.argument))
     except Exception as error:
-        raise ConfigError(
-            f"--advisor {spec.kind}: its entry point '{point.value}' failed ({first_line(error)})."
-        ) from error
+        reason = Censor(environment_key())(first_line(error))
+        raise ConfigError(f"--advisor {spec.kind}: its entry point '{point.value}' failed ({reason}).") from error
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Says why there is no advisor."""
+
+    reason: str
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        return Answer(stopped=self.reason)
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,6 @@ class Guarded:
 
     def ask(self, question: Question, transcript: Transcript) -> Answer:
         try:
-            return self.advisor.ask(question, transcript)
+            return checked(self.advisor.ask(question, transcript), question)
         except Exception as error:
             return Answer(stopped=f"the advisor failed ({type(error).__name__}: {first_line(error)})")

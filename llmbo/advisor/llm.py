@@ -8,6 +8,7 @@ from llmbo.advisor.client import ClientError, Limits, LLMClient, Spending
 from llmbo.advisor.parse import merged, parse_reply
 from llmbo.advisor.render import Prompt, render, render_repair
 from llmbo.advisor.roles import Answer, Exchange, Question, Rejection, Transcript
+from llmbo.errors import first_line
 
 MAX_REPAIRS = 2
 USELESS = "nothing in the reply can be used"
@@ -34,11 +35,11 @@ class LLMAdvisor:
             if turn < len(recorded):
                 exchange = recorded[turn]
             else:
+                prompt = self.limits.sized(self.spending, prompt)
                 refusal = self.limits.refusal(self.spending, prompt)
                 if refusal is not None:
                     return _stopped(answer, refusal)
-                exchange = self._exchange(prompt, question)
-                transcript.record(exchange)
+                exchange = transcript.record(self._exchange(prompt, question))
             if exchange.reply is None:
                 return _stopped(answer, exchange.error or "no reply")
             found = read(exchange, question)
@@ -52,9 +53,11 @@ class LLMAdvisor:
         start = self.clock()
         try:
             reply = self.client.complete(prompt, max(1.0, self.limits.patience(self.spending)))
-        except ClientError as error:
+        except Exception as error:  # of the client's, its library's or its proxy's making: no run ends because of them
+            given_up = isinstance(error, ClientError)
+            reason = str(error) if given_up else f"the client failed ({type(error).__name__}: {first_line(error)})"
             return Exchange(
-                prompt.system, prompt.user, None, str(error), self.client.model, "", error.attempts,
+                prompt.system, prompt.user, None, reason, self.client.model, "", getattr(error, "attempts", 1),
                 seconds=round(self.clock() - start, 3),
             )  # fmt: skip
         prompt_tokens = reply.prompt_tokens or prompt.tokens

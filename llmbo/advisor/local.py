@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.advisor.client import ClientError, Completion
-from llmbo.advisor.render import Prompt
+from llmbo.advisor.render import REPLY_TOKENS, Prompt
 from llmbo.errors import first_line
 
 MODE = "constrained decoding"
@@ -33,13 +33,14 @@ class TransformersClient:
             raise ClientError(f"this tokenizer cannot be constrained to JSON ({first_line(error)})", 1) from error
         ids = self._encoded(prompt)
         room = getattr(self.network.config, "max_position_embeddings", ids.shape[-1] + prompt.max_tokens)
-        if ids.shape[-1] + prompt.max_tokens > room:
+        if ids.shape[-1] + min(prompt.max_tokens, REPLY_TOKENS) > room:
             raise ClientError(f"the prompt has {ids.shape[-1]} tokens, the model takes {room} with its reply", 1)
+        longest = min(prompt.max_tokens, room - ids.shape[-1])
         constraint = _Constraint(matcher, ids.shape[-1])
         try:
             with torch.inference_mode():
                 output: Tensor = self.network.generate(  # type: ignore[operator]
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=prompt.max_tokens, max_time=deadline,
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, max_time=deadline,
                     do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=self.tokenizer.eos_token_id,
                     logits_processor=LogitsProcessorList([constraint]),
                 )  # fmt: skip

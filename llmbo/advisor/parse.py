@@ -6,11 +6,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from llmbo.advisor.context import share_of
-from llmbo.advisor.replies import FORMATS, MAX_TEXT, DecisionPart, DirectionPart, EditPart, ProposalPart, RejectionKind
+from llmbo.advisor.replies import (
+    FORMATS,
+    MAX_TEXT,
+    DecisionPart,
+    DirectionPart,
+    EditPart,
+    ProposalPart,
+    RejectionKind,
+    one_line,
+)
 from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
 from llmbo.problem.family import ThresholdFamily
 from llmbo.types import Direction
@@ -49,7 +58,7 @@ def judge(reply: Mapping[str, Any], question: Question) -> Answer:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in first["loc"])
-            builder.rejections.append(Rejection(_shown(item), f"{where}: {first['msg']}", "unparsable"))
+            builder.rejections.append(Rejection(_shown(item), one_line(f"{where}: {first['msg']}"), "unparsable"))
         except _Illegal as error:
             builder.rejections.append(Rejection(_shown(item), str(error), error.kind))
     return builder.answer()
@@ -198,6 +207,28 @@ _RESOLVERS: dict[str, Callable[[_AnswerBuilder, Any], None]] = {
     "directions": _AnswerBuilder.direction,
     "filter": _AnswerBuilder.decision,
 }
+
+
+def checked(answer: Answer, question: Question) -> Answer:
+    """An answer that did not come from `judge`.
+
+    Raises:
+        ValueError, TypeError: It holds what cannot be evaluated or stored.
+    """
+    space = question.context.setting.space
+    written = json.dumps(answer.to_dict(), allow_nan=False)  # as it will be stored
+    answer = TypeAdapter(Answer).validate_json(written, strict=True)
+    for candidate in answer.candidates:
+        if len(candidate.x) != space.d:
+            raise ValueError(f"a candidate needs {space.d} whole levels, got {candidate.x}")
+        if not space.legal(torch.tensor([candidate.x], dtype=torch.float64)).all():
+            raise ValueError(f"a candidate is outside the space: {candidate.x}")
+    for direction in answer.directions:
+        if len(direction.levels) != space.d or not any(direction.levels):
+            raise ValueError(f"a direction needs {space.d} levels, not all of them 0, got {direction.levels}")
+    if any(not 0 <= decision.index < len(question.candidates) for decision in answer.decisions):
+        raise ValueError(f"a decision is about none of the {len(question.candidates)} candidates")
+    return answer
 
 
 def merged(first: Answer, second: Answer) -> Answer:

@@ -62,8 +62,7 @@ class AdvisorSession:
         consultation = self.advice.open(round, hook)
         answer = self.advisor.ask(question, consultation)
         answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
-        consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
-        return answer
+        return consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
 
     def question(
         self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: tuple[tuple[int, ...], ...] = ()

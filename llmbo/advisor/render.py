@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -21,7 +21,8 @@ from llmbo.advisor.roles import Question, Rejection
 from llmbo.types import Trial
 from pruning.anatomy import BLOCK_KINDS
 
-REPLY_TOKENS = 700  # what a reply may be long
+REPLY_TOKENS = 700  # of a reply, enough unless the model thinks
+GROWTH = 8  # times as many for a second try after an empty or cut reply: models think for thousands
 TOKENS_AT_32_LAYERS = 3500
 TOKENS_PER_LAYER = 52  # 6000 at 80 layers
 MAX_FAMILY = 14
@@ -30,13 +31,19 @@ _TOKEN = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]|\n| (?=\d)")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sent: one system and one user message, and the JSON schema of the reply."""
+    """What is sent: one system and one user message, and the JSON schema of the reply.
+
+    Args:
+        max_tokens: What the reply may be long, thinking included.
+        second_try: The same once more, if a reply of `max_tokens` is empty or cut; no second try if it is not above it.
+    """
 
     system: str
     user: str
     schema: dict[str, Any]
     name: str
     max_tokens: int = REPLY_TOKENS
+    second_try: int = GROWTH * REPLY_TOKENS
 
     @property
     def tokens(self) -> int:
@@ -77,7 +84,7 @@ def render_repair(prompt: Prompt, reply: str, rejections: tuple[Rejection, ...],
     problems = list(rejection_lines(rejections))
     again = _template("repair").render(problems=problems, count=max(1, count))
     user = f"{prompt.user}\n\nYOUR REPLY WAS\n{reply[:1500]}\n\n{again}"
-    return Prompt(prompt.system, user, prompt.schema, prompt.name, prompt.max_tokens)
+    return replace(prompt, user=user)
 
 
 def _template(name: str) -> jinja2.Template:

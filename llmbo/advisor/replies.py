@@ -16,12 +16,16 @@ Base = Annotated[str, Field(pattern="^(dense|threshold:0[.][0-9][0-9]?[0-9]?)$")
 Share = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[int, Field(ge=-12, le=12)]
 Level = Annotated[int, Field(ge=0, le=64)]
-Text = Annotated[str, BeforeValidator(lambda value: _clipped(value)), Field(max_length=MAX_TEXT)]
+Text = Annotated[
+    str,
+    BeforeValidator(lambda value: one_line(value) if isinstance(value, str) else value),
+    Field(max_length=MAX_TEXT),
+]
 
 
-def _clipped(value: object) -> object:
+def one_line(text: str) -> str:
     """Free text is data: one line, bounded, without control characters. Too long a reason is no reason to refuse."""
-    return "".join(c if c.isprintable() else " " for c in value)[:MAX_TEXT].strip() if isinstance(value, str) else value
+    return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT].strip()
 
 
 class _Part(BaseModel):

@@ -115,7 +115,9 @@ class Transcript(Protocol):
 
     def recorded(self) -> Sequence[Exchange]: ...
 
-    def record(self, exchange: Exchange) -> None: ...
+    def record(self, exchange: Exchange) -> Exchange:
+        """The exchange as it is kept: censored. Use this one."""
+        ...
 
 
 class Advisor(Protocol):

@@ -7,15 +7,17 @@ The truth lies beside the trials, in the run's database; `advisor.jsonl` in the 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from llmbo.advisor.censor import Censor, environment_key
 from llmbo.advisor.roles import Answer, Candidate, Exchange
 from llmbo.errors import ConfigError
 
 FILE = "advisor.jsonl"
 FOLLOWED = "followed"  # note: candidates that a direction led to
+MAX_REASON = 300  # characters of why there was no reply
 
 
 class Notes(Protocol):
@@ -75,7 +77,7 @@ class Consultation:
 
 
 class AdviceStore:
-    """All consultations of a run.
+    """All consultations of a run. Whatever an advisor says comes out of here censored, and is used as it comes out.
 
     Args:
         file: Where the copy for people goes, or None.
@@ -84,9 +86,8 @@ class AdviceStore:
     def __init__(self, notes: Notes, file: Path | None = None) -> None:
         self._notes = notes
         self._file = file
-        self._consultations = {
-            key: Consultation.from_dict(value) for key, value in sorted(notes.notes().items()) if ":" in key
-        }
+        self._censor = Censor(environment_key())
+        self._consultations = {key: self._censored(value) for key, value in sorted(notes.notes().items()) if ":" in key}
         self._failed: list[Exchange] = []
         if self._consultations:
             self._copy()
@@ -109,13 +110,24 @@ class AdviceStore:
     def failed(self) -> Sequence[Exchange]:
         return list(self._failed)
 
-    def keep(self, consultation: Consultation, exchange: Exchange | None = None) -> None:
-        """Store the consultation as it is now."""
-        if exchange is not None and exchange.error is not None:
-            self._failed.append(exchange)
-        self._consultations[consultation.key] = consultation
-        self._notes.set_note(consultation.key, consultation.to_dict())
+    def keep(self, consultation: Consultation) -> Consultation:
+        """Store the consultation as it is now, and give what was stored."""
+        kept = self._censored(consultation.to_dict())
+        asked = self._consultations.get(kept.key, Consultation(kept.round, kept.hook)).exchanges
+        self._failed += [exchange for exchange in kept.exchanges[len(asked) :] if exchange.error is not None]
+        self._consultations[kept.key] = kept
+        self._notes.set_note(kept.key, kept.to_dict())
         self._copy()
+        return kept
+
+    def _censored(self, consultation: Mapping[str, Any]) -> Consultation:
+        """Cut only now: what is cut off a spelling of the key would leave the rest of it."""
+        kept = self._censor(consultation)
+        for exchange in kept["exchanges"]:
+            exchange["error"] = (exchange["error"] or "")[:MAX_REASON] or None
+        if kept["answer"]:
+            kept["answer"]["stopped"] = (kept["answer"]["stopped"] or "")[:MAX_REASON] or None
+        return Consultation.from_dict(kept)
 
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         """A value that is measured once in a run: `make` it, store it, and give what was stored from then on."""
@@ -161,14 +173,16 @@ class OpenConsultation:
     def recorded(self) -> Sequence[Exchange]:
         return self.consultation.exchanges
 
-    def record(self, exchange: Exchange) -> None:
-        self.consultation.exchanges.append(exchange)
-        self.advice.keep(self.consultation, exchange)
+    def record(self, exchange: Exchange) -> Exchange:
+        kept = replace(self.consultation, exchanges=[*self.consultation.exchanges, exchange])
+        self.consultation = self.advice.keep(kept)
+        return self.consultation.exchanges[-1]
 
-    def close(self, answer: Answer, **extra: Any) -> None:
-        self.consultation.answer = answer
-        self.consultation.extra.update(extra)
-        self.advice.keep(self.consultation)
+    def close(self, answer: Answer, **extra: Any) -> Answer:
+        kept = replace(self.consultation, answer=answer, extra=self.consultation.extra | extra)
+        self.consultation = self.advice.keep(kept)
+        assert self.consultation.answer is not None
+        return self.consultation.answer
 
 
 def read_jsonl(file: Path) -> list[Consultation]:

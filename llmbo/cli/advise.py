@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmbo.cli.common import one_line_errors, say
+from llmbo.cli.common import EXIT_NO_ANSWER, one_line_errors, say
 from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError, unknown
 
@@ -19,7 +19,7 @@ def advise(
 ) -> None:
     """Show the prompt for a run's present state, or ask once and show what would become of the answer.
 
-    The run itself is not changed.
+    The run itself is not changed. Exits with 1 if nobody answered.
 
     Example: llmbo advise runs/llama --dry-run
     """
@@ -45,8 +45,13 @@ def advise(
             if dry_run:
                 say(shown_prompt(question))
                 return
-            answer = session.advisor.ask(question, session.advice.open(question.round, hook))
-        for exchange in session.advice.exchanges():
+            consultation = session.advice.open(question.round, hook)
+            answer = consultation.close(session.advisor.ask(question, consultation))
+        exchanges = session.advice.exchanges()
+        if answer.stopped and not answer and all(exchange.reply is None for exchange in exchanges):
+            say(f"error: Nobody answered: {answer.stopped}.", err=True)
+            raise typer.Exit(EXIT_NO_ANSWER)
+        for exchange in exchanges:
             say(f"{exchange.reply or exchange.error}\n", err=True)
         for line in shown_answer(answer, session):
             say(line)

@@ -12,6 +12,7 @@ from llmbo.errors import ConfigError, LlmboError, first_line, printable
 
 # Typer's own: newer versions bring a click with them, older ones use the one that is installed.
 USAGE_ERROR: Any = typer.BadParameter.__base__
+EXIT_NO_ANSWER = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
 EXIT_INTERRUPTED = 130

@@ -1,5 +1,6 @@
 """What the user may type after `--advisor` and its companions. Refuses what can be refused without a model or a server."""
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from urllib.parse import urlsplit
@@ -20,6 +21,11 @@ KINDS = {
     "transformers": "PATH_OR_NAME or self",
     "replay": "FILE",
 }
+_SERVER = re.compile(r"(?P<model>.+?)@(?P<url>[a-z][a-z0-9+.-]*://.*)", re.IGNORECASE | re.DOTALL)
+_HOST = re.compile(
+    r"[./\\]|:\d*$|::|^\[|^localhost$|^https?:", re.IGNORECASE
+)  # what a model's version behind an '@' does not hold
+_MORE = re.compile(r"[?#]|//[^/]*@")  # than a server's place
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ def parse_spec(text: str) -> AdvisorSpec:
     Raises:
         ConfigError: Unknown name or one with two owners, missing or needless argument, or a URL that holds a secret.
     """
+    if not text.isprintable():
+        raise ConfigError(f"--advisor takes a name in characters that can be printed, got {text!a}.")
     kind, _, argument = text.partition(":")
     others = plugins()
     if kind not in KINDS and kind not in others:
@@ -52,10 +60,17 @@ def parse_spec(text: str) -> AdvisorSpec:
         raise ConfigError(f"--advisor {kind} is written '{_usage(kind)}', got '{text}'.")
     if kind != "openai":
         return AdvisorSpec(kind, argument)
-    model, at, url = argument.partition("@http")
-    if not model:
+    written = _SERVER.fullmatch(argument)
+    if written:
+        return AdvisorSpec(kind, written["model"], checked_url(written["url"], "--advisor openai needs"))
+    model, at, tail = argument.rpartition("@")
+    if argument.startswith("@") or "://" in argument:
         raise ConfigError(f"--advisor openai is written '{_usage(kind)}', got '{text}'.")
-    return AdvisorSpec(kind, model, _checked_url(f"http{url}") if at else None)
+    if at and (not tail.strip() or _HOST.search(tail.strip())):
+        raise ConfigError(
+            f"--advisor {text}: '{tail}' looks like a server, so it needs its scheme: openai:{model}@http://{tail or 'HOST:PORT/v1'}."
+        )
+    return AdvisorSpec(kind, argument)
 
 
 def check_hooks(hooks: tuple[str, ...]) -> None:
@@ -76,13 +91,24 @@ def _usage(kind: str) -> str:
     return kind if wanted is None else f"{kind}:{wanted}"
 
 
-def _checked_url(url: str) -> str:
-    """The URL is stored and printed, so it must not carry a secret."""
-    parts = urlsplit(url)
-    if not parts.hostname or parts.scheme not in ("http", "https"):
-        raise ConfigError(f"--advisor openai needs a server like http://localhost:8000/v1 behind the '@', got '{url}'.")
-    if parts.username or parts.password or parts.query:
+def checked_url(url: str, said: str) -> str:
+    """The URL is stored and printed, so it must not carry a secret.
+
+    Args:
+        said: The beginning of the refusal, which says who needs the URL.
+
+    Raises:
+        ConfigError: It names no HTTP server, or holds more than the server.
+    """
+    if _MORE.search(url):
         raise ConfigError(
-            "--advisor openai: the server's URL must not hold a user, password or query; put the key into OPENAI_API_KEY."
+            f"{said} a server's URL without user, password, query or fragment; put the key into OPENAI_API_KEY."
         )
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # brackets or a port that make no sense
+        named = False
+    if not named or not url.isprintable() or " " in url:
+        raise ConfigError(f"{said} a server like http://localhost:8000/v1, got {url!a}.")
     return url

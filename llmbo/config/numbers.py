@@ -11,6 +11,7 @@ MOST = 10**6  # of whatever is counted one by one
 MOST_TOKENS = 10**9
 # Together they keep a KV cache's bytes within 64 bits.
 MOST_CONTEXT, MOST_SERVED = 10**7, 10**5
+MOST_SECONDS, MOST_DOLLARS = 10**6, 10**9  # sockets wait for at most 2^31 milliseconds
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,17 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
-from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, MOST_TOKENS, SEED, Within, check_numbers
+from llmbo.config.numbers import (
+    MOST,
+    MOST_CONTEXT,
+    MOST_DOLLARS,
+    MOST_SECONDS,
+    MOST_SERVED,
+    MOST_TOKENS,
+    SEED,
+    Within,
+    check_numbers,
+)
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
 from llmbo.config.strategies import strategy_plugin
 from llmbo.errors import ConfigError, unknown
@@ -14,7 +24,7 @@ from llmbo.errors import ConfigError, unknown
 MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
-    "advisor_deadline", "advisor_price",
+    "advisor_deadline", "advisor_price", "advisor_reply_tokens",
 )  # fmt: skip
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 
@@ -42,8 +52,8 @@ class RunConfig:
         window: Tokens per window.
         storage: Database URL, or None for SQLite in the run folder.
         advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are
-            caps for the whole run: calls, tokens, dollars (None for no cap), seconds of waiting, seconds that a dead or
-            misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
+            caps for the whole run: calls, tokens, tokens of one reply, dollars (None for no cap), seconds of waiting, seconds
+            that a dead or misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
         advisor_share: Part of the initial design that the advisor may fill.
 
     Raises:
@@ -77,15 +87,16 @@ class RunConfig:
     storage: str | None = None
     advisor: str = "none"
     advisor_hooks: tuple[str, ...] = HOOKS
-    advisor_share: float = 0.25
+    advisor_share: Annotated[float, Within(0, 0.5)] = 0.25
     advisor_context: str = "full"
-    advisor_every: int = 2
-    advisor_max_calls: int = 8
-    advisor_max_tokens: int = 25_000
-    advisor_max_cost: float | None = None
-    advisor_max_seconds: float = 900.0
-    advisor_deadline: float = 120.0
-    advisor_price: tuple[float, ...] | None = None
+    advisor_every: Annotated[int, Within(1, MOST)] = 2
+    advisor_max_calls: Annotated[int, Within(1, MOST)] = 8
+    advisor_max_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 25_000
+    advisor_reply_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 700
+    advisor_max_cost: Annotated[float | None, Within(0, MOST_DOLLARS, apart=True)] = None
+    advisor_max_seconds: Annotated[float, Within(1, MOST_SECONDS)] = 900.0
+    advisor_deadline: Annotated[float, Within(1, MOST_SECONDS)] = 120.0
+    advisor_price: Annotated[tuple[float, ...] | None, Within(0, MOST_DOLLARS)] = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -128,20 +139,14 @@ class RunConfig:
         check_hooks(self.advisor_hooks)
         if self.advisor != "none" and self.strategy != "qnehvi":
             raise ConfigError(f"--advisor advises the strategy qnehvi only, got '{self.strategy}'.")
-        if not 0 <= self.advisor_share <= 0.5:
-            raise ConfigError(f"--advisor-share must lie between 0 and 0.5, got {self.advisor_share}.")
         if self.advisor_context not in CONTEXT_LEVELS:
             raise ConfigError(unknown("--advisor-context", self.advisor_context, CONTEXT_LEVELS))
-        for flag in ("every", "max_calls", "max_tokens", "max_seconds", "deadline"):
-            value = getattr(self, f"advisor_{flag}")
-            if not value >= 1:
-                raise ConfigError(f"--advisor-{flag.replace('_', '-')} must be at least 1, got {value}.")
-        if self.advisor_price is not None and (len(self.advisor_price) != 2 or min(self.advisor_price) < 0):
+        if self.advisor_price is not None and len(self.advisor_price) != 2:
             raise ConfigError(
                 f"--advisor-price needs dollars per million prompt and reply tokens, e.g. 0.4,1.6, got {self.advisor_price}."
             )
-        if self.advisor_max_cost is not None and (self.advisor_price is None or self.advisor_max_cost <= 0):
-            raise ConfigError(f"--advisor-max-cost {self.advisor_max_cost} must be above 0 and needs --advisor-price.")
+        if self.advisor_max_cost is not None and self.advisor_price is None:
+            raise ConfigError(f"--advisor-max-cost {self.advisor_max_cost} needs --advisor-price.")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], **changes: Any) -> "RunConfig":

@@ -344,7 +344,7 @@ def chat_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {SECRET}"
+            assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == f"Bearer {chat.secret}"
             chat.requests.append(body)
             with contextlib.suppress(OSError):  # the client may have gone
                 text = chat.answer(body, self)

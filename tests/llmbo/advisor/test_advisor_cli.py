@@ -91,6 +91,9 @@ def test_a_dead_server_leaves_the_run_that_no_advisor_makes(llmbo: Any) -> None:
     [
         ({"advisor": "heuristics"}, "did you mean heuristic"),
         ({"advisor": "openai:gpt"}, "OPENAI_API_KEY"),
+        ({"advisor": "openai:qwen3:8b@localhost:11434/v1"}, "openai:qwen3:8b@http://localhost:11434/v1"),
+        ({"advisor": "transformers:./nope"}, "./nope"),
+        ({"advisor": "heuristic", "advisor_price": "nan,nan"}, "--advisor-price must be"),
         ({"advisor": "replay:nowhere.jsonl"}, "replay:nowhere.jsonl cannot be read"),
         ({"advisor": "heuristic", "advisor_hooks": "propos"}, "did you mean propose"),
         ({"advisor": "heuristic", "advisor_price": "cheap"}, "--advisor-price needs numbers"),
@@ -168,6 +171,17 @@ def test_advise_shows_the_prompt_or_asks_once_and_changes_nothing(
     after = finished.files()
     assert {name for name in after if not name.startswith("runs/tiny/study.db")} == set(before) - {"runs/tiny/study.db"}
     assert all(after[name] == content for name, content in before.items() if not name.endswith(".db"))
+
+
+def test_advise_fails_when_nobody_answers(advise: Callable[..., Any], chat_server: Any, tmp_path: Path) -> None:
+    chat_server.answer = lambda body, handler: chat_server.send(handler, 401, '{"error": {"message": "no credit"}}')
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    for advisor, reason in ((chat_server.advisor, "HTTP 401: no credit"), (f"replay:{empty}", "holds no reply")):
+        result = advise("--advisor", advisor)
+        assert result.exit_code == 1 and result.stdout == ""
+        (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+        assert line.startswith("error: Nobody answered: ") and reason in line
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ class PrunedModel:
             super().__init__(config)  # type: ignore[call-arg]
             heads = config.num_attention_heads
         for module in self.modules():
-            if hasattr(module, "rope_type"):  # some scalings ask for the number of heads, now and whenever a text is longer
+            if hasattr(
+                module, "rope_type"
+            ):  # some scalings ask for the number of heads, now and whenever a text is longer
                 module.config = LayerConfig(config, {"num_attention_heads": heads})
         layers, attends = getattr(self.get_decoder(), config.pruned_blocks["layers"]), False
         for layer, own in zip(layers, config.per_layer_config, strict=True):

@@ -39,8 +39,7 @@ def export(
     """
     format, architecture = request.format, request.architecture
     loaded, windows = load_base(request.report, phases, model, device)
-    if format.check_model:
-        resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
+    resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
     inputs = RebuildInputs.of(request.report, loaded, windows, phases)
     with phases.phase("cutting"):
         small, mask = inputs.cut(request.trial)

@@ -12,7 +12,7 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
-from pruning.export.rebuild import cast, local_class, rebuilt, stock_config
+from pruning.export.rebuild import cast, class_for, local_class, rebuilt, stock_config
 from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
 from pruning.projection import matrix_of
 
@@ -36,6 +36,24 @@ class Pruned:
     anatomy: Anatomy
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def check_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
+    """Refuse early what `save_hf` would refuse of the dense `model` cut to `architecture`.
+
+    Raises:
+        UnsupportedExport: No class can hold it.
+    """
+    class_for(model, anatomy_of(model), architecture)
+
+
+def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
+    """Refuse early what `save_padded` would refuse of the dense `model` cut to `architecture`.
+
+    Raises:
+        UnsupportedExport: No stock config can tell the sizes.
+    """
+    _padded_config(Pruned(model, anatomy_of(model), architecture))
 
 
 def save_hf(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from llmbo.config import RunConfig
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
@@ -18,7 +19,7 @@ from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
 from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
+from pruning.calibration import Dealt, TokenWindows, read_text, unseen_windows
 from pruning.export.folder import check_out, whole_folder
 from pruning.likelihood import quality
 
@@ -95,7 +96,15 @@ def recover(
         kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
         stored = _saved_dtype(task.source)
         teacher = _teacher(task, small, kind) if plan.distil else None
-        windows = training_windows(task.text, small.tokenizer, task.window, task.heldout, plan)
+        windows = unseen_windows(
+            read_text(task.text),
+            small.tokenizer,
+            task.window,
+            plan.seed,
+            task.heldout,
+            plan.batch,
+            _searched(small.source),
+        )
     before = quality(small.model, windows.heldout).loss
     work = task.out.with_name(task.out.name + ".recovery")
     with phases.phase("training", plan.steps) as advance:
@@ -126,19 +135,18 @@ def check_split(window: int, heldout: int) -> None:
         raise ConfigError(f"--window must be at least 2 and --heldout at least 1, got {window} and {heldout}.")
 
 
-def training_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, window: int, heldout: int, plan: Plan
-) -> TokenWindows:
-    """All of a text: to train on (`calibration`), to choose the best step (`proxy`) and to compare (`heldout`).
+def searched(config: RunConfig, sha256: str) -> Dealt:
+    """The windows that a run with this config took from the text of this digest."""
+    return Dealt(sha256, sum(config.windows.values()), config.window, config.seed)
 
-    The last windows of the seeded order are held out, which `llmbo optimize` never reached with the same seed and window.
-    """
-    text = read_text(source)
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    total = len(ids) // (window - adds_bos(tokenizer))
-    training = max(plan.batch, total - 2 * heldout)  # too short a text is refused below
-    counts = dict(zip(SPLITS, (training, heldout, heldout), strict=True))
-    return cut_windows(text, tokenizer, counts, window, plan.seed)
+
+def _searched(source: str) -> Dealt | None:
+    """The windows that the run behind an exported folder took; None if no run is."""
+    told = _details(source)
+    if "settings" not in told or "text" not in told:
+        return None
+    config = RunConfig.from_settings(told["settings"], strategy="qnehvi", advisor="none")
+    return searched(config, told["text"]["sha256"])
 
 
 def _saved_dtype(source: str) -> torch.dtype:

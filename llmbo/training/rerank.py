@@ -19,10 +19,10 @@ from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
-from llmbo.training.recovery import MIXED, check_split, training_windows
+from llmbo.training.recovery import MIXED, check_split, searched
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import TokenWindows
+from pruning.calibration import TokenWindows, read_text, unseen_windows
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
 
 FILE = "rerank.json"
@@ -163,7 +163,8 @@ def rerank(
     missing = [trial for trial in chosen if trial.number not in done]
     if missing:
         loaded, windows = load_base(report, phases, model, device)
-        held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
+        seen = searched(config, report.data.sha256)
+        held = unseen_windows(read_text(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen)
         inputs = RebuildInputs.of(report, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)

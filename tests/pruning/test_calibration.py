@@ -13,7 +13,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruning.calibration import SOURCES, SPLITS, Text, TokenWindows, cut_windows, read_text, sample_windows
+from pruning.calibration import (
+    SOURCES,
+    SPLITS,
+    Dealt,
+    Text,
+    TokenWindows,
+    cut_windows,
+    read_text,
+    sample_windows,
+    unseen_windows,
+)
 from pruning.errors import NotEnoughText, UnreadableText
 
 COUNTS = {"calibration": 5, "proxy": 4, "heldout": 3}
@@ -88,6 +98,52 @@ def test_too_short_a_text_is_refused_with_the_numbers(bos: bool, needed: int) ->
         cut_windows(words(needed - 1), build_tokenizer(bos), COUNTS, length=8, seed=0)
     for said in ("text:words", f"{needed - 1} tokens", f"{needed} are needed", f"12 windows of {needed // 12}"):
         assert said in str(error.value)
+
+
+LENGTHS = {
+    "alike": (8, 8, 0, 0),
+    "of another seed": (8, 8, 0, 1),
+    "longer": (8, 16, 0, 0),
+    "shorter and shifted": (16, 7, 3, 3),
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("dealt", "length", "first", "second"), LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("count", [300, 999])
+def test_unseen_windows_share_no_token_with_what_was_dealt(
+    bos: bool, dealt: int, length: int, first: int, second: int, count: int
+) -> None:
+    text, tokenizer = words(count), build_tokenizer(bos)
+    used = torch.cat(splits(cut_windows(text, tokenizer, COUNTS, dealt, first)))
+    found = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt(text.sha256, 12, dealt, first))
+    judged = torch.cat([found.proxy, found.heldout])
+    assert (len(found.proxy), len(found.heldout), found.length) == (2, 2, length)
+    assert len(found.calibration) == count // (length - bos) - 4
+    own = torch.cat(splits(found))[:, int(bos) :]
+    assert own.unique().numel() == own.numel()
+    assert not torch.isin(judged[:, int(bos) :], used[:, int(bos) :]).any()
+    # What nobody has dealt is the end of the same order.
+    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt("another text", 12, dealt, first))
+    everything = {"calibration": count // (length - bos) - 4, "proxy": 2, "heldout": 2}
+    for one, other in zip(splits(fresh), splits(cut_windows(text, tokenizer, everything, length, second)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("bos", "training", "needed"), [(False, 1, 144), (True, 1, 126), (False, 14, 160)])
+def test_a_text_of_just_the_needed_length_is_enough(bos: bool, training: int, needed: int) -> None:
+    """12 windows were dealt and 6 are to judge by; training may take what was dealt."""
+    tokenizer = build_tokenizer(bos)
+
+    def cut(count: int) -> TokenWindows:
+        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, Dealt(words(count).sha256, 12, 8, 0))
+
+    assert len(cut(needed).calibration) == max(12, training)
+    for short in (1, 8 - bos):
+        with pytest.raises(NotEnoughText) as error:
+            cut(needed - short)
+        for said in ("text:words", f"{needed - short} tokens", f"at least {needed} are needed", "--heldout"):
+            assert said in str(error.value)
 
 
 def test_builtin_is_prose_without_repeats() -> None:

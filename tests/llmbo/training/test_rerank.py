@@ -129,6 +129,7 @@ def test_an_interrupted_comparison_goes_on_with_the_next_point(
         ("tiny", ("--heldout", 0), "--heldout at least 1"),
         ("tiny", ("--text", "text:no.txt"), "no.txt"),
         ("tiny", ("--batch", 500), "tokens"),
+        ("tiny", ("--heldout", 40), "holds 1200 tokens, at least 1536 are needed.*256 tokens that the search used"),
         ("tiny", ("--model", "/no/such/model"), "no model folder '/no/such/model'"),
     ],
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llmbo.config.numbers import VALUE
 from llmbo.errors import ConfigError, unknown
 
 TableKind = Literal["latency", "energy", "memory"]  # of blocks, measured on the device where the model will run
@@ -192,10 +193,7 @@ def check_objectives(names: Sequence[str], reference_point: Sequence[float] | No
     if len(reference_point) != len(names):
         raise ConfigError(f"--reference-point needs one number per objective ({listed}), got {len(reference_point)}.")
     for name, value in zip(names, reference_point, strict=True):
-        if not math.isfinite(value) or value <= 0:
-            raise ConfigError(
-                f"--reference-point for {name} is {value}, which no model can beat: give a number above 0."
-            )
+        VALUE.check(f"--reference-point for {name}", value)
 
 
 def parse_limits(words: Sequence[str]) -> dict[str, float]:
@@ -212,10 +210,11 @@ def parse_limits(words: Sequence[str]) -> dict[str, float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not equals or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"--max needs NAME=VALUE with a value above 0, e.g. params_share=0.6, got '{word}'.")
+        if not equals or math.isnan(value):
+            raise ConfigError(f"--max needs NAME=VALUE with a number above 0, e.g. params_share=0.6, got '{word}'.")
         if name not in OBJECTIVES:
             raise ConfigError(unknown("name after --max", name, OBJECTIVES))
+        VALUE.check(f"--max {name}", value)
         if OBJECTIVES[name].maximize:
             raise ConfigError(f"--max {word}: more {name} is better, so there is nothing to limit.")
         if name in limits:

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
+from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, MOST_TOKENS, SEED, Within, check_numbers
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
 from llmbo.config.strategies import strategy_plugin
 from llmbo.errors import ConfigError, unknown
 
 MAX_NAME_BYTES = 250  # file systems take 255
-MAX_SEED = 2**32  # torch takes 64 bits, and every round of a run has a seed of its own
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
     "advisor_deadline", "advisor_price",
@@ -51,26 +51,26 @@ class RunConfig:
     """
 
     model: str
-    budget: int = 60
-    batch: int = 4
-    seed: int = 0
+    budget: Annotated[int, Within(1, MOST)] = 60
+    batch: Annotated[int, Within(1, MOST)] = 4
+    seed: Annotated[int, SEED] = 0
     strategy: str = "qnehvi"
     objectives: tuple[str, ...] = ("kl", "params_share")
     reference_point: tuple[float, ...] | None = None
     maximum: tuple[str, ...] = ()
-    context: int = 2048
-    serve_batch: int = 1
+    context: Annotated[int, Within(1, MOST_CONTEXT)] = 2048
+    serve_batch: Annotated[int, Within(1, MOST_SERVED)] = 1
     latency_target: str = "auto"
     items: str = ""
     racing: bool = False
     compensation: bool = True
     text: str = "builtin"
-    min_share: float = 0.4
-    neuron_step: int = 0
-    calibration_tokens: int = 16384
-    proxy_tokens: int = 3072
-    heldout_tokens: int = 1536
-    window: int = 256
+    min_share: Annotated[float, Within(0, 1, apart=True)] = 0.4
+    neuron_step: Annotated[int, Within(0, MOST)] = 0
+    calibration_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 16384
+    proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
+    heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536
+    window: Annotated[int, Within(8, MOST)] = 256
     dtype: str = "auto"
     device: str = "auto"
     name: str = ""
@@ -88,22 +88,12 @@ class RunConfig:
     advisor_price: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for flag in ("budget", "batch", "context", "serve_batch"):
-            if getattr(self, flag) < 1:
-                raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(self, flag)}.")
-        if self.window < 8:
-            raise ConfigError(f"--window must be at least 8 tokens, got {self.window}.")
+        check_numbers(self)
         for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
             if getattr(self, flag) < self.window:
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
                 )
-        if not 0 <= self.seed < MAX_SEED:
-            raise ConfigError(f"--seed must lie between 0 and {MAX_SEED - 1}, got {self.seed}.")
-        if self.neuron_step < 0:
-            raise ConfigError(f"--neuron-step must not be negative, got {self.neuron_step}.")
-        if not 0 < self.min_share < 1:
-            raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
         strategy_plugin(self.strategy)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")

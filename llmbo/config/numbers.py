@@ -1,0 +1,78 @@
+"""What a number may be, declared beside the field that holds it: `budget: Annotated[int, Within(1, 10**6)] = 60`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import get_type_hints
+
+from llmbo.errors import ConfigError
+
+MOST = 10**6  # of whatever is counted one by one
+MOST_TOKENS = 10**9
+# Together they keep a KV cache's bytes within 64 bits.
+MOST_CONTEXT, MOST_SERVED = 10**7, 10**5
+
+
+@dataclass(frozen=True)
+class Within:
+    """A range of numbers, both ends included; NaN and the infinities lie in none.
+
+    Args:
+        apart: The ends themselves are excluded.
+        flag: How the user calls the field, where that is not its name.
+    """
+
+    least: float
+    most: float
+    apart: bool = False
+    flag: str = ""
+
+    def check(self, name: str, value: object, whole: bool = False) -> None:
+        """Refuse what is no number, or outside.
+
+        Args:
+            name: As the user typed it.
+            whole: Only whole numbers are taken.
+
+        Raises:
+            ConfigError: One line with name, value and range.
+        """
+        if not isinstance(value, Integral if whole else Real) or value != value:
+            expected = f"must be a {'whole ' * whole}number"
+        elif value <= self.least if self.apart else value < self.least:  # type: ignore[operator]
+            expected = f"must be {'above' if self.apart else 'at least'} {_short(self.least)}"
+        elif value >= self.most if self.apart else value > self.most:  # type: ignore[operator]
+            expected = f"must be {'below' if self.apart else 'at most'} {_short(self.most)}"
+        else:
+            return
+        raise ConfigError(f"{name} {expected}, got {value if isinstance(value, Real) else repr(value)}.")
+
+
+SEED = Within(0, 2**32 - 1)  # torch takes 64 bits, and every round of a run has a seed of its own
+VALUE = Within(0, 1e18, apart=True)  # of an objective: beyond it, products of two or three of them lose what differs
+
+
+def flag_of(field: str) -> str:
+    """`serve_batch` is typed as `--serve-batch`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check_numbers(settings: object, name: Callable[[str], str] = flag_of) -> None:
+    """Check every field of a dataclass that declares a range; of a tuple every number, and None always passes.
+
+    Args:
+        name: What the user calls a field.
+
+    Raises:
+        ConfigError: The first that is out of range.
+    """
+    for field, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, field)
+        for within in getattr(hint, "__metadata__", ()):
+            if isinstance(within, Within) and value is not None:
+                for one in value if isinstance(value, tuple) else (value,):
+                    within.check(within.flag or name(field), one, whole="int" in str(hint.__origin__))
+
+
+def _short(end: float) -> str:
+    return str(end) if abs(end) < 1e15 else f"{end:g}"

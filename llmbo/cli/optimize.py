@@ -52,7 +52,9 @@ def optimize(
         bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
     ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
-    text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
+    text: Annotated[
+        str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self.")
+    ] = "builtin",
     min_share: Annotated[
         float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")
     ] = 0.4,

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
+from llmbo.config.numbers import MOST, Within, check_numbers
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
@@ -23,6 +24,7 @@ from pruning.calibration import Dealt, TokenWindows, read_text, unseen_windows
 from pruning.export.folder import check_out, whole_folder
 from pruning.likelihood import quality
 
+HELDOUT = Within(1, MOST)  # windows
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -33,7 +35,7 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT.
+        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN].
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model for distillation; empty takes the one the folder names.
@@ -44,15 +46,15 @@ class Task:
     source: str
     out: Path
     text: str
-    window: int
-    heldout: int
+    window: Annotated[int, Within(2, MOST)]
+    heldout: Annotated[int, HELDOUT]
     teacher: str
     dtype: str
     device: str
-    trial: int | None = None
+    trial: Annotated[int | None, Within(0, MOST)] = None
 
     def __post_init__(self) -> None:
-        check_split(self.window, self.heldout)
+        check_numbers(self)
         check_dtype(self.dtype)
 
 
@@ -127,12 +129,6 @@ def recover(
         _write(trained, small, task, plan, outcome, command, windows)
     shutil.rmtree(work, ignore_errors=True)
     return outcome
-
-
-def check_split(window: int, heldout: int) -> None:
-    """Raise ConfigError for windows without a prediction, or none to compare on."""
-    if window < 2 or heldout < 1:
-        raise ConfigError(f"--window must be at least 2 and --heldout at least 1, got {window} and {heldout}.")
 
 
 def searched(config: RunConfig, sha256: str) -> Dealt:

@@ -19,7 +19,7 @@ from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
-from llmbo.training.recovery import MIXED, check_split, searched
+from llmbo.training.recovery import HELDOUT, MIXED, searched
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
 from pruning.calibration import TokenWindows, read_text, unseen_windows
@@ -150,9 +150,9 @@ def rerank(
     Raises:
         LlmboError, PruningError: One line for the user.
     """
+    HELDOUT.check("--heldout", heldout, whole=True)
     report, folder = read_run(run), find_run(run)
     config = config_of(report)
-    check_split(config.window, heldout)
     chosen = spread(report, top)
     plan = Plan(**asdict(plan) | {"seed": config.seed})
     text = text or config.text

@@ -57,7 +57,7 @@ def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 
 def save_hf(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> Check:
     """Write a folder that `from_pretrained` loads; layers of unequal size need `trust_remote_code=True`.
 
@@ -74,7 +74,7 @@ def save_hf(
 
 
 def save_padded(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> Check:
     """Write a stock folder with every layer padded by zeros to the widest. Same logits; it saves little or nothing."""
     return _save(pruned, padded(pruned), out, files or {}, max_shard_size)
@@ -136,7 +136,9 @@ def _padded_config(pruned: Pruned) -> PreTrainedConfig:
     )
 
 
-def _save(pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: str) -> Check:
+def _save(
+    pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: int | str
+) -> Check:
     tokens = probe(model)
     with whole_folder(out, files) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -61,8 +63,19 @@ def refused(result: Result) -> str:
 def test_an_exported_trial_measures_what_the_run_measured(
     export: Export, finished: Any, trial: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out")
+    child = os.fork()  # an export that is killed while it writes, or reads back
+    if child == 0:
+        export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out")
+    while not list(tmp_path.glob(".out.*.partial/model.safetensors")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert list(tmp_path.glob(".out.*.partial")) and not (tmp_path / "out").exists()
+    result = export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out", max_shard_size=20_000)
     assert result.exit_code == 0, result.output
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 25_000 for shard in shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "fresh process" in result.stdout and len(result.stdout.splitlines()) == 2
     report = finished.report()
     config = RunConfig.from_settings(report["run"]["settings"], name="tiny")
@@ -87,11 +100,18 @@ def test_an_exported_trial_measures_what_the_run_measured(
     [
         ("nowhere", {}, "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
-        ("tiny", {"trial": -1}, "no trial -1"),
+        ("tiny", {"trial": -1}, "--trial must be at least 0, got -1"),
         ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
-        ("tiny", {"max_shard_size": "huge"}, "--max-shard-size .* 'huge'"),
+        *(
+            ("tiny", {"max_shard_size": size}, f"--max-shard-size .* '{size}'")
+            for size in ("huge", "1.5GB", "-1", "5 GB", "GB", "nan")
+        ),
+        *(
+            ("tiny", {"max_shard_size": size}, "--max-shard-size must be at ")
+            for size in ("0", "0GB", "9999TB", 10**30)
+        ),
         ("tiny", {"out": __file__}, "is a file"),
         ("tiny", {"out": f"{__file__}/deeper"}, "cannot be made, since .* is a file"),
         ("tiny", {"model": "/no/such/model"}, "no model folder '/no/such/model'"),

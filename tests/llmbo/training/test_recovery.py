@@ -319,7 +319,20 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
     ("words", "said"),
     [
         (("./nowhere",), "'./nowhere'"),
-        (("{model}", "--steps", 0), "--steps"),
+        *((("{model}", "--lora", "--rank", rank), "--rank must be at least 1") for rank in (0, -3)),
+        (("{model}", "--rank", -3), "--rank must be at least 1"),  # of no use, and nonsense
+        *((("{model}", "--lr", lr), "--lr must be") for lr in ("nan", "inf", -1)),
+        *((("{model}", "--temperature", value), "--temperature must be") for value in ("nan", "inf", 0, -1)),
+        *(
+            (("{model}", flag, 0), f"{flag} must be at least 1")
+            for flag in ("--steps", "--batch", "--eval-every", "--heldout")
+        ),
+        *((("{model}", "--patience", patience), "--patience must be at least 1") for patience in (0, -1)),
+        *((("{model}", flag, 10**30), f"{flag} must be at most") for flag in ("--steps", "--rank", "--seed")),
+        (("{model}", "--seed", -1), "--seed must be at least 0"),
+        (("{model}", "--window", 1), "--window must be at least 2"),
+        (("{model}", "--dtype", "x"), "--dtype must be auto"),
+        (("no run", "--trial", -1), "--trial must be at least 0"),
         (("{model}", "--distil"), "--teacher"),
         (("{model}", "--distil", "--teacher", "./nowhere"), "'./nowhere'"),
         (("{model}", "--text", "text:{tmp}/short.txt"), "short.txt"),

@@ -5,6 +5,7 @@ Perplexities fail to reproduce mostly because the recipe is missing, so the reci
 
 import hashlib
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.errors import NotEnoughText, UnreadableText
 
-SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self"
+SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self"
+# A slice of a split, as `datasets` writes it, has colons in its brackets: `train[:2000]`, `train[10%:20%]+test`.
+HUB = re.compile(
+    r"(?P<dataset>[^:]+):(?P<config>[^:]*):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)(?::(?P<column>[^:\[\]]+))?"
+)
 SPLITS = ("calibration", "proxy", "heldout")
 
 
@@ -57,7 +62,7 @@ class TokenWindows:
 
 
 def read_text(source: str) -> Text:
-    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT`.
+    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT[:COLUMN]`: of a data set the column `text`, unless another is named.
 
     `builtin` is the English prose of the language reference that ships with every CPython (`pydoc_data.topics`).
     Some of its topics repeat whole paragraphs of others; repeats are left out, or held-out windows would not be unseen.
@@ -78,8 +83,10 @@ def read_text(source: str) -> Text:
         except (OSError, UnicodeDecodeError) as error:
             reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
             raise UnreadableText(f"Cannot read the text file '{rest}': {reason}.") from error
-    if kind == "hf" and rest.count(":") == 2:
-        return Text(source, _hub_text(*rest.split(":")))
+    if kind == "hf" and (place := HUB.fullmatch(rest)):
+        return Text(
+            source, _hub_text(rest, place["dataset"], place["config"], place["split"], place["column"] or "text")
+        )
     raise UnreadableText(f"Unknown text source '{source}': expected {SOURCES}.")
 
 
@@ -231,14 +238,22 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def _hub_text(dataset: str, config: str, split: str) -> str:
+def _hub_text(source: str, dataset: str, config: str, split: str, column: str) -> str:
+    """The rows that are there, one paragraph each."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UnreadableText("Text from the hub needs the package 'datasets': pip install datasets.") from error
     try:
-        rows = load_dataset(dataset, config, split=split)
-        return "\n\n".join(rows["text"])
+        table = load_dataset(dataset, config or None, split=split)
+        rows = list(table[column]) if column in table.column_names else None
     except Exception as error:  # the library raises its own, the hub client's and OS errors alike
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableText(f"Cannot load the dataset '{dataset}:{config}:{split}': {reason}") from error
+        raise UnreadableText(f"Cannot load the dataset '{source}': {reason}") from error
+    if rows is None or not all(row is None or isinstance(row, str) for row in rows):
+        texts = [name for name in table.column_names if isinstance(next(iter(table[name]), None), str)]
+        raise UnreadableText(
+            f"The dataset '{source}' has {'no column' if rows is None else 'no text in its column'} '{column}': name one of "
+            f"{', '.join(texts) or 'none'} as in hf:{dataset}:{config}:{split}:COLUMN."
+        )
+    return "\n\n".join(row for row in rows if row is not None)

@@ -1,8 +1,9 @@
 """Windows are disjoint, reproducible and complete with their recipe; a bad source is named."""
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,7 +182,9 @@ def test_an_unreadable_file_is_named(tmp_path: Path, make: Callable[[Path], obje
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b:c:d", "self"])
+@pytest.mark.parametrize(
+    "source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b", "hf:a:b:c:d:e", "hf:a:b:c[:d", "self"]
+)
 def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
     with pytest.raises(UnreadableText) as error:
         read_text(source)
@@ -189,12 +192,68 @@ def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
     assert SOURCES in str(error.value)
 
 
-def test_a_dataset_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(dataset: str, config: str, split: str) -> dict[str, list[str]]:
-        return {"text": [dataset, config, split]}
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of local data sets, which stand for the hub's."""
+    library = pytest.importorskip("datasets", reason="needs datasets: pip install 'llmbo[hub-text]'")
+    folder = tmp_path_factory.mktemp("datasets")
+    tables = {
+        "plain": [{"text": f"Line {i}."} for i in range(50)],
+        "code": [{"number": i, "content": f"x = {i}", "path": "a.py"} for i in range(50)],
+        "holes": [{"text": None if i == 7 else f"Line {i}."} for i in range(50)],
+        "numbers": [{"text": i} for i in range(50)],
+    }
+    for name, rows in tables.items():
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library.config, "HF_DATASETS_CACHE", folder / "cache")
+        library.disable_progress_bars()
+        yield folder
+        library.enable_progress_bars()
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_text("hf:wiki/text:raw:test") == Text("hf:wiki/text:raw:test", "wiki/text\n\nraw\n\ntest")
+
+LINES = [f"Line {i}." for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("plain:default:train", LINES),
+        ("plain::train", LINES),
+        ("plain:default:train:text", LINES),
+        ("plain:default:train[:20]", LINES[:20]),
+        ("plain:default:train[:50%]", LINES[:25]),
+        ("plain:default:train[10:12]", LINES[10:12]),
+        ("plain:default:train[:2]+train[-10%:]", LINES[:2] + LINES[-5:]),
+        ("plain:default:train[:20]:text", LINES[:20]),
+        ("code:default:train:content", [f"x = {i}" for i in range(50)]),
+        ("code:default:train[-2:]:path", ["a.py", "a.py"]),
+        ("holes:default:train", LINES[:7] + LINES[8:]),
+        ("holes:default:train[7:8]", []),
+    ],
+)
+def test_a_dataset_is_read_by_split_slice_and_column(source: str, expected: list[str], datasets: Path) -> None:
+    text = read_text(f"hf:{datasets}/{source}")
+    assert text == Text(f"hf:{datasets}/{source}", "\n\n".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("code:default:train", "has no column 'text': name one of content, path as in hf:.*/code:default:train:COLUMN"),
+        ("code:default:train[:3]:words", "has no column 'words': .* content, path as in hf:.*:train\\[:3\\]:COLUMN"),
+        ("code:default:train:number", "has no text in its column 'number': name one of content, path"),
+        ("numbers:default:train", "has no text in its column 'text': name one of none"),
+        ("plain:default:test", "plain:default:test': .*test"),
+        ("plain:default:train[:x]", r"plain:default:train\[:x\]': "),
+        ("nowhere:default:train", "nowhere:default:train': "),
+    ],
+)
+def test_what_a_dataset_has_not_is_named(source: str, says: str, datasets: Path) -> None:
+    with pytest.raises(UnreadableText, match=says) as error:
+        read_text(f"hf:{datasets}/{source}")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("host unreachable\nmany lines"), KeyError()])

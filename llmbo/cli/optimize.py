@@ -104,7 +104,9 @@ def optimize(
     Example: llmbo optimize --model llama --budget 60
     """
     typed = locals()
-    with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from here.", smaller="--window or --calibration-tokens"
+    ):
         if quiet and json_logs:
             raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
         settings = {item.name: typed[item.name] for item in fields(RunConfig)} | {

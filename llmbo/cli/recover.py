@@ -50,7 +50,9 @@ def recover(
     """
     from rich.console import Console
 
-    with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from the last validation.", smaller="--window or --batch"
+    ):
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.training.recovery import Task

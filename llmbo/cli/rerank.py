@@ -38,7 +38,9 @@ def rerank(
     """
     from rich.console import Console
 
-    with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from the last validation.", smaller="--batch"
+    ):
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.training import rerank as training

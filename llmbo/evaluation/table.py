@@ -5,14 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from llmbo.errors import ConfigError, StorageError
+from llmbo.config.numbers import MOST, Within, check_numbers
+from llmbo.errors import ConfigError, ModelError, StorageError
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
-from llmbo.models.checkpoints import find_checkpoint, load_checkpoint
+from llmbo.models.checkpoints import Found, find_checkpoint, load_checkpoint
 from llmbo.models.loading import Checkpoint, check_dtype
 from llmbo.report import environment
 from llmbo.types import Phases
@@ -21,7 +23,7 @@ from pruning.calibration import Text, read_text
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. An empty `text` leaves perplexity out.
+    """What is measured. An empty `text` leaves perplexity out; `num_fewshot` and `apply_chat_template` are as in `Tasks`.
 
     Raises:
         ConfigError: A value that is out of range.
@@ -36,8 +38,14 @@ class Settings:
     dtype: str
     device: str
     trust_remote_code: bool
+    num_fewshot: Annotated[int | None, Within(0, MOST)] = None
+    apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not self.tasks and (self.num_fewshot is not None or self.apply_chat_template):
+            flag = "--apply-chat-template" if self.num_fewshot is None else f"--num-fewshot {self.num_fewshot}"
+            raise ConfigError(f"{flag} is of no use without --tasks, whose prompts it shapes: name some.")
         for flag, value in (("--tokens", self.tokens), ("--limit", self.limit or 0)):
             if value < 0:
                 raise ConfigError(f"{flag} must be at least 0, got {value}.")
@@ -46,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Measurements of one model."""
+    """Measurements of one model. `prompts` tells how the tasks were put, None without tasks."""
 
     name: str
     source: str
@@ -56,6 +64,7 @@ class Result:
     quality: Perplexity | None
     tasks: dict[str, dict[str, float]]
     notes: tuple[str, ...]
+    prompts: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of the JSON file."""
@@ -69,6 +78,7 @@ class Result:
             **(quality or {}),
             "recipe": asdict(self.quality.recipe) if self.quality else None,
             "tasks": self.tasks,
+            "prompts": self.prompts,
             "versions": environment()["versions"],
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -86,10 +96,14 @@ def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path
         found = find_checkpoint(name, settings.trust_remote_code)
         if settings.text:
             check_window(found.config, settings.window, settings.stride)
+        if settings.apply_chat_template:
+            _check_chat_template(name, found, settings.trust_remote_code)
     text = read_text(settings.text) if settings.text else None
     if file is not None:
         _append(file, "")
-    tasks = Tasks.load(settings.tasks, settings.limit) if settings.tasks else None
+    tasks = None
+    if settings.tasks:
+        tasks = Tasks.load(settings.tasks, settings.limit, settings.num_fewshot, settings.apply_chat_template)
     for name in names:
         result = _measure(name, settings, text, tasks, phases)
         if file is not None:
@@ -123,8 +137,17 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
         checkpoint.device,
         quality,
         scores,
-        tuple(_notes(checkpoint, text)),
+        (*_notes(checkpoint, text), *(tasks.notes if tasks else ())),
+        {name: getattr(settings, name) for name in ("num_fewshot", "apply_chat_template")} if tasks else None,
     )
+
+
+def _check_chat_template(name: str, found: Found, trust_remote_code: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(found.source, config=found.config, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"--apply-chat-template: the tokenizer of '{name}' has no chat template. Leave the option out."
+        )
 
 
 def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:

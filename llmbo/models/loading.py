@@ -214,8 +214,8 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return LoadedModel(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model))
 
 
-def choose_device(device: str) -> str:
-    """`device` itself, or the best one for "auto"."""
+def choose_device(device: str, option: str = "--device") -> str:
+    """`device` itself, or the best one for "auto". `option` is where the user names it."""
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -224,7 +224,7 @@ def choose_device(device: str) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"The device '{device}' cannot be used here ({first_line(error)}): try --device auto."
+            f"The device '{device}' cannot be used here ({first_line(error)}): try {option} auto."
         ) from error
     return device
 

@@ -70,7 +70,8 @@ def test_a_reloaded_model_turns_by_the_same_angles(
     dense = turning(row, kind)
     anatomy = anatomy_of(dense)
     small = shrink(dense, PruningMask.from_architecture(UNEQUAL, random_ranking(anatomy, 0)))
-    rebuilt(small, anatomy, UNEQUAL).save_pretrained(tmp_path)
+    made = rebuilt(small, anatomy, UNEQUAL)
+    made.save_pretrained(tmp_path)
     tokens = torch.randint(dense.config.vocab_size, (2, 3 * ORIGINAL), generator=torch.Generator().manual_seed(1))
     texts = [tokens[:, :length] for length in (ORIGINAL // 2, 3 * ORIGINAL, ORIGINAL // 2, 2 * ORIGINAL)]
     expected = [logits(small, text) for text in texts]
@@ -81,7 +82,7 @@ def test_a_reloaded_model_turns_by_the_same_angles(
     found = load_pruned(tmp_path)
     own = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(own) is not type(found) and type(own).__name__ == type(found).__name__
-    for model in (found, own, copy.deepcopy(found)):
+    for model in (made, found, own, copy.deepcopy(found)):
         assert all(torch.equal(logits(model, text), values) for text, values in zip(texts, expected, strict=True))
 
 

@@ -39,7 +39,7 @@ class Within:
         """
         if not isinstance(value, Integral if whole else Real) or value != value:
             expected = f"must be a {'whole ' * whole}number"
-        elif value <= self.least if self.apart else value < self.least:  # type: ignore[operator]
+        elif value <= self.least if self.apart else value < self.least:
             expected = f"must be {'above' if self.apart else 'at least'} {_short(self.least)}"
         elif value >= self.most if self.apart else value > self.most:  # type: ignore[operator]
             expected = f"must be {'below' if self.apart else 'at most'} {_short(self.most)}"

@@ -154,7 +154,8 @@ def _write(writer: GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     try:
         writer.write_tensors_to_file()
-        (file,) = writer.fout or ()
+        assert writer.fout is not None  # one file, open until `close`
+        file = writer.fout[0]
         file.flush()
         complete = os.fstat(file.fileno()).st_size == file.tell()
     except OSError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -302,10 +303,11 @@ def test_what_a_killed_export_leaves_is_removed_by_the_next(
 ) -> None:
     """Whatever it is called, but nothing that is still being written, nor anything else."""
     cut = pruned(model, "BBBBB")
-    child = os.fork()
-    if child == 0:
-        save_hf(Pruned(cut.model, cut.anatomy, cut.architecture, Saboteur(_kill)), tmp_path / "killed")  # type: ignore[arg-type]
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    doomed = Pruned(cut.model, cut.anatomy, cut.architecture, Saboteur(_kill))  # type: ignore[arg-type]
+    child = get_context("fork").Process(target=save_hf, args=(doomed, tmp_path / "killed"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     (left,) = tmp_path.glob(".killed.*.partial")
     assert (left / "model.safetensors").exists()
     (tmp_path / ".older.abc_123x.partial").mkdir()  # as the first version called them

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import chdir
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,15 +63,16 @@ def refused(result: Result) -> str:
 def test_an_exported_trial_measures_what_the_run_measured(
     export: Export, finished: Any, trial: dict[str, Any], tmp_path: Path
 ) -> None:
-    child = os.fork()  # an export that is killed while it writes, or reads back
-    if child == 0:
-        export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out")
-    while not list(tmp_path.glob(".out.*.partial/model.safetensors")):
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    flags = {"trial": trial["trial"], "format": "hf", "out": tmp_path / "out"}
+    child = get_context("fork").Process(target=export, args=("tiny",), kwargs=flags)
+    child.start()
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.glob(".out.*.partial/model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # until it writes; then it reads back for seconds
+    child.kill()
+    child.join()
     assert list(tmp_path.glob(".out.*.partial")) and not (tmp_path / "out").exists()
-    result = export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out", max_shard_size=20_000)
+    result = export("tiny", **flags, max_shard_size=20_000)
     assert result.exit_code == 0, result.output
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1 and all(shard.stat().st_size < 25_000 for shard in shards)

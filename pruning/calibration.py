@@ -5,7 +5,8 @@ Perplexities fail to reproduce mostly because the recipe is missing, so the reci
 
 import hashlib
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.errors import NotEnoughText, UnreadableText
 
-SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self"
+SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self"
+# A slice of a split, as `datasets` writes it, has colons in its brackets: `train[:2000]`, `train[10%:20%]+test`.
+HUB = re.compile(
+    r"(?P<dataset>[^:]+):(?P<config>[^:]*):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)(?::(?P<column>[^:\[\]]+))?"
+)
 SPLITS = ("calibration", "proxy", "heldout")
 
 
@@ -57,7 +62,7 @@ class TokenWindows:
 
 
 def read_text(source: str) -> Text:
-    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT`.
+    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT[:COLUMN]`: of a data set the column `text`, unless another is named.
 
     `builtin` is the English prose of the language reference that ships with every CPython (`pydoc_data.topics`).
     Some of its topics repeat whole paragraphs of others; repeats are left out, or held-out windows would not be unseen.
@@ -78,8 +83,10 @@ def read_text(source: str) -> Text:
         except (OSError, UnicodeDecodeError) as error:
             reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
             raise UnreadableText(f"Cannot read the text file '{rest}': {reason}.") from error
-    if kind == "hf" and rest.count(":") == 2:
-        return Text(source, _hub_text(*rest.split(":")))
+    if kind == "hf" and (place := HUB.fullmatch(rest)):
+        return Text(
+            source, _hub_text(rest, place["dataset"], place["config"], place["split"], place["column"] or "text")
+        )
     raise UnreadableText(f"Unknown text source '{source}': expected {SOURCES}.")
 
 
@@ -96,19 +103,72 @@ def cut_windows(
     Raises:
         NotEnoughText: Says how many tokens are there and how many are needed.
     """
-    bos = adds_bos(tokenizer)
-    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    payload = length - bos
-    wanted = sum(counts[split] for split in SPLITS)
-    if len(ids) < wanted * payload:
+    windows, tokens, bos = _windows(text, tokenizer, length)
+    payload, wanted = length - bos, sum(counts[split] for split in SPLITS)
+    if len(windows) < wanted:
         raise NotEnoughText(
-            f"The text '{text.source}' holds {len(ids)} tokens, {wanted * payload} are needed "
+            f"The text '{text.source}' holds {tokens} tokens, {wanted * payload} are needed "
             f"({wanted} windows of {payload}): give a longer text or ask for fewer tokens."
         )
-    windows = ids[: len(ids) // payload * payload].view(-1, payload)
-    if bos:
-        windows = torch.cat([windows.new_full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
-    return _deal(windows, counts, seed, text.source, text.sha256, len(ids), bos)
+    return _deal(windows, counts, seed, text.source, text.sha256, tokens, bos)
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The windows that `cut_windows` has dealt out of a text.
+
+    Args:
+        sha256: Of the text.
+        windows: How many, of all splits together.
+        length: Tokens in each, BOS included.
+        seed: Of their order.
+    """
+
+    sha256: str
+    windows: int
+    length: int
+    seed: int
+
+
+def unseen_windows(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    heldout: int,
+    training: int = 1,
+    seen: Dealt | None = None,
+) -> TokenWindows:
+    """All windows of a text: to train on (`calibration`), to choose by (`proxy`) and to compare on (`heldout`).
+
+    Neither of the latter shares a token with what was dealt before. They are the last such ones of the seeded order.
+
+    Args:
+        heldout: Windows wanted in each of the latter.
+        training: Windows wanted at least in the first, which may have been dealt before.
+        seen: Counts if it came from the same text, cut with the same tokenizer.
+
+    Raises:
+        NotEnoughText: Says how many tokens are there and how many are needed.
+    """
+    windows, tokens, bos = _windows(text, tokenizer, length)
+    payload, used = length - bos, torch.zeros(tokens, dtype=torch.bool)
+    if seen is not None and seen.sha256 == text.sha256:
+        dealt = seen.length - bos
+        for place in _order(tokens // dealt, seen.seed)[: seen.windows].tolist():
+            used[place * dealt : (place + 1) * dealt] = True
+    order = _order(len(windows), seed)
+    unseen = order[~used[: len(windows) * payload].view(-1, payload).any(1)[order]]
+    if len(unseen) < 2 * heldout or len(windows) < training + 2 * heldout:
+        needed = max(int(used.sum()), training * payload) + 2 * heldout * payload
+        raise NotEnoughText(
+            f"The text '{text.source}' holds {tokens} tokens, at least {needed} are needed: {2 * heldout} windows of {payload} to "
+            f"judge by, beside the {int(used.sum())} tokens that the search used and {training} windows to train on "
+            f"({len(unseen)} windows are unseen): give a longer or another text, or a smaller --heldout."
+        )
+    kept = unseen[len(unseen) - 2 * heldout :]
+    hands = order[~torch.isin(order, kept)], *kept.split(heldout)
+    return _gathered(windows, hands, text.source, text.sha256, tokens, bos)
 
 
 def sample_windows(
@@ -143,10 +203,33 @@ def sample_windows(
 def _deal(
     windows: Tensor, counts: Mapping[str, int], seed: int, source: str, sha256: str, available: int, bos: bool
 ) -> TokenWindows:
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    dealt = order[: sum(counts[split] for split in SPLITS)].split([counts[split] for split in SPLITS])
-    calibration, proxy, heldout = (windows[hand] for hand in dealt)
+    order = _order(len(windows), seed)
+    hands = order[: sum(counts[split] for split in SPLITS)].split([counts[split] for split in SPLITS])
+    return _gathered(windows, hands, source, sha256, available, bos)
+
+
+def _order(windows: int, seed: int) -> Tensor:
+    """In which so many windows are dealt."""
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+
+
+def _gathered(
+    windows: Tensor, hands: Sequence[Tensor], source: str, sha256: str, available: int, bos: bool
+) -> TokenWindows:
+    """The windows at the places in each hand, one for each of `SPLITS`."""
+    calibration, proxy, heldout = (windows[hand] for hand in hands)
     return TokenWindows(calibration, proxy, heldout, source=source, sha256=sha256, available_tokens=available, bos=bos)
+
+
+def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Tensor, int, bool]:
+    """All of a text in windows, how many tokens it holds, and whether every window starts with BOS."""
+    bos = adds_bos(tokenizer)
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    payload = length - bos
+    windows = ids[: len(ids) // payload * payload].view(-1, payload)
+    if bos:
+        windows = torch.cat([windows.new_full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
+    return windows, len(ids), bos
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -155,14 +238,22 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def _hub_text(dataset: str, config: str, split: str) -> str:
+def _hub_text(source: str, dataset: str, config: str, split: str, column: str) -> str:
+    """The rows that are there, one paragraph each."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UnreadableText("Text from the hub needs the package 'datasets': pip install datasets.") from error
     try:
-        rows = load_dataset(dataset, config, split=split)
-        return "\n\n".join(rows["text"])
+        table = load_dataset(dataset, config or None, split=split)
+        rows = list(table[column]) if column in table.column_names else None
     except Exception as error:  # the library raises its own, the hub client's and OS errors alike
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableText(f"Cannot load the dataset '{dataset}:{config}:{split}': {reason}") from error
+        raise UnreadableText(f"Cannot load the dataset '{source}': {reason}") from error
+    if rows is None or not all(row is None or isinstance(row, str) for row in rows):
+        texts = [name for name in table.column_names if isinstance(next(iter(table[name]), None), str)]
+        raise UnreadableText(
+            f"The dataset '{source}' has {'no column' if rows is None else 'no text in its column'} '{column}': name one of "
+            f"{', '.join(texts) or 'none'} as in hf:{dataset}:{config}:{split}:COLUMN."
+        )
+    return "\n\n".join(row for row in rows if row is not None)

@@ -34,12 +34,12 @@ class AbsentMLP(nn.Module):
 
 
 class LayerConfig:
-    """A model's config as one layer reads it: a few values are its own, all others are the model's, whenever they change."""
+    """A model's config as one module reads it: a few values are its own, all others are the model's, whenever they change."""
 
     def __init__(self, shared: Any, own: Mapping[str, Any]) -> None:
         vars(self).update(own, shared=shared)
 
-    def __getattr__(self, name: str) -> Any:  # asked only for what is not the layer's own
+    def __getattr__(self, name: str) -> Any:  # asked only for what is not the module's own
         if name == "shared" or name.startswith("__"):  # a copy in the making, or copy and pickle looking for hooks
             raise AttributeError(name)
         return getattr(self.shared, name)
@@ -70,6 +70,12 @@ class PrunedModel:
             raise ValueError("This checkpoint needs transformers >= 5.15 and a config with `per_layer_config`.")
         with dense(config):
             super().__init__(config)  # type: ignore[call-arg]
+            heads = config.num_attention_heads
+        for module in self.modules():
+            if hasattr(
+                module, "rope_type"
+            ):  # some scalings ask for the number of heads, now and whenever a text is longer
+                module.config = LayerConfig(config, {"num_attention_heads": heads})
         layers, attends = getattr(self.get_decoder(), config.pruned_blocks["layers"]), False
         for layer, own in zip(layers, config.per_layer_config, strict=True):
             narrow(layer, own, config)

@@ -25,7 +25,7 @@ from llmbo.comparison.gaussian_process import hyperparameters_of
 from llmbo.comparison.problems import OpenProblem, opened
 from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fit_process
 from llmbo.comparison.store import EvaluationStore
-from llmbo.models.loading import load_config, silence_libraries
+from llmbo.models.loading import find_prunable, silence_libraries
 
 FOLDS = 8
 FRONT = 1.25  # times the KL of the measured threshold families
@@ -104,7 +104,7 @@ def sizes(model: str) -> dict[str, object]:
         "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias",
     )  # fmt: skip
-    config = load_config(model).to_dict()
+    config = find_prunable(model).config.to_dict()
     return {key: config[key] for key in keys if key in config}
 
 

@@ -1,7 +1,10 @@
 """Flags, messages, exit codes: one file per command. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
+from typing import Annotated
+
 import typer
 
+from llmbo import __version__
 from llmbo.cli.advise import advise
 from llmbo.cli.common import OneLineGroup
 from llmbo.cli.compare import compare
@@ -18,8 +21,18 @@ from llmbo.cli.watch import watch
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmbo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
 
 

@@ -19,11 +19,12 @@ EXIT_INTERRUPTED = 130
 
 
 @contextmanager
-def one_line_errors(interrupted: str) -> Iterator[None]:
+def one_line_errors(interrupted: str, smaller: str = "") -> Iterator[None]:
     """Turn faults that are not ours into one line on stderr and an exit code; ours keep their traceback.
 
     Args:
         interrupted: What to say when SIGINT or SIGTERM ends the command.
+        smaller: Options of the command that it needs less memory with when they are smaller.
     """
     from pruning.errors import PruningError
 
@@ -37,7 +38,7 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
         say(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
-        explained = _explained(error)
+        explained = _explained(error, smaller)
         if explained is None:
             raise
         say(f"error: {explained}", err=True)
@@ -79,16 +80,15 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
         raise ConfigError(f"{flag} needs numbers separated by commas, got '{text}'.") from None
 
 
-def _explained(error: Exception) -> str | None:
+def _explained(error: Exception, smaller: str) -> str | None:
     """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
     from llmbo.problem.proxy import out_of_memory
     from llmbo.run.store import DATABASE_ERRORS
 
     reason = first_line(error.__cause__ or error)
     if out_of_memory(error):
-        return (
-            "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
-        )
+        remedy = f" or use a smaller {smaller}" if smaller else ""
+        return f"Out of memory: free some{remedy}, then run the same command again."
     if isinstance(error, (*DATABASE_ERRORS, OSError)):
         return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
     return None

@@ -17,7 +17,7 @@ def evaluate(
     ],
     text: Annotated[
         str | None,
-        typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT; builtin unless --tasks are given."),
+        typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; builtin unless --tasks are given."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, from its start; 0 takes all.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -26,6 +26,15 @@ def evaluate(
     ] = 0,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, or paths of its YAML task files, by commas.")] = "",
     limit: Annotated[int, typer.Option(help="Examples per task; 0 takes all.")] = 0,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples before each question; by default each task's own number.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Put questions and solved examples as turns of a chat with the model."
+        ),
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="File to append the results to, one JSON line per model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the faster one here), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -40,7 +49,9 @@ def evaluate(
     """
     from llmbo.display.console import Console
 
-    with one_line_errors(interrupted="Interrupted. Models that were finished are in the --json file."):
+    with one_line_errors(
+        interrupted="Interrupted. Models that were finished are in the --json file.", smaller="--window"
+    ):
         from llmbo.display.progress import Display
         from llmbo.evaluation.table import Settings, compare, table
         from llmbo.models.loading import silence_libraries
@@ -57,6 +68,8 @@ def evaluate(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
         )
         with Display(Console(stderr=True), 0) as display:
             results = list(compare(models, settings, display, json))

@@ -1,14 +1,36 @@
 """`llmbo models`."""
 
-from llmbo.cli.common import say
+from typing import Annotated
+
+import typer
+
+from llmbo.cli.common import one_line_errors, say
 
 
-def models() -> None:
-    """List the model aliases. Any local folder or Hugging Face hub name works as well.
+def models(
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="Tell what of this model (alias, local folder or hub name) can be searched, and which formats hold the results, "
+            "from its config and tokenizer alone.",
+            metavar="MODEL",
+        ),
+    ] = None,
+) -> None:
+    """List the model aliases, or check one model before anything is measured. Any local folder or hub name works as well.
 
-    Example: llmbo models
+    Example: llmbo models --check llama
     """
-    from llmbo.models.aliases import ALIASES
+    with one_line_errors(interrupted="Interrupted."):
+        from llmbo.models.aliases import ALIASES
+        from llmbo.models.loading import silence_libraries
 
-    for alias in ALIASES.values():
-        say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
+        if check is None:
+            for alias in ALIASES.values():
+                say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
+            return
+        from llmbo.deploy.check import findings
+
+        silence_libraries()
+        for finding in findings(check):
+            say(finding)

@@ -52,7 +52,9 @@ def optimize(
         bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
     ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
-    text: Annotated[str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT or self.")] = "builtin",
+    text: Annotated[
+        str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self.")
+    ] = "builtin",
     min_share: Annotated[
         float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")
     ] = 0.4,
@@ -106,7 +108,9 @@ def optimize(
     Example: llmbo optimize --model llama --budget 60
     """
     typed = locals()
-    with one_line_errors(interrupted="Interrupted. The same command goes on from here."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from here.", smaller="--window or --calibration-tokens"
+    ):
         if quiet and json_logs:
             raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
         settings = {item.name: typed[item.name] for item in fields(RunConfig)} | {

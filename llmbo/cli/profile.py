@@ -32,7 +32,9 @@ def profile(
     """
     from llmbo.display.console import Console
 
-    with one_line_errors(interrupted="Interrupted. Tables that were finished are in the cache."):
+    with one_line_errors(
+        interrupted="Interrupted. Tables that were finished are in the cache.", smaller="--context or --serve-batch"
+    ):
         from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, Within
         from llmbo.display.progress import Display
         from llmbo.errors import ConfigError, unknown
@@ -58,7 +60,7 @@ def profile(
         silence_libraries()
         with Display(Console(stderr=True), 0) as display:
             with display.phase("model"):
-                dense = load_model(model, dtype, choose_device(latency_target)).model
+                dense = load_model(model, dtype, choose_device(latency_target, "--latency-target")).model
             space = SearchSpace(anatomy_of(dense), neuron_step=neuron_step)
             workload = Workload(sequences=serve_batch, context=context, repeats=repeats)
             with display.phase("tables", num_measurements(space, kinds)) as advance:

@@ -20,7 +20,7 @@ def recover(
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     trial: Annotated[int | None, typer.Option(help="Recover this trial of a run.")] = None,
-    text: Annotated[str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT.")] = "builtin",
+    text: Annotated[str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN].")] = "builtin",
     lora: Annotated[
         bool, typer.Option("--lora", help="Train low-rank adapters and merge them, instead of all weights.")
     ] = False,
@@ -50,16 +50,18 @@ def recover(
     """
     from llmbo.display.console import Console
 
-    with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from the last validation.", smaller="--window or --batch"
+    ):
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.training.recovery import Task
         from llmbo.training.recovery import recover as train_briefly
-        from llmbo.training.trainer import Plan
+        from llmbo.training.trainer import Plan, adapter_rank
 
         silence_libraries()
         console, command = Console(stderr=True), shlex.join(["llmbo", *sys.argv[1:]])
-        plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, eval_every, patience, seed)
+        plan = Plan(steps, batch, lr, adapter_rank(lora, rank), distil, temperature, eval_every, patience, seed)
         task = Task(source, out, text, window, heldout, teacher, dtype, device, trial)
         with Display(console, 0) as display:
             outcome = train_briefly(task, plan, command, display, lambda progress: tell(progress, console))

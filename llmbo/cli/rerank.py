@@ -16,7 +16,7 @@ def rerank(
     top: Annotated[int, typer.Option(help="Points of the front, evenly over its sizes.")] = 5,
     steps: Annotated[int, typer.Option(help="Optimizer steps for each.")] = 15,
     text: Annotated[
-        str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT; by default the run's.")
+        str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; by default the run's.")
     ] = "",
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
@@ -38,15 +38,17 @@ def rerank(
     """
     from llmbo.display.console import Console
 
-    with one_line_errors(interrupted="Interrupted. The same command goes on from the last validation."):
+    with one_line_errors(
+        interrupted="Interrupted. The same command goes on from the last validation.", smaller="--batch"
+    ):
         from llmbo.display.progress import Display
         from llmbo.models.loading import silence_libraries
         from llmbo.training import rerank as training
-        from llmbo.training.trainer import Plan
+        from llmbo.training.trainer import Plan, adapter_rank
 
         silence_libraries()
         console = Console(stderr=True)
-        plan = Plan(steps, batch, lr, rank if lora else 0, distil, temperature, every=steps)
+        plan = Plan(steps, batch, lr, adapter_rank(lora, rank), distil, temperature, every=steps)
         with Display(console, 0) as display:
             found = training.rerank(
                 run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console)

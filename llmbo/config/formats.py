@@ -27,7 +27,7 @@ class Format:
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
-        check_model: `(dense model, its tokenizer, Architecture)`, refuses before anything is cut; empty if there is nothing.
+        check_model: `(dense model, its tokenizer, Architecture)`, refuses before anything is cut, without looking at weights.
         saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
         checking: Bytes per parameter of what lies beside the result while it is checked.
     """
@@ -39,10 +39,10 @@ class Format:
     default: str
     save: str
     options: tuple[str, ...]
+    check_model: str
     load: str
     load_unequal: str = ""
     check_type: str = ""
-    check_model: str = ""
     saves: bool = True
     checking: float = 0.0
 
@@ -88,6 +88,7 @@ _ROWS = (
         default="auto",
         save="pruning.export:save_hf",
         options=("max_shard_size",),
+        check_model="pruning.export.hf:check_hf",
         load=_TRANSFORMERS,
         load_unequal="""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,6 +127,7 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         default="auto",
         save="pruning.export:save_padded",
         options=("max_shard_size",),
+        check_model="pruning.export.hf:check_padded",
         load=_TRANSFORMERS,
         saves=False,
     ),

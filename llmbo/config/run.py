@@ -45,7 +45,7 @@ class RunConfig:
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
         racing: Stop candidates whose first windows say that the front dominates them.
-        text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT` or `self`.
+        text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]` or `self`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.

@@ -1,22 +1,20 @@
 """A trial of a stored run -> a folder to deploy."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 
-from safetensors import SafetensorError
 from torch import nn
 
 from llmbo.deploy.card import details, licence_of, model_card
 from llmbo.deploy.request import ExportRequest
-from llmbo.errors import StorageError, first_line
 from llmbo.models.loading import DTYPES, LoadedModel
 from llmbo.run.rebuild import RebuildInputs, load_base
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
 from pruning.export import Pruned
+from pruning.export.folder import folder_beside
 from pruning.export.rebuild import cast, is_stock, rebuilt
 from pruning.export.verify import Check
 
@@ -39,8 +37,7 @@ def export(
     """
     format, architecture = request.format, request.architecture
     loaded, windows = load_base(request.report, phases, model, device)
-    if format.check_model:
-        resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
+    resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
     inputs = RebuildInputs.of(request.report, loaded, windows, phases)
     with phases.phase("cutting"):
         small, mask = inputs.cut(request.trial)
@@ -55,11 +52,7 @@ def export(
         "llmbo.json": details(request, mask, command),
     }
     with phases.phase("writing and reading back"):
-        try:
-            check: Check = resolve_name(format.save)(pruned, request.out, files, **request.options)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise StorageError(f"Cannot write '{request.out}' ({reason}). Nothing was left there.") from error
+        check: Check = resolve_name(format.save)(pruned, request.out, files, **request.options)
     return check
 
 
@@ -70,8 +63,7 @@ def exported_beside(out: Path, run: str, trial: int, command: str, phases: Phase
     Raises:
         LlmboError, PruningError: As for `ExportRequest.of` and `export`.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / "pruned"
+    with folder_beside(out) as temporary:
+        folder = temporary / "pruned"
         export(ExportRequest.of(run, trial, "hf", folder), command, phases)
         yield folder

@@ -7,12 +7,15 @@ from pkgutil import resolve_name
 from typing import Any
 
 from llmbo.config.formats import FORMATS, Format
+from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
+
+MOST_BYTES = 10**15
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ExportRequest:
     Args:
         dtype: A key of `format.dtypes`.
         out: Folder to make.
-        max_shard_size: Of the largest safetensors file, for formats that have some.
+        max_shard_size: Of the largest safetensors file in bytes, for formats that have some.
     """
 
     report: Report
@@ -30,7 +33,7 @@ class ExportRequest:
     format: Format
     dtype: str
     out: Path
-    max_shard_size: str
+    max_shard_size: int
 
     @classmethod
     def of(
@@ -42,13 +45,14 @@ class ExportRequest:
             run: Folder of a run, or its name below `runs/`.
             format: A name in `FORMATS`.
             dtype: One of the format's choices; empty takes its default.
+            max_shard_size: In bytes, or in KB, MB, GB or TB (powers of ten).
 
         Raises:
             ConfigError, StorageError, PruningError: One line for the user.
         """
+        Within(0, MOST).check("--trial", trial, whole=True)
+        shard_size = _bytes("--max-shard-size", max_shard_size)
         report = read_run(run)
-        if not re.fullmatch(r"\d+([KMGT]B)?", max_shard_size):
-            raise ConfigError(f"--max-shard-size must be a size such as 500MB or 5GB, got '{max_shard_size}'.")
         if format not in FORMATS:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
         row = FORMATS[format]
@@ -56,7 +60,7 @@ class ExportRequest:
         if dtype not in row.choices:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
         dtype = report.run.dtype if dtype == "auto" else dtype
-        request = cls(report, find_trial(report, trial), row, dtype, out, max_shard_size)
+        request = cls(report, find_trial(report, trial), row, dtype, out, shard_size)
         if row.check_type:
             resolve_name(row.check_type)(report.model.model_type, request.architecture)
         check_out(out)
@@ -85,3 +89,13 @@ class ExportRequest:
         params = self.trial.objectives.params
         written = self.format.bytes_on_disk(self.dtype, params, self.report.model.params)
         return written + round(self.format.checking * params)
+
+
+def _bytes(flag: str, size: str) -> int:
+    """What a size such as `500MB` is in bytes; without a unit it is bytes."""
+    found = re.fullmatch(r"([0-9]+)(|[KMGT]B)", size.strip().upper())
+    if not found:
+        raise ConfigError(f"{flag} must be a size such as 500MB, 5GB or a number of bytes, got '{size}'.")
+    value = int(found[1]) * 1000 ** ("", "KB", "MB", "GB", "TB").index(found[2])
+    Within(1, MOST_BYTES).check(flag, value, whole=True)
+    return value

@@ -10,11 +10,20 @@ from typing import Annotated, Any
 from rich.table import Table
 
 from llmbo.config.numbers import MOST, MOST_TOKENS, Within, check_numbers
-from llmbo.errors import StorageError
+from llmbo.errors import ConfigError, ModelError, StorageError
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
 from llmbo.models.checks import check_finite
-from llmbo.models.loading import Checkpoint, check_dtype, choose_device, choose_dtype, find_checkpoint, load_checkpoint
+from llmbo.models.loading import (
+    Checkpoint,
+    Found,
+    check_dtype,
+    choose_device,
+    choose_dtype,
+    find_checkpoint,
+    load_checkpoint,
+    load_tokenizer,
+)
 from llmbo.report import environment
 from llmbo.types import Phases
 from pruning.calibration import Text, read_text
@@ -22,7 +31,7 @@ from pruning.calibration import Text, read_text
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. An empty `text` leaves perplexity out.
+    """What is measured. An empty `text` leaves perplexity out; `num_fewshot` and `apply_chat_template` are as in `Tasks`.
 
     Raises:
         ConfigError: A value that is out of range.
@@ -37,15 +46,20 @@ class Settings:
     dtype: str
     device: str
     trust_remote_code: bool
+    num_fewshot: Annotated[int | None, Within(0, MOST)] = None
+    apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if not self.tasks and (self.num_fewshot is not None or self.apply_chat_template):
+            flag = "--apply-chat-template" if self.num_fewshot is None else f"--num-fewshot {self.num_fewshot}"
+            raise ConfigError(f"{flag} is of no use without --tasks, whose prompts it shapes: name some.")
         check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Measurements of one model."""
+    """Measurements of one model. `prompts` tells how the tasks were put, None without tasks."""
 
     name: str
     source: str
@@ -55,6 +69,7 @@ class Result:
     quality: Perplexity | None
     tasks: dict[str, dict[str, float]]
     notes: tuple[str, ...]
+    prompts: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of the JSON file."""
@@ -68,6 +83,7 @@ class Result:
             **(quality or {}),
             "recipe": asdict(self.quality.recipe) if self.quality else None,
             "tasks": self.tasks,
+            "prompts": self.prompts,
             "versions": environment()["versions"],
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -82,13 +98,17 @@ def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path
         LlmboError, PruningError: One line for the user.
     """
     found = [find_checkpoint(name, settings.trust_remote_code) for name in names]
-    if settings.text:
-        for each in found:
+    for each in found:
+        if settings.text:
             check_window(each.config, settings.window, settings.stride)
+        if settings.apply_chat_template:
+            _check_chat_template(each)
     text = read_text(settings.text) if settings.text else None
     if file is not None:
         _append(file, "")
-    tasks = Tasks.load(settings.tasks, settings.limit) if settings.tasks else None
+    tasks = None
+    if settings.tasks:
+        tasks = Tasks.load(settings.tasks, settings.limit, settings.num_fewshot, settings.apply_chat_template)
     if settings.dtype == "auto":  # one for all, or they could not be compared
         dtype = choose_dtype("auto", choose_device(settings.device), found[0].config.get_text_config())
         settings = replace(settings, dtype=dtype)
@@ -127,8 +147,16 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
         checkpoint.device,
         quality,
         scores,
-        tuple(_notes(checkpoint, text)),
+        (*_notes(checkpoint, text), *(tasks.notes if tasks else ())),
+        {name: getattr(settings, name) for name in ("num_fewshot", "apply_chat_template")} if tasks else None,
     )
+
+
+def _check_chat_template(found: Found) -> None:
+    if not load_tokenizer(found).chat_template:
+        raise ModelError(
+            f"--apply-chat-template: the tokenizer of '{found.name}' has no chat template. Leave the option out."
+        )
 
 
 def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:

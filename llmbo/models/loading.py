@@ -152,13 +152,34 @@ def load_checkpoint(
     return _loaded(find_checkpoint(name, trust_remote_code), dtype, device)
 
 
-def load_config(name: str) -> PretrainedConfig:
-    """Read and check the config alone, so that a model that cannot be pruned is refused before its weights are loaded.
+def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: It is missing, damaged or empty.
+    """
+    with _told(found.name, found.source, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.source, config=found.config, trust_remote_code=found.trust_remote_code
+        )
+    check_vocabulary(found.name, tokenizer)
+    return tokenizer
+
+
+def find_prunable(name: str) -> Found:
+    """As `find_checkpoint`, so that a model that cannot be pruned is refused before its weights are loaded.
 
     Raises:
         ModelError: As `find_checkpoint`, or an unsupported family, or pruned already.
     """
-    return _prunable(name).config
+    found = find_checkpoint(name)
+    if found.loader is not AutoModelForCausalLM:
+        raise ModelError(f"Cannot prune '{name}': it is pruned already, give the dense model that it was made from.")
+    try:
+        family_of(found.config)
+    except UnsupportedModel as error:
+        raise ModelError(f"Cannot prune '{name}'. {error}") from error
+    return replace(found, notes=found.notes + _single_head(name, found.config))
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
@@ -175,7 +196,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
         ModelError: The model cannot be loaded, or is not what its config says.
         ConfigError: The device is not there.
     """
-    checkpoint = _loaded(_prunable(name), dtype, device)
+    checkpoint = _loaded(find_prunable(name), dtype, device)
     return LoadedModel(**vars(checkpoint), fingerprint=_fingerprint(checkpoint.model))
 
 
@@ -214,8 +235,8 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     )
 
 
-def choose_device(device: str) -> str:
-    """`device` itself, or the best one for "auto"."""
+def choose_device(device: str, option: str = "--device") -> str:
+    """`device` itself, or the best one for "auto". `option` is where the user names it."""
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -224,7 +245,7 @@ def choose_device(device: str) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"The device '{device}' cannot be used here ({first_line(error)}): try --device auto."
+            f"The device '{device}' cannot be used here ({first_line(error)}): try {option} auto."
         ) from error
     return device
 
@@ -259,17 +280,6 @@ def max_positions(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def _prunable(name: str) -> Found:
-    found = find_checkpoint(name)
-    if found.loader is not AutoModelForCausalLM:
-        raise ModelError(f"Cannot prune '{name}': it is pruned already, give the dense model that it was made from.")
-    try:
-        family_of(found.config)
-    except UnsupportedModel as error:
-        raise ModelError(f"Cannot prune '{name}'. {error}") from error
-    return replace(found, notes=found.notes + _single_head(name, found.config))
-
-
 def _single_head(name: str, config: PretrainedConfig) -> tuple[str, ...]:
     """What the search cannot do with multi-query attention (arXiv:1911.02150)."""
     if sizes_of(config).num_key_value_heads > 1:
@@ -284,9 +294,7 @@ def _loaded(found: Found, dtype: str, device: str) -> Checkpoint:
     name, source, code = found.name, found.source, found.trust_remote_code
     device = choose_device(device)
     dtype = choose_dtype(dtype, device, found.config.get_text_config())
-    with _told(name, source, "the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(source, config=found.config, trust_remote_code=code)
-    check_vocabulary(name, tokenizer)
+    tokenizer = load_tokenizer(found)
     with _told(name, source):
         model, info = found.loader.from_pretrained(
             source,

@@ -151,7 +151,7 @@ def target_model(loaded: LoadedModel, target: str) -> PreTrainedModel:
     """
     if target == "auto":
         return loaded.model
-    device = torch.device(choose_device(target))
+    device = torch.device(choose_device(target, "--latency-target"))
     if device.type == loaded.model.device.type and device.index in (None, loaded.model.device.index):
         return loaded.model
     return load_model(loaded.name, loaded.dtype, target).model

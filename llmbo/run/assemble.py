@@ -13,7 +13,7 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, StorageError
-from llmbo.models.loading import LoadedModel, load_config, load_model
+from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, load_windows, prepared
 from llmbo.report.files import RUNS
@@ -100,7 +100,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     check_advisor(config, folder)
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
-        _check_window(config, given.model.config if given else load_config(config.model))
+        _check_window(config, given.model.config if given else find_prunable(config.model).config)
     if config.text != "self":
         read_text(config.text)
     if config.items and len(read_items(Path(config.items))) < 2:

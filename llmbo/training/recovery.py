@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from llmbo.config import RunConfig
+from llmbo.config.numbers import MOST, Within, check_numbers
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
@@ -18,10 +20,11 @@ from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype, find_checkpoint, load_checkpoint
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import SPLITS, TokenWindows, adds_bos, cut_windows, read_text
+from pruning.calibration import Dealt, TokenWindows, read_text, unseen_windows
 from pruning.export.folder import check_out, whole_folder
 from pruning.likelihood import quality
 
+HELDOUT = Within(1, MOST)  # windows
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -32,7 +35,7 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT.
+        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN].
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model for distillation; empty takes the one the folder names.
@@ -43,15 +46,15 @@ class Task:
     source: str
     out: Path
     text: str
-    window: int
-    heldout: int
+    window: Annotated[int, Within(2, MOST)]
+    heldout: Annotated[int, HELDOUT]
     teacher: str
     dtype: str
     device: str
-    trial: int | None = None
+    trial: Annotated[int | None, Within(0, MOST)] = None
 
     def __post_init__(self) -> None:
-        check_split(self.window, self.heldout)
+        check_numbers(self)
         check_dtype(self.dtype)
 
 
@@ -95,7 +98,15 @@ def recover(
         kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
         stored = _saved_dtype(task.source)
         teacher = _teacher(task, small, kind) if plan.distil else None
-        windows = training_windows(task.text, small.tokenizer, task.window, task.heldout, plan)
+        windows = unseen_windows(
+            read_text(task.text),
+            small.tokenizer,
+            task.window,
+            plan.seed,
+            task.heldout,
+            plan.batch,
+            _searched(small.source),
+        )
         check_tokens(small.model, small.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     before = quality(small.model, windows.heldout).loss
     check_finite(task.source, small.dtype, before)
@@ -122,25 +133,18 @@ def recover(
     return outcome
 
 
-def check_split(window: int, heldout: int) -> None:
-    """Raise ConfigError for windows without a prediction, or none to compare on."""
-    if window < 2 or heldout < 1:
-        raise ConfigError(f"--window must be at least 2 and --heldout at least 1, got {window} and {heldout}.")
+def searched(config: RunConfig, sha256: str) -> Dealt:
+    """The windows that a run with this config took from the text of this digest."""
+    return Dealt(sha256, sum(config.windows.values()), config.window, config.seed)
 
 
-def training_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, window: int, heldout: int, plan: Plan
-) -> TokenWindows:
-    """All of a text: to train on (`calibration`), to choose the best step (`proxy`) and to compare (`heldout`).
-
-    The last windows of the seeded order are held out, which `llmbo optimize` never reached with the same seed and window.
-    """
-    text = read_text(source)
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    total = len(ids) // (window - adds_bos(tokenizer))
-    training = max(plan.batch, total - 2 * heldout)  # too short a text is refused below
-    counts = dict(zip(SPLITS, (training, heldout, heldout), strict=True))
-    return cut_windows(text, tokenizer, counts, window, plan.seed)
+def _searched(source: str) -> Dealt | None:
+    """The windows that the run behind an exported folder took; None if no run is."""
+    told = _details(source)
+    if "settings" not in told or "text" not in told:
+        return None
+    config = RunConfig.from_settings(told["settings"], strategy="qnehvi", advisor="none")
+    return searched(config, told["text"]["sha256"])
 
 
 def _saved_dtype(source: str) -> torch.dtype:

@@ -21,10 +21,10 @@ from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
-from llmbo.training.recovery import MIXED, check_split, training_windows
+from llmbo.training.recovery import HELDOUT, MIXED, searched
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import TokenWindows
+from pruning.calibration import TokenWindows, read_text, unseen_windows
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
 
 FILE = "rerank.json"
@@ -153,9 +153,9 @@ def rerank(
         LlmboError, PruningError: One line for the user.
     """
     Within(2, MOST).check("--top", top, whole=True)  # orders are compared
+    HELDOUT.check("--heldout", heldout, whole=True)
     report, folder = read_run(run), find_run(run)
     config = config_of(report)
-    check_split(config.window, heldout)
     chosen = spread(report, top)
     plan = Plan(**asdict(plan) | {"seed": config.seed})
     text = text or config.text
@@ -166,7 +166,8 @@ def rerank(
     missing = [trial for trial in chosen if trial.number not in done]
     if missing:
         loaded, windows = load_base(report, phases, model, device)
-        held = training_windows(text, loaded.tokenizer, config.window, heldout, plan)
+        seen = searched(config, report.data.sha256)
+        held = unseen_windows(read_text(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen)
         check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
         inputs = RebuildInputs.of(report, loaded, windows, phases)
         loaded.model.requires_grad_(False)

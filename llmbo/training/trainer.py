@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llmbo.config.numbers import MOST, SEED, Within, check_numbers
 from llmbo.errors import ConfigError, StorageError, first_line
 from pruning.likelihood import quality
 from pruning.projection import Projection
@@ -44,24 +45,23 @@ class Plan:
         temperature: Of both distributions in `distil`.
         every: Steps between validations, each of which is a checkpoint to resume from.
         patience: Validations without a new best after which training stops.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
 
-    steps: int
-    batch: int = 4
-    lr: float = 0.0
-    lora: int = 0
+    steps: Annotated[int, Within(1, MOST)]
+    batch: Annotated[int, Within(1, MOST)] = 4
+    lr: Annotated[float, Within(0, MOST)] = 0.0
+    lora: Annotated[int, Within(0, MOST, flag="--rank")] = 0
     distil: bool = False
-    temperature: float = 1.0
-    every: int = 25
-    patience: int = 4
-    seed: int = 0
+    temperature: Annotated[float, Within(0, MOST, apart=True)] = 1.0
+    every: Annotated[int, Within(1, MOST, flag="--eval-every")] = 25
+    patience: Annotated[int, Within(1, MOST)] = 4
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
-        for flag, value in (("--steps", self.steps), ("--batch", self.batch), ("--eval-every", self.every)):
-            if value < 1:
-                raise ConfigError(f"{flag} must be at least 1, got {value}.")
-        if self.lr < 0 or self.temperature <= 0:
-            raise ConfigError(f"--lr and --temperature must be positive, got {self.lr} and {self.temperature}.")
+        check_numbers(self)
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine."""
@@ -89,6 +89,16 @@ class Progress:
     def is_over(self, plan: Plan) -> bool:
         behind = sum(step > self.best[0] for step, _ in self.history)
         return self.step >= plan.steps or behind >= plan.patience
+
+
+def adapter_rank(lora: bool, rank: int) -> int:
+    """`Plan.lora` for what was typed. Without `--lora` the rank is of no use, but nonsense is refused all the same.
+
+    Raises:
+        ConfigError: A rank below 1, which would train all weights.
+    """
+    Within(1, MOST).check("--rank", rank, whole=True)
+    return rank if lora else 0
 
 
 def train(

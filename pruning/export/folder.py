@@ -1,13 +1,21 @@
 """A result folder is whole or not there."""
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pruning.errors import UnsupportedExport
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from pruning.errors import ExportFailed, UnsupportedExport
+
+LEFTOVER = re.compile(
+    r"\..+\.[0-9a-z_]{8}\.(partial|lock)"
+)  # as `folder_beside` and the first version's `mkdtemp` name them
 
 
 def check_out(out: Path) -> None:
@@ -32,17 +40,53 @@ def whole_folder(out: Path, files: Mapping[str, str]) -> Iterator[Path]:
 
     Args:
         files: Small texts by file name, written when the body is done.
+
+    Raises:
+        UnsupportedExport: See `check_out`.
+        ExportFailed: The disk is full, or something else keeps the files from being written.
     """
     check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
+        with folder_beside(out) as folder:
+            yield folder
+            for name, content in files.items():
+                (folder / name).write_text(content, encoding="utf-8")
+            for path in (folder, *folder.rglob("*")):  # temporary folders are private, results are not
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ExportFailed(f"Cannot write '{out}' ({reason}). Nothing was left there.") from error
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, for as long as the context lasts.
+
+    What killed processes have left of such folders is removed first: the system frees the lock that tells a live one's.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(".*"):
+        if LEFTOVER.fullmatch(leftover.name):
+            with suppress(Timeout), _held(leftover.with_suffix(".partial")):
+                pass
+    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    with _held(folder):
+        folder.mkdir(mode=0o700)
         yield folder
-        for name, content in files.items():
-            (folder / name).write_text(content, encoding="utf-8")
-        for path in (folder, *folder.rglob("*")):  # temporary folders are private, results are not
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a temporary folder, which need not exist, and remove both at the end.
+
+    Raises:
+        Timeout: Another process holds it.
+    """
+    lock = FileLock(folder.with_suffix(".lock"), timeout=0)
+    with lock:
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """One file for llama.cpp: which of its architectures holds a model, and what the file says about it."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,11 +143,27 @@ def write_gguf(pruned: Pruned, path: Path, dtype: str, name: str) -> None:
         for tensor, values in tensors(pruned, architecture):
             kind = _storage(values, quantization)
             writer.add_tensor(tensor, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        _write(writer)
     finally:
         writer.close()
+
+
+def _write(writer: GGUFWriter) -> None:
+    """NumPy tells of a full disk without its number, and not at all where the last bytes are missing."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    try:
+        writer.write_tensors_to_file()
+        assert writer.fout is not None  # one file, open until `close`
+        file = writer.fout[0]
+        file.flush()
+        complete = os.fstat(file.fileno()).st_size == file.tell()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        complete = False
+    if not complete:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _add_sizes(writer: GGUFWriter, config: Any, anatomy: Anatomy, architecture: Architecture, name: str) -> None:

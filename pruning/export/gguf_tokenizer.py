@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("bos", "eos", "unk", "pad")
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Add the vocabulary (filled up to `vocab_size` rows), merges, special tokens and chat template.
+    """Add the vocabulary (filled up to `vocab_size` rows), merges, special tokens and chat templates.
 
     Raises:
         UnsupportedExport: Neither byte-level BPE with a known splitter nor SentencePiece-style BPE.
@@ -48,8 +48,11 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = [{"name": name, "template": template} for name, template in templates.items()]
+    if templates:
+        writer.add_chat_template(templates)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

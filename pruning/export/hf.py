@@ -12,7 +12,7 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
-from pruning.export.rebuild import cast, local_class, rebuilt, stock_config
+from pruning.export.rebuild import cast, class_for, local_class, rebuilt, stock_config
 from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
 from pruning.projection import matrix_of
 
@@ -38,8 +38,26 @@ class Pruned:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+def check_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
+    """Refuse early what `save_hf` would refuse of the dense `model` cut to `architecture`.
+
+    Raises:
+        UnsupportedExport: No class can hold it.
+    """
+    class_for(model, anatomy_of(model), architecture)
+
+
+def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
+    """Refuse early what `save_padded` would refuse of the dense `model` cut to `architecture`.
+
+    Raises:
+        UnsupportedExport: No stock config can tell the sizes.
+    """
+    _padded_config(Pruned(model, anatomy_of(model), architecture))
+
+
 def save_hf(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> Check:
     """Write a folder that `from_pretrained` loads; layers of unequal size need `trust_remote_code=True`.
 
@@ -56,7 +74,7 @@ def save_hf(
 
 
 def save_padded(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> Check:
     """Write a stock folder with every layer padded by zeros to the widest. Same logits; it saves little or nothing."""
     return _save(pruned, padded(pruned), out, files or {}, max_shard_size)
@@ -118,7 +136,9 @@ def _padded_config(pruned: Pruned) -> PreTrainedConfig:
     )
 
 
-def _save(pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: str) -> Check:
+def _save(
+    pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: int | str
+) -> Check:
     tokens = probe(model)
     with whole_folder(out, files) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)

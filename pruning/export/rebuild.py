@@ -52,6 +52,31 @@ def stock_config(small: PreTrainedModel, anatomy: Anatomy, groups: int, neurons:
     return config
 
 
+def class_for(
+    model: PreTrainedModel, anatomy: Anatomy, architecture: Architecture
+) -> tuple[Any, PreTrainedConfig | None]:
+    """The class whose config can tell these sizes: the stock one with its config, or the pruned one, for the sizes of each layer.
+
+    Args:
+        model: Dense or shrunk; of the latter the stock config counts the layers.
+
+    Raises:
+        UnsupportedExport: Its layers are unequal, and its class is not one of transformers' own.
+    """
+    config = None
+    if is_uniform(architecture):
+        config = stock_config(model, anatomy, max(architecture.kv_groups), max(architecture.neurons))
+    if config is not None:
+        return type(model), config
+    name = type(model).__name__
+    pruned_class = getattr(modeling_pruned, f"Pruned{name}", None)
+    if pruned_class is None:
+        raise UnsupportedExport(
+            f"Layers of unequal size are saved for classes of transformers only, and it has no '{name}': keep the layers equal."
+        )
+    return pruned_class, None
+
+
 def rebuilt(small: PreTrainedModel, anatomy: Anatomy, architecture: Architecture) -> PreTrainedModel:
     """The weights of `small`, shared and not copied, in a model whose config tells their sizes: of the stock class if it can.
 
@@ -60,19 +85,10 @@ def rebuilt(small: PreTrainedModel, anatomy: Anatomy, architecture: Architecture
         anatomy: Of the dense model.
 
     Raises:
-        UnsupportedExport: Its layers are unequal, and its class is not one of transformers' own.
+        UnsupportedExport: See `class_for`.
     """
-    config = None
-    if is_uniform(architecture):
-        config = stock_config(small, anatomy, max(architecture.kv_groups), max(architecture.neurons))
-    model_class: Any = type(small)
+    model_class, config = class_for(small, anatomy, architecture)
     if config is None:
-        name = model_class.__name__
-        model_class = getattr(modeling_pruned, f"Pruned{name}", None)
-        if model_class is None:
-            raise UnsupportedExport(
-                f"Layers of unequal size are saved for classes of transformers only, and it has no '{name}': keep the layers equal."
-            )
         config = _unequal_config(small.config, anatomy, architecture, model_class.config_class)
     with torch.device("meta"):
         model = model_class(config)

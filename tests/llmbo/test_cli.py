@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from llmbo import __version__ as llmbo_version
 from llmbo.cli import app
+from llmbo.models import loading
 from llmbo.problem.preparation import Problem
 from llmbo.report import Report
 
@@ -47,6 +51,37 @@ def search_part(data: dict[str, Any]) -> dict[str, Any]:
         "trials": trials,
         **{key: data[key] for key in ("model", "data", "space", "objectives", "dense", "front", "hypervolume")},
     }
+
+
+def test_the_version_is_told() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"llmbo {llmbo_version}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("recover", "x", "--out", "y", "--steps", "1"),
+        ("rerank", "x"),
+        ("evaluate", "x"),
+        ("profile", "--model", "x"),
+        ("profile", "--model", "x", "--latency-target", "nowhere"),
+        ("export", "x", "--trial", "0", "--format", "hf", "--out", "y"),
+    ],
+    ids=" ".join,
+)
+def test_a_message_names_only_options_of_its_command(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "nowhere" not in words:
+
+        def exhausted() -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(loading, "silence_libraries", exhausted)
+    said = refused(CliRunner().invoke(app, list(words)))
+    commands: Any = typer.main.get_command(app)
+    own = {option for parameter in commands.commands[words[0]].params for option in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", said)) <= own
+    assert "Out of memory: free some" in said or "--latency-target auto" in said
 
 
 def test_run_repeat_extend_change_and_start_over(llmbo: Any, finished: Any) -> None:

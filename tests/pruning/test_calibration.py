@@ -1,8 +1,9 @@
 """Windows are disjoint, reproducible and complete with their recipe; a bad source is named."""
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruning.calibration import SOURCES, SPLITS, Text, TokenWindows, cut_windows, read_text, sample_windows
+from pruning.calibration import (
+    SOURCES,
+    SPLITS,
+    Dealt,
+    Text,
+    TokenWindows,
+    cut_windows,
+    read_text,
+    sample_windows,
+    unseen_windows,
+)
 from pruning.errors import NotEnoughText, UnreadableText
 
 COUNTS = {"calibration": 5, "proxy": 4, "heldout": 3}
@@ -90,6 +101,52 @@ def test_too_short_a_text_is_refused_with_the_numbers(bos: bool, needed: int) ->
         assert said in str(error.value)
 
 
+LENGTHS = {
+    "alike": (8, 8, 0, 0),
+    "of another seed": (8, 8, 0, 1),
+    "longer": (8, 16, 0, 0),
+    "shorter and shifted": (16, 7, 3, 3),
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("dealt", "length", "first", "second"), LENGTHS.values(), ids=list(LENGTHS))
+@pytest.mark.parametrize("count", [300, 999])
+def test_unseen_windows_share_no_token_with_what_was_dealt(
+    bos: bool, dealt: int, length: int, first: int, second: int, count: int
+) -> None:
+    text, tokenizer = words(count), build_tokenizer(bos)
+    used = torch.cat(splits(cut_windows(text, tokenizer, COUNTS, dealt, first)))
+    found = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt(text.sha256, 12, dealt, first))
+    judged = torch.cat([found.proxy, found.heldout])
+    assert (len(found.proxy), len(found.heldout), found.length) == (2, 2, length)
+    assert len(found.calibration) == count // (length - bos) - 4
+    own = torch.cat(splits(found))[:, int(bos) :]
+    assert own.unique().numel() == own.numel()
+    assert not torch.isin(judged[:, int(bos) :], used[:, int(bos) :]).any()
+    # What nobody has dealt is the end of the same order.
+    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt("another text", 12, dealt, first))
+    everything = {"calibration": count // (length - bos) - 4, "proxy": 2, "heldout": 2}
+    for one, other in zip(splits(fresh), splits(cut_windows(text, tokenizer, everything, length, second)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("bos", "training", "needed"), [(False, 1, 144), (True, 1, 126), (False, 14, 160)])
+def test_a_text_of_just_the_needed_length_is_enough(bos: bool, training: int, needed: int) -> None:
+    """12 windows were dealt and 6 are to judge by; training may take what was dealt."""
+    tokenizer = build_tokenizer(bos)
+
+    def cut(count: int) -> TokenWindows:
+        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, Dealt(words(count).sha256, 12, 8, 0))
+
+    assert len(cut(needed).calibration) == max(12, training)
+    for short in (1, 8 - bos):
+        with pytest.raises(NotEnoughText) as error:
+            cut(needed - short)
+        for said in ("text:words", f"{needed - short} tokens", f"at least {needed} are needed", "--heldout"):
+            assert said in str(error.value)
+
+
 def test_builtin_is_prose_without_repeats() -> None:
     text = read_text("builtin")
     assert text.source.startswith("builtin (")
@@ -125,7 +182,9 @@ def test_an_unreadable_file_is_named(tmp_path: Path, make: Callable[[Path], obje
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b:c:d", "self"])
+@pytest.mark.parametrize(
+    "source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b", "hf:a:b:c:d:e", "hf:a:b:c[:d", "self"]
+)
 def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
     with pytest.raises(UnreadableText) as error:
         read_text(source)
@@ -133,12 +192,68 @@ def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
     assert SOURCES in str(error.value)
 
 
-def test_a_dataset_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(dataset: str, config: str, split: str) -> dict[str, list[str]]:
-        return {"text": [dataset, config, split]}
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of local data sets, which stand for the hub's."""
+    library = pytest.importorskip("datasets", reason="needs datasets: pip install 'llmbo[hub-text]'")
+    folder = tmp_path_factory.mktemp("datasets")
+    tables = {
+        "plain": [{"text": f"Line {i}."} for i in range(50)],
+        "code": [{"number": i, "content": f"x = {i}", "path": "a.py"} for i in range(50)],
+        "holes": [{"text": None if i == 7 else f"Line {i}."} for i in range(50)],
+        "numbers": [{"text": i} for i in range(50)],
+    }
+    for name, rows in tables.items():
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library.config, "HF_DATASETS_CACHE", folder / "cache")
+        library.disable_progress_bars()
+        yield folder
+        library.enable_progress_bars()
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_text("hf:wiki/text:raw:test") == Text("hf:wiki/text:raw:test", "wiki/text\n\nraw\n\ntest")
+
+LINES = [f"Line {i}." for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("plain:default:train", LINES),
+        ("plain::train", LINES),
+        ("plain:default:train:text", LINES),
+        ("plain:default:train[:20]", LINES[:20]),
+        ("plain:default:train[:50%]", LINES[:25]),
+        ("plain:default:train[10:12]", LINES[10:12]),
+        ("plain:default:train[:2]+train[-10%:]", LINES[:2] + LINES[-5:]),
+        ("plain:default:train[:20]:text", LINES[:20]),
+        ("code:default:train:content", [f"x = {i}" for i in range(50)]),
+        ("code:default:train[-2:]:path", ["a.py", "a.py"]),
+        ("holes:default:train", LINES[:7] + LINES[8:]),
+        ("holes:default:train[7:8]", []),
+    ],
+)
+def test_a_dataset_is_read_by_split_slice_and_column(source: str, expected: list[str], datasets: Path) -> None:
+    text = read_text(f"hf:{datasets}/{source}")
+    assert text == Text(f"hf:{datasets}/{source}", "\n\n".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("code:default:train", "has no column 'text': name one of content, path as in hf:.*/code:default:train:COLUMN"),
+        ("code:default:train[:3]:words", "has no column 'words': .* content, path as in hf:.*:train\\[:3\\]:COLUMN"),
+        ("code:default:train:number", "has no text in its column 'number': name one of content, path"),
+        ("numbers:default:train", "has no text in its column 'text': name one of none"),
+        ("plain:default:test", "plain:default:test': .*test"),
+        ("plain:default:train[:x]", r"plain:default:train\[:x\]': "),
+        ("nowhere:default:train", "nowhere:default:train': "),
+    ],
+)
+def test_what_a_dataset_has_not_is_named(source: str, says: str, datasets: Path) -> None:
+    with pytest.raises(UnreadableText, match=says) as error:
+        read_text(f"hf:{datasets}/{source}")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("host unreachable\nmany lines"), KeyError()])

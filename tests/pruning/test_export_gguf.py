@@ -265,6 +265,36 @@ def test_llama_cpp_splits_text_alike(kind: str, speaking: PreTrainedModel, tmp_p
     assert model.metadata["tokenizer.ggml.add_bos_token"] == "false"
 
 
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        (None, {}),
+        ("{{ a }}", {"chat_template": "{{ a }}"}),
+        ({"default": "{{ a }}"}, {"chat_template": "{{ a }}"}),
+        (
+            {"default": "{{ a }}", "tool_use": "{{ b }}", "rag": "{{ c }}"},
+            {
+                "chat_template": "{{ a }}",
+                "chat_template.tool_use": "{{ b }}",
+                "chat_template.rag": "{{ c }}",
+                "chat_templates": ["rag", "tool_use"],
+            },
+        ),
+        ({"tool_use": "{{ b }}"}, {"chat_template.tool_use": "{{ b }}", "chat_templates": ["tool_use"]}),
+    ],
+)
+def test_the_default_chat_template_and_the_named_ones_are_written(
+    templates: Any, expected: dict[str, Any], speaking: PreTrainedModel, tmp_path: Path
+) -> None:
+    tokenizer = fast(byte_level())
+    tokenizer.chat_template = templates
+    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", "f16", "x")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    found = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items() if "chat_t" in name}
+    found |= {"chat_templates": sorted(found["chat_templates"])} if "chat_templates" in found else {}
+    assert found == expected
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused() -> None:
     with pytest.raises(UnsupportedExport, match="splits text"):
         check_tokenizer(fast(byte_level(pre_tokenizers.Punctuation())))

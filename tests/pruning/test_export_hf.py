@@ -1,12 +1,14 @@
 """An exported folder computes what the shrunk model does, behaves like any other model, and is whole or not there."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import pruning.export.reload_hf
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import ExportFailed, UnsupportedExport
-from pruning.export import Pruned, load_pruned, save_hf, save_padded
+from pruning.export import Pruned, load_pruned, save_gguf, save_hf, save_padded
+from pruning.export.folder import folder_beside
 from pruning.export.hf import padded
 from pruning.export.rebuild import is_stock, rebuilt
 from pruning.export.verify import reloaded
@@ -290,6 +293,34 @@ def test_a_failed_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def _kill(folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@ONE_FAMILY
+def test_what_a_killed_export_leaves_is_removed_by_the_next(
+    model: PreTrainedModel, pruned: Draw, tmp_path: Path
+) -> None:
+    """Whatever it is called, but nothing that is still being written, nor anything else."""
+    cut = pruned(model, "BBBBB")
+    doomed = Pruned(cut.model, cut.anatomy, cut.architecture, Saboteur(_kill))  # type: ignore[arg-type]
+    child = get_context("fork").Process(target=save_hf, args=(doomed, tmp_path / "killed"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".killed.*.partial")
+    assert (left / "model.safetensors").exists()
+    (tmp_path / ".older.abc_123x.partial").mkdir()  # as the first version called them
+    (tmp_path / ".mine.partial").mkdir()
+    with folder_beside(tmp_path / "live") as live:
+        with folder_beside(tmp_path / "out") as folder:
+            assert sorted(path.name for path in tmp_path.glob(".*.partial")) == sorted(
+                [".mine.partial", live.name, folder.name]
+            )
+        assert live.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == [".mine.partial"]
+
+
 @contextmanager
 def _files_no_larger_than(limit: int) -> Iterator[None]:
     """What a full disk does: writes fail half-way."""
@@ -303,10 +334,18 @@ def _files_no_larger_than(limit: int) -> Iterator[None]:
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("save", [save_hf, save_padded])
-def test_a_full_disk_leaves_nothing(model: PreTrainedModel, pruned: Draw, tmp_path: Path, save: Any) -> None:
+@pytest.mark.parametrize(
+    ("save", "limit"),
+    [(save_hf, 10_000), (save_padded, 10_000), (save_gguf, 10_000), (save_gguf, 100), (save_gguf, 44_000)],
+)
+def test_a_full_disk_leaves_nothing(
+    model: PreTrainedModel, pruned: Draw, tmp_path: Path, save: Any, limit: int
+) -> None:
     cut = pruned(model, "BBBBB")
-    with _files_no_larger_than(10_000), pytest.raises(Exception, match=r"(?i)file too large|os error 27"):
+    with (
+        _files_no_larger_than(limit),
+        pytest.raises(ExportFailed, match=r"(?i)file too large|os error 27|no space left"),
+    ):
         save(cut, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -35,9 +35,9 @@ def test_the_estimate_is_an_upper_bound(question: Callable[..., Question]) -> No
     from transformers import AutoTokenizer
 
     from llmbo.models.aliases import resolve
-    from llmbo.models.loading import load_config
+    from llmbo.models.loading import find_prunable
 
-    load_config("llama")  # converts it on first use
+    find_prunable("llama")  # converts it on first use
     tokenizer = AutoTokenizer.from_pretrained(resolve("llama"))
     for hook in HOOKS:
         for layers in (4, 32):

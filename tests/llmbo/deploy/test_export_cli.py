@@ -3,8 +3,10 @@
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import chdir
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +60,20 @@ def refused(result: Result) -> str:
 def test_an_exported_trial_measures_what_the_run_measured(
     export: Export, finished: Any, trial: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = export("tiny", trial=trial["trial"], format="hf", out=tmp_path / "out")
+    flags = {"trial": trial["trial"], "format": "hf", "out": tmp_path / "out"}
+    child = get_context("fork").Process(target=export, args=("tiny",), kwargs=flags)
+    child.start()
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.glob(".out.*.partial/model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # until it writes; then it reads back for seconds
+    child.kill()
+    child.join()
+    assert list(tmp_path.glob(".out.*.partial")) and not (tmp_path / "out").exists()
+    result = export("tiny", **flags, max_shard_size=20_000)
     assert result.exit_code == 0, result.output
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 25_000 for shard in shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "fresh process" in result.stdout and len(result.stdout.splitlines()) == 2
     report = finished.report()
     config = RunConfig.from_settings(report["run"]["settings"], name="tiny")
@@ -84,11 +98,18 @@ def test_an_exported_trial_measures_what_the_run_measured(
     [
         ("nowhere", {}, "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
-        ("tiny", {"trial": -1}, "no trial -1"),
+        ("tiny", {"trial": -1}, "--trial must be at least 0, got -1"),
         ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
-        ("tiny", {"max_shard_size": "huge"}, "--max-shard-size .* 'huge'"),
+        *(
+            ("tiny", {"max_shard_size": size}, f"--max-shard-size .* '{size}'")
+            for size in ("huge", "1.5GB", "-1", "5 GB", "GB", "nan")
+        ),
+        *(
+            ("tiny", {"max_shard_size": size}, "--max-shard-size must be at ")
+            for size in ("0", "0GB", "9999TB", 10**30)
+        ),
         ("tiny", {"out": __file__}, "is a file"),
         ("tiny", {"out": f"{__file__}/deeper"}, "cannot be made, since .* is a file"),
         ("tiny", {"model": "/no/such/model"}, "no model folder '/no/such/model'"),

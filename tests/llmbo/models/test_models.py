@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, Pretrain
 
 from llmbo.errors import ConfigError, ModelError
 from llmbo.models.aliases import ALIASES, resolve
-from llmbo.models.loading import choose_device, choose_dtype, load_config, load_model
+from llmbo.models.loading import choose_device, choose_dtype, find_prunable, load_model
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_aliases_are_described() -> None:
 def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'nobody/nothing'.*hub") as caught:
-        load_config("nobody/nothing")
+        find_prunable("nobody/nothing")
     one_line(caught.value)
 
 
@@ -75,7 +75,7 @@ def test_a_model_of_another_kind_is_refused_by_its_config(
 ) -> None:
     config.save_pretrained(tmp_path)  # no weights: they are not even looked at
     with pytest.raises(ModelError, match=message) as caught:
-        load_config(str(tmp_path))
+        find_prunable(str(tmp_path))
     one_line(caught.value)
 
 
@@ -84,7 +84,7 @@ def test_a_folder_without_a_usable_config_is_refused(content: str, tmp_path: Pat
     if content:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=str(tmp_path)) as caught:
-        load_config(str(tmp_path))
+        find_prunable(str(tmp_path))
     one_line(caught.value)
 
 

@@ -255,7 +255,7 @@ def test_progress_tells_when_to_stop() -> None:
 
 def recover(*words: object) -> Result:
     common = ("--window", 16, "--heldout", 4, "--device", "cpu", "--dtype", "float32", "--lr", "3e-3")
-    return CliRunner().invoke(app, ["recover", *map(str, (*words, *common))])
+    return CliRunner().invoke(app, ["recover", *map(str, (*common, *words))])
 
 
 def test_a_recovered_folder_is_better_and_says_how_it_was_made(model_folder: Path, story: Path, tmp_path: Path) -> None:
@@ -281,6 +281,11 @@ def test_a_trial_of_a_run_is_exported_and_recovered(finished: Any, tmp_path: Pat
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
     assert f'from_pretrained("{out}"' in (out / "README.md").read_text()  # not the folder it was exported to first
+    again = recover(out, "--out", tmp_path / "again", "--steps", 2, "--heldout", 40, "--text", text)
+    assert (
+        "holds 1200 tokens, at least 1536 are needed" in again.stderr
+        and "256 tokens that the search used" in again.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["better"]
 
 
@@ -314,7 +319,20 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
     ("words", "said"),
     [
         (("./nowhere",), "'./nowhere'"),
-        (("{model}", "--steps", 0), "--steps"),
+        *((("{model}", "--lora", "--rank", rank), "--rank must be at least 1") for rank in (0, -3)),
+        (("{model}", "--rank", -3), "--rank must be at least 1"),  # of no use, and nonsense
+        *((("{model}", "--lr", lr), "--lr must be") for lr in ("nan", "inf", -1)),
+        *((("{model}", "--temperature", value), "--temperature must be") for value in ("nan", "inf", 0, -1)),
+        *(
+            (("{model}", flag, 0), f"{flag} must be at least 1")
+            for flag in ("--steps", "--batch", "--eval-every", "--heldout")
+        ),
+        *((("{model}", "--patience", patience), "--patience must be at least 1") for patience in (0, -1)),
+        *((("{model}", flag, 10**30), f"{flag} must be at most") for flag in ("--steps", "--rank", "--seed")),
+        (("{model}", "--seed", -1), "--seed must be at least 0"),
+        (("{model}", "--window", 1), "--window must be at least 2"),
+        (("{model}", "--dtype", "x"), "--dtype must be auto"),
+        (("no run", "--trial", -1), "--trial must be at least 0"),
         (("{model}", "--distil"), "--teacher"),
         (("{model}", "--distil", "--teacher", "./nowhere"), "'./nowhere'"),
         (("{model}", "--text", "text:{tmp}/short.txt"), "short.txt"),

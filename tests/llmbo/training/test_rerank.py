@@ -125,10 +125,12 @@ def test_an_interrupted_comparison_goes_on_with_the_next_point(
     [
         ("nowhere", (), "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", ("--top", 1), "--top must be at least 2.*got 1"),
+        ("tiny", ("--lora", "--rank", 0), "--rank must be at least 1, got 0"),
         ("tiny", ("--steps", 0), "--steps must be at least 1"),
-        ("tiny", ("--heldout", 0), "--heldout at least 1"),
+        ("tiny", ("--heldout", 0), "--heldout must be at least 1"),
         ("tiny", ("--text", "text:no.txt"), "no.txt"),
         ("tiny", ("--batch", 500), "tokens"),
+        ("tiny", ("--heldout", 40), "holds 1200 tokens, at least 1536 are needed.*256 tokens that the search used"),
         ("tiny", ("--model", "/no/such/model"), "no model folder '/no/such/model'"),
     ],
 )

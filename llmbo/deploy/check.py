@@ -1,0 +1,64 @@
+"""What can become of a model, told by its config and tokenizer alone: no weights are read."""
+
+from collections.abc import Iterator
+from pkgutil import resolve_name
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmbo.config.formats import FORMATS, Format
+from llmbo.models.loading import find_prunable, load_tokenizer
+from llmbo.problem.space import SearchSpace
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.architecture import Architecture
+from pruning.errors import PruningError
+
+
+def findings(name: str) -> Iterator[str]:
+    """What of a model can be searched, and which export formats hold the results, one line for each.
+
+    Args:
+        name: Alias, local folder or hub name.
+
+    Raises:
+        LlmboError, PruningError: It cannot be pruned.
+    """
+    found = find_prunable(name)
+    tokenizer = load_tokenizer(found)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False)
+    anatomy = anatomy_of(model)
+    family = anatomy.family
+    yield f"family: {family.model_type} ({family.models}), {model.num_parameters():,} parameters in {anatomy.num_hidden_layers} layers"
+    levels = SearchSpace(anatomy).widths
+    yield (
+        f"search: every layer keeps 0 to {anatomy.num_key_value_heads} of its KV groups, each of "
+        f"{anatomy.queries_per_group} query heads, and 0 to {anatomy.intermediate_size} neurons in {len(levels['mlp'])} levels"
+    )
+    yield from found.notes
+    for format in FORMATS.values():
+        yield f"--format {format.name}: {_held(format, model, tokenizer, anatomy)}"
+
+
+def _held(format: Format, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy) -> str:
+    """The widest kind of pruned model that the format can hold, and why no wider one."""
+    reason = ""
+    for kind, architecture in _kinds(anatomy).items():
+        try:
+            resolve_name(format.check_model)(model, tokenizer, architecture)
+        except PruningError as error:
+            reason = reason or str(error)
+        else:
+            return kind + (f", no others: {reason}" if reason else "")
+    return f"none: {reason}"
+
+
+def _kinds(anatomy: Anatomy) -> dict[str, Architecture]:
+    """From what every search finds to what a format may ask for."""
+    layers, groups, neurons = anatomy.num_hidden_layers, anatomy.num_key_value_heads, anatomy.intermediate_size
+    fewer, narrower = max(1, groups - 1), max(1, neurons // 2)
+    return {
+        "layers of any size": Architecture((fewer, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))),
+        "equal layers": Architecture((fewer,) * layers, (narrower,) * layers),
+        "equal layers with all heads": Architecture((groups,) * layers, (narrower,) * layers),
+    }

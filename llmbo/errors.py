@@ -2,11 +2,23 @@
 
 import difflib
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def first_line(error: BaseException) -> str:
     """What `error` says, cut to one line; its type when it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_fault(error: "ValidationError") -> str:
+    """Where data does not fit its schema, and why; of several faults the first."""
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    place = ".".join(map(str, first["loc"]))
+    more = f", and {len(others)} more faults" if others else ""
+    return f"{place + ': ' if place else ''}{first['msg']}{more}"
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:
@@ -30,6 +42,10 @@ class ModelError(LlmboError):
 
 class StorageError(LlmboError):
     """The run folder or its database cannot be used as asked."""
+
+
+class DamagedError(StorageError):
+    """What is stored makes no sense: only then is starting over a remedy."""
 
 
 class EvaluationError(LlmboError):

@@ -61,7 +61,7 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
 def _explained(error: Exception) -> str | None:
     """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
     from llmbo.problem.proxy import out_of_memory
-    from llmbo.run.store import DATABASE_ERRORS
+    from llmbo.run.database import DATABASE_ERRORS
 
     reason = first_line(error.__cause__ or error)
     if out_of_memory(error):

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,13 +323,20 @@ def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_reports_and_goes_on(
-    llmbo: Any, background: Callable[..., subprocess.Popen[str]], signum: signal.Signals
+    llmbo: Any,
+    background: Callable[..., subprocess.Popen[str]],
+    signum: signal.Signals,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     flags: dict[str, Any] = {"budget": 60, "strategy": "random", "batch": 10}
     process = background(**flags)
     try:
         if signum is signal.SIGINT:
             assert "Another process is working on" in refused(llmbo(**flags))
+            elsewhere = replace(llmbo, folder=tmp_path_factory.mktemp("elsewhere"))
+            storage = f"sqlite:///{llmbo.folder / 'runs' / 'tiny' / 'study.db'}"
+            assert f"process {process.pid} on {socket.gethostname()}" in refused(elsewhere(storage=storage, **flags))
+            assert elsewhere.files() == {}
         process.send_signal(signum)
         process.send_signal(signal.SIGCONT)
         _, stderr = process.communicate(timeout=60)

@@ -13,12 +13,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def first_fault(error: "ValidationError") -> str:
-    """Where data does not fit its schema, and why; of several faults the first."""
-    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
-    place = ".".join(map(str, first["loc"]))
-    more = f", and {len(others)} more faults" if others else ""
-    return f"{place + ': ' if place else ''}{first['msg']}{more}"
+def first_fault(error: "ValidationError", but: str = "") -> str:
+    """Where data does not fit its schema, and why; of several faults the first. Empty where all are of the kind `but`."""
+    faults = [fault for fault in error.errors(include_url=False, include_input=False) if fault["type"] != but]
+    if not faults:
+        return ""
+    place = ".".join(map(str, faults[0]["loc"]))
+    more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+    return f"{place + ': ' if place else ''}{faults[0]['msg']}{more}"
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:

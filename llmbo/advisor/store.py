@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from llmbo.advisor.roles import Answer, Candidate, Exchange
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, DamagedError, first_fault, first_line
 
 FILE = "advisor.jsonl"
 FOLLOWED = "followed"  # note: candidates that a direction led to
@@ -64,14 +66,12 @@ class Consultation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        answer = data["answer"]
-        return cls(
-            data["round"],
-            data["hook"],
-            [Exchange(**exchange) for exchange in data["exchanges"]],
-            None if answer is None else Answer.from_dict(answer),
-            dict(data["extra"]),
-        )
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValidationError: It is none.
+        """
+        return TypeAdapter(cls).validate_python(data)
 
 
 class AdviceStore:
@@ -84,9 +84,16 @@ class AdviceStore:
     def __init__(self, notes: Notes, file: Path | None = None) -> None:
         self._notes = notes
         self._file = file
-        self._consultations = {
-            key: Consultation.from_dict(value) for key, value in sorted(notes.notes().items()) if ":" in key
-        }
+        self._consultations: dict[str, Consultation] = {}
+        for key, value in sorted(notes.notes().items()):
+            if ":" in key:
+                try:
+                    self._consultations[key] = Consultation.from_dict(value)
+                except ValidationError as error:
+                    raise DamagedError(
+                        f"The stored advice '{key}' is damaged ({first_fault(error)}): restore the run's database from a copy, "
+                        "or start over with --fresh."
+                    ) from None
         self._failed: list[Exchange] = []
         if self._consultations:
             self._copy()
@@ -186,8 +193,11 @@ def read_jsonl(file: Path) -> list[Consultation]:
     for number, line in enumerate(lines, 1):
         try:
             found.append(Consultation.from_dict(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and found:
                 break
-            raise ConfigError(f"--advisor replay:{file}: line {number} is no recorded consultation.") from error
+            reason = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
+            raise ConfigError(
+                f"--advisor replay:{file}: line {number} is no recorded consultation ({reason}): give a run's advisor.jsonl."
+            ) from error
     return found

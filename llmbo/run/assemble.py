@@ -16,7 +16,7 @@ from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.models.loading import LoadedModel, load_config, load_model
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, load_windows, prepared
-from llmbo.report.files import RUNS
+from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
@@ -165,13 +165,20 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     if changes := differences(settings, config.settings()):
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
-    reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished
+    reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)
     if finished >= config.budget and reported:
         raise ConfigError(
             f"The run '{config.name}' has already spent its budget: {finished} of {config.budget} trials are done. "
             "Raise --budget to go on, choose another --name, or start over with --fresh."
         )
     return facts
+
+
+def _readable(config: RunConfig) -> bool:
+    """Whether the run's report is there and whole: otherwise there is something left to do."""
+    with suppress(StorageError):
+        return bool(read_report(RUNS / config.name))
+    return False
 
 
 def _check_window(config: RunConfig, model: PretrainedConfig) -> None:

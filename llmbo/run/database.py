@@ -11,8 +11,8 @@ from pathlib import Path
 
 import optuna
 from alembic.util.exc import CommandError
-from optuna.storages import BaseStorage
-from sqlalchemy.engine import make_url
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from llmbo.errors import DamagedError, StorageError, first_line
@@ -23,6 +23,7 @@ logging.getLogger("alembic").setLevel(logging.ERROR)
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _CONTENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _ERRORS = (*DATABASE_ERRORS, *_CONTENT_ERRORS, CommandError, ImportError, OSError)
+_VERSION = "alembic_version"
 TRIES = 5  # to make the tables of a new database while other processes make them too
 EXPECTED = "expected e.g. sqlite:///runs.db or postgresql://user@host/database"
 KEPT = "then run the same command again; what is stored is kept"
@@ -133,7 +134,14 @@ def shown_url(url: str) -> str:
 
 
 def _storage(url: str) -> BaseStorage:
-    return optuna.storages.get_storage(url.replace("{", "{{").replace("}", "}}"))  # Optuna takes a URL for a template
+    engine = create_engine(url)
+    with (
+        engine.connect() as connection
+    ):  # Optuna writes its version last: after that, a table that is not there is damage
+        made = inspect(connection).has_table(_VERSION) and connection.execute(text(f"select 1 from {_VERSION}")).first()
+    engine.dispose()
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna takes a URL for one
+    return get_storage(RDBStorage(template, skip_table_creation=bool(made)))
 
 
 def _check(url: str) -> None:

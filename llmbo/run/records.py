@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
-from llmbo.errors import first_fault
+from llmbo.errors import ConfigError, first_fault
 from llmbo.report.schema import DataPart, ImportancePart, ModelPart
 from llmbo.types import Proposal, Source, Trial, TrialState
 
@@ -20,7 +20,14 @@ HELDOUT = "heldout"
 _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
-Limits = Annotated[list[str], AfterValidator(lambda limits: limits if parse_limits(limits) else [])]
+
+
+def _sensible(limits: list[str]) -> list[str]:
+    try:
+        parse_limits(limits)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return limits
 
 
 class _Record(BaseModel):
@@ -32,7 +39,7 @@ class _Settings(_Record):
 
     objectives: list[str]
     reference_point: list[FiniteFloat] | None
-    maximum: Limits
+    maximum: Annotated[list[str], AfterValidator(_sensible)]
 
 
 class _Report(_Record):

@@ -42,7 +42,7 @@ def _writes(
     """Only by the run's owner, and whole."""
 
     @wraps(method)
-    def checked(store: "TrialStore", *args: P.args, **options: P.kwargs) -> R:
+    def checked(store: "TrialStore", /, *args: P.args, **options: P.kwargs) -> R:
         with uninterrupted():
             store.check()
             return method(store, *args, **options)

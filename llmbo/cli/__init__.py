@@ -2,6 +2,7 @@
 
 import typer
 
+from llmbo.cli import common
 from llmbo.cli.advise import advise
 from llmbo.cli.compare import compare
 from llmbo.cli.evaluate import evaluate
@@ -18,8 +19,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
-def main() -> None:
+def main(context: typer.Context) -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
+    common.running = f"llmbo {context.invoked_subcommand}"
 
 
 for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models):

@@ -11,6 +11,7 @@ from llmbo.errors import ConfigError, LlmboError, first_line
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+running = "llmbo"  # and the command, for messages
 
 
 @contextmanager
@@ -20,23 +21,36 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
     Args:
         interrupted: What to say when SIGINT or SIGTERM ends the command.
     """
-    from pruning.errors import PruningError
+    asked: list[int] = []
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        asked.append(signum)
+        raise KeyboardInterrupt
+
+    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum, handler in former.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, interrupt)
     try:
         yield
-    except (LlmboError, PruningError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
-        typer.echo(interrupted, err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        _interrupted(interrupted)
     except Exception as error:
+        if asked:  # in the middle of an import it comes out as another exception
+            _interrupted(interrupted)
         explained = _explained(error)
         if explained is None:
             raise
         typer.echo(f"error: {explained}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+
+
+def _interrupted(told: str) -> NoReturn:
+    typer.echo(told, err=True)
+    raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def split_list(text: str) -> list[str]:
@@ -62,16 +76,15 @@ def _explained(error: Exception) -> str | None:
     """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
     from llmbo.problem.proxy import out_of_memory
     from llmbo.run.database import DATABASE_ERRORS
+    from pruning.errors import PruningError
 
+    if isinstance(error, (LlmboError, PruningError)):
+        return str(error)
     reason = first_line(error.__cause__ or error)
     if out_of_memory(error):
         return (
             "Out of memory: free some, use a smaller --window or --calibration-tokens, then run the same command again."
         )
     if isinstance(error, (*DATABASE_ERRORS, OSError)):
-        return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
+        return f"{running} cannot read or write ({reason}): mend that and run the same command again; what is finished is kept."
     return None
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

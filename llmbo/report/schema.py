@@ -194,7 +194,8 @@ class Report(_Part):
             if number is None or not 0 <= number < len(self.trials):
                 raise ValueError(f"front.{place}.trial: there is no trial {number}")
         model = self.model
-        for name, part in [("dense", self.dense), *((f"trials.{trial.number}", trial) for trial in self.trials)]:
+        parts: dict[str, FrontPoint | TrialPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        for name, part in {"dense": self.dense, **parts}.items():
             for kind, units, most in (
                 ("kv_groups", part.architecture.kv_groups, model.num_key_value_heads),
                 ("neurons", part.architecture.neurons, model.intermediate_size),

@@ -1,6 +1,7 @@
 """The main job from the outside: exit codes, messages, files."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.cli.common import one_line_errors
 from llmbo.problem.preparation import Problem
 from llmbo.report import Report
 
@@ -368,3 +371,53 @@ def test_a_killed_run_goes_on(llmbo: Any, background: Callable[..., subprocess.P
     shutil.rmtree(llmbo.folder / "runs")
     assert llmbo(**flags).exit_code == 0
     assert json.dumps(search_part(llmbo.report())) == json.dumps(resumed)
+
+
+def test_what_an_interruption_turns_into_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the middle of an import, libraries make an ImportError of it."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as caught, one_line_errors("Interrupted. It goes on."):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("half a module") from None
+    assert caught.value.exit_code == 130 and capsys.readouterr().err == "Interrupted. It goes on.\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_fault_of_the_machine_names_the_command(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("llmbo.report.files.find_run", full)
+    line = refused(CliRunner().invoke(app, ["report", "tiny"]))
+    assert "llmbo report cannot read or write" in line and "No space left" in line and "--fresh" not in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["models"]])
+def test_a_full_stdout_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "llmbo", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: llmbo {words[0]} cannot write its output (No space left on device).\n"
+
+
+@pytest.mark.parametrize("begins", ["typer", "llmbo.cli.watch", "torch.nn"])
+def test_ctrl_c_in_the_first_second_is_one_line(begins: str, tmp_path: Path) -> None:
+    """Sent by the process to itself when an import begins, so that the moment is hit."""
+    program = f"""
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {begins!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["llmbo", "optimize", "--model", "tiny"]
+from llmbo.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("Interrupted.") and done.stderr.count("\n") == 1

@@ -1,21 +1,31 @@
 """Trials on a real SQLite file: nothing is lost, nothing is guessed, damage is named."""
 
 import random
+import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from llmbo.errors import StorageError
-from llmbo.run.database import delete_run
+from llmbo.run.database import delete_run, explained, open_storage
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import differences, stored_run
 from llmbo.types import Proposal, Source, TrialState
 
 SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None, "maximum": ()}
 Open = Callable[..., TrialStore]
+
+
+def sqlite_error(code: int) -> OperationalError:
+    """As SQLAlchemy passes it on."""
+    error = sqlite3.OperationalError("some fault")
+    error.sqlite_errorcode = code
+    return OperationalError("insert", {}, error)
 
 
 @pytest.fixture
@@ -246,6 +256,57 @@ def test_damage_anywhere_is_a_storage_error_or_harmless(
             store.finish(12, toy.evaluate(fresh.x), 0.1)
     except StorageError as error:
         assert str(path) in str(error)
+
+
+REMEDIES = {  # what was typed -> what the line says; nothing of it is mended by --fresh, which deletes trials
+    "sqlite://": "in memory only",
+    "sqlite:///:memory:": "in memory only",
+    "sqlite:///file::memory:?uri=true": "in memory only",
+    "sqlite:///file:x?mode=memory&uri=true": "in memory only",
+    "postgres://host/db": "expected e.g. sqlite:///",
+    "redis://host": "expected e.g. sqlite:///",
+    "sqlite": "expected e.g. sqlite:///",
+    "sqlite:/study.db": "expected e.g. sqlite:///",
+    "study.db": "expected e.g. sqlite:///",
+    "": "expected e.g. sqlite:///",
+    "postgresql+nodriver://host/db": "expected e.g. sqlite:///",
+    "sqlite:////nowhere/study.db": "check the path",
+    "sqlite:////proc/study.db": "check the path",
+    "mysql://nowhere.invalid/db": "install its driver with pip",
+    "oracle://nowhere.invalid/db": "install its driver with pip",
+    "sqlite:///{made up}/study.db": "check the path",
+}
+
+
+@pytest.mark.parametrize("url", REMEDIES)
+def test_a_mistyped_url_has_a_remedy_of_its_own(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=re.escape(REMEDIES[url])) as caught:
+        open_storage(url)
+    assert "\n" not in str(caught.value) and "--fresh" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_braces_in_a_url_are_no_template(tmp_path: Path) -> None:
+    open_storage(f"sqlite:///{tmp_path}/{{SCHEMA_VERSION}}.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["{SCHEMA_VERSION}.db"]
+
+
+SERVER_FAULTS: dict[str, tuple[BaseException, str]] = {  # that cannot be caused here
+    "stopped": (OperationalError("select 1", {}, Exception("connection refused")), "start its server"),
+    "full disk": (sqlite_error(sqlite3.SQLITE_FULL), "free space"),
+    "full disk while syncing": (sqlite_error(sqlite3.SQLITE_IOERR_FSYNC), "check the disk"),
+    "read only": (sqlite_error(sqlite3.SQLITE_READONLY_DBMOVED), "permissions"),
+    "held": (sqlite_error(sqlite3.SQLITE_BUSY), "another program holds it"),
+}
+
+
+@pytest.mark.parametrize("kind", SERVER_FAULTS)
+def test_what_is_no_damage_is_never_mended_by_deleting(kind: str) -> None:
+    error, remedy = SERVER_FAULTS[kind]
+    with pytest.raises(StorageError, match=remedy) as caught, explained("postgresql://u:hunter2@host/db"):
+        raise error
+    assert "--fresh" not in str(caught.value) and "hunter2" not in str(caught.value)
 
 
 URLS = [

@@ -20,7 +20,7 @@ from llmbo.report.files import read_report
 from llmbo.run.rebuild import config_of, read_run
 
 OLD = Path(__file__).parent / "data" / "first_version" / "runs" / "tiny"
-TIMEOUT = 6  # seconds; only a command that does not see the damage, and waits or works, reaches it
+TIMEOUT = 30  # seconds; only a command that does not see the damage, and waits or works, reaches it
 Edit = Callable[[Any], object]
 
 

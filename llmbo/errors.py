@@ -2,6 +2,10 @@
 
 import difflib
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What a terminal obeys instead of showing: control characters but tab and line end, and what turns the direction of text round.
 _OBEYED = [
@@ -28,6 +32,16 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
+def first_fault(error: "ValidationError", but: str = "") -> str:
+    """Where data does not fit its schema, and why; of several faults the first. Empty where all are of the kind `but`."""
+    faults = [fault for fault in error.errors(include_url=False, include_input=False) if fault["type"] != but]
+    if not faults:
+        return ""
+    place = ".".join(map(str, faults[0]["loc"]))
+    more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+    return f"{place + ': ' if place else ''}{faults[0]['msg']}{more}"
+
+
 def unknown(what: str, name: str, known: Collection[str]) -> str:
     """One line that says what was expected, the near matches first."""
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
@@ -49,6 +63,10 @@ class ModelError(LlmboError):
 
 class StorageError(LlmboError):
     """The run folder or its database cannot be used as asked."""
+
+
+class DamagedError(StorageError):
+    """What is stored makes no sense: only then is starting over a remedy."""
 
 
 class EvaluationError(LlmboError):

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from llmbo.advisor.censor import Censor, environment_key
 from llmbo.advisor.roles import Answer, Candidate, Exchange
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, DamagedError, first_fault, first_line
 
 FILE = "advisor.jsonl"
 FOLLOWED = "followed"  # note: candidates that a direction led to
@@ -66,14 +68,12 @@ class Consultation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        answer = data["answer"]
-        return cls(
-            data["round"],
-            data["hook"],
-            [Exchange(**exchange) for exchange in data["exchanges"]],
-            None if answer is None else Answer.from_dict(answer),
-            dict(data["extra"]),
-        )
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValidationError: It is none.
+        """
+        return TypeAdapter(cls).validate_python(data)
 
 
 class AdviceStore:
@@ -87,7 +87,16 @@ class AdviceStore:
         self._notes = notes
         self._file = file
         self._censor = Censor(environment_key())
-        self._consultations = {key: self._censored(value) for key, value in sorted(notes.notes().items()) if ":" in key}
+        self._consultations: dict[str, Consultation] = {}
+        for key, value in sorted(notes.notes().items()):
+            if ":" in key:
+                try:
+                    self._consultations[key] = self._censored(value)
+                except ValidationError as error:
+                    raise DamagedError(
+                        f"The stored advice '{key}' is damaged ({first_fault(error)}): restore the run's database from a copy, "
+                        "or start over with --fresh."
+                    ) from None
         self._failed: list[Exchange] = []
         if self._consultations:
             self._copy()
@@ -120,14 +129,16 @@ class AdviceStore:
         self._copy()
         return kept
 
-    def _censored(self, consultation: Mapping[str, Any]) -> Consultation:
-        """Cut only now: what is cut off a spelling of the key would leave the rest of it."""
-        kept = self._censor(consultation)
-        for exchange in kept["exchanges"]:
-            exchange["error"] = (exchange["error"] or "")[:MAX_REASON] or None
-        if kept["answer"]:
-            kept["answer"]["stopped"] = (kept["answer"]["stopped"] or "")[:MAX_REASON] or None
-        return Consultation.from_dict(kept)
+    def _censored(self, consultation: Any) -> Consultation:
+        """Cut only now: what is cut off a spelling of the key would leave the rest of it.
+
+        Raises:
+            ValidationError: What was stored is no consultation.
+        """
+        kept = Consultation.from_dict(self._censor(consultation))
+        exchanges = [replace(exchange, error=_clipped(exchange.error)) for exchange in kept.exchanges]
+        answer = kept.answer and replace(kept.answer, stopped=_clipped(kept.answer.stopped))
+        return replace(kept, exchanges=exchanges, answer=answer)
 
     def remember(self, key: str, make: Callable[[], Any]) -> Any:
         """A value that is measured once in a run: `make` it, store it, and give what was stored from then on."""
@@ -185,6 +196,10 @@ class OpenConsultation:
         return self.consultation.answer
 
 
+def _clipped(reason: str | None) -> str | None:
+    return reason[:MAX_REASON] if reason else None
+
+
 def read_jsonl(file: Path) -> list[Consultation]:
     """The consultations of a recording; a broken last line, which a full disk leaves, is skipped.
 
@@ -192,16 +207,19 @@ def read_jsonl(file: Path) -> list[Consultation]:
         ConfigError: The file is not there or is no recording.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise ConfigError(f"--advisor replay:{file} cannot be read ({reason}): give a run's advisor.jsonl.") from error
-    found = []
+    found, lines = [], text.removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             found.append(Consultation.from_dict(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and found:
                 break
-            raise ConfigError(f"--advisor replay:{file}: line {number} is no recorded consultation.") from error
+            reason = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
+            raise ConfigError(
+                f"--advisor replay:{file}: line {number} is no recorded consultation ({reason}): give a run's advisor.jsonl."
+            ) from error
     return found

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from llmbo import __version__
+from llmbo.cli import common
 from llmbo.cli.advise import advise
 from llmbo.cli.common import OneLineGroup
 from llmbo.cli.compare import compare
@@ -29,11 +30,13 @@ def _tell_version(asked: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Find the Pareto front of smaller models inside a pretrained LLM."""
+    common.running = f"llmbo {context.invoked_subcommand}"
 
 
 for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models):

@@ -16,6 +16,7 @@ EXIT_NO_ANSWER = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
 EXIT_INTERRUPTED = 130
+running = "llmbo"  # and the command, for messages
 
 
 @contextmanager
@@ -26,23 +27,36 @@ def one_line_errors(interrupted: str, smaller: str = "") -> Iterator[None]:
         interrupted: What to say when SIGINT or SIGTERM ends the command.
         smaller: Options of the command that it needs less memory with when they are smaller.
     """
-    from pruning.errors import PruningError
+    asked: list[int] = []
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        asked.append(signum)
+        raise KeyboardInterrupt
+
+    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum, handler in former.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, interrupt)
     try:
         yield
-    except (LlmboError, PruningError) as error:
-        say(f"error: {' '.join(str(error).splitlines())}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
-        say(interrupted, err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        _interrupted(interrupted)
     except Exception as error:
+        if asked:  # in the middle of an import it comes out as another exception
+            _interrupted(interrupted)
         explained = _explained(error, smaller)
         if explained is None:
             raise
         say(f"error: {explained}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+
+
+def _interrupted(told: str) -> NoReturn:
+    say(told, err=True)
+    raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:
@@ -83,16 +97,15 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
 def _explained(error: Exception, smaller: str) -> str | None:
     """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
     from llmbo.problem.proxy import out_of_memory
-    from llmbo.run.store import DATABASE_ERRORS
+    from llmbo.run.database import DATABASE_ERRORS
+    from pruning.errors import PruningError
 
+    if isinstance(error, (LlmboError, PruningError)):
+        return str(error)
     reason = first_line(error.__cause__ or error)
     if out_of_memory(error):
         remedy = f" or use a smaller {smaller}" if smaller else ""
         return f"Out of memory: free some{remedy}, then run the same command again."
     if isinstance(error, (*DATABASE_ERRORS, OSError)):
-        return f"Cannot write the run's results ({reason}): mend that and run the same command again; finished trials are kept."
+        return f"{running} cannot read or write ({reason}): mend that and run the same command again; what is finished is kept."
     return None
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

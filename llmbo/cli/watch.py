@@ -41,7 +41,7 @@ def watch(
         folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines
-        show(console, _snapshots(url, name, every, Heartbeat(folder, shared=storage is not None)))
+        show(console, _snapshots(url, name, every, Heartbeat(folder, url, name)))
         console.print(f"The run '{name}' is complete. Its page: llmbo report {run}", highlight=False)
 
 
@@ -61,7 +61,7 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
     from llmbo.config.objectives import parse_limits
     from llmbo.display.dashboard import Progress, Snapshot
     from llmbo.problem.objectives import build_objectives
-    from llmbo.run.store import follow_run
+    from llmbo.run.stored import follow_run
 
     start, at_first = time.monotonic(), -1
     for look in count():

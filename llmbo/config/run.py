@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
 from llmbo.config.numbers import (
@@ -19,7 +19,7 @@ from llmbo.config.numbers import (
 )
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
 from llmbo.config.strategies import strategy_plugin
-from llmbo.errors import ConfigError, unknown
+from llmbo.errors import ConfigError, first_fault, unknown
 
 MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
@@ -59,6 +59,8 @@ class RunConfig:
     Raises:
         ConfigError: One line that names the flag, the value and what was expected.
     """
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}  # for what has been stored
 
     model: str
     budget: Annotated[int, Within(1, MOST)] = 60
@@ -155,11 +157,12 @@ class RunConfig:
         Raises:
             ConfigError: Another version of llmbo wrote them.
         """
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            return cls(**{**fields, **changes})
-        except TypeError as error:
-            raise ConfigError(f"The settings of this run are of another version of llmbo ({error}).") from error
+            return TypeAdapter(cls).validate_python({**settings, **changes})
+        except ValidationError as error:
+            raise ConfigError(f"The settings do not fit this version of llmbo ({first_fault(error)}).") from error
 
     @property
     def limits(self) -> dict[str, float]:

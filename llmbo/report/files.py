@@ -1,16 +1,16 @@
 """Where runs lie, and how their files are read and replaced. Needs nothing heavy."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmbo.errors import StorageError
+from llmbo.errors import StorageError, first_fault, first_line
 
 RUNS = Path("runs")
-_PARTS = ("run", "model", "data", "objectives", "dense", "trials", "front", "hypervolume")
 
 
 def find_run(name: str) -> Path:
@@ -36,25 +36,48 @@ def read_report(folder: Path) -> Mapping[str, Any]:
     """A run's report as it was written; parts that this version does not know are kept.
 
     Raises:
-        StorageError: There is none yet, or it is not a report.
+        StorageError: There is none yet, or it does not fit the schema; names the place.
     """
+    from pydantic import ValidationError
+
+    from llmbo.report.schema import Report
+
     path = folder / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        report = json.loads(
+            path.read_text(encoding="utf-8"), parse_float=_finite, parse_int=_short, parse_constant=lambda _: None
+        )
+        json.dumps(report, ensure_ascii=False).encode()  # half a character can be read, but not written
     except FileNotFoundError:
         raise StorageError(
             f"'{folder}' has no report.json yet: a run writes it when it ends or is stopped. Follow a running one with "
             f"`llmbo watch {folder}`."
         ) from None
-    except (OSError, ValueError) as error:
-        raise StorageError(f"'{path}' cannot be read ({error}): run the command that wrote it again.") from None
-    missing = [part for part in _PARTS if not isinstance(report, dict) or part not in report]
-    if missing or report["schema_version"] != 1:
-        reason = f"no '{missing[0]}' in it" if missing else f"its schema_version is {report['schema_version']}"
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"'{path}' cannot be read ({first_line(error)}): {_AGAIN}.") from None
+    if isinstance(report, dict) and report.get("schema_version", 1) != 1:
         raise StorageError(
-            f"'{path}' is not a report that this version can read ({reason}): expected schema_version 1."
+            f"'{path}' is of another version of llmbo (its schema_version is {report['schema_version']}): expected schema_version 1."
         )
+    try:
+        Report.model_validate(report)
+    except ValidationError as error:
+        if fault := first_fault(error, but="extra_forbidden"):
+            raise StorageError(f"'{path}' is damaged or of another version of llmbo ({fault}): {_AGAIN}.") from None
     return report
+
+
+_AGAIN = "run the command that wrote it again, which goes on from the stored trials"
+
+
+def _finite(number: str) -> float | None:
+    """Other numbers than JSON's are damage."""
+    value = float(number)
+    return value if math.isfinite(value) else None
+
+
+def _short(number: str) -> int | None:
+    return int(number) if len(number) < 20 else None
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,9 +1,9 @@
 """The format of `report.json`. These classes validate every report before it is written; `docs/report.schema.json` is made from them."""
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from llmbo.advisor.parts import AdvisorPart
 from llmbo.config.objectives import QUANTITIES, Quantity
@@ -190,6 +190,29 @@ class Report(_Part):
     warnings: list[str] = []
     importance: list[ImportancePart] = []
     advisor: AdvisorPart | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Trials are found by their number, and cut from the model by their architecture."""
+        if [trial.number for trial in self.trials] != list(range(len(self.trials))):
+            raise ValueError("trials: their numbers do not count up from 0")
+        for place, number in enumerate(point.trial for point in self.front):
+            if number is None or not 0 <= number < len(self.trials):
+                raise ValueError(f"front.{place}.trial: there is no trial {number}")
+        model = self.model
+        parts: dict[str, FrontPoint | TrialPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        for name, part in {"dense": self.dense, **parts}.items():
+            for kind, units, most in (
+                ("kv_groups", part.architecture.kv_groups, model.num_key_value_heads),
+                ("neurons", part.architecture.neurons, model.intermediate_size),
+            ):
+                if len(units) != model.num_hidden_layers or not all(0 <= kept <= most for kept in units):
+                    raise ValueError(f"{name}.architecture.{kind}: the model has {model.num_hidden_layers} x {most}")
+        if missing := [
+            part.name for part in self.objectives if getattr(self.dense.objectives, part.name, None) is None
+        ]:
+            raise ValueError(f"dense.objectives: nothing is known of {missing[0]}")
+        return self
 
     def heldout_of(self, trial: int) -> Values | None:
         """Held-out values of a trial; None where there are none, which only the front has."""

@@ -1,7 +1,7 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
-from llmbo.errors import ConfigError, StorageError
+from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, load_windows, prepared
-from llmbo.report.files import RUNS
+from llmbo.report.files import RUNS, read_report
+from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
+from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
-from llmbo.run.store import TrialStore, delete_run, differences, stored_run
+from llmbo.run.store import TrialStore
+from llmbo.run.stored import differences, stored_run
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
@@ -106,6 +109,10 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     if config.items and len(read_items(Path(config.items))) < 2:
         raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
     with locked(folder):
+        with suppress(DamagedError) if fresh and own_file else nullcontext():
+            storage = find_storage(url)
+            if storage is not None:
+                wait_until_free(Pulse(storage, config.name, folder), phases)
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
@@ -126,26 +133,29 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             objectives = build_objectives(
                 config.objectives, problem.dense, problem.smallest, config.reference_point, config.limits
             )
-            if fresh:
+            facts |= {
+                "dense": dict(problem.dense),
+                "importance": importance_parts(problem.layers),
+                "profiles": problem.target.to_dict() if problem.target else None,
+            }
+            if fresh and own_file:
                 delete_run(url, config.name, own_file)
-                (folder / FILE).unlink(missing_ok=True)
-            store = TrialStore.create(
-                url,
-                config.name,
-                problem.space,
-                objectives,
-                config.settings(),
-                {
-                    **facts,
-                    "dense": dict(problem.dense),
-                    "importance": importance_parts(problem.layers),
-                    "profiles": problem.target.to_dict() if problem.target else None,
-                },
-            )
-            advice = AdviceStore(store, folder / FILE)
-            proposer = proposer_of(config, problem, objectives, loaded, advice)
-            evaluator = evaluator_of(config, problem, objectives, store)
-            yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
+            storage = open_storage(url)
+            with leased(Pulse(storage, config.name, folder), phases, folder) as lease:
+                if fresh:
+                    delete_run(url, config.name)
+                    (folder / FILE).unlink(missing_ok=True)
+                elif _continued(config, url) != stored:
+                    raise StorageError(
+                        f"Another process has worked on the run '{config.name}' while this one started: run the same command again."
+                    )
+                store = TrialStore.create(
+                    storage, config.name, problem.space, objectives, config.settings(), facts, lease
+                )
+                advice = AdviceStore(store, folder / FILE)
+                proposer = proposer_of(config, problem, objectives, loaded, advice)
+                evaluator = evaluator_of(config, problem, objectives, store)
+                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
@@ -157,13 +167,20 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     if changes := differences(settings, config.settings()):
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
-    reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished
+    reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)
     if finished >= config.budget and reported:
         raise ConfigError(
             f"The run '{config.name}' has already spent its budget: {finished} of {config.budget} trials are done. "
             "Raise --budget to go on, choose another --name, or start over with --fresh."
         )
     return facts
+
+
+def _readable(config: RunConfig) -> bool:
+    """Whether the run's report is there and whole: otherwise there is something left to do."""
+    with suppress(StorageError):
+        return bool(read_report(RUNS / config.name))
+    return False
 
 
 def _check_window(config: RunConfig, model: PretrainedConfig) -> None:

@@ -6,7 +6,7 @@ from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
-from llmbo.run.store import shown_url
+from llmbo.run.database import shown_url
 from llmbo.search.loop import run_search
 
 
@@ -52,6 +52,7 @@ def measure_heldout(run: RunParts) -> None:
 
 
 def _write(run: RunParts, display: Display, command: str, status: str) -> None:
+    run.store.check()  # the report is the owner's to write
     config, facts, trials = run.config, run.store.facts, run.store.trials()
     part = _run_part(run, display.seconds, command, status, facts)
     advised = config.advisor != "none"

@@ -11,7 +11,7 @@ import torch
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel
 from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
-from llmbo.run.store import differences
+from llmbo.run.stored import differences
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows

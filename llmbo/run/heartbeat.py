@@ -1,4 +1,4 @@
-"""Whether somebody still works on a run, seen from outside: by its lock, or by how long nothing has come against what is usual."""
+"""Whether somebody still works on a run, seen from outside: by its lease, and by how long nothing has come against what is usual."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from llmbo.run.database import explained, find_storage
+from llmbo.run.lease import Pulse
 from llmbo.run.lock import is_held
 
 PATIENCE = 5.0  # usual pauses after which silence is worth a word
@@ -23,21 +25,29 @@ class Heartbeat:
     """The signs of life of one run, look after look: call `check`, read what is stored, ask for `diagnosis`.
 
     Args:
-        folder: Its folder on this machine.
-        shared: Other machines may work on it: a lock that is free here tells nothing.
-        held: Whether a process is known to work on it; None where that cannot be told.
+        folder: Its folder on this machine, which a process that gets ready holds already.
+        url, name: Where it is stored.
+        held: Whether a process is known to work on it; None where that cannot be told yet.
     """
 
     folder: Path
-    shared: bool = False
+    url: str
+    name: str
     held: bool | None = None
+    _pulse: Pulse | None = None
     _moments: int = 0
     _changed: float = 0.0
 
     def check(self) -> None:
-        """Look at the lock. Before what is stored is read: a run lets go of its lock after it has stored its end."""
-        held = is_held(self.folder)
-        self.held = (held or None) if self.shared else held
+        """Look who owns the run. Before what is stored is read: a run is let go of after its end has been stored.
+
+        Raises:
+            StorageError: The database cannot be read.
+        """
+        if self._pulse is None and (storage := find_storage(self.url)) is not None:
+            self._pulse = Pulse(storage, self.name)
+        with explained(self.url):
+            self.held = is_held(self.folder) or (self._pulse.look() if self._pulse else False)
 
     def diagnosis(self, moments: Sequence[datetime], now: datetime) -> str:
         """What there is to say about a run that is not complete; empty while all is as usual.

@@ -17,7 +17,8 @@ from llmbo.models.loading import load_model
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import load_windows, prepared
 from llmbo.run.assemble import advisor_inputs
-from llmbo.run.store import TrialStore, stored_run
+from llmbo.run.store import TrialStore
+from llmbo.run.stored import stored_run
 from llmbo.types import Phases, Trial
 
 COUNT = 4
@@ -51,7 +52,7 @@ def reopened(
         objectives = build_objectives(
             config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits
         )
-        store = TrialStore.create(url, config.name, problem.space, objectives, {}, {})
+        store = TrialStore.open(url, config.name, problem.space)
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
         inputs = advisor_inputs(config, problem, objectives, facts["dense"], loaded)
         session = build_session(config, inputs, AdviceStore(MemoryNotes(stored)))

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
-from llmbo.errors import ConfigError, ModelError, StorageError
+from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.preparation import load_windows, ranked
 from llmbo.report.files import find_run, read_report
@@ -35,9 +35,8 @@ def read_run(run: str) -> Report:
     try:
         return Report.model_validate(read_report(folder))
     except ValidationError as error:
-        reason = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
         raise StorageError(
-            f"'{folder / 'report.json'}' is damaged or of another version of llmbo ({reason})."
+            f"'{folder / 'report.json'}' is of another version of llmbo ({first_fault(error)}): install that version."
         ) from error
 
 

@@ -7,94 +7,100 @@ Why nothing is lost: a round's proposals are stored as one attribute in one tran
 trial k is the k-th stored proposal. Whenever the process dies, the stored rounds say what to do next; a trial left
 RUNNING is simply evaluated again. Proposals depend on stored trials and the seed alone, so a resumed run goes on as if
 it had never stopped.
+
+Why no two processes mix: every write asks the lease first. A write that was already on its way when the lease was lost
+is harmless: rounds carry their writer's token, and a place among the proposals belongs to the first trial made for it.
 """
 
-import json
-import logging
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
-from llmbo.config.objectives import feasible, measured_limits, parse_limits
-from llmbo.errors import StorageError, first_line
+from llmbo.errors import StorageError
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
-from llmbo.types import Proposal, Source, Trial, TrialState
+from llmbo.run.database import explained, open_storage, uninterrupted
+from llmbo.run.lease import Lease
+from llmbo.run.records import HELDOUT, frozen_trials, heldout_of, round_key, rounds_of, trial_of
+from llmbo.types import Proposal, Trial
 from pruning.architecture import Architecture
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-logging.getLogger("alembic").setLevel(logging.ERROR)
-
-_ROUND = "round:"
 _ADVICE = "advice:"
-DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-_OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, OSError, ValueError)  # no driver; what is stored makes no sense
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the database is done.
+def _writes(
+    method: Callable[Concatenate["TrialStore", P], R],
+) -> Callable[Concatenate["TrialStore", P], R]:
+    """Only by the run's owner, and whole."""
 
-    KeyboardInterrupt raised inside SQLAlchemy leaves the transaction open, and its lock then keeps the report from being written.
-    """
-    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
-        yield
-        return
-    arrived: list[int] = []
-    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    for signum in former:
-        signal.signal(signum, lambda signum, frame: arrived.append(signum))
-    try:
-        yield
-    finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-    if arrived:
-        signal.raise_signal(arrived[0])
+    @wraps(method)
+    def checked(store: "TrialStore", /, *args: P.args, **options: P.kwargs) -> R:
+        with uninterrupted():
+            store.check()
+            return method(store, *args, **options)
+
+    return checked
 
 
 class TrialStore:
-    """One study. Not thread-safe; the run folder's lock keeps a second process out (see `assemble`)."""
+    """One study. Not thread-safe.
 
-    def __init__(self, study: optuna.Study, space: SearchSpace) -> None:
+    Args:
+        lease: The right to write it; None where no other process can know of it.
+    """
+
+    def __init__(self, study: optuna.Study, space: SearchSpace, lease: Lease | None = None) -> None:
         self._study = study
         self._space = space
-        self._limits = _limits(study.user_attrs["settings"])
+        self._lease = lease
+        self._settings = study.user_attrs["settings"]
         self._names = list(space.names)
+
+    @classmethod
+    def open(cls, url: str, name: str, space: SearchSpace) -> Self:
+        """A stored run, to be read.
+
+        Raises:
+            StorageError: It is not there or is damaged.
+        """
+        storage = open_storage(url)
+        with explained(url):
+            return cls(optuna.load_study(study_name=name, storage=storage), space)._checked()
 
     @classmethod
     def create(
         cls,
-        url: str,
+        storage: str | BaseStorage,
         name: str,
         space: SearchSpace,
         objectives: Sequence[Objective],
         settings: Mapping[str, Any],
         facts: Mapping[str, Any],
+        lease: Lease | None = None,
     ) -> Self:
         """Start a study, or open the one that is there.
 
         Args:
-            settings: What the user chose; compared by `settings_of` before a run is continued.
+            storage: Itself, or its URL.
+            settings: What the user chose; compared by `differences` before a run is continued.
             facts: What was found out (resolved dtype, digests of model and text).
 
         Raises:
             StorageError: The database cannot be written or is damaged.
         """
-        try:
+        url = storage if isinstance(storage, str) else "of the run"
+        storage = open_storage(storage) if isinstance(storage, str) else storage
+        with explained(url):
             study = optuna.create_study(
-                storage=url,
+                storage=storage,
                 study_name=name,
                 load_if_exists=True,
                 directions=["maximize" if objective.maximize else "minimize" for objective in objectives],
@@ -105,30 +111,38 @@ class TrialStore:
             for key, value in (("settings", settings), ("facts", facts)):
                 if key not in study.user_attrs:
                     study.set_user_attr(key, dict(value))
-        except _OPENING_ERRORS as error:
-            raise _unusable(url, error) from error
-        return cls(study, space)
+            return cls(study, space, lease)._checked()
 
-    @_uninterrupted()
+    def check(self) -> None:
+        """Stands before every write.
+
+        Raises:
+            StorageError: Another process has taken over the run.
+        """
+        if self._lease is not None:
+            self._lease.check()
+
+    @uninterrupted()
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        return [self._trial(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        return [self._trial(frozen, number) for number, frozen in enumerate(frozen_trials(self._study))]
 
-    @_uninterrupted()
+    @uninterrupted()
     def rounds(self) -> list[list[Proposal]]:
         """The stored proposals of every round."""
-        return _rounds(self._study)
+        return rounds_of(self._study.user_attrs)
 
-    @_uninterrupted()
+    @_writes
     def add_round(self, proposals: Sequence[Proposal]) -> None:
         """Store a round's proposals; they will be evaluated in this order."""
         plan = [{"x": list(p.x), "origin": p.origin, "why": p.why, "source": p.source} for p in proposals]
-        self._study.set_user_attr(f"{_ROUND}{len(self.rounds()):05d}", plan)
+        key = round_key(len(self.rounds()), self._lease.token if self._lease else None)
+        self._study.set_user_attr(key, plan)
 
-    @_uninterrupted()
+    @_writes
     def start(self, number: int, round_number: int, proposal: Proposal) -> None:
         """Mark trial `number` as RUNNING; does nothing if a killed run had started it already."""
-        if number < len(self._study.get_trials(deepcopy=False)):
+        if number < len(frozen_trials(self._study)):
             return
         architecture = self._space.decode(proposal.x)
         units = (*architecture.kv_groups, *architecture.neurons)
@@ -138,6 +152,7 @@ class TrialStore:
                 params=dict(zip(self._names, units, strict=True)),
                 distributions=self._distributions(),
                 user_attrs={
+                    "place": number,
                     "origin": proposal.origin,
                     "round": round_number,
                     "why": proposal.why,
@@ -146,43 +161,42 @@ class TrialStore:
             )
         )
 
-    @_uninterrupted()
+    @_writes
     def finish(self, number: int, values: Mapping[str, float], seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
-        self._annotate(number, "values", {**values, "seconds": seconds})
-        self._study.tell(number, [values[name] for name in self._metric_names()])
+        trial = self._annotated(number, {"values": {**values, "seconds": seconds}})
+        self._study.tell(trial, [values[name] for name in self._study.metric_names or []])
 
-    @_uninterrupted()
+    @_writes
     def fail(self, number: int, reason: str, seconds: float) -> None:
         """Mark a RUNNING trial as FAILED."""
-        self._annotate(number, "values", {"seconds": seconds})
-        self._annotate(number, "failure", reason)
-        self._study.tell(number, state=optuna.trial.TrialState.FAIL)
+        trial = self._annotated(number, {"values": {"seconds": seconds}, "failure": reason})
+        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
-    @_uninterrupted()
+    @_writes
     def set_heldout(self, number: int, values: Mapping[str, float]) -> None:
         """Keep a trial's held-out measurements."""
-        measured = self._study.user_attrs.get("heldout", {})  # a finished trial is closed for good, the study is not
-        self._study.set_user_attr("heldout", {**measured, str(number): dict(values)})
+        measured = self._study.user_attrs.get(HELDOUT, {})  # a finished trial is closed for good, the study is not
+        self._study.set_user_attr(HELDOUT, {**measured, str(number): dict(values)})
 
-    @_uninterrupted()
+    @uninterrupted()
     def heldout(self) -> dict[int, dict[str, float]]:
         """Held-out measurements by trial number."""
-        return {int(number): values for number, values in self._study.user_attrs.get("heldout", {}).items()}
+        return heldout_of(self._study.user_attrs)
 
-    @_uninterrupted()
+    @_writes
     def set_fact(self, key: str, value: Any) -> None:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})
 
-    @_uninterrupted()
+    @uninterrupted()
     def notes(self) -> dict[str, Any]:
         """What an advisor was asked and what it answered, by key."""
         return {
             key.removeprefix(_ADVICE): value for key, value in self._study.user_attrs.items() if key.startswith(_ADVICE)
         }
 
-    @_uninterrupted()
+    @_writes
     def set_note(self, key: str, value: Any) -> None:
         """Keep one note for the advisor."""
         self._study.set_user_attr(f"{_ADVICE}{key}", value)
@@ -191,12 +205,22 @@ class TrialStore:
     def facts(self) -> dict[str, Any]:
         return self._study.user_attrs["facts"]
 
-    def _metric_names(self) -> list[str]:
-        return self._study.metric_names or []
+    def _checked(self) -> Self:
+        """Whatever it holds can be read: better said now than in the middle of a search."""
+        self.trials(), self.rounds(), self.heldout()
+        return self
 
-    def _annotate(self, number: int, key: str, value: Any) -> None:
-        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
-        optuna.trial.Trial(self._study, trial_id).set_user_attr(key, value)
+    def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:
+        """Optuna's number of a RUNNING trial, given further attributes."""
+        frozen = frozen_trials(self._study)[number]
+        if frozen.state.is_finished():
+            raise StorageError(
+                f"Trial {number} is finished already: run the same command again, it goes on from there."
+            )
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        return frozen.number
 
     def _distributions(self) -> dict[str, BaseDistribution]:
         anatomy, step = self._space.anatomy, self._space.neuron_step
@@ -205,139 +229,10 @@ class TrialStore:
         mlp = IntDistribution(0, anatomy.intermediate_size, step=even)
         return {name: attention if name.endswith("kv_groups") else mlp for name in self._names}
 
-    def _trial(self, frozen: FrozenTrial) -> Trial:
+    def _trial(self, frozen: FrozenTrial, number: int) -> Trial:
+        if missing := [name for name in self._names if name not in frozen.params]:
+            raise ValueError(f"trial {number} has no {missing[0]}")
         units = [frozen.params[name] for name in self._names]
         layers = self._space.num_layers
         x = self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:])))
-        return _trial(frozen, x, self._limits)
-
-
-def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial], list[datetime]] | None:
-    """Settings, facts and trials of a stored run without its model, hence trials without `x`; None if there is no run yet.
-
-    The last part is when trials started and ended, by the clocks of those who ran them. Only reads, so that any number of watchers
-    may follow a run that goes on.
-
-    Raises:
-        StorageError: The database is there but cannot be read.
-    """
-    found = stored_run(url, name)
-    if found is None:
-        return None
-    try:
-        frozen = optuna.load_study(study_name=name, storage=url).get_trials(deepcopy=False)
-    except _OPENING_ERRORS as error:
-        raise _unusable(url, error) from error
-    moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
-    return found[0], found[1], [_trial(trial, (), _limits(found[0])) for trial in frozen], moments
-
-
-def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
-    """Settings, facts and finished trials of a stored run, or None if there is none. Writes nothing.
-
-    Raises:
-        StorageError: The database is there but cannot be read.
-    """
-    try:
-        path = _sqlite_path(url)
-        if path is not None and (not path.exists() or path.stat().st_size == 0):
-            return None
-        study = optuna.load_study(study_name=name, storage=url)
-        finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-        if "settings" not in study.user_attrs or "facts" not in study.user_attrs:
-            if not study.get_trials(deepcopy=False):  # killed while the study was made
-                return None
-            raise StorageError(
-                f"The study '{name}' in {shown_url(url)} was not written by llmbo: choose another --name."
-            )
-        _rounds(study)
-        return study.user_attrs["settings"], study.user_attrs["facts"], finished
-    except KeyError:
-        return None
-    except _OPENING_ERRORS as error:
-        raise _unusable(url, error) from error
-
-
-def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
-    """Forget a stored run.
-
-    Args:
-        own_file: The run's own SQLite file, if it has one: removed as a whole, so that a damaged one can be left behind.
-    """
-    if own_file is not None:
-        for file in (
-            own_file,
-            *own_file.parent.glob(f"{own_file.name}-*"),
-        ):  # the database, its journal and write-ahead log
-            file.unlink(missing_ok=True)
-        return
-    try:
-        optuna.delete_study(study_name=name, storage=url)
-    except KeyError:
-        pass
-    except _OPENING_ERRORS as error:
-        raise _unusable(url, error) from error
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two settings, one line each. Compared as JSON, as they are stored."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-
-
-def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Limits on what is measured; every candidate keeps the others."""
-    return measured_limits(parse_limits(settings.get("maximum", ())))
-
-
-def _trial(frozen: FrozenTrial, x: tuple[int, ...], limits: Mapping[str, float]) -> Trial:
-    values = dict(frozen.user_attrs.get("values", {}))
-    state = {"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING)
-    return Trial(
-        number=frozen.number,
-        round=frozen.user_attrs["round"],
-        x=x,
-        origin=frozen.user_attrs["origin"],
-        state=state,
-        seconds=values.pop("seconds", None),
-        values=values,
-        failure=frozen.user_attrs.get("failure"),
-        feasible=state is not TrialState.COMPLETE or feasible(values, limits),
-        why=frozen.user_attrs.get("why", ""),
-        source=_source(frozen.user_attrs),
-    )
-
-
-def _rounds(study: optuna.Study) -> list[list[Proposal]]:
-    keys = sorted(key for key in study.user_attrs if key.startswith(_ROUND))
-    return [
-        [
-            Proposal(tuple(item["x"]), item["origin"], item.get("why", ""), _source(item))
-            for item in study.user_attrs[key]
-        ]
-        for key in keys
-    ]
-
-
-def _source(record: Mapping[str, Any]) -> Source:
-    return Source.restored(record.get("source"), record["origin"])
-
-
-def _sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL, whatever driver and options it names; None for other databases."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
-        return None
-    return Path(str(parsed.database).removeprefix("file:"))
-
-
-def shown_url(url: str) -> str:
-    """A database URL without its password, which may stand before the host or among the options."""
-    head, at, tail = url.partition("?")[0].rpartition("@")
-    return f"{head.split('//')[0]}//…@{tail}" if at else tail
-
-
-def _unusable(url: str, error: Exception) -> StorageError:
-    reason = first_line(getattr(error, "orig", None) or error.__cause__ or error)
-    remedy = "restore it, choose another --name or --storage, or start over with --fresh"
-    return StorageError(f"The database {shown_url(url)} cannot be used ({reason}): {remedy}.")
+        return trial_of(frozen, number, x, self._settings)

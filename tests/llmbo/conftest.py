@@ -184,6 +184,19 @@ def is_member() -> Callable[[ThresholdFamily, Sequence[int]], bool]:
     return lambda family, x: bool((family.path == torch.tensor(x, dtype=torch.float64)).all(-1).any())
 
 
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    """What every run stores about itself."""
+    split = {"windows": 4, "tokens": 64}
+    model = dict.fromkeys(("name", "source", "model_type", "fingerprint"), "tiny") | dict.fromkeys(
+        ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "intermediate_size", "vocab_size", "params", "block_params"), 8,
+    )  # fmt: skip
+    data = {"source": "builtin", "sha256": "", "available_tokens": 999, "window": 16, "bos": True}
+    data |= dict.fromkeys(("calibration", "proxy", "heldout"), split)
+    return {"dtype": "float32", "device": "cpu", "model": model, "data": data, "dense": {"kl": 0.0}, "importance": []}
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random llama with its tokenizer, as `save_pretrained` leaves it. Copy it before changing it."""

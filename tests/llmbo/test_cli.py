@@ -1,15 +1,18 @@
 """The main job from the outside: exit codes, messages, files."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from typer.testing import CliRunner
 
 from llmbo import __version__ as llmbo_version
 from llmbo.cli import app
+from llmbo.cli.common import one_line_errors
 from llmbo.models import loading
 from llmbo.problem.preparation import Problem
 from llmbo.report import Report
@@ -356,13 +360,20 @@ def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_reports_and_goes_on(
-    llmbo: Any, background: Callable[..., subprocess.Popen[str]], signum: signal.Signals
+    llmbo: Any,
+    background: Callable[..., subprocess.Popen[str]],
+    signum: signal.Signals,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     flags: dict[str, Any] = {"budget": 60, "strategy": "random", "batch": 10}
     process = background(**flags)
     try:
         if signum is signal.SIGINT:
             assert "Another process is working on" in refused(llmbo(**flags))
+            elsewhere = replace(llmbo, folder=tmp_path_factory.mktemp("elsewhere"))
+            storage = f"sqlite:///{llmbo.folder / 'runs' / 'tiny' / 'study.db'}"
+            assert f"process {process.pid} on {socket.gethostname()}" in refused(elsewhere(storage=storage, **flags))
+            assert elsewhere.files() == {}
         process.send_signal(signum)
         process.send_signal(signal.SIGCONT)
         _, stderr = process.communicate(timeout=60)
@@ -394,3 +405,53 @@ def test_a_killed_run_goes_on(llmbo: Any, background: Callable[..., subprocess.P
     shutil.rmtree(llmbo.folder / "runs")
     assert llmbo(**flags).exit_code == 0
     assert json.dumps(search_part(llmbo.report())) == json.dumps(resumed)
+
+
+def test_what_an_interruption_turns_into_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the middle of an import, libraries make an ImportError of it."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as caught, one_line_errors("Interrupted. It goes on."):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("half a module") from None
+    assert caught.value.exit_code == 130 and capsys.readouterr().err == "Interrupted. It goes on.\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_fault_of_the_machine_names_the_command(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("llmbo.report.files.find_run", full)
+    line = refused(CliRunner().invoke(app, ["report", "tiny"]))
+    assert "llmbo report cannot read or write" in line and "No space left" in line and "--fresh" not in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["models"]])
+def test_a_full_stdout_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "llmbo", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: llmbo {words[0]} cannot write its output (No space left on device).\n"
+
+
+@pytest.mark.parametrize("begins", ["typer", "llmbo.cli.watch", "torch.nn"])
+def test_ctrl_c_in_the_first_second_is_one_line(begins: str, tmp_path: Path) -> None:
+    """Sent by the process to itself when an import begins, so that the moment is hit."""
+    program = f"""
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == {begins!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["llmbo", "optimize", "--model", "tiny"]
+from llmbo.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("Interrupted.") and done.stderr.count("\n") == 1

@@ -185,26 +185,23 @@ def every(seconds: float, count: int = 40) -> list[datetime]:
 
 
 def test_silence_is_judged_by_what_is_usual(tmp_path: Path) -> None:
-    shared = Heartbeat(tmp_path, shared=True)  # nobody here can know whether a process of another machine lives
-    shared.check()
     for seconds in (1, 10, 600):
         usual = every(seconds)
         last = max(SHORTEST_SILENCE, PATIENCE * seconds)
-        fresh = Heartbeat(tmp_path, shared=True)
+        fresh = Heartbeat(tmp_path, "sqlite:///nothing.db", "run")  # before it can be told whether its process lives
         assert fresh.diagnosis(usual, NOON + timedelta(seconds=last)) == ""
         assert "may have stopped" in fresh.diagnosis(usual, NOON + timedelta(seconds=last + 1))
         assert fresh.diagnosis([*usual, NOON + timedelta(seconds=last + 1)], NOON + timedelta(seconds=last + 1)) == ""
     night = [moment - timedelta(hours=9) for moment in every(1)] + every(1)
     assert usual_pause(night) == 1.0  # a pause between two sessions is not what is usual
-    ahead = Heartbeat(
-        tmp_path, shared=True
-    )  # a machine whose clock is wrong by hours does not count for more than we saw
+    # a machine whose clock is wrong by hours does not count for more than we saw
+    ahead = Heartbeat(tmp_path, "sqlite:///nothing.db", "run")
     assert ahead.diagnosis([NOON + timedelta(hours=3)], NOON) == ""
     assert "may have stopped" in ahead.diagnosis([NOON + timedelta(hours=3)], NOON + timedelta(minutes=5))
 
 
 def test_the_lock_says_who_works_on_a_run(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path)
+    heartbeat = Heartbeat(tmp_path, f"sqlite:///{tmp_path / 'study.db'}", "run")
     for locked in (False, True, False):
         with FileLock(tmp_path / LOCK) if locked else nullcontext():
             heartbeat.check()

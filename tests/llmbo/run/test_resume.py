@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import pytest
 
-from llmbo.run.store import TrialStore, stored_run
+from llmbo.run.store import TrialStore
+from llmbo.run.stored import stored_run
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.loop import run_search
 from llmbo.types import Proposal, Trial
 
 BUDGET, Q, SEED = 14, 4, 2
+SETTINGS = {"seed": SEED, "objectives": ["kl", "params_share"], "reference_point": None, "maximum": []}
 TIMEOUT = 120.0  # seconds; only a hanging child reaches it
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -56,13 +58,13 @@ class Mortal:
 
 
 @pytest.fixture
-def start(toy: Any) -> Start:
+def start(toy: Any, facts: dict[str, Any]) -> Start:
     """Run, or continue, the search in a process of its own."""
 
     def begin(url: str, dies_at: tuple[str, int] | None = None) -> multiprocessing.process.BaseProcess:
         def work() -> None:
             proposer = QNehviProposer(toy.family, toy.objectives, toy.dense, num_initial=6)
-            store = TrialStore.create(url, "run", toy.space, toy.objectives, {"seed": SEED}, {"dtype": "float32"})
+            store = TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, facts)
             mortal = Mortal(toy, *(dies_at or ("never", 0)))
             run_search(proposer, mortal, store, BUDGET, Q, SEED, mortal)
 

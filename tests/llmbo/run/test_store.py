@@ -1,20 +1,31 @@
 """Trials on a real SQLite file: nothing is lost, nothing is guessed, damage is named."""
 
 import random
+import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from llmbo.errors import StorageError
-from llmbo.run.store import TrialStore, delete_run, differences, stored_run
+from llmbo.run.database import delete_run, explained, open_storage
+from llmbo.run.store import TrialStore
+from llmbo.run.stored import differences, stored_run
 from llmbo.types import Proposal, Source, TrialState
 
-SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None}
-FACTS = {"dtype": "float32", "dense": {"kl": 0.0}}
+SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None, "maximum": ()}
 Open = Callable[..., TrialStore]
+
+
+def sqlite_error(code: int) -> OperationalError:
+    """As SQLAlchemy passes it on."""
+    error = sqlite3.OperationalError("some fault")
+    error.sqlite_errorcode = code
+    return OperationalError("insert", {}, error)
 
 
 @pytest.fixture
@@ -28,8 +39,8 @@ def url(path: Path) -> str:
 
 
 @pytest.fixture
-def open_store(toy: Any, url: str) -> Open:
-    return lambda name="run": TrialStore.create(url, name, toy.space, toy.objectives, SETTINGS, FACTS)
+def open_store(toy: Any, url: str, facts: dict[str, Any]) -> Open:
+    return lambda name="run": TrialStore.create(url, name, toy.space, toy.objectives, SETTINGS, facts)
 
 
 def fill(store: TrialStore, toy: Any, rounds: int = 2, q: int = 2) -> list[Proposal]:
@@ -44,7 +55,7 @@ def fill(store: TrialStore, toy: Any, rounds: int = 2, q: int = 2) -> list[Propo
     return done
 
 
-def test_what_was_stored_is_read_by_another_process(toy: Any, open_store: Open) -> None:
+def test_what_was_stored_is_read_by_another_process(toy: Any, open_store: Open, facts: dict[str, Any]) -> None:
     """A second store on the same file stands for the second process: nothing is kept in memory alone."""
     store = open_store()
     fill(store, toy)
@@ -67,13 +78,13 @@ def test_what_was_stored_is_read_by_another_process(toy: Any, open_store: Open) 
     assert (trials[5].x, trials[5].origin, trials[5].seconds) == (extra[1].x, "qnehvi", None)
     assert again.rounds()[2] == extra
     assert again.heldout() == {1: {"kl": 0.5}, 3: {"kl": 0.75}}
-    assert again.facts == {**FACTS, "run": {"status": "complete"}}
+    assert again.facts == {**facts, "run": {"status": "complete"}}
 
 
 @pytest.mark.parametrize("case", [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.3, 24)], ids=str)
 def test_points_survive_on_every_grid(make_toy: Callable[..., Any], url: str, case: tuple[float, ...]) -> None:
     toy = make_toy(*case)
-    store = TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, FACTS)
+    store = TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, {})
     done = fill(store, toy, 1, 5)
     assert [(trial.x, trial.origin) for trial in store.trials()] == [(proposal.x, proposal.origin) for proposal in done]
 
@@ -100,7 +111,7 @@ def test_a_finished_trial_is_not_rewritten(toy: Any, open_store: Open) -> None:
 def test_optuna_alone_can_read_the_study(make_toy: Callable[..., Any], url: str) -> None:
     """Units instead of levels, values in the user's unit and direction: what `optuna.load_study` shows is meaningful."""
     toy = make_toy(3, 100, 0.3, 7).with_objectives("params", "loss")
-    store = TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, FACTS)
+    store = TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, {})
     done = fill(store, toy, 1, 4)
     study = optuna.load_study(study_name="run", storage=url)
     assert study.metric_names == ["params", "loss"]
@@ -117,15 +128,17 @@ def test_optuna_alone_can_read_the_study(make_toy: Callable[..., Any], url: str)
     }
 
 
-def test_looking_for_a_run_writes_nothing(toy: Any, open_store: Open, path: Path, url: str) -> None:
+def test_looking_for_a_run_writes_nothing(
+    toy: Any, open_store: Open, path: Path, url: str, facts: dict[str, Any]
+) -> None:
     assert stored_run(url, "run") is None
     assert list(path.parent.iterdir()) == []
     fill(open_store(), toy)
     before = path.read_bytes()
     found = stored_run(url, "run")
     assert found is not None
-    settings, facts, finished = found
-    assert differences(settings, SETTINGS) == [] and facts == FACTS and finished == 4
+    settings, stored, finished = found
+    assert differences(settings, SETTINGS) == [] and stored == facts and finished == 4
     assert stored_run(url, "another") is None
     assert path.read_bytes() == before
 
@@ -245,6 +258,57 @@ def test_damage_anywhere_is_a_storage_error_or_harmless(
         assert str(path) in str(error)
 
 
+REMEDIES = {  # what was typed -> what the line says; nothing of it is mended by --fresh, which deletes trials
+    "sqlite://": "in memory only",
+    "sqlite:///:memory:": "in memory only",
+    "sqlite:///file::memory:?uri=true": "in memory only",
+    "sqlite:///file:x?mode=memory&uri=true": "in memory only",
+    "postgres://host/db": "expected e.g. sqlite:///",
+    "redis://host": "expected e.g. sqlite:///",
+    "sqlite": "expected e.g. sqlite:///",
+    "sqlite:/study.db": "expected e.g. sqlite:///",
+    "study.db": "expected e.g. sqlite:///",
+    "": "expected e.g. sqlite:///",
+    "postgresql+nodriver://host/db": "expected e.g. sqlite:///",
+    "sqlite:////nowhere/study.db": "check the path",
+    "sqlite:////proc/study.db": "check the path",
+    "mysql://nowhere.invalid/db": "install its driver with pip",
+    "oracle://nowhere.invalid/db": "install its driver with pip",
+    "sqlite:///{made up}/study.db": "check the path",
+}
+
+
+@pytest.mark.parametrize("url", REMEDIES)
+def test_a_mistyped_url_has_a_remedy_of_its_own(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=re.escape(REMEDIES[url])) as caught:
+        open_storage(url)
+    assert "\n" not in str(caught.value) and "--fresh" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_braces_in_a_url_are_no_template(tmp_path: Path) -> None:
+    open_storage(f"sqlite:///{tmp_path}/{{SCHEMA_VERSION}}.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["{SCHEMA_VERSION}.db"]
+
+
+SERVER_FAULTS: dict[str, tuple[BaseException, str]] = {  # that cannot be caused here
+    "stopped": (OperationalError("select 1", {}, Exception("connection refused")), "start its server"),
+    "full disk": (sqlite_error(sqlite3.SQLITE_FULL), "free space"),
+    "full disk while syncing": (sqlite_error(sqlite3.SQLITE_IOERR_FSYNC), "check the disk"),
+    "read only": (sqlite_error(sqlite3.SQLITE_READONLY_DBMOVED), "permissions"),
+    "held": (sqlite_error(sqlite3.SQLITE_BUSY), "another program holds it"),
+}
+
+
+@pytest.mark.parametrize("kind", SERVER_FAULTS)
+def test_what_is_no_damage_is_never_mended_by_deleting(kind: str) -> None:
+    error, remedy = SERVER_FAULTS[kind]
+    with pytest.raises(StorageError, match=remedy) as caught, explained("postgresql://u:hunter2@host/db"):
+        raise error
+    assert "--fresh" not in str(caught.value) and "hunter2" not in str(caught.value)
+
+
 URLS = [
     "postgresql://user:hunter2@nowhere.invalid/db",
     "postgresql://nowhere.invalid/db?user=user&password=hunter2",
@@ -260,7 +324,7 @@ def test_an_unusable_url_is_refused_without_its_password(toy: Any, url: str) -> 
     """Whether or not the driver is installed here."""
     actions: list[Callable[[], object]] = [
         lambda: stored_run(url, "run"),
-        lambda: TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, FACTS),
+        lambda: TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, {}),
         lambda: delete_run(url, "run"),
     ]
     for action in actions:
@@ -277,7 +341,7 @@ def test_a_path_that_cannot_be_opened_is_a_storage_error(toy: Any, tmp_path: Pat
         with pytest.raises(StorageError):
             stored_run(url, "run")
         with pytest.raises(StorageError):
-            TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, FACTS)
+            TrialStore.create(url, "run", toy.space, toy.objectives, SETTINGS, {})
 
 
 def test_optunas_private_name_is_what_the_store_takes_it_for() -> None:

@@ -1,0 +1,190 @@
+"""A database URL -> Optuna's storage, or one line that says what is wrong with it and what helps."""
+
+import logging
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from alembic.util.exc import CommandError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy import create_engine, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
+
+from llmbo.errors import DamagedError, StorageError, first_line
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+logging.getLogger("alembic").setLevel(logging.ERROR)
+
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
+_CONTENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_ERRORS = (*DATABASE_ERRORS, *_CONTENT_ERRORS, CommandError, ImportError, OSError)
+_VERSION = "alembic_version"
+TRIES = 5  # to make the tables of a new database while other processes make them too
+EXPECTED = "expected e.g. sqlite:///runs.db or postgresql://user@host/database"
+KEPT = "then run the same command again; what is stored is kept"
+_SQLITE_REMEDIES = {  # primary result code -> what helps
+    sqlite3.SQLITE_BUSY: f"another program holds it: wait for that, {KEPT}",
+    sqlite3.SQLITE_CANTOPEN: "check the path and its permissions, or name another --storage",
+    sqlite3.SQLITE_FULL: f"free space on the disk, {KEPT}",
+    sqlite3.SQLITE_IOERR: f"check the disk, {KEPT}",
+    sqlite3.SQLITE_LOCKED: f"another program holds it: wait for that, {KEPT}",
+    sqlite3.SQLITE_PERM: f"mend its permissions, {KEPT}",
+    sqlite3.SQLITE_READONLY: f"mend its permissions, {KEPT}",
+}
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the database is done.
+
+    KeyboardInterrupt raised inside SQLAlchemy leaves the transaction open, and its lock then keeps the report from being written.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
+        yield
+        return
+    arrived: list[int] = []
+    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in former:
+        signal.signal(signum, lambda signum, frame: arrived.append(signum))
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Whatever reading the database trips over, as one line.
+
+    Raises:
+        StorageError: It cannot be used; a `DamagedError` where what it holds makes no sense.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        raise _unusable(url, error) from error
+
+
+def open_storage(url: str) -> BaseStorage:
+    """The storage behind a URL; makes the database where there is none yet, also while others make it.
+
+    Raises:
+        StorageError: It cannot be used.
+    """
+    with explained(url):
+        _check(url)
+        for _ in range(TRIES - 1):
+            try:
+                return _storage(url)
+            except (IntegrityError, OperationalError) as error:  # another process was faster
+                if isinstance(error, OperationalError) and "already exists" not in str(error):
+                    raise
+                time.sleep(0.1)
+        return _storage(url)
+
+
+def find_storage(url: str) -> BaseStorage | None:
+    """The storage behind a URL; None where there is no SQLite file yet, or an empty one. Makes no file.
+
+    Raises:
+        StorageError: It cannot be used.
+    """
+    with explained(url):
+        _check(url)
+        path = _sqlite_path(url)
+        if path is not None and (not path.exists() or path.stat().st_size == 0):
+            return None
+    return open_storage(url)
+
+
+def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
+    """Forget a stored run.
+
+    Args:
+        own_file: The run's own SQLite file, if it has one: removed as a whole, so that a damaged one can be left behind.
+    """
+    if own_file is not None:
+        for file in (
+            own_file,
+            *own_file.parent.glob(f"{own_file.name}-*"),
+        ):  # the database, its journal and write-ahead log
+            file.unlink(missing_ok=True)
+        return
+    storage = open_storage(url)
+    with explained(url):
+        try:
+            study = storage.get_study_id_from_name(name)
+        except KeyError:
+            return
+        storage.delete_study(study)
+
+
+def shown_url(url: str) -> str:
+    """A database URL without its password, which may stand before the host or among the options."""
+    head, at, tail = url.partition("?")[0].rpartition("@")
+    return f"{head.split('//')[0]}//…@{tail}" if at else tail
+
+
+def _storage(url: str) -> BaseStorage:
+    engine = create_engine(url)
+    with (
+        engine.connect() as connection
+    ):  # Optuna writes its version last: after that, a table that is not there is damage
+        made = inspect(connection).has_table(_VERSION) and connection.execute(text(f"select 1 from {_VERSION}")).first()
+    engine.dispose()
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna takes a URL for one
+    return get_storage(RDBStorage(template, skip_table_creation=bool(made)))
+
+
+def _check(url: str) -> None:
+    parsed = make_url(url)
+    parsed.get_dialect()
+    if parsed.get_backend_name() == "sqlite" and (
+        not parsed.database or ":memory:" in parsed.database or parsed.query.get("mode") == "memory"
+    ):
+        raise StorageError(
+            f"--storage {url} keeps trials in memory only, where they die with the process: name a file, "
+            "e.g. sqlite:///runs.db."
+        )
+
+
+def _sqlite_path(url: str) -> Path | None:
+    """The file behind a SQLite URL, whatever driver and options it names; None for other databases."""
+    parsed = make_url(url)
+    return (
+        Path(str(parsed.database).removeprefix("file:")).absolute() if parsed.get_backend_name() == "sqlite" else None
+    )
+
+
+def _unusable(url: str, error: BaseException) -> StorageError:
+    chain = [error]
+    while (cause := getattr(chain[-1], "orig", None) or chain[-1].__cause__) is not None:
+        chain.append(cause)
+    reason, kind = first_line(chain[-1]), StorageError
+    code = next((code & 0xFF for found in chain if (code := getattr(found, "sqlite_errorcode", None))), None)
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(found, kinds) for found in chain)
+
+    if among(NoSuchModuleError, ArgumentError):
+        reason, remedy = "no URL of a database that is known here", EXPECTED
+    elif among(ImportError):
+        remedy = "install its driver with pip, or name another --storage"
+    elif code in _SQLITE_REMEDIES:
+        remedy = _SQLITE_REMEDIES[code]
+    elif code is None and among(OperationalError, OSError):
+        remedy = f"start its server or mend the URL, {KEPT}"
+    elif "optuna version" in reason:
+        remedy = "install the Optuna that made it, or a newer one, or choose another --name"
+    else:
+        kind = DamagedError
+        remedy = "restore it from a copy, choose another --name or --storage, or start over with --fresh"
+    return kind(f"The database {shown_url(url)} cannot be used ({reason}): {remedy}.")

@@ -1,0 +1,158 @@
+"""What a study holds -> trials, proposals, settings and facts, checked. Needs no model.
+
+Raises ValueError, or what Optuna raises, for what makes no sense; `database.explained` makes one line of it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
+from llmbo.config.objectives import feasible, measured_limits, parse_limits
+from llmbo.errors import ConfigError, first_fault
+from llmbo.report.schema import DataPart, ImportancePart, ModelPart
+from llmbo.types import Proposal, Source, Trial, TrialState
+
+ROUND = "round:"
+HELDOUT = "heldout"
+_ROUND_DIGITS = 5
+T = TypeVar("T")
+Values = dict[str, FiniteFloat]
+
+
+def _sensible(limits: list[str]) -> list[str]:
+    try:
+        parse_limits(limits)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return limits
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Settings(_Record):
+    """What is read of a run's settings without making a `RunConfig` of them: its plug-ins may be gone."""
+
+    objectives: list[str]
+    reference_point: list[FiniteFloat] | None
+    maximum: Annotated[list[str], AfterValidator(_sensible)]
+
+
+class _Report(_Record):
+    status: str
+    settings: dict[str, Any]
+    seconds: Values
+    peak_memory_bytes: int
+
+
+class _Facts(_Record):
+    dtype: str
+    device: str
+    model: ModelPart
+    data: DataPart
+    dense: Values
+    importance: list[ImportancePart]
+    items: str | None = None
+    dense_heldout: Values | None = None
+    budget: int = 0
+    profiles: dict[str, Any] | None = None
+    run: _Report | None = None
+
+
+class _Proposal(_Record):
+    x: list[int]
+    origin: str
+    why: str = ""
+    source: str | None = None
+
+    def made(self) -> Proposal:
+        return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin))
+
+
+class _Attributes(_Record):
+    """Of a trial. `place`: among the stored proposals; older versions kept none, there it is the trial's number."""
+
+    origin: str
+    round: int
+    place: int | None = None
+    why: str = ""
+    source: str | None = None
+    values: Values = {}
+    failure: str | None = None
+
+
+_SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
+_PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
+
+
+def check_settings(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse settings and facts that this version cannot read."""
+    _fits(_SETTINGS, settings, "settings")
+    _fits(_FACTS, facts, "facts")
+
+
+def round_key(number: int, token: int | None) -> str:
+    """Name of a round's attribute: with its writer's token, so that a former owner's late write overwrites nothing."""
+    return f"{ROUND}{number:0{_ROUND_DIGITS}d}" + ("" if token is None else f"@{token:08d}")
+
+
+def rounds_of(attributes: Mapping[str, Any]) -> list[list[Proposal]]:
+    """The proposals of every round; where two owners wrote one, the later owner's count."""
+    latest = {key[: len(ROUND) + _ROUND_DIGITS]: key for key in sorted(attributes) if key.startswith(ROUND)}
+    return [[item.made() for item in _fits(_PROPOSALS, attributes[key], key)] for key in latest.values()]
+
+
+def heldout_of(attributes: Mapping[str, Any]) -> dict[int, Values]:
+    """Held-out measurements by trial number."""
+    return _fits(_HELDOUT, attributes.get(HELDOUT, {}), HELDOUT, strict=False)
+
+
+def frozen_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Optuna's trials by place. A place belongs to the first trial made for it, should a former owner have made another."""
+    places: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        places.setdefault(trial.user_attrs.get("place", trial.number), trial)
+    if sorted(places) != list(range(len(places))):
+        raise ValueError(f"of {len(places)} trials, some have no place")
+    return [places[place] for place in range(len(places))]
+
+
+def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Mapping[str, Any]) -> Trial:
+    kept = _fits(_ATTRIBUTES, frozen.user_attrs, f"trial {number}")
+    values = dict(kept.values)
+    seconds = values.pop("seconds", None)
+    state = {"COMPLETE": TrialState.COMPLETE, "FAIL": TrialState.FAILED}.get(frozen.state.name, TrialState.RUNNING)
+    expected = settings.get("objectives", ()) if state is TrialState.COMPLETE else ()
+    if missing := [name for name in expected if name not in values]:
+        raise ValueError(f"trial {number} has no {missing[0]}")
+    if frozen.state.is_finished() and seconds is None:
+        raise ValueError(f"trial {number} has no seconds")
+    return Trial(
+        number=number,
+        round=kept.round,
+        x=x,
+        origin=kept.origin,
+        state=state,
+        seconds=seconds,
+        values=values,
+        failure=kept.failure,
+        feasible=state is not TrialState.COMPLETE or feasible(values, _limits(settings)),
+        why=kept.why,
+        source=Source.restored(kept.source, kept.origin),
+    )
+
+
+def _limits(settings: Mapping[str, Any]) -> dict[str, float]:
+    """On what is measured; every candidate keeps the others."""
+    return measured_limits(parse_limits(settings.get("maximum", ())))
+
+
+def _fits(schema: TypeAdapter[T], value: object, place: str, strict: bool | None = None) -> T:
+    try:
+        return schema.validate_python(value, strict=strict)
+    except ValidationError as error:
+        raise ValueError(f"{place}, {first_fault(error)}") from None

@@ -1,0 +1,61 @@
+"""Looking at a stored run from outside: whether it is there, how it was set up, how far it has come. Writes nothing."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import optuna
+
+from llmbo.errors import StorageError
+from llmbo.run.database import explained, find_storage, shown_url
+from llmbo.run.records import check_settings, frozen_trials, heldout_of, rounds_of, trial_of
+from llmbo.types import Trial
+
+
+def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial], list[datetime]] | None:
+    """Settings, facts and trials of a stored run without its model, hence trials without `x`; None if there is no run yet.
+
+    The last part is when trials started and ended, by the clocks of those who ran them. Only reads, so that any number of watchers
+    may follow a run that goes on.
+
+    Raises:
+        StorageError: The database is there but cannot be read.
+    """
+    storage = find_storage(url)
+    if storage is None:
+        return None
+    with explained(url):
+        try:
+            study = optuna.load_study(study_name=name, storage=storage)
+        except KeyError:
+            return None
+        attributes, frozen = study.user_attrs, frozen_trials(study)
+        if "settings" not in attributes or "facts" not in attributes:
+            if not frozen:  # killed while the study was made
+                return None
+            raise StorageError(
+                f"The study '{name}' in {shown_url(url)} was not written by llmbo: choose another --name."
+            )
+        settings, facts = attributes["settings"], attributes["facts"]
+        check_settings(settings, facts)
+        rounds_of(attributes), heldout_of(attributes)
+        trials = [trial_of(trial, number, (), settings) for number, trial in enumerate(frozen)]
+        moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
+        return settings, facts, trials, moments
+
+
+def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+    """Settings, facts and number of finished trials of a stored run, or None if there is none.
+
+    Raises:
+        StorageError: The database is there but cannot be read.
+    """
+    found = follow_run(url, name)
+    return found and (found[0], found[1], sum(trial.seconds is not None for trial in found[2]))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two settings, one line each. Compared as JSON, as they are stored."""
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

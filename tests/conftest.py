@@ -33,6 +33,7 @@ from transformers import (
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.calibration import read_text
 from pruning.masks import PruningMask, Ranking
 
 SIZES: dict[str, Any] = {
@@ -52,6 +53,7 @@ SIZES: dict[str, Any] = {
 }
 MHA = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 WINDOW = 6  # of sliding attention, shorter than the test windows
+PROSE, TRAINING_STEPS, TRAINING_RATE = 32, 50, 1e-2  # characters in a window; it ends at about 2.5 nats
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # One row per family and variant; a row added here joins every test that takes `model`.
@@ -113,6 +115,48 @@ def _template(name: str) -> PreTrainedModel:
 def build() -> Callable[[str], PreTrainedModel]:
     """Row name of `CONFIGS` -> a float64 model of one's own; equal names give equal weights."""
     return lambda name: copy.deepcopy(_template(name))
+
+
+@pytest.fixture(scope="session")
+def prose() -> Callable[[int, int], Tensor]:
+    """(number, seed) -> `number x PROSE` ids of the characters of English text, windows drawn at random."""
+    ids = torch.frombuffer(bytearray(read_text("builtin").content, "ascii", "replace"), dtype=torch.uint8).long()
+    ids = (ids - 31).clamp(1, SIZES["vocab_size"] - 1)  # 0 pads
+
+    def draw(number: int, seed: int) -> Tensor:
+        starts = torch.randint(len(ids) - PROSE, (number, 1), generator=torch.Generator().manual_seed(seed))
+        return ids[starts + torch.arange(PROSE)]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def trained(prose: Callable[[int, int], Tensor]) -> Callable[[str], PreTrainedModel]:
+    """Row name of `CONFIGS` -> a float32 model that has learnt from prose for a second: what random weights do hides faults.
+
+    Equal names give one and the same model: leave it as it was.
+    """
+
+    @functools.cache
+    def train(name: str) -> PreTrainedModel:
+        config = CONFIGS[name]()
+        setattr(config, "init_std" if hasattr(config, "init_std") else "initializer_range", 0.08)
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).float().train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING_RATE)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAINING_RATE, TRAINING_STEPS)
+            for step in range(TRAINING_STEPS):
+                batch = prose(16, step)
+                optimizer.zero_grad()
+                model(batch, labels=batch, use_cache=False).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+        model.zero_grad(set_to_none=True)
+        return model.eval()
+
+    return train
 
 
 @pytest.fixture(params=list(CONFIGS))

@@ -8,3 +8,5 @@ class Quiet:
 
     def phase(self, name: str, total: int | None = None) -> nullcontext:
         return nullcontext(lambda done: None)
+
+    def note(self, line: str) -> None: ...

@@ -50,6 +50,9 @@ class CompareDisplay:
         yield lambda done: None
         self._console.print(f"{name}: {self._clock() - start:.1f} s", style="dim", highlight=False)
 
+    def note(self, line: str) -> None:
+        self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def on_evaluation(self, arm: Arm, seed: int, done: int) -> None:
         self._progress.update(
             self._task, completed=self._finished + done, description=f"{arm.label}, seed {seed}, evaluation {done}"

@@ -39,6 +39,7 @@ class View(Protocol):
     def phase_started(self, name: str, total: int | None) -> None: ...
     def phase_moved(self, done: int) -> None: ...
     def phase_ended(self, name: str, seconds: float) -> None: ...
+    def noted(self, line: str) -> None: ...
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: "Display") -> None: ...
@@ -85,6 +86,9 @@ class Display:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
             self._view.phase_ended(name, spent)
 
+    def note(self, line: str) -> None:
+        self._view.noted(line)
+
     def on_proposing(self, round: int) -> None:
         self._view.proposing(round)
 
@@ -109,6 +113,7 @@ class Silence:
     def phase_started(self, name: str, total: int | None) -> None: ...
     def phase_moved(self, done: int) -> None: ...
     def phase_ended(self, name: str, seconds: float) -> None: ...
+    def noted(self, line: str) -> None: ...
     def proposing(self, round: int) -> None: ...
     def trial_started(self, number: int, origin: str) -> None: ...
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None: ...
@@ -125,6 +130,9 @@ class Lines(Silence):
 
     def phase_ended(self, name: str, seconds: float) -> None:
         self._say(f"{name}: {seconds:.1f} s")
+
+    def noted(self, line: str) -> None:
+        self._say(line)
 
     def trial_ended(self, trial: Trial, trials: Sequence[Trial], display: Display) -> None:
         self._say(trial_line(trial, trials, display.objectives, display.budget))
@@ -145,6 +153,9 @@ class JsonLines(Silence):
 
     def phase_ended(self, name: str, seconds: float) -> None:
         self._say("phase_ended", phase=name, seconds=round(seconds, 3))
+
+    def noted(self, line: str) -> None:
+        self._say("note", text=line)
 
     def proposing(self, round: int) -> None:
         self._say("proposing", round=round)
@@ -236,6 +247,9 @@ class LivePicture(Silence):
         if name == SEARCH:
             self._search_start = None
         self._console.print(f"{name}: {seconds:.1f} s", style="dim", highlight=False, markup=False)
+
+    def noted(self, line: str) -> None:
+        self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def proposing(self, round: int) -> None:
         self._doing = "proposing"

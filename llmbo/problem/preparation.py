@@ -256,7 +256,7 @@ def with_exchanges(
             generator,
             on_window=partial(advance, index * len(windows)),
         )
-        first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
+        first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
         exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
         plain = torch.tensor(x, dtype=torch.float64)
         if exchange.any():

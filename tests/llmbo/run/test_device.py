@@ -65,16 +65,20 @@ class Device(TorchDispatchMode):
         given = (args, dict(kwargs or {}))
         leaves = tree_leaves(given)
         named = [leaf.type == NAME for leaf in leaves if isinstance(leaf, torch.device)]
-        there = named[0] if named else any(isinstance(leaf, OnDevice) for leaf in leaves)
+        there = named[0] if named else any(isinstance(leaf, Tensor) and leaf.device.type == NAME for leaf in leaves)
         args, options = tree_map(_on_cpu, given)
         found = func(*args, **options)
         return tree_map(self.put, found) if there else found
 
 
 def _on_cpu(leaf: Any) -> Any:
-    return (
-        leaf.values if isinstance(leaf, OnDevice) else torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-    )
+    if isinstance(leaf, torch.device):
+        return torch.device("cpu")
+    if isinstance(leaf, Tensor) and leaf.device.type == NAME:
+        # `torch.tensor([], device=...)`, where a cache begins, asks no mode
+        assert isinstance(leaf, OnDevice) or not leaf.numel()
+        return leaf.values if isinstance(leaf, OnDevice) else torch.empty(leaf.shape, dtype=leaf.dtype)
+    return leaf
 
 
 class Generator(torch.Generator):
@@ -159,5 +163,5 @@ def test_the_best_device_of_a_mac_is_taken_with_a_dtype_that_it_has(monkeypatch:
 
 def test_no_table_of_peak_memory_is_made_where_no_allocator_tells_it(llmbo: Any, device: str) -> None:
     with Device():
-        done = llmbo(device=device, objectives="kl,peak_memory", budget=1)
+        done = llmbo(device=device, objectives="kl,peak_memory", context=16, budget=1)
     assert done.exit_code == 2 and f"not on '{device}'" in done.output and "--latency-target cpu" in done.output

@@ -36,9 +36,9 @@ def stored(run: Any, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_healthy_run_is_told_of_no_fault(llmbo: Any) -> None:
-    done = llmbo(**FLAGS)
+    done = llmbo(**FLAGS | {"budget": 12})
     assert done.exit_code == 0 and "Width exchanges" not in done.output
-    assert stored(llmbo, "tiny")[-1]["origin"] == "qnehvi"
+    assert len(stored(llmbo, "tiny")) == 12
 
 
 def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain(

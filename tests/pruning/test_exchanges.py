@@ -192,15 +192,9 @@ def test_on_trained_models_expansions_tell_sign_and_size_of_the_true_change(
         every = {kind: torch.tensor([row] * anatomy.num_hidden_layers) for kind, row in some.items()}
         losses = true_changes(supernet, Architecture.full(anatomy), every, windows, dense)
     spearman, ratios = compare({kind: orders.sum(-1) for kind, orders in found.items()}, changes)
-    print(
-        f"{family:10} exchanges   {spearman:.3f} {ratios.min():.3g} {ratios.median():.3g} {ratios.max():.3g} {len(ratios)}"
-    )
-    assert spearman > 0.75 and (ratios > 0).float().mean() > 0.65
+    assert spearman > 0.85 and (ratios > 0).float().mean() > 0.8
     assert 0.2 < ratios.median() < 2 and ratios.abs().max() < 3
     spearman, ratios = compare(sensitivity, losses)
-    print(
-        f"{family:10} sensitivity {spearman:.3f} {ratios.min():.3g} {ratios.median():.3g} {ratios.max():.3g} {len(ratios)}"
-    )
     assert spearman > 0.9 and 0.03 < ratios.min() and ratios.max() < 2
 
 

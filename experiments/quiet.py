@@ -9,5 +9,4 @@ class Quiet:
     def phase(self, name: str, total: int | None = None) -> nullcontext:
         return nullcontext(lambda done: None)
 
-    def note(self, text: str) -> None:
-        pass
+    def note(self, text: str) -> None: ...

@@ -186,7 +186,7 @@ class Observer(Protocol):
 
 
 class Phases(Protocol):
-    """Is told which part of the preparation goes on, and keeps the seconds of each."""
+    """Is told which part of a run goes on, and keeps the seconds of each."""
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
         """A context for one phase; what it gives is called with the number of steps done, out of `total`."""

@@ -109,7 +109,7 @@ def accuracy(model: PreTrainedModel, choices: Choices) -> float:
             logits = head(part)
             normaliser = log_normaliser(logits)
             logprobs.append(logits.gather(-1, wanted[:, None]).squeeze(-1).to(normaliser.dtype) - normaliser)
-        scores[rows] = torch.stack([own.double().sum() for own in torch.cat(logprobs).split(counts)]).cpu()
+        scores[rows] = torch.stack([own.sum() for own in torch.cat(logprobs).cpu().double().split(counts)])
     normalised = (scores / choices.lengths).split(list(choices.sizes))
     right = [int(own.argmax()) == answer for own, answer in zip(normalised, choices.answers, strict=True)]
     return sum(right) / len(right)

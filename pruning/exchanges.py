@@ -1,14 +1,18 @@
 """What widening or narrowing single blocks of a *pruned* model changes: which width exchanges between blocks pay at equal size.
 
 Scores taken at the dense model (`importance`, `sensitivity`) do not know that all other blocks are pruned as well. Here the KL
-divergence from the dense model is expanded at the pruned model itself. With y = V_k z_k what a block of width k writes,
-dy = V_w z_w - V_k z_k its change at width w, D the dense model's next-token distribution and P the pruned one's,
+divergence from the dense model is expanded at the pruned model itself. With u_k = norm(V_k z_k) what a block of width k adds to
+the residual stream (`norm`: the one behind the block, if there is one; u_0 = 0), du = u_w - u_k its exact change at width w, D the
+dense model's next-token distribution and P the pruned one's,
 
-    first(w)  = E_t [ g_t . dy_t ]          g_t: gradient of token t's KL(D || P), zero at the dense model
-    second(w) = E_t [ (h_t . dy_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
+    first(w)  = E_t [ g_t . du_t ]          g_t: gradient of token t's KL(D || P) by u, zero at the dense model
+    second(w) = E_t [ (h_t . du_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
 
-both from one forward pass and two backward passes, for all blocks. Terms between different blocks are left out, so an
-exchange among many blocks changes more than the sum; weighing `second` more allows for that.
+both from one forward pass and two backward passes, for all blocks. Gradients by what goes into a norm would not do: at a dropped
+block it has slope 1 / sqrt(eps), elsewhere it is blind to scaling.
+
+Terms between different blocks are left out, so an exchange among many blocks changes more than the sum; weighing `second` more
+allows for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
@@ -80,14 +84,6 @@ def _widest(kept: Sequence[int], tried: Tensor) -> tuple[int, ...]:
     return tuple(torch.cat([torch.tensor(kept)[:, None], tried], -1).amax(-1).tolist())
 
 
-def _written(supernet: Supernet, index: int, block: Block, z: Tensor, units: int) -> Tensor:
-    """What a block adds at any width; a dropped one loses its bias as well."""
-    if not units:
-        return z.new_zeros(*z.shape[:-1], supernet.anatomy.hidden_size)
-    bias = supernet.output_of(index, block).bias
-    return F.linear(z[..., : units * block.columns_per_unit], supernet.output_weight(index, block, units), bias)
-
-
 @contextmanager
 def _listening(
     supernet: Supernet,
@@ -105,33 +101,39 @@ def _listening(
         order = of
         hidden.backward(gradient * predicted, **options)  # of every token's own loss, not of the window's mean
 
-    def narrowed(index: int, block: Block) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    def narrowed(index: int, layer: nn.Module, block: Block) -> Iterator[RemovableHandle]:
         own = architecture.units(block.kind)[index]
         tried = widths[block.kind][index].tolist()
-        into, write = costs[block.kind][index], partial(_written, supernet, index, block)
+        into, update = costs[block.kind][index], partial(supernet.update, index, block)
+        passing: list[Tensor] = []  # z on its way to the residual stream
 
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            y = write(args[0], own)
-            z, before = args[0].detach(), y.detach()
+        def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            passing.append(args[0])
+
+        def narrow(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            live = passing.pop()
+            u = update(live, own)
+            z, before = live.detach(), u.detach()
 
             def on_gradient(gradient: Tensor) -> None:
-                kept = (gradient * before).float().sum(-1)
                 for column, units in enumerate(tried):
                     if units != own:
-                        change = (gradient * write(z, units)).float().sum(-1) - kept
+                        change = (gradient * (update(z, units) - before)).float().sum(-1)
                         into[column, order] += change.square().sum() / 2 if order else change.sum()
 
-            y.requires_grad_()  # what a dropped block writes depends on nothing
-            y.register_hook(on_gradient)
-            return y
+            u.requires_grad_()  # what a dropped block adds depends on nothing
+            u.register_hook(on_gradient)
+            return u
 
-        return hook
+        yield block.output_of(layer).register_forward_hook(keep)
+        yield block.update_of(layer).register_forward_hook(narrow)
 
     handles = [
-        block.output_of(layer).register_forward_hook(narrowed(index, block))
+        handle
         for index, layer in _layers(supernet, widest)
         for block in supernet.anatomy.blocks
         if widest.units(block.kind)[index]
+        for handle in narrowed(index, layer, block)
     ]
     try:
         yield pass_back

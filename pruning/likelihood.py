@@ -183,15 +183,14 @@ class WindowQualities:
     """Quality window by window, in nats per token.
 
     Args:
-        loss: `num_windows`, float64.
-        kl: `num_windows`, float64; None without a dense reference.
+        loss: `num_windows`, float64, on the CPU.
+        kl: `num_windows`, float64, on the CPU; None without a dense reference.
     """
 
     loss: Tensor
     kl: Tensor | None
 
     def mean(self) -> Quality:
-        """Waits for the device."""
         return Quality(self.loss.mean().item(), None if self.kl is None else self.kl.mean().item())
 
 
@@ -227,7 +226,7 @@ def window_qualities(
                 kls.append(_kl(reference, rows, logits, normaliser))
 
     def by_window(tokens: list[Tensor]) -> Tensor:
-        return torch.cat(tokens).view(len(windows), -1).double().mean(-1)
+        return torch.cat(tokens).cpu().double().view(len(windows), -1).mean(-1)  # not every device has float64
 
     return WindowQualities(by_window(losses), by_window(kls) if dense else None)
 

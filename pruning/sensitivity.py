@@ -81,37 +81,21 @@ def _listening(supernet: Supernet, widths: Widths, costs: Mapping[BlockKind, Ten
 def _listeners(
     supernet: Supernet, index: int, block: Block, costs: Mapping[int, Tensor], predicted: int
 ) -> tuple[Callable[[nn.Module, tuple[Tensor], Tensor], None], Callable[[nn.Module, tuple[Tensor], Tensor], None]]:
-    """A hook on the output projection, and one on what the block adds to the residual stream, which fills `costs` by width.
-
-    A norm between the two keeps the dense model's scale, as in `statistics`: its own derivative is blind to scaling.
-    """
-    passing: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    """A hook on the output projection, and one on what the block adds to the residual stream, which fills `costs` by width."""
+    passing: list[Tensor] = []  # z on its way to the residual stream
 
     def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
-        passing.append((_tokens(args[0]), _tokens(output), bias))  # tokens x C, tokens x hidden_size
+        passing.append(args[0].detach())
 
-    def follow(module: nn.Module, args: tuple[Tensor], update: Tensor) -> None:
-        z, y, bias = passing.pop()
-        scale = _tokens(update) / y if block.places.post_norm else None
+    def follow(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        z, dense = passing.pop(), output.detach()
 
-        def on_gradient(grad: Tensor) -> None:
-            g = _tokens(grad) * predicted  # of the token's own loss, not of the window's mean
-            g = g if scale is None else (g * scale).nan_to_num(0.0, 0.0, 0.0)
-            lost = (g * y).float().sum(-1)
+        def on_gradient(gradient: Tensor) -> None:
+            gradient = gradient * predicted  # of the token's own loss, not of the window's mean
             for units, cost in costs.items():
-                kept = torch.zeros_like(lost)
-                if units:
-                    weight = supernet.output_weight(index, block, units)
-                    kept = ((g @ weight) * z[:, : units * block.columns_per_unit]).float().sum(-1)
-                    kept = kept if bias is None else kept + (g @ bias).float()
-                cost += (kept - lost).square().sum()
+                change = gradient * (supernet.update(index, block, z, units) - dense)
+                cost += change.float().sum(-1).square().sum()
 
-        update.register_hook(on_gradient)
+        output.register_hook(on_gradient)
 
     return keep, follow
-
-
-def _tokens(activations: Tensor) -> Tensor:
-    """`B x T x n`, or already `tokens x n`, -> `tokens x n`."""
-    return activations.detach().reshape(-1, activations.shape[-1])

@@ -29,7 +29,8 @@ class BlockStatistics:
     Args:
         total: `L x C` sum of z.
         square: `L x C` sum of z^2.
-        gram: L matrices `C x C`, the sum of z zT (4 L C^2 bytes: 283 MB for SmolLM2's MLPs, 26 GB for an 8B model's).
+        gram: L matrices `C x C`, the sum of z zT (4 L C^2 bytes: 283 MB for SmolLM2's MLPs, 26 GB for an 8B model's); none where
+            no refit asks for them.
         fisher: `L x U` sum over tokens of (z g)^2, z g summed over the unit's columns first and g scaled to one token's loss.
         taylor: `L x U` sum over windows, and over the unit's columns, of |sum over tokens of z g|.
         cosine: `L` sum over tokens of the cosine between the residual stream before and after the block.
@@ -43,14 +44,14 @@ class BlockStatistics:
     cosine: Tensor
 
     @classmethod
-    def empty(cls, layers: int, block: Block, device: torch.device) -> "BlockStatistics":
+    def empty(cls, layers: int, block: Block, device: torch.device, grams: bool = True) -> "BlockStatistics":
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 
         return cls(
             total=zeros(layers, block.columns),
             square=zeros(layers, block.columns),
-            gram=[zeros(block.columns, block.columns) for _ in range(layers)],
+            gram=[zeros(block.columns, block.columns) for _ in range(layers * grams)],
             taylor=zeros(layers, block.units),
             fisher=zeros(layers, block.units),
             cosine=zeros(layers),
@@ -80,6 +81,7 @@ def collect_statistics(
     batch_size: int = 2,
     on_window: Callable[[int], None] | None = None,
     scored: int | None = None,
+    grams: bool = True,
 ) -> Statistics:
     """One forward and backward pass over `windows`; no weight gradients, so it costs about two forward passes.
 
@@ -89,13 +91,15 @@ def collect_statistics(
         scored: Only the first so many windows have a backward pass; by default all. Scores of units settle on fewer tokens
             than the Gram matrices do, which have `C^2` entries.
         on_window: Called with the number of windows done.
+        grams: Sum the Gram matrices, which refits need and nothing else does.
     """
     anatomy = anatomy_of(model)
     device = model.device
     statistics = Statistics(
         anatomy=anatomy,
         blocks={
-            block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device) for block in anatomy.blocks
+            block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device, grams)
+            for block in anatomy.blocks
         },
         layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
     )
@@ -166,8 +170,11 @@ def _block_listeners(
         z = args[0].detach().reshape(-1, length, block.columns)  # B x T x C
         tokens = z.flatten(0, 1).float()
         sums.total[index] += tokens.sum(0)
-        _add_lower(sums.gram[index], tokens)
-        sums.square[index] = sums.gram[index].diagonal()
+        if sums.gram:
+            _add_lower(sums.gram[index], tokens)
+            sums.square[index] = sums.gram[index].diagonal()
+        else:
+            sums.square[index] += tokens.square().sum(0)
         if not args[0].requires_grad:  # a window without a backward pass
             return
         if block.places.post_norm:

@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Block, Rows, anatomy_of
@@ -51,11 +52,13 @@ class Supernet:
                     raise InvalidMask(f"The compensation table was made for another ranking of {block.kind} units.")
         self.ranking = ranking
         self.compensation = compensation
-        self._outputs = {
-            (block.kind, index): block.output_of(layer)
+        places = [
+            (block, index, layer)
             for index, layer in enumerate(self.anatomy.layers_of(model))
             for block in self.anatomy.blocks
-        }
+        ]
+        self._outputs = {(block.kind, index): block.output_of(layer) for block, index, layer in places}
+        self._updates = {(block.kind, index): block.update_of(layer) for block, index, layer in places}
 
     def __enter__(self) -> Self:
         self._reorder(inverse=False)
@@ -86,6 +89,23 @@ class Supernet:
         if self.compensation is not None and units < block.units:
             return self.compensation.weight(index, block, units)
         return matrix_of(self.output_of(index, block))[:, : units * block.columns_per_unit]
+
+    def update(self, index: int, block: Block, z: Tensor, units: int) -> Tensor:
+        """What a block of layer `index` would add to the residual stream at this width: its closing norm included, nothing at 0.
+
+        Runs no hook of the model's.
+
+        Args:
+            z: `... x columns`, what goes into its output projection at this width or a larger one.
+
+        Returns:
+            `... x hidden_size`.
+        """
+        if not units:  # bias and norm leave with the block
+            return z.new_zeros(*z.shape[:-1], self.anatomy.hidden_size)
+        output, norm = self.output_of(index, block), self._updates[block.kind, index]
+        y = F.linear(z[..., : units * block.columns_per_unit], self.output_weight(index, block, units), output.bias)
+        return y if norm is output else norm.forward(y)
 
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -33,6 +35,7 @@ from transformers import (
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.calibration import read_text
 from pruning.masks import PruningMask, Ranking
 
 SIZES: dict[str, Any] = {
@@ -52,6 +55,7 @@ SIZES: dict[str, Any] = {
 }
 MHA = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 WINDOW = 6  # of sliding attention, shorter than the test windows
+PROSE, TRAINING_STEPS, TRAINING_RATE = 32, 70, 1e-2  # characters in a window; it ends at about 2.5 nats
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # One row per family and variant; a row added here joins every test that takes `model`.
@@ -115,6 +119,48 @@ def build() -> Callable[[str], PreTrainedModel]:
     return lambda name: copy.deepcopy(_template(name))
 
 
+@pytest.fixture(scope="session")
+def prose() -> Callable[[int, int], Tensor]:
+    """(number, seed) -> `number x PROSE` ids of the characters of English text, windows drawn at random."""
+    ids = torch.frombuffer(bytearray(read_text("builtin").content, "ascii", "replace"), dtype=torch.uint8).long()
+    ids = (ids - 31).clamp(1, SIZES["vocab_size"] - 1)  # 0 pads
+
+    def draw(number: int, seed: int) -> Tensor:
+        starts = torch.randint(len(ids) - PROSE, (number, 1), generator=torch.Generator().manual_seed(seed))
+        return ids[starts + torch.arange(PROSE)]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def trained(prose: Callable[[int, int], Tensor]) -> Callable[[str], PreTrainedModel]:
+    """Row name of `CONFIGS` -> a float32 model that has learnt from prose for a second: what random weights do hides faults.
+
+    Equal names give one and the same model: leave it as it was.
+    """
+
+    @functools.cache
+    def train(name: str) -> PreTrainedModel:
+        config = CONFIGS[name]()
+        setattr(config, "init_std" if hasattr(config, "init_std") else "initializer_range", 0.08)
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).float().train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING_RATE)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAINING_RATE, TRAINING_STEPS)
+            for step in range(TRAINING_STEPS):
+                batch = prose(16, step)
+                optimizer.zero_grad()
+                model(batch, labels=batch, use_cache=False).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+        model.zero_grad(set_to_none=True)
+        return model.eval()
+
+    return train
+
+
 @pytest.fixture(params=list(CONFIGS))
 def model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     """Every row of `CONFIGS` in turn. `parametrize("model", ["llama"], indirect=True)` narrows it."""
@@ -160,6 +206,25 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield put
     for name in modules:
         sys.modules.pop(name, None)
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(found) if isinstance(leaf, Tensor)}
+        return found
+
+
+@pytest.fixture
+def shapes() -> type[Shapes]:
+    """`with shapes() as made: ...` leaves the shapes of all tensors that the body made in `made.seen`."""
+    return Shapes
 
 
 @pytest.fixture

@@ -23,19 +23,19 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Device:
-    """`matmul` and `double`: peak FLOP/s in bfloat16 and float64; `link`: bytes/s from the host; `dollars` per hour."""
+    """`matmul` and `single`: peak FLOP/s in bfloat16 and float32; `link`: bytes/s from the host; `dollars` per hour."""
 
     name: str
     memory: float
     matmul: float
-    double: float
+    single: float
     link: float
     dollars: float
 
 
 DEVICES = (
     Device("80 GB (H100 SXM)", 80e9, 989e12, 67e12, 50e9, 3.0),
-    Device("24 GB (RTX 4090)", 24e9, 165e12, 1.3e12, 25e9, 0.5),
+    Device("24 GB (RTX 4090)", 24e9, 165e12, 82.6e12, 25e9, 0.5),
 )
 
 
@@ -86,6 +86,7 @@ def main() -> None:
         both = min(DEFAULT.scored_tokens, options.calibration_tokens)
         both += DEFAULT.allocation_tokens * (1 + len(DEFAULT.anchors))
         alone = max(0, options.calibration_tokens - DEFAULT.scored_tokens)
+        alone += DEFAULT.allocation_tokens * len(DEFAULT.anchors)  # half of them before the exchanges and after them
         calibration = (6 * both + 2 * alone) * (blocks + other / 2)
         attention, mlp = sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size
         cholesky = sizes.num_hidden_layers * sum(n**3 / 3 + n**2 * sizes.hidden_size for n in (attention, mlp))
@@ -100,7 +101,7 @@ def main() -> None:
             each = (
                 candidate / rate + moving
             )  # layers run one after another: several devices hold more, but are no faster
-            setup = calibration / rate + cholesky / (0.5 * device.double) + solving / (0.05 * rate)
+            setup = calibration / rate + cholesky / (0.5 * device.single) + solving / (0.05 * rate)
             proposing = options.proposing * options.evaluations / 4
             total = setup + options.evaluations * each + proposing
             where = "all widths resident" if fits else f"{moving:.2f} s of it moving weights"

@@ -103,7 +103,7 @@ def measure(
     if len(ids) < 2:
         raise NotEnoughText(f"The text '{text.source}' holds {len(ids)} tokens, at least 2 are needed.")
     check_tokens(model, tokenizer, ids, ids.new_tensor([] if bos is None else [bos]))
-    total, done = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    total, done = torch.zeros((), dtype=torch.float64), 0
     for batch in _batches(list(pieces(ids, window, stride, bos)), model.config.get_text_config().vocab_size):
         total += _loss_sum(model, torch.stack([piece.tokens for piece in batch]).to(model.device), batch[0].scored)
         done += sum(piece.scored for piece in batch)
@@ -132,4 +132,4 @@ def _batches(cut: Sequence[Piece], vocab_size: int) -> Iterator[list[Piece]]:
 def _loss_sum(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
     """Summed loss of the last `scored` tokens of `B x T` windows, in nats. The model's own logits, whatever it does to them."""
     logits = model(windows, use_cache=False).logits[:, -scored - 1 : -1].float()
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, -scored:].flatten(), reduction="sum").double()
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, -scored:].flatten(), reduction="sum").cpu().double()

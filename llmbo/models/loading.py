@@ -264,7 +264,10 @@ def choose_dtype(
         return dtype
     seconds, hidden = {}, config.hidden_size
     for name in ("float32", "bfloat16"):
-        tokens = torch.ones(256, hidden, dtype=DTYPES[name], device=device)
+        try:
+            tokens = torch.ones(256, hidden, dtype=DTYPES[name], device=device)
+        except (TypeError, RuntimeError):  # Apple's GPUs have no bfloat16 before macOS 14
+            continue
         weight = torch.ones(4 * hidden, hidden, dtype=DTYPES[name], device=device)  # about the size of an MLP's
         times = []
         for _ in range(6):

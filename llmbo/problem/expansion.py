@@ -53,7 +53,7 @@ def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Ten
         costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.exchanges`).
     """
     here, steps = torch.tensor(x, dtype=torch.float64), torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
-    changes = torch.cat([costs.double().cpu(), torch.zeros(space.d, 1, dtype=torch.float64)], dim=1)
+    changes = torch.cat([costs.cpu().double(), torch.zeros(space.d, 1, dtype=torch.float64)], dim=1)
     levels = here[:, None] + steps
     possible = (levels >= 0) & (levels <= space.bounds[1][:, None])
     rows = [here.repeat(space.d, 1).diagonal_scatter(column.clamp(*space.bounds)) for column in levels.T]
@@ -76,8 +76,8 @@ def expansions(
         sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
     """
     levels = torch.arange(int(space.bounds[1].max()) + 1, dtype=torch.float64)
-    tables = [_at_levels(torch.tensor(x), cost.double().cpu(), levels) for x, cost in zip(anchors, costs, strict=True)]
-    rows = [sensitivity[block.kind].double().cpu() for block in space.anatomy.blocks]
+    tables = [_at_levels(torch.tensor(x), cost.cpu().double(), levels) for x, cost in zip(anchors, costs, strict=True)]
+    rows = [sensitivity[block.kind].cpu().double() for block in space.anatomy.blocks]
     dense = torch.cat([F.pad(row, (0, len(levels) - row.shape[1])) for row in rows])
     points = torch.tensor([*anchors, space.max_levels], dtype=torch.float64)
     return Expansions(space.share(points), torch.stack([*tables, dense]))

@@ -84,7 +84,7 @@ class ThresholdFamily:
             raise ConfigError(
                 f"No model with a parameter share of at least {space.min_share} has {limits}: raise --max or lower --min-share."
             )
-        totals = torch.cat([importance.of(block.kind).double().cpu().sum(-1) for block in space.anatomy.blocks])
+        totals = torch.cat([importance.of(block.kind).cpu().double().sum(-1) for block in space.anatomy.blocks])
         return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean()))
 
     def at(self, share: float) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list
     """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
     costs: list[list[float]] = []
     for block in space.anatomy.blocks:
-        density = importance.of(block.kind).double().cpu() / block.parameters_per_unit
+        density = importance.of(block.kind).cpu().double() / block.parameters_per_unit
         midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
         costs += density.sort(-1, descending=True).values[:, midpoints].tolist()
     return costs
@@ -170,7 +170,7 @@ def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Ten
             units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
             for units in space.widths[block.kind]
         ]
-        rows = sensitivity[block.kind].double().cpu().cummin(-1).values.tolist()
+        rows = sensitivity[block.kind].cpu().double().cummin(-1).values.tolist()
         costs += [_hull_slopes(sizes, row) for row in rows]
     return costs
 

@@ -184,6 +184,11 @@ def build_target(
 
     for kind in kinds:
         _check_context(model, workload)
+        if kind == "memory" and model.device.type not in ("cpu", "cuda"):  # no other allocator tells its peak
+            raise ConfigError(
+                f"peak_memory can be measured on a CPU or with CUDA, not on '{model.device.type}': leave it out, or measure "
+                "for another device with --latency-target cpu."
+            )
         own = _energy_workload(model, workload) if kind == "energy" else workload
         clock = energy_counter(model.device) if kind == "energy" else benchmark.timer
         table = (stored or {}).get(kind) or _table(kind, model, measured_widths(space), own, clock, fresh, advance)

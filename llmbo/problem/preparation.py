@@ -36,6 +36,11 @@ from pruning.sensitivity import block_sensitivity
 from pruning.statistics import Statistics, collect_statistics
 from pruning.supernet import Supernet
 
+# Exchanges are made to lower KL. They are dropped where it is more than so many times what it was, measured on the same tokens,
+# and by more than so many nats.
+LOSS_OF_EXCHANGES = 1.2
+UNSEEN = 0.01
+
 
 @dataclass(frozen=True)
 class Method:
@@ -130,10 +135,15 @@ def ranked(
     windows: TokenWindows,
     on_window: Callable[[int], None] | None = None,
     method: Method = DEFAULT,
+    compensation: bool = True,
 ) -> tuple[Statistics, Ranking]:
-    """What one pass over the calibration windows tells, and which units of each layer stay first."""
+    """What one pass over the calibration windows tells, and which units of each layer stay first.
+
+    Args:
+        compensation: Whether refits follow: without them there is no need of Gram matrices, the largest part by far.
+    """
     scored = max(1, method.scored_tokens // windows.calibration.shape[1])
-    statistics = collect_statistics(model, windows.calibration, on_window=on_window, scored=scored)
+    statistics = collect_statistics(model, windows.calibration, on_window=on_window, scored=scored, grams=compensation)
     return statistics, activation(model, statistics).ranking()
 
 
@@ -159,7 +169,7 @@ def prepared(
         space = replace(space, extra_costs=target.costs())
     choices, heldout_choices = _choices(config, loaded)
     with phases.phase("importance", len(windows.calibration)) as advance:
-        statistics, ranking = ranked(model, windows, advance, method)
+        statistics, ranking = ranked(model, windows, advance, method, config.compensation)
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
         check_finite(loaded.name, loaded.dtype, *sums)
         importance = fisher(model, statistics)
@@ -179,7 +189,9 @@ def prepared(
             costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
         threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)
         with phases.phase("width exchanges", len(method.anchors) * len(some)) as advance:
-            family = with_exchanges(threshold_family, supernet, some, sensitivity, generator, advance, method)
+            family = with_exchanges(
+                threshold_family, supernet, some, sensitivity, generator, advance, method, phases.note
+            )
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
@@ -213,22 +225,32 @@ def with_exchanges(
     generator: torch.Generator,
     on_window: Callable[[int], None],
     method: Method = DEFAULT,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> ThresholdFamily:
     """The family after width exchanges, by what a level more or less of each block changes in some members; it keeps that.
+
+    What an anchor's exchanges bring is measured on half of the windows: where they lose, the expansion that promised a gain was wrong,
+    and is dropped with them.
 
     Args:
         windows: `num_windows x length` token ids, to measure these changes on.
         sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
+        tell: Is told in one line of exchanges that are dropped.
     """
     space = family.space
     low = float(family.shares[0])
     anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in method.anchors))
     anchors = [x for x in anchors if x != space.max_levels]
     dense = dense_distribution(supernet.model, windows)
-    exchanges, measured = [], []
+    exchanges, sound, measured = [], [], []
+    half = (len(windows) + 1) // 2
 
     def advance(before: int, done: int) -> None:
         on_window(before + done)
+
+    def measured_kl(point: torch.Tensor) -> float:
+        x = tuple(point.int().tolist())
+        return supernet.quality(space.decode(x), windows[:half], dense.rows(0, half)).kl or 0.0
 
     for index, x in enumerate(anchors):
         costs = exchange_costs(
@@ -240,11 +262,23 @@ def with_exchanges(
             generator,
             on_window=partial(advance, index * len(windows)),
         )
-        first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).unbind(-1)
-        exchanges.append(best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL]))
+        first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
+        exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
+        plain = torch.tensor(x, dtype=torch.float64)
+        if exchange.any():
+            before, after = measured_kl(plain), measured_kl(plain + exchange)
+            if after > LOSS_OF_EXCHANGES * before + UNSEEN:
+                tell(
+                    f"Width exchanges at share {float(space.share(plain[None])):.2f} would have raised KL from {before:.3g} to "
+                    f"{after:.3g} and are dropped: the search goes on along the path without them."
+                )
+                exchanges.append(torch.zeros_like(exchange))
+                continue
+        exchanges.append(exchange)
+        sound.append(x)
         measured.append(first + second)
     corrected = exchanged_family(family, anchors, exchanges)
-    return replace(corrected, expansions=expansions(space, anchors, measured, sensitivity))
+    return replace(corrected, expansions=expansions(space, sound, measured, sensitivity))
 
 
 def _target(

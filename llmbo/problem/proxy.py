@@ -48,10 +48,10 @@ class ProxyEvaluator:
         return {**self.values(x, {name: float(part.mean()) for name, part in found.items()}), **extra}
 
     def measure(self, model: PreTrainedModel, first: int, last: int) -> dict[str, Tensor]:
-        """`kl` and `loss` of a candidate on each of some windows, `last - first` each, on the CPU."""
+        """`kl` and `loss` of a candidate on each of some windows, `last - first` each."""
         found = window_qualities(model, self.windows[first:last], self.dense.rows(first, last))
         assert found.kl is not None
-        return {"kl": found.kl.cpu(), "loss": found.loss.cpu()}
+        return {"kl": found.kl, "loss": found.loss}
 
     def values(self, x: tuple[int, ...], quality: Mapping[str, float]) -> dict[str, float]:
         """What `evaluate` returns for this `kl` and `loss`."""

@@ -21,6 +21,6 @@ class LayerStatistics:
         """From `pruning.importance.layer_scores`."""
 
         def per_kind(method: str) -> dict[BlockKind, tuple[float, ...]]:
-            return {kind: tuple(layers[method][kind].double().tolist()) for kind in BLOCK_KINDS}
+            return {kind: tuple(layers[method][kind].tolist()) for kind in BLOCK_KINDS}
 
         return cls(per_kind("taylor"), per_kind("activation"), per_kind("block_influence"))

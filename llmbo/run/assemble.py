@@ -1,8 +1,8 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
+from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, load_windows, prepared
 from llmbo.report.files import RUNS, read_report
@@ -24,6 +25,7 @@ from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import differences, stored_run
 from llmbo.search.racing import RacingEvaluator
+from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
 from pruning.calibration import read_text
@@ -44,9 +46,11 @@ class RunParts:
     advice: AdviceStore
 
 
-def build_proposer(strategy: str, problem: Problem, objectives: tuple[Objective, ...]) -> Proposer:
+def build_proposer(
+    strategy: str, problem: Problem, objectives: tuple[Objective, ...], tell: Callable[[str], None] = lambda line: None
+) -> Proposer:
     """The proposer behind a strategy's name, without advice."""
-    return strategy_of(strategy).build(problem, objectives, {})
+    return strategy_of(strategy).build(problem, objectives, {}, tell)
 
 
 def evaluator_of(
@@ -57,12 +61,22 @@ def evaluator_of(
 
 
 def proposer_of(
-    config: RunConfig, problem: Problem, objectives: tuple[Objective, ...], loaded: LoadedModel, advice: AdviceStore
+    config: RunConfig,
+    problem: Problem,
+    objectives: tuple[Objective, ...],
+    loaded: LoadedModel,
+    advice: AdviceStore,
+    tell: Callable[[str], None],
 ) -> Proposer:
     """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
-        return build_proposer(config.strategy, problem, objectives)
-    return build_advised(config, advisor_inputs(config, problem, objectives, problem.dense, loaded), advice)
+        return build_proposer(config.strategy, problem, objectives, tell)
+    inputs = advisor_inputs(config, problem, objectives, problem.dense, loaded)
+
+    def build(family: ThresholdFamily) -> Proposer:
+        return build_advised(config, replace(inputs, setting=replace(inputs.setting, family=family)), advice)
+
+    return on_sound_path(problem.family, problem.threshold_family, objectives, problem.dense, build, tell)
 
 
 def advisor_inputs(
@@ -153,7 +167,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                     storage, config.name, problem.space, objectives, config.settings(), facts, lease
                 )
                 advice = AdviceStore(store, folder / FILE)
-                proposer = proposer_of(config, problem, objectives, loaded, advice)
+                proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
                 yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
 

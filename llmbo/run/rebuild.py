@@ -117,10 +117,10 @@ class RebuildInputs:
     @classmethod
     def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "RebuildInputs":
         """Rank and repair as the run did."""
+        compensated = config_of(report).compensation
         with phases.phase("importance", len(windows.calibration)) as advance:
-            statistics, ranking = ranked(loaded.model, windows, advance)
+            statistics, ranking = ranked(loaded.model, windows, advance, compensation=compensated)
         with phases.phase("compensation"):
-            compensated = config_of(report).compensation
             table = CompensationTable(loaded.model, statistics, ranking) if compensated else None
         return cls(report, loaded, windows, ranking, table)
 

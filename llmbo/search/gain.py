@@ -14,7 +14,14 @@ from llmbo.problem.family import interpolated
 from llmbo.problem.objectives import Objective
 from llmbo.types import Trial
 
+FAR = 3.0  # times what a smaller member loses: no path is so uneven, and no measurement of one so noisy
+SLACK = 0.1  # of the quality's unit, added to both
 EPSILON = 0.02  # nats; keeps the log from chasing differences near the dense model that no measurement resolves
+
+
+def far_worse(excess: Tensor, smaller: Tensor) -> Tensor:
+    """Whether members with this excess are broken, as smaller ones have only that; any equal shapes, at least 0."""
+    return excess + SLACK > FAR * (smaller + SLACK)
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,13 @@ class FamilyCurve:
 
     @classmethod
     def through(cls, shares: Tensor, excess: Tensor) -> "FamilyCurve":
-        """Fit measured members (`n` shares and excesses); the dense model's (1, 0) is added."""
+        """Fit measured members (`n` shares and excesses); the dense model's (1, 0) is added, and what is broken left out."""
         shares = torch.cat([shares, torch.ones(1, dtype=torch.float64)])
         excess = torch.cat([excess, torch.zeros(1, dtype=torch.float64)])
         order = shares.argsort()
-        return cls(shares[order], torch.log(excess[order].clamp_min(0) + EPSILON))
+        shares, excess = shares[order], excess[order].clamp_min(0)
+        sound = ~far_worse(excess, excess.cummin(0).values)
+        return cls(shares[sound], torch.log(excess[sound] + EPSILON))
 
     def __call__(self, share: Tensor) -> Tensor:
         """log (F(s) + eps) at any share, same shape."""

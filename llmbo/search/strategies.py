@@ -1,8 +1,9 @@
 """From a strategy's name to its proposer. Heavy libraries are imported when the strategy is asked for."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL, Started
 from llmbo.search.contract import PluginProposer
+from llmbo.search.soundness import on_sound_path
 from llmbo.types import Proposer
 
 Options = Mapping[str, Any]
@@ -98,17 +100,34 @@ class ProposerFactory:
             checked[key] = value
         return checked
 
-    def build(self, problem: SearchProblem, objectives: Sequence[Objective], options: Options) -> Proposer:
+    def build(
+        self,
+        problem: SearchProblem,
+        objectives: Sequence[Objective],
+        options: Options,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> Proposer:
         """The proposer for a problem.
+
+        Args:
+            tell: Is told in one line what the user should know.
 
         Raises:
             ConfigError: An option is unknown or of the wrong type, or a third party's class takes exception to something.
         """
-        checked, strategy = self.checked(options), self.strategy
+        build = partial(self._built, problem, objectives, self.checked(options))
+        if self.strategy.family != "family":
+            return build(getattr(problem, self.strategy.family))
+        return on_sound_path(problem.family, problem.threshold_family, objectives, problem.dense, build, tell)
+
+    def _built(
+        self, problem: SearchProblem, objectives: Sequence[Objective], options: Options, family: ThresholdFamily
+    ) -> Proposer:
+        checked, strategy = dict(options), self.strategy
         num_initial = checked.pop("num_initial", NUM_INITIAL) if strategy.wrapped else NUM_INITIAL
         parts = {
             "space": problem.space,
-            "family": getattr(problem, strategy.family),
+            "family": family,
             "objectives": tuple(objectives),
             "dense": problem.dense,
             "limits": problem.limits,
@@ -127,7 +146,7 @@ class ProposerFactory:
             search = PluginProposer(self.plugin, search, problem.space)
         if self.design is None or not strategy.wrapped:
             return search
-        return Started(design_of(self.design, problem, objectives), search, problem.space, num_initial)
+        return Started(design_of(self.design, problem, family, objectives), search, problem.space, num_initial)
 
 
 def strategy_of(name: str, own: Mapping[str, Strategy] = STRATEGIES) -> ProposerFactory:
@@ -168,9 +187,11 @@ def _fillable(cls: Any, fixed: Options) -> Any:
     return cls
 
 
-def design_of(design: Design, problem: SearchProblem, objectives: Sequence[Objective]) -> Proposer:
-    """The proposer of an initial design."""
+def design_of(
+    design: Design, problem: SearchProblem, moved: ThresholdFamily, objectives: Sequence[Objective]
+) -> Proposer:
+    """The proposer of an initial design; `moved` is the path that the strategy searches from."""
     if design == "random":
         return RandomProposer(problem.space)
-    family = problem.family if design == "moved" else problem.threshold_family
+    family = moved if design == "moved" else problem.threshold_family
     return ThresholdProposer(family, tuple(objectives), problem.dense)

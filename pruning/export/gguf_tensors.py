@@ -138,6 +138,6 @@ def _rotary_factors(pruned: Pruned) -> Array | None:
         return None
     dim = pruned.anatomy.head_dim
     plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    actual = pruned.model.get_decoder().rotary_emb.inv_freq.double().cpu()
+    actual = pruned.model.get_decoder().rotary_emb.inv_freq.cpu().double()
     factors: Array = (plain / actual).float().numpy()
     return factors

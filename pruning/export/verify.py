@@ -40,7 +40,7 @@ def probe(model: PreTrainedModel, length: int = PROBE_LENGTH) -> Tensor:
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference in units of the expected logits' own spread, 0 for equal ones."""
-    expected, found = expected.double(), found.double()
+    expected, found = expected.cpu().double(), found.cpu().double()
     return float((found - expected).pow(2).mean().sqrt() / expected.std())
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind, expand_units
+from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of, expand_units
 from pruning.compensation import CompensationTable, factor_values, solved_values
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
@@ -226,3 +226,38 @@ def test_the_tables_size_follows_from_the_models(
     widths: dict[BlockKind, list[int]] = {"attention": [1], "mlp": [5, 11, 24]}
     table.fill({"attention": [1], "mlp": [5, 11]})
     assert table.num_values == (solved_values(anatomy, widths), factor_values(anatomy))
+
+
+def test_float32_factors_refit_like_float64_ones_however_ill_conditioned() -> None:
+    """The ridge bounds the condition number: activations of few directions, one of them a thousand times the others."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 600,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 9,
+    }
+    rng = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).float()
+    statistics = collect_statistics(model, torch.randint(9, (2, 8), generator=rng))
+    spread = torch.logspace(0, -6, 200, dtype=torch.float64)[:, None]
+    z = torch.randn(2000, 200, generator=rng, dtype=torch.float64) @ (
+        spread * torch.randn(200, 600, generator=rng, dtype=torch.float64)
+    )
+    z[:, 7] *= 1e3
+    gram = (z.T @ z).float()
+    statistics.blocks["mlp"].gram[0], statistics.num_tokens = gram.clone(), len(z)
+    anatomy = anatomy_of(model)
+    ranking = Ranking(torch.arange(4)[None], torch.randperm(600, generator=rng)[None])
+    table = CompensationTable(model, statistics, ranking)
+    order = ranking.neurons[0]
+    gram = (gram / len(z))[order][:, order].double()
+    weight = model.model.layers[0].mlp.down_proj.weight.detach()[:, order].double()
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(600, dtype=torch.float64)
+    for kept in (1, 37, 300, 599):
+        right = (weight @ (gram + ridge))[:, :kept]
+        expected = torch.linalg.solve((gram + ridge)[:kept, :kept], right.T).T
+        found = table.weight(0, anatomy.mlp, kept).double()
+        assert (found - expected).norm() < 1e-5 * expected.norm()

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_grams_are_second_moments_of_the_output_inputs(
         z = output_inputs(model, anatomy, block, windows)
         found = torch.stack(statistics.blocks[block.kind].gram).double()
         torch.testing.assert_close(found, z.transpose(1, 2) @ z, **CLOSE)
+
+
+@ONE_FAMILY
+def test_without_refits_no_gram_matrix_is_ever_made_and_scores_are_the_same(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, shapes: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    neurons = anatomy.intermediate_size
+    with shapes() as made:
+        whole = collect_statistics(model, windows)
+    assert (neurons, neurons) in made.seen  # attention's are as large as a weight
+    with shapes() as made:
+        found = collect_statistics(model, windows, grams=False)
+    assert made.seen and (neurons, neurons) not in made.seen
+    for block in anatomy.blocks:
+        assert not found.blocks[block.kind].gram
+    for method in METHODS.values():
+        for scores in ("groups", "neurons"):
+            torch.testing.assert_close(
+                getattr(method(model, found), scores), getattr(method(model, whole), scores), **CLOSE
+            )
 
 
 def gate_derivatives(

@@ -1,0 +1,156 @@
+"""Where width exchanges have broken the path the user is told, and the search goes on along the path before them; else nobody notices.
+
+The faults are injected: into what single blocks are said to change, and into members that no anchor vouches for.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from llmbo.problem import preparation
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.objectives import Objective
+from llmbo.search.baselines import ThresholdProposer
+from llmbo.search.gain import trial_gains
+from llmbo.search.soundness import SoundPath, on_sound_path
+from llmbo.types import Proposal, Proposer, Source, Trial
+
+AT_ANCHOR, IN_SEARCH = "Width exchanges at share", "Width exchanges have broken the allocation path"
+FLAGS = {"budget": 14, "min_share": 0.2}
+
+
+def broken(family: ThresholdFamily, *anything: object) -> ThresholdFamily:
+    """In large members the first layer has lost its attention."""
+    path = family.path.clone()
+    path[(family.shares > 0.7) & (family.shares < 0.97), 0] = 0
+    shares = family.space.share(path)
+    order = shares.argsort()
+    return replace(family, path=path[order], shares=shares[order])
+
+
+def stored(run: Any, name: str) -> list[dict[str, Any]]:
+    return [{key: trial[key] for key in trial if key != "seconds"} for trial in run.report(name)["trials"]]
+
+
+def test_a_healthy_run_is_told_of_no_fault(llmbo: Any) -> None:
+    done = llmbo(**FLAGS | {"budget": 12})
+    assert done.exit_code == 0 and "Width exchanges" not in done.output
+    assert len(stored(llmbo, "tiny")) == 12
+
+
+def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain(
+    llmbo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expansions of the wrong sign: without the check half of this path is worth nothing."""
+    real, make, made = preparation.exchange_costs, preparation.exchanged_family, list[Any]()
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        return {kind: -1e4 * cost for kind, cost in real(*args, **options).items()}
+
+    def watched(family: ThresholdFamily, anchors: Any, exchanges: Any) -> ThresholdFamily:
+        made.append((exchanges, make(family, anchors, exchanges), family))
+        return made[-1][1]
+
+    monkeypatch.setattr(preparation, "exchange_costs", wrong)
+    monkeypatch.setattr(preparation, "exchanged_family", watched)
+    done = llmbo(**FLAGS | {"budget": 1})
+    assert done.exit_code == 0, done.output
+    ((exchanges, moved, plain),) = made
+    assert done.output.count(AT_ANCHOR) == 3 and not torch.stack(exchanges).any()
+    assert torch.equal(moved.path, plain.path)
+    monkeypatch.setattr(preparation, "LOSS_OF_EXCHANGES", float("inf"))
+    assert AT_ANCHOR not in llmbo(name="unguarded", **FLAGS | {"budget": 1}).output
+    assert torch.stack(made[1][0]).any(-1).all() and not torch.equal(made[1][1].path, plain.path)
+
+
+def test_a_broken_member_is_told_and_left_behind_and_a_resumed_search_decides_alike(
+    llmbo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[ThresholdFamily]()
+
+    def watched(family: ThresholdFamily, *anything: object) -> ThresholdFamily:
+        made.append(family)
+        return broken(family)
+
+    monkeypatch.setattr(preparation, "exchanged_family", watched)
+    done = llmbo(**FLAGS)
+    assert done.exit_code == 0 and done.output.count(IN_SEARCH) == 1
+    trials, space = stored(llmbo, "tiny"), made[0].space
+    members = [space.decode(tuple(row)).to_dict() for row in made[0].path.int().tolist()]
+    on_plain = [trial["architecture"] in members for trial in trials if trial["origin"] == "threshold"]
+    assert (
+        not all(on_plain[:4]) and all(on_plain[4:]) and len(on_plain) == 12
+    )  # it is told after the first round of four
+    assert trials[-1]["origin"] == "qnehvi"
+    for budget in (3, 14):
+        again = llmbo(name="resumed", **FLAGS | {"budget": budget})
+        assert again.exit_code == 0, again.output
+    assert IN_SEARCH in again.output
+    assert stored(llmbo, "resumed") == trials
+
+
+def at(toy: Any, family: ThresholdFamily, member: int, **values: float) -> Trial:
+    """A member as a trial that measured these values."""
+    x = tuple(family.path[member].int().tolist())
+    trial = toy.trial(member, Proposal(x, "threshold", source=Source.PATH))
+    return replace(trial, values={**trial.values, **values})
+
+
+@pytest.mark.parametrize(
+    ("moved", "large", "small", "left"),
+    [
+        (True, 12.7, 0.9, True),
+        (True, 13.2, 4.0, True),
+        (True, 0.4, 0.0, True),
+        (True, 0.15, 0.0, False),  # near the dense model no measurement tells them apart
+        (True, 1.3, 0.9, False),
+        (True, 12.7, 9.0, False),  # no worse than its neighbours
+        (False, 12.7, 0.9, False),  # not by exchanges
+    ],
+)
+@pytest.mark.parametrize("quality", [Objective("kl", "", False, 1.2), Objective("skill", "", False, 0.0, True)])
+def test_a_path_is_left_for_members_that_are_far_worse_than_smaller_ones(
+    toy: Any, quality: Objective, moved: bool, large: float, small: float, left: bool
+) -> None:
+    plain, told = toy.family, list[str]()
+    after = broken(plain)
+    dense = {quality.name: 20.0}
+    new = [row.tolist() not in plain.path.tolist() for row in after.path]
+    member = new.index(True) if moved else 4
+    assert new[member] is moved and not new[2]
+    trials = [
+        at(toy, after, member, **{quality.name: 20.0 - quality.sign * large}),
+        at(toy, after, 2, **{quality.name: 20.0 - quality.sign * small}),
+    ]
+
+    def build(family: ThresholdFamily) -> Proposer:
+        return ThresholdProposer(family, toy.objectives, toy.dense, origin="moved" if family is after else "plain")
+
+    for _ in range(2):  # another process decides alike
+        path = SoundPath(after, plain, quality, dense, build, told.append)
+        for seen, expected in (([], False), (trials[:1], False), (trials, left), (trials, left)):
+            (proposal,) = path.propose(seen, 1, 0)
+            assert proposal.origin == ("plain" if expected else "moved")
+    assert len(told) == 2 * left and all(line.startswith(IN_SEARCH) and "\n" not in line for line in told)
+
+
+def test_where_nothing_was_exchanged_there_is_no_guard(toy: Any) -> None:
+    build: Callable[[ThresholdFamily], Any] = lambda family: family  # noqa: E731
+    assert on_sound_path(toy.family, toy.family, toy.objectives, toy.dense, build, print) is toy.family
+    assert isinstance(on_sound_path(broken(toy.family), toy.family, toy.objectives, toy.dense, build, print), SoundPath)
+
+
+def test_gains_are_not_measured_against_a_broken_member(toy: Any) -> None:
+    path = [at(toy, toy.family, member) for member in range(0, len(toy.family.path) - 1, 6)]
+    others = toy.trials(toy.random_points(6, 3), "qnehvi")
+    sound = [*path, *(replace(trial, number=100 + trial.number) for trial in others)]
+    middle = path[len(path) // 2]
+    spoilt = [replace(trial, values={**trial.values, "kl": 20.0}) if trial is middle else trial for trial in sound]
+    without = [trial for trial in sound if trial is not middle]
+    quality = toy.objectives[0]
+    found = trial_gains(spoilt, quality, toy.dense)
+    assert found.pop(middle.number) < -10
+    assert found == pytest.approx(trial_gains(without, quality, toy.dense))

@@ -150,7 +150,7 @@ def _tied(strategy: str) -> str:
 
 def _print_front(run: "Run") -> None:
     from llmbo.display.console import Console
-    from llmbo.display.progress import advice_line, summary
+    from llmbo.display.results import advice_line, summary
 
     Console().print(summary(run.report))
     if run.report.advisor:

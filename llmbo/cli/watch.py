@@ -120,7 +120,7 @@ def _picture(console: Any, snapshots: Iterator["Snapshot"]) -> None:
 
 
 def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
-    from llmbo.display.progress import trial_line
+    from llmbo.display.results import trial_line
 
     shown: set[int] = set()
     told = False

@@ -11,7 +11,7 @@ from llmbo.comparison.config import Arm
 from llmbo.comparison.runner import Outcome
 from llmbo.comparison.schema import BandPart, Comparison
 from llmbo.display.console import Console
-from llmbo.display.progress import result_table
+from llmbo.display.results import result_table
 
 
 class CompareDisplay:

@@ -10,20 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from llmbo.advisor.parts import AdvisorPart
 from llmbo.display.console import Console
 from llmbo.display.dashboard import Dashboard, Snapshot, volume
 from llmbo.display.dashboard import Progress as SearchProgress
 from llmbo.display.notebook import NotebookLive, notebook_console
+from llmbo.display.results import trial_line
 from llmbo.errors import ConfigError, unknown
 from llmbo.problem.objectives import Objective
-from llmbo.report import Report
 from llmbo.types import Proposal, Trial
 
 PICTURES_PER_SECOND = 4
@@ -303,60 +300,3 @@ def build_display(show: Show, budget: int, title: str) -> Display:
     if show not in views:
         raise ConfigError(unknown("way to show progress", show, views))
     return Display(console, budget, view=views[show](), title=title)
-
-
-def trial_line(trial: Trial, trials: Sequence[Trial], objectives: Sequence[Objective], budget: int) -> str:
-    """A finished trial in one line."""
-    measured = " ".join(f"{o.name} {trial.values[o.name]:.4g}" for o in objectives if trial.complete)
-    result = measured or f"failed: {trial.failure}"
-    count = f"{trial.number + 1}/{budget}" if budget else f"{trial.number + 1}"
-    seconds = f"{trial.seconds:.1f} s" if trial.seconds is not None else "?"
-    return f"trial {count} {trial.origin}: {result} ({seconds}) hypervolume {volume(trials, objectives):.4f}"
-
-
-def result_table(title: str) -> Table:
-    """An empty table that leaves most of a terminal's 80 columns to numbers."""
-    return Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-
-
-def summary(report: Report, rows: int = 12) -> Table:
-    """The front as a short table: at most `rows` points, spread evenly over it."""
-    counts = f"{len(report.front)} points from {len(report.trials)} trials"
-    table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
-    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
-        table.add_column(heading, justify="right")
-    count = len(report.front)
-    shown = (
-        sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
-        if count > rows
-        else range(count)
-    )
-    for label, point in [*((str(report.front[i].trial), report.front[i]) for i in shown), ("dense", report.dense)]:
-        values, heldout = point.objectives, point.heldout
-        table.add_row(
-            label,
-            f"{values.params / 1e6:.1f}M",
-            f"{values.params_share:.1%}",
-            f"{values.kl:.3f}",
-            f"{values.loss:.3f}",
-            f"{values.perplexity:.1f}",
-            f"{heldout.kl:.3f}" if heldout else "-",
-            f"{heldout.loss:.3f}" if heldout else "-",
-        )
-    return table
-
-
-def advice_line(part: AdvisorPart) -> str:
-    """What the advisor cost and brought, in a line."""
-    hooks = part.hooks.values()
-    calls, tokens = (
-        sum(hook.calls for hook in hooks),
-        sum(hook.prompt_tokens + hook.completion_tokens for hook in hooks),
-    )
-    costs = [hook.cost for hook in hooks]
-    cost = "price unknown" if None in costs else f"${sum(cost for cost in costs if cost):.4f}"
-    asked = f"{calls} calls, {tokens} tokens, {cost}, {sum(hook.seconds for hook in hooks):.1f} s; " if calls else ""
-    advised = {origin: gain for origin, gain in part.hypervolume_by_origin.items() if origin.startswith("advisor:")}
-    gained = ", ".join(f"{origin.removeprefix('advisor:')} {gain:.4f}" for origin, gain in advised.items()) or "nothing"
-    stopped = f" Without advice for a time: {part.stopped}." if part.stopped else ""
-    return f"Advisor {part.advisor}: {asked}hypervolume gained by {gained}.{stopped}"

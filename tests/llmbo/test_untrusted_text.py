@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.display.console import Console
 from llmbo.display.dashboard import Dashboard, Progress, Snapshot
-from llmbo.display.progress import Display, summary
+from llmbo.display.progress import Display
+from llmbo.display.results import summary
 from llmbo.errors import printable
 from llmbo.report import Report
 from llmbo.types import Proposal, TrialState

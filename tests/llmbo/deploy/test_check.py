@@ -64,7 +64,7 @@ def test_a_single_kv_group_is_told(build: Build, bytewise: PreTrainedTokenizerFa
     config = build("llama").config
     type(config)(**config.to_dict() | {"num_key_value_heads": 1}).save_pretrained(tmp_path)
     bytewise.save_pretrained(tmp_path)
-    assert "attention of a layer stays whole or goes whole" in check(tmp_path).stdout
+    assert "a layer keeps all of its attention or none" in check(tmp_path).stdout
 
 
 def test_another_tokenizer_goes_into_no_gguf_file(model_folder: Path) -> None:

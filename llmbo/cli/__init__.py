@@ -7,7 +7,7 @@ import typer
 from llmbo import __version__
 from llmbo.cli import common
 from llmbo.cli.advise import advise
-from llmbo.cli.common import OneLineGroup
+from llmbo.cli.common import OneLineGroup, say
 from llmbo.cli.compare import compare
 from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
@@ -24,7 +24,7 @@ app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enab
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"llmbo {__version__}")
+        say(f"llmbo {__version__}")
         raise typer.Exit
 
 

@@ -1,9 +1,9 @@
 """What a number may be, declared beside the field that holds it: `budget: Annotated[int, Within(1, 10**6)] = 60`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from llmbo.errors import ConfigError
 
@@ -59,7 +59,7 @@ def flag_of(field: str) -> str:
 
 
 def check_numbers(settings: object, name: Callable[[str], str] = flag_of) -> None:
-    """Check every field of a dataclass that declares a range; of a tuple every number, and None always passes.
+    """Check every field of a dataclass that declares a range; of a tuple every number, None where the field allows it.
 
     Args:
         name: What the user calls a field.
@@ -67,11 +67,17 @@ def check_numbers(settings: object, name: Callable[[str], str] = flag_of) -> Non
     Raises:
         ConfigError: The first that is out of range.
     """
-    for field, hint in get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, field)
+    check_values(type(settings), vars(settings), name)
+
+
+def check_values(kind: type, values: Mapping[str, Any], name: Callable[[str], str] = flag_of) -> None:
+    """The same for what is to become one."""
+    for field, hint in get_type_hints(kind, include_extras=True).items():
         for within in getattr(hint, "__metadata__", ()):
-            if isinstance(within, Within) and value is not None:
-                for one in value if isinstance(value, tuple) else (value,):
+            value = values.get(field)
+            if isinstance(within, Within) and (value is not None or (field in values and "None" not in str(hint))):
+                several = "tuple" in str(hint) and isinstance(value, (tuple, list))
+                for one in value if several else (value,):
                     within.check(within.flag or name(field), one, whole="int" in str(hint.__origin__))
 
 

@@ -16,6 +16,7 @@ from llmbo.config.numbers import (
     SEED,
     Within,
     check_numbers,
+    check_values,
 )
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
 from llmbo.config.strategies import strategy_plugin
@@ -159,8 +160,10 @@ class RunConfig:
         """
         from pydantic import TypeAdapter, ValidationError
 
+        settings = {**settings, **changes}
+        check_values(cls, settings)
         try:
-            return TypeAdapter(cls).validate_python({**settings, **changes})
+            return TypeAdapter(cls).validate_python(settings)
         except ValidationError as error:
             raise ConfigError(f"The settings do not fit this version of llmbo ({first_fault(error)}).") from error
 

@@ -4,7 +4,7 @@ The walk is over the options that the commands declare, so a new one joins by it
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -61,17 +61,6 @@ def numeric_options() -> list[tuple[str, str]]:
     ]
 
 
-def marked(options: Iterable[tuple[str, str]]) -> list[Any]:
-    """Those whose ranges are not declared yet may fail."""
-    later = pytest.mark.xfail(reason="its range is declared by another change")
-    return [
-        pytest.param(command, option, marks=later)
-        if "advisor" in option or command in ("recover", "export") or (command == "rerank" and option != "--top")
-        else (command, option)
-        for command, option in options
-    ]
-
-
 def refused(command: str, option: str, value: str) -> str:
     answer = CliRunner().invoke(app, [command, *NEEDED[command], option, value])
     said = f"{command} {option} {value!r}: {answer.output or answer.exception!r}"
@@ -89,13 +78,13 @@ def _elsewhere(tmp_path: Path) -> Iterator[None]:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("command", "option"), marked(numeric_options()))
+@pytest.mark.parametrize(("command", "option"), numeric_options())
 def test_an_option_refuses_nonsense(command: str, option: str) -> None:
     for value in NONSENSE:
         refused(command, option, value)
 
 
-@pytest.mark.parametrize(("command", "option"), marked(WRITTEN))
+@pytest.mark.parametrize(("command", "option"), list(WRITTEN))
 def test_numbers_inside_words_are_checked_as_well(command: str, option: str) -> None:
     for form in WRITTEN[command, option]:
         for value in NONSENSE:
@@ -104,7 +93,7 @@ def test_numbers_inside_words_are_checked_as_well(command: str, option: str) -> 
 
 @pytest.mark.parametrize(
     ("command", "field"),
-    marked(("optimize", name) for name, hint in get_type_hints(RunConfig).items() if is_number(hint)),
+    [("optimize", name) for name, hint in get_type_hints(RunConfig).items() if is_number(hint)],
 )
 def test_a_keyword_refuses_nonsense(command: str, field: str) -> None:
     """Before the model: there is none."""

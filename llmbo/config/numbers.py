@@ -74,11 +74,11 @@ def check_values(kind: type, values: Mapping[str, Any], name: Callable[[str], st
     """The same for what is to become one."""
     for field, hint in get_type_hints(kind, include_extras=True).items():
         for within in getattr(hint, "__metadata__", ()):
-            value = values.get(field)
-            if isinstance(within, Within) and (value is not None or (field in values and "None" not in str(hint))):
-                several = "tuple" in str(hint) and isinstance(value, (tuple, list))
-                for one in value if several else (value,):
-                    within.check(within.flag or name(field), one, whole="int" in str(hint.__origin__))
+            if not isinstance(within, Within) or field not in values or (values[field] is None and "None" in str(hint)):
+                continue
+            value = values[field]
+            for one in value if isinstance(value, (tuple, list)) and "tuple" in str(hint) else (value,):
+                within.check(within.flag or name(field), one, whole="int" in str(hint.__origin__))
 
 
 def _short(end: float) -> str:

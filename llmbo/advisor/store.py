@@ -211,7 +211,7 @@ def read_jsonl(file: Path) -> list[Consultation]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise ConfigError(f"--advisor replay:{file} cannot be read ({reason}): give a run's advisor.jsonl.") from error
-    found, lines = [], text.removesuffix("\n").split("\n")
+    found, lines = [], text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         try:
             found.append(Consultation.from_dict(json.loads(line)))

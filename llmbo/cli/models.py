@@ -21,15 +21,15 @@ def models(
 
     Example: llmbo models --check llama
     """
-    with one_line_errors(interrupted="Interrupted."):
+    if check is None:
         from llmbo.models.aliases import ALIASES
-        from llmbo.models.loading import silence_libraries
 
-        if check is None:
-            for alias in ALIASES.values():
-                say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
-            return
+        for alias in ALIASES.values():
+            say(f"{alias.name:10} {alias.title}; from the package {alias.package}, {alias.licence}")
+        return
+    with one_line_errors(interrupted="Interrupted."):
         from llmbo.deploy.check import findings
+        from llmbo.models.loading import silence_libraries
 
         silence_libraries()
         for finding in findings(check):

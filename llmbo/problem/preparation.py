@@ -265,7 +265,7 @@ def with_exchanges(
         first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
         exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
         plain = torch.tensor(x, dtype=torch.float64)
-        if exchange.any():
+        if exchange.any() and bool(space.legal((plain + exchange)[None])):
             before, after = measured_kl(plain), measured_kl(plain + exchange)
             if after > LOSS_OF_EXCHANGES * before + UNSEEN:
                 tell(

@@ -70,10 +70,10 @@ def test_the_given_reference_point_is_kept() -> None:
         (("kl", "loss", "params", "flops"), None, "two or three different"),
         (("kl", "params"), (1.0,), "one number per objective.*got 1"),
         (("kl", "params"), (1.0, 2.0, 3.0), "one number per objective.*got 3"),
-        (("kl", "params"), (0.0, 500.0), "kl is 0"),
-        (("kl", "params"), (1.0, -1.0), "params is -1"),
-        (("kl", "params"), (math.nan, 500.0), "kl is nan"),
-        (("kl", "params"), (math.inf, 500.0), "kl is inf"),
+        (("kl", "params"), (0.0, 500.0), "kl must be above 0, got 0"),
+        (("kl", "params"), (1.0, -1.0), "params must be above 0, got -1"),
+        (("kl", "params"), (math.nan, 500.0), "kl must be a number, got nan"),
+        (("kl", "params"), (math.inf, 500.0), "kl must be below 1e.18, got inf"),
     ],
 )
 def test_what_needs_no_model_is_refused_before_one_is_loaded(

@@ -1,8 +1,7 @@
 """A prepared problem on a real, if tiny, model: how the path is priced and corrected, and that its expansions foretell what is measured."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from llmbo.config import RunConfig
+from llmbo.display.console import Console
+from llmbo.display.progress import Display, Silence
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
 from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
@@ -23,14 +24,6 @@ from pruning.importance import fisher
 from pruning.likelihood import dense_distribution
 from pruning.sensitivity import block_sensitivity
 from pruning.statistics import collect_statistics
-
-
-class Quiet:
-    """Phases that nobody watches."""
-
-    @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        yield lambda done: None
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def opened(model_folder: Path, text_file: Path) -> Iterator[Opened]:
     )  # fmt: skip
     loaded = load_model(config.model, config.dtype, config.device)
     windows: TokenWindows = load_windows(config, loaded)
-    with prepared(config, loaded, windows, Quiet()) as problem:
+    with prepared(config, loaded, windows, Display(Console(), 0, view=Silence())) as problem:
         some = windows.calibration[: len(windows.calibration) // 4]
         generator = torch.Generator().manual_seed(config.seed)
         sensitivity = block_sensitivity(problem.supernet, some, problem.space.widths, generator)

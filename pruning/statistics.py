@@ -44,7 +44,7 @@ class BlockStatistics:
     cosine: Tensor
 
     @classmethod
-    def empty(cls, layers: int, block: Block, device: torch.device, grams: bool = True) -> "BlockStatistics":
+    def empty(cls, layers: int, block: Block, device: torch.device, grams: bool) -> "BlockStatistics":
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmbo.errors import LlmboError
-from llmbo.problem.space import SearchSpace
+from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS, SearchSpace, _default_step
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 
@@ -112,3 +112,10 @@ def test_neighbouring_widths_are_those_of_a_level_less_and_more(make_space: Call
         assert found["attention"].tolist() == [[0, 2]] * space.num_layers
         below, above = (space.widths["mlp"][min(max(at, 0), space.max_levels[-1])] for at in (level - 1, level + 1))
         assert found["mlp"].tolist() == [[below, above]] * space.num_layers
+
+
+@pytest.mark.parametrize("size", [11008, 14336, 8192, 18944, 9728, 12288, 6912, 4864, 3072, 1536])
+def test_a_default_step_is_what_hardware_likes_and_gives_about_as_many_levels_as_wanted(size: int) -> None:
+    step = _default_step(size)
+    assert step % HARDWARE_MULTIPLE == 0 and size / step == pytest.approx(NEURON_LEVELS, rel=0.2)
+    assert _default_step(24) == 24 // NEURON_LEVELS and _default_step(3) == 1  # models of tests

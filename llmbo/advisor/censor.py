@@ -35,7 +35,7 @@ class Censor:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._blotted("".join(c if c.isprintable() or c in "\n\t" else " " for c in value))
+            return "".join(c if c.isprintable() or c in "\n\t" else " " for c in self._blotted(value))
         if isinstance(value, dict):
             return {self(name): self(child) for name, child in value.items()}
         return [self(child) for child in value] if isinstance(value, (list, tuple)) else value
@@ -44,10 +44,10 @@ class Censor:
         if self._needles is None:
             return text
         found: list[tuple[int, int]] = []
-        spelled, starts, ends = text, array("L", range(len(text))), array("L", range(1, len(text) + 1))
+        spelled, starts, ends = _visible(text, array("L", range(len(text))), array("L", range(1, len(text) + 1)))
         for _ in range(DEPTH):
             found += [(starts[m.start()], ends[m.end() - 1]) for m in self._needles.finditer(spelled)]
-            decoded, starts, ends = _decoded(spelled, starts, ends)
+            decoded, starts, ends = _visible(*_decoded(spelled, starts, ends))
             if decoded == spelled:
                 break
             spelled = decoded
@@ -65,6 +65,16 @@ class Censor:
         whole = [re.escape(text.rstrip("=")[:-1] if text.endswith("=") else text) for text in coded]
         safe = [text.replace(r"\+", "[+-]").replace("/", "[/_]") for text in whole]  # as URLs take it
         return re.compile("|".join([f"(?i:{re.escape(self.secret)}|{key.hex()})", *safe]))
+
+
+def _visible(text: str, starts: "array[int]", ends: "array[int]") -> tuple[str, "array[int]", "array[int]"]:
+    """Without what a key may be split by and still be read: spaces, line ends, invisible characters."""
+    seen = [index for index, c in enumerate(text) if c.isprintable() and not c.isspace()]
+    return (
+        "".join(text[index] for index in seen),
+        array("L", (starts[index] for index in seen)),
+        array("L", (ends[index] for index in seen)),
+    )
 
 
 def _decoded(text: str, starts: "array[int]", ends: "array[int]") -> tuple[str, "array[int]", "array[int]"]:

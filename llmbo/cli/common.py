@@ -47,7 +47,7 @@ def one_line_errors(interrupted: str, smaller: str = "") -> Iterator[None]:
         explained = _explained(error, smaller)
         if explained is None:
             raise
-        say(f"error: {explained}", err=True)
+        say(f"error: {' '.join(explained.split())}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     finally:
         for signum, handler in former.items():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmbo.cli.common import one_line_errors, say, split_list
+from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmbo.evaluation.table import Result
@@ -58,6 +59,8 @@ def evaluate(
 
         silence_libraries()
         asked = split_list(tasks)
+        if tasks and not asked:
+            raise ConfigError(f"--tasks '{tasks}' names no task: see lm-eval's list.")
         settings = Settings(
             text=text or ("" if asked else "builtin"),
             tokens=tokens,

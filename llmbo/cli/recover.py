@@ -24,7 +24,7 @@ def recover(
     lora: Annotated[
         bool, typer.Option("--lora", help="Train low-rank adapters and merge them, instead of all weights.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters of --lora, 16 by default.")] = None,
     distil: Annotated[bool, typer.Option("--distil", help="Learn the dense model's distributions.")] = False,
     teacher: Annotated[str, typer.Option(help="Dense model for --distil; by default the one the folder names.")] = "",
     temperature: Annotated[float, typer.Option(help="Softens both distributions in --distil.")] = 1.0,

@@ -19,7 +19,7 @@ def rerank(
         str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; by default the run's.")
     ] = "",
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters of --lora, 16 by default.")] = None,
     distil: Annotated[bool, typer.Option("--distil", help="Learn the dense model's distributions.")] = False,
     temperature: Annotated[float, typer.Option(help="Softens both distributions in --distil.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,

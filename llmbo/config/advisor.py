@@ -23,7 +23,7 @@ KINDS = {
 }
 _SERVER = re.compile(r"(?P<model>.+?)@(?P<url>[a-z][a-z0-9+.-]*://.*)", re.IGNORECASE | re.DOTALL)
 _HOST = re.compile(
-    r"[./\\]|:\d*$|::|^\[|^localhost$|^https?:", re.IGNORECASE
+    r"[./\\]|:\d*$|::|^\[|^localhost(:|$)|^https?:", re.IGNORECASE
 )  # what a model's version behind an '@' does not hold
 _MORE = re.compile(r"[?#]|//[^/]*@")  # than a server's place
 
@@ -69,6 +69,10 @@ def parse_spec(text: str) -> AdvisorSpec:
     if at and (not tail.strip() or _HOST.search(tail.strip())):
         raise ConfigError(
             f"--advisor {text}: '{tail}' looks like a server, so it needs its scheme: openai:{model}@http://{tail or 'HOST:PORT/v1'}."
+        )
+    if re.match(r"(localhost|\d+(\.\d+){3})(:|/|$)", argument, re.IGNORECASE):
+        raise ConfigError(
+            f"--advisor {text}: '{argument}' looks like a server, so it needs its scheme: openai:MODEL@http://{argument}."
         )
     return AdvisorSpec(kind, argument)
 

@@ -10,7 +10,7 @@ DISK_MARGIN = 100 << 20  # tokenizer, card and file system overhead, bytes
 
 def check_disk(out: Path, needed: int) -> None:
     """Raise StorageError unless `needed` bytes and a margin are free where `out` will be."""
-    place = next(path for path in out.absolute().parents if path.is_dir())
+    place = next((path for path in out.absolute().parents if path.is_dir()), out.absolute())
     free, needed = shutil.disk_usage(place).free, needed + DISK_MARGIN
     if free < needed:
         raise StorageError(

@@ -122,11 +122,13 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         read_text(config.text)
     if config.items and len(read_items(Path(config.items))) < 2:
         raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
+    pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
             storage = find_storage(url)
             if storage is not None:
-                wait_until_free(Pulse(storage, config.name, folder), phases)
+                pulse = Pulse(storage, config.name, folder)  # kept: what it has seen counts when the run is taken over
+                wait_until_free(pulse, phases)
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
@@ -154,8 +156,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             }
             if fresh and own_file:
                 delete_run(url, config.name, own_file)
-            storage = open_storage(url)
-            with leased(Pulse(storage, config.name, folder), phases, folder) as lease:
+                pulse = None
+            pulse = pulse or Pulse(open_storage(url), config.name, folder)
+            with leased(pulse, phases, folder) as lease:
                 if fresh:
                     delete_run(url, config.name)
                     (folder / FILE).unlink(missing_ok=True)
@@ -164,7 +167,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                         f"Another process has worked on the run '{config.name}' while this one started: run the same command again."
                     )
                 store = TrialStore.create(
-                    storage, config.name, problem.space, objectives, config.settings(), facts, lease
+                    pulse.storage, config.name, problem.space, objectives, config.settings(), facts, lease
                 )
                 advice = AdviceStore(store, folder / FILE)
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,20 @@ from pathlib import Path
 import optuna
 from alembic.util.exc import CommandError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import create_engine, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy import URL, create_engine, inspect, make_url, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    SAWarning,
+    SQLAlchemyError,
+)
 
 from llmbo.errors import DamagedError, StorageError, first_line
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=SAWarning)  # of options that a driver does not know
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
@@ -128,9 +137,15 @@ def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
 
 
 def shown_url(url: str) -> str:
-    """A database URL without its password, which may stand before the host or among the options."""
-    head, at, tail = url.partition("?")[0].rpartition("@")
-    return f"{head.split('//')[0]}//…@{tail}" if at else tail
+    """A database URL without its user, password and options, any of which may tell a secret."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # where a password ends cannot be told
+        return f"{url.partition(':')[0]}:…" if "@" in url else url.partition("?")[0]
+    host = parsed.host and parsed.host.rpartition("@")[2]  # a password may hold an @
+    place = URL.create(parsed.drivername, host=host, port=parsed.port, database=parsed.database)
+    shown = place.render_as_string()
+    return shown.replace("//", "//…@", 1) if parsed.username or parsed.password else shown
 
 
 def _storage(url: str) -> BaseStorage:
@@ -145,7 +160,10 @@ def _storage(url: str) -> BaseStorage:
 
 
 def _check(url: str) -> None:
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except ValueError as error:  # e.g. a port that is no number
+        raise ArgumentError(str(error)) from error
     parsed.get_dialect()
     if parsed.get_backend_name() == "sqlite" and (
         not parsed.database or ":memory:" in parsed.database or parsed.query.get("mode") == "memory"

@@ -28,6 +28,7 @@ from pruning.projection import Projection
 
 WARMUP = 0.05  # of all steps
 FLOOR = 0.1  # of the learning rate, where the cosine ends
+RANK = 16  # of the adapters
 LORA_ALPHA = 2  # times the rank
 PROGRESS = "progress.json"  # in each checkpoint: the plan, and how validation went
 LEARNING_RATES = {False: 3e-4, True: 1e-3}  # all weights, LoRA
@@ -91,14 +92,17 @@ class Progress:
         return self.step >= plan.steps or behind >= plan.patience
 
 
-def adapter_rank(lora: bool, rank: int) -> int:
-    """`Plan.lora` for what was typed. Without `--lora` the rank is of no use, but nonsense is refused all the same.
+def adapter_rank(lora: bool, rank: int | None) -> int:
+    """`Plan.lora` for what was typed.
 
     Raises:
-        ConfigError: A rank below 1, which would train all weights.
+        ConfigError: A rank below 1, which would train all weights, or one without `--lora`.
     """
-    Within(1, MOST).check("--rank", rank, whole=True)
-    return rank if lora else 0
+    if rank is not None:
+        Within(1, MOST).check("--rank", rank, whole=True)
+        if not lora:
+            raise ConfigError(f"--rank {rank} is of no use without --lora: add it, or leave the rank out.")
+    return (RANK if rank is None else rank) if lora else 0
 
 
 def train(

@@ -24,7 +24,7 @@ def check_out(out: Path) -> None:
     Raises:
         UnsupportedExport: It is a file, or a folder with something in it, or no folder can be made there.
     """
-    above = next(path for path in out.absolute().parents if path.exists())
+    above = next((path for path in out.absolute().parents if path.exists()), out.absolute())
     if not above.is_dir() or not os.access(above, os.W_OK):
         reason = "is a file" if not above.is_dir() else "cannot be written"
         raise UnsupportedExport(f"The output '{out}' cannot be made, since '{above}' {reason}: choose another place.")

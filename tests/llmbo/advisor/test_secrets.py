@@ -59,6 +59,10 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "URL in JSON": lambda key: json.dumps(each("\\u{:04x}")(urllib.parse.quote(key, safe=""))),
     "hex": lambda key: key.encode().hex(),
     **{f"base64 behind {n}": base64_behind(b"Bearer "[7 - n :]) for n in range(4)},
+    "split by a bell": lambda key: f"{key[:7]}\x07{key[7:]}",
+    "split by invisible characters": lambda key: f"{key[:7]}\u200b{key[7:9]}\xad{key[9:]}",
+    "over several lines": lambda key: f"{key[:7]}\n{key[7:9]}\u2028 {key[9:]}",
+    "split by an escaped invisible character": lambda key: f"{key[:7]}\\u200b{key[7:]}",
     "base64 for URLs": lambda key: base64.urlsafe_b64encode(f"{key}>>>???".encode()).decode(),
 }
 
@@ -77,7 +81,7 @@ def assert_hidden(text: str, key: str = KEY) -> None:
     cores = [base64.b64encode(bytes(n) + key.encode()).decode()[4:-4] for n in range(3)]
     hidden = [key.lower(), key.encode().hex(), *(core.replace("+", "-").replace("/", "_").lower() for core in cores)]
     for reading in readings(text):
-        lowered = reading.lower()
+        lowered = "".join(c for c in reading.lower() if c.isprintable() and not c.isspace())
         assert not any(one in lowered or one in lowered.replace("+", "-").replace("/", "_") for one in hidden)
 
 

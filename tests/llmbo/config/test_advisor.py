@@ -39,6 +39,7 @@ def test_a_model_and_its_server(text: str, model: str, url: str | None) -> None:
     [
         "qwen3:8b@localhost:11434/v1", "m@localhost", "m@LocalHost", "m@localhost:11434", "m@localhost/v1", "m@localhost:",
         "m@127.0.0.1", "m@127.0.0.1:8000", "m@api.example.org", "m@api.example.org/v1", "m@myserver:8000", "m@myserver/v1",
+        "localhost:11434/v1", "localhost", "127.0.0.1:8000", "m@localhost:abc",
         "m@[::1]", "m@[::1]:8000", "m@[fe80::1]/v1", "m@::1", "m@2001:db8::1", "m@//myserver/v1", "m@/v1", "m@ localhost ",
         "m@v@host.docker.internal:11434", "m@http:localhost", "m@http:/localhost/v1", "m@http//localhost", "m@host\\v1", "m@",
         "m@user:secret@host:80",

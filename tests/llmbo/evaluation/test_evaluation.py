@@ -202,6 +202,7 @@ def test_prompts_that_cannot_be_made_are_refused(
         (("{model}", "--tokens", -1), "--tokens"),
         (("{model}", "--window", 32, "--json", "{tmp}/no/where.jsonl"), "--json"),
         (("{model}", "--tasks", "no_such_task"), "'no_such_task'"),
+        (("{model}", "--tasks", " ,"), "--tasks ' ,'"),
         (("{model}", "{tmp}", "--window", 32), "{tmp}"),  # the second of two is looked at before the first is measured
     ],
 )

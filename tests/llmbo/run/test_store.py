@@ -269,6 +269,7 @@ REMEDIES = {  # what was typed -> what the line says; nothing of it is mended by
     "sqlite:/study.db": "expected e.g. sqlite:///",
     "study.db": "expected e.g. sqlite:///",
     "": "expected e.g. sqlite:///",
+    "postgresql+psycopg2://u:p@h:port/db": "expected e.g. sqlite:///",
     "postgresql+nodriver://host/db": "expected e.g. sqlite:///",
     "sqlite:////nowhere/study.db": "check the path",
     "sqlite:////proc/study.db": "check the path",
@@ -315,6 +316,9 @@ URLS = [
     "mysql://user:hun@hunter2@nowhere.invalid/db",
     "unknown://user:hunter2@host/db",
     "unknown://host/db?password=hunter2",
+    "postgresql://user:SE?hunter2@host/db",
+    "postgresql://host/db?password=hun@hunter2",
+    "postgresql://user:hunter2@host:port/db",
     "no url at all",
 ]
 

@@ -321,6 +321,7 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
         (("./nowhere",), "'./nowhere'"),
         *((("{model}", "--lora", "--rank", rank), "--rank must be at least 1") for rank in (0, -3)),
         (("{model}", "--rank", -3), "--rank must be at least 1"),  # of no use, and nonsense
+        (("{model}", "--rank", 4), "--rank 4 is of no use without --lora"),
         *((("{model}", "--lr", lr), "--lr must be") for lr in ("nan", "inf", -1)),
         *((("{model}", "--temperature", value), "--temperature must be") for value in ("nan", "inf", 0, -1)),
         *(

@@ -24,14 +24,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from llmbo.errors import ConfigError, ModelError, first_line
+from llmbo.errors import ConfigError, ModelError, first_line, out_of_memory
 from llmbo.models.aliases import ALIASES, resolve
 from llmbo.models.checks import (
     check_decoder,
     check_entries,
     check_no_adapter,
+    check_stored,
+    check_tokenizer,
     check_values,
-    check_vocabulary,
     check_weights,
     dequantised,
 )
@@ -133,6 +134,7 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
         config = config_class.from_pretrained(source, trust_remote_code=trust_remote_code)
         if own is None:
             check_decoder(name, config, trust_remote_code and "auto_map" in entries)
+    config.return_dict = True  # what reads the outputs calls them by name
     notes: tuple[str, ...] = ()
     if quantisation:
         config.quantization_config = quantisation
@@ -162,7 +164,7 @@ def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             found.source, config=found.config, trust_remote_code=found.trust_remote_code
         )
-    check_vocabulary(found.name, tokenizer)
+    check_tokenizer(found.name, tokenizer)
     return tokenizer
 
 
@@ -308,6 +310,8 @@ def _loaded(found: Found, dtype: str, device: str) -> Checkpoint:
             ignore_mismatched_sizes=True,  # `check_weights` says which
         )
     check_weights(name, model, info)
+    if getattr(found.config, "quantization_config", None) is None:
+        check_stored(name, source, model)
     check_values(name, model)
     return Checkpoint(name, source, model.eval().to(device), tokenizer, dtype, device, notes=found.notes)
 
@@ -317,9 +321,9 @@ def _told(name: str, source: str, part: str = "") -> Iterator[None]:
     """Whatever libraries make of a strange file becomes one line."""
     try:
         yield
-    except (ModelError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, ModelError) or out_of_memory(error):
+            raise
         reason = first_line(error).rstrip(".,")
         if "trust_remote_code" in str(error):
             reason = "it brings its own code, which runs only in `llmbo evaluate`, with --trust-remote-code."

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -92,6 +93,7 @@ class Found:
 def silence_libraries() -> None:
     """No progress bars and notices from libraries: a program's own display is enough. For programs only."""
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # a line for each of its attempts
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
 
@@ -99,13 +101,14 @@ def silence_libraries() -> None:
 @contextlib.contextmanager
 def libraries_silenced() -> Iterator[None]:
     """The same for as long as the context lasts, for callers who have settings of their own."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, hub, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         try:
             silence_libraries()
             yield
         finally:
             logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub)
             if bars:
                 logging.enable_progress_bar()
 

@@ -21,6 +21,16 @@ _OBEYED = [
 _PRINTABLE = {**dict.fromkeys(_OBEYED), **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out; torch's CPU allocator raises a plain RuntimeError, mapping a file an OSError."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError | OSError)
+        and any(said in str(error) for said in ("can't allocate memory", "Cannot allocate memory", "out of memory"))
+    )
+
+
 def printable(text: str) -> str:
     """`text` without what a terminal obeys; lone surrogates, which nothing can print, as replacement characters."""
     return text.translate(_PRINTABLE)

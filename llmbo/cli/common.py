@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from llmbo.errors import ConfigError, LlmboError, first_line, printable
+from llmbo.errors import ConfigError, LlmboError, first_line, out_of_memory, printable
 
 # Typer's own: newer versions bring a click with them, older ones use the one that is installed.
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -96,7 +96,6 @@ def numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
 
 def _explained(error: Exception, smaller: str) -> str | None:
     """One line for what the machine, not the program, did wrong; None for a fault of ours, which deserves its traceback."""
-    from llmbo.problem.proxy import out_of_memory
     from llmbo.run.database import DATABASE_ERRORS
     from pruning.errors import PruningError
 

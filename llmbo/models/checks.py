@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -128,8 +129,38 @@ def check_weights(name: str, model: PreTrainedModel, info: Mapping[str, Collecti
         )
 
 
+def check_stored(name: str, source: str, model: PreTrainedModel) -> None:
+    """Raise ModelError if a local folder stores a parameter in numbers that are no floats. Reads the headers alone."""
+    single, index = Path(source, "model.safetensors"), Path(source, "model.safetensors.index.json")
+    files = [single] if single.exists() else []
+    if index.exists() and not files:
+        files = [index.with_name(file) for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    prefix = f"{model.base_model_prefix}."  # the file may leave it out
+    own = {key.removeprefix(prefix) for key, _ in model.named_parameters()}
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            kinds = {key: stored.get_slice(key).get_dtype() for key in stored.keys() if key.removeprefix(prefix) in own}  # noqa: SIM118
+        names = [key for key, kind in kinds.items() if not re.match("B?F[0-9]", kind)]
+        if names:
+            raise ModelError(
+                f"The weights of '{name}' are stored in {kinds[min(names)]} ({_some(names)}), where floats were expected, and "
+                "its config.json names no quantisation: give the full-precision model."
+            )
+
+
 def check_values(name: str, model: PreTrainedModel) -> None:
-    """Raise ModelError if a weight is NaN or infinite. Reads every weight once."""
+    """Raise ModelError if a weight is NaN, infinite or of 8 bits, or the head is tied in the config alone. Reads every weight once."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False) and head is not None
+    if tied and head.weight is not embedding.weight and not torch.equal(head.weight, embedding.weight):
+        raise ModelError(
+            f"The config.json of '{name}' has tie_word_embeddings true, but its lm_head.weight differs from the embedding: "
+            "set tie_word_embeddings to false there, or remove that tensor."
+        )
+    narrow = [key for key, weight in model.named_parameters() if weight.is_floating_point() and weight.itemsize == 1]
+    if narrow:
+        raise ModelError(f"The weights of '{name}' are float8 without a scale ({_some(narrow)}): get a whole copy.")
     faults: dict[str, list[str]] = {"NaN": [], "infinite values": []}
     for key, weight in model.named_parameters():
         if weight.numel() and weight.is_floating_point():
@@ -138,13 +169,18 @@ def check_values(name: str, model: PreTrainedModel) -> None:
                 faults["NaN" if bool(ends.isnan().any()) else "infinite values"].append(key)
     for what, names in faults.items():
         if names:
-            narrow = what != "NaN" and model.dtype == torch.float16
-            remedy = "they may not fit float16: try --dtype bfloat16 or float32" if narrow else "get a sound copy"
+            overflow = what != "NaN" and model.dtype == torch.float16
+            remedy = "they may not fit float16: try --dtype bfloat16 or float32" if overflow else "get a sound copy"
             raise ModelError(f"The weights of '{name}' hold {what} ({_some(names)}): {remedy}.")
 
 
-def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError for a tokenizer without words, which is what some classes make of a folder without its files."""
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError for a length that is no number, or no words, which is what some classes make of a folder without its files."""
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"The tokenizer_config.json of '{name}' has model_max_length {longest!r} where a number was expected: "
+            "remove that entry, or get a whole copy."
+        )
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ModelError(f"The tokenizer of '{name}' has no words: its files are missing, such as tokenizer.json.")
 

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -24,14 +25,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from llmbo.errors import ConfigError, ModelError, first_line
+from llmbo.errors import ConfigError, ModelError, first_line, out_of_memory
 from llmbo.models.aliases import ALIASES, resolve
 from llmbo.models.checks import (
     check_decoder,
     check_entries,
     check_no_adapter,
+    check_stored,
+    check_tokenizer,
     check_values,
-    check_vocabulary,
     check_weights,
     dequantised,
 )
@@ -91,6 +93,7 @@ class Found:
 def silence_libraries() -> None:
     """No progress bars and notices from libraries: a program's own display is enough. For programs only."""
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # a line for each of its attempts
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
 
@@ -98,13 +101,14 @@ def silence_libraries() -> None:
 @contextlib.contextmanager
 def libraries_silenced() -> Iterator[None]:
     """The same for as long as the context lasts, for callers who have settings of their own."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, hub, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         try:
             silence_libraries()
             yield
         finally:
             logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub)
             if bars:
                 logging.enable_progress_bar()
 
@@ -133,6 +137,7 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
         config = config_class.from_pretrained(source, trust_remote_code=trust_remote_code)
         if own is None:
             check_decoder(name, config, trust_remote_code and "auto_map" in entries)
+    config.return_dict = True  # what reads the outputs calls them by name
     notes: tuple[str, ...] = ()
     if quantisation:
         config.quantization_config = quantisation
@@ -162,7 +167,7 @@ def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             found.source, config=found.config, trust_remote_code=found.trust_remote_code
         )
-    check_vocabulary(found.name, tokenizer)
+    check_tokenizer(found.name, tokenizer)
     return tokenizer
 
 
@@ -308,6 +313,8 @@ def _loaded(found: Found, dtype: str, device: str) -> Checkpoint:
             ignore_mismatched_sizes=True,  # `check_weights` says which
         )
     check_weights(name, model, info)
+    if getattr(found.config, "quantization_config", None) is None:
+        check_stored(name, source, model)
     check_values(name, model)
     return Checkpoint(name, source, model.eval().to(device), tokenizer, dtype, device, notes=found.notes)
 
@@ -317,9 +324,9 @@ def _told(name: str, source: str, part: str = "") -> Iterator[None]:
     """Whatever libraries make of a strange file becomes one line."""
     try:
         yield
-    except (ModelError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, ModelError) or out_of_memory(error):
+            raise
         reason = first_line(error).rstrip(".,")
         if "trust_remote_code" in str(error):
             reason = "it brings its own code, which runs only in `llmbo evaluate`, with --trust-remote-code."

@@ -63,10 +63,3 @@ def known_values(space: SearchSpace, x: tuple[int, ...]) -> dict[str, float]:
     """What follows from the architecture alone."""
     point = torch.tensor([x], dtype=torch.float64)
     return {name: float(space.cost(name, point)) for name in space.costs}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    )

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable
 from itertools import count
 
-from llmbo.errors import EvaluationError
-from llmbo.problem.proxy import out_of_memory
+from llmbo.errors import EvaluationError, out_of_memory
 from llmbo.types import Evaluator, Observer, Proposal, Proposer, Store, TrialState
 
 MAX_CONSECUTIVE_FAILURES = 3

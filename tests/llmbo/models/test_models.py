@@ -8,11 +8,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PretrainedConfig, T5Config
 
 from llmbo.errors import ConfigError, ModelError
 from llmbo.models.aliases import ALIASES, resolve
-from llmbo.models.loading import choose_device, choose_dtype, find_prunable, load_model
+from llmbo.models.loading import choose_device, choose_dtype, find_prunable, libraries_silenced, load_model
 
 
 @pytest.fixture
@@ -151,3 +152,15 @@ def test_an_absent_device_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=f"'{device}'") as caught:
         choose_device(device)
     one_line(caught.value)
+
+
+def test_a_silenced_hub_does_not_count_its_attempts() -> None:
+    logger = hub_logging.get_logger("huggingface_hub.utils._http")
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_warning()
+    try:
+        with libraries_silenced():
+            assert not logger.isEnabledFor(hub_logging.WARNING)
+        assert logger.isEnabledFor(hub_logging.WARNING)
+    finally:
+        hub_logging.set_verbosity(before)

@@ -65,13 +65,13 @@ def without(*names: str) -> Damage:
     return remove
 
 
-def weights(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
+def weights(change: Callable[[dict[str, Tensor]], Any], file: str = "model.safetensors") -> Damage:
     """Other tensors in the file."""
 
     def edit(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / file)
         change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / file, {"format": "pt"})
 
     return edit
 
@@ -128,6 +128,11 @@ def in_fp8(folder: Path) -> None:
     quantised(quant_method="fp8", activation_scheme="dynamic", weight_block_size=[32, 32])(folder)
 
 
+def in_integers(tensors: dict[str, Tensor]) -> None:
+    """As a program stores it that quantises and tells nobody."""
+    tensors[UP] = (tensors[UP] * 127 / tensors[UP].abs().max()).to(torch.int8)
+
+
 def both(*damages: Damage) -> Damage:
     def run(folder: Path) -> None:
         for damage in damages:
@@ -154,6 +159,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base", "task_type": "CAUSAL_LM"})
 OWN_TOKENIZER = json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.T", None]}})
+WORDY = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "model_max_length": "x"}
 CARD = replaced("README.md", "---\nbase_model: org/full-precision\n---\n# Smaller\n")
 
 # name -> what is done to a sound folder, what the line says
@@ -180,6 +186,15 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "weights: pickled with code": (
         both(without("model.safetensors"), replaced("pytorch_model.bin", b"cos\nsystem\n(S'touch ran'\ntR.")), r"pickle.*safetensors"
     ),
+    "weights: a head of its own though tied": (config(tie_word_embeddings=True),
+        r"tie_word_embeddings.*lm_head\.weight.*false"),
+    "weights: integers": (weights(in_integers), rf"stored in I8 \({UP}\).*full-precision"),
+    "weights: integers in a shard": (
+        sharded(lambda folder: weights(in_integers, shard_of(folder).name)(folder)), rf"stored in I8 \({UP}\).*full-precision"
+    ),
+    "weights: bytes": (weights(lambda t: t.update({UP: t[UP].to(torch.uint8)})), rf"stored in U8 \({UP}\)"),
+    "weights: yes and no": (weights(lambda t: t.update({UP: t[UP] > 0})), rf"stored in BOOL \({UP}\)"),
+    "weights: complex numbers": (weights(lambda t: t.update({UP: t[UP].to(torch.complex64)})), rf"stored in C64 \({UP}\)"),
     "quantised: GPTQ": (both(quantised(quant_method="gptq", bits=4, group_size=32, desc_act=False), CARD),
         r"gptq.*org/full-precision"),
     "quantised: AWQ": (quantised(quant_method="awq", bits=4, group_size=32, version="gemm", zero_point=True), r"awq.*full-precision"),
@@ -193,6 +208,10 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "quantised: empty": (quantised(), r"quantised.*full-precision"),
     "quantised: damaged": (config(quantization_config=["gptq"]), r"quantised.*full-precision"),
     "quantised: fp8, damaged": (quantised(quant_method="fp8", weight_block_size=7), r"fp8"),
+    "quantised: fp8, a scale is missing": (both(in_fp8, weights(lambda t: t.pop(f"{UP}_scale_inv"))), rf"scale.*\({UP}\)"),
+    "quantised: fp8, all scales are missing": (
+        both(in_fp8, weights(lambda t: [t.pop(key) for key in list(t) if key.endswith("_scale_inv")])), r"scale.* and 25 more"
+    ),
     "kind: BERT": (of_kind(BertConfig(**TINY)), r"bert.*causal"),
     "kind: T5": (of_kind(T5Config(vocab_size=62, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), r"\(t5\).*encoder-decoder"),
     "kind: BART": (of_kind(BartConfig(vocab_size=62, d_model=8)), r"\(bart\).*encoder-decoder"),
@@ -228,6 +247,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "tokenizer: cut off": (replaced("tokenizer.json", '{"version": "1.0", "mod'), r"tokenizer"),
     "tokenizer: empty": (replaced("tokenizer.json", "{}"), r"tokenizer"),
     "tokenizer: null": (replaced("tokenizer_config.json", "null"), r"tokenizer"),
+    "tokenizer: a length that is a word": (replaced("tokenizer_config.json", json.dumps(WORDY)), r"model_max_length 'x'.*number"),
     "tokenizer: its own code": (both(without("tokenizer.json"), replaced("tokenizer_config.json", OWN_TOKENIZER)), r"its own code"),
     "adapter: alone": (both(without("config.json", "model.safetensors"), replaced("adapter_config.json", ADAPTER)),
         r"adapter.*some/base.*merge"),
@@ -246,6 +266,8 @@ ACCEPTED: dict[str, Damage] = {
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4), model__layers__0__attn__masked_bias=torch.ones(1)
     ),
     "several files": sharded(lambda folder: None),
+    "integers that are no weights": more(model__layers__0__attn__masked_bias=torch.ones(1, dtype=torch.int8)),
+    "return_dict false": config(return_dict=False),
     "half precision": weights(lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()})),
     "weights pickled without code": pickled,
     "quantization_config null": config(quantization_config=None),
@@ -318,6 +340,7 @@ def test_what_is_no_fault_is_loaded(name: str, damaged: Callable[[Damage], Path]
     folder = damaged(ACCEPTED[name])
     loaded = load_model(str(folder), "float32", "cpu")
     assert loaded.notes == () and loaded.model.num_parameters() > 0
+    assert bool(loaded.model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all())
     assert not (tmp_path / "ran").exists()
 
 
@@ -415,6 +438,18 @@ def test_a_loaded_model_obeys_the_same_rules(
     change(model)
     with pytest.raises(ModelError, match=said):
         adopt_model(model, AutoTokenizer.from_pretrained(model_folder))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_not_called_a_damaged_copy(
+    error: Exception, model_folder: Path, commands: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    for command in ("optimize", "recover"):
+        assert refusal(invoke(tmp_path, *commands[command], model_folder)).startswith("error: Out of memory: free some")
 
 
 @pytest.fixture

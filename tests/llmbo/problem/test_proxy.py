@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmbo.errors import out_of_memory
 from llmbo.models.loading import load_model
-from llmbo.problem.proxy import ProxyEvaluator, known_values, out_of_memory
+from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
 from pruning.importance import activation
@@ -49,6 +50,8 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
         (MemoryError(), True),
         (torch.OutOfMemoryError(), True),
         (RuntimeError("MPS backend out of memory"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(2, "No such file"), False),
         (RuntimeError("bad shape"), False),
         (ValueError("out of memory"), False),
     ],

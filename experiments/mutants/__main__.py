@@ -50,7 +50,7 @@ CORE: dict[str, tuple[str, ...]] = {
     "pruning/sensitivity.py": ("pruning/test_sensitivity.py",),
     "pruning/shrinking.py": ("pruning/test_shrink.py",),
     "pruning/statistics.py": ("pruning/test_importance.py", "pruning/test_compensation.py"),
-    "pruning/supernet.py": ("pruning/test_supernet.py",),
+    "pruning/supernet.py": ("pruning/test_supernet.py", "pruning/test_exchanges.py"),
 }  # fmt: skip
 
 # Cosmic Ray's operators that leave code which still runs: `>>` between floats or a type's `|` says nothing about tests.

@@ -115,7 +115,7 @@ class OpenAIClient:
     def _tried(self, prompt: Prompt, tokens: int, end: float) -> Completion:
         """A reply of at most `tokens`, after as many attempts as it takes until the clock shows `end`."""
         attempts, delay = 0, BACKOFF
-        retries = 0
+        retries, complained = 0, ""
         while True:
             attempts += 1
             try:
@@ -124,9 +124,10 @@ class OpenAIClient:
                 if self._mode + 1 == len(MODES):
                     raise ClientError(str(error), attempts) from None
                 self._mode += 1
-            except _Hopeless as error:
-                raise ClientError(str(error), attempts) from None
+            except _Hopeless as error:  # what it said before tells more than that it says nothing now
+                raise ClientError(f"{complained}{error}", attempts) from None
             except _Retry as error:
+                complained = f"{error}; then "
                 wait = delay * random.uniform(0.75, 1.0) if error.after is None else error.after
                 delay *= 2
                 retries += 1

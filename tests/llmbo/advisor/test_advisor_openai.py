@@ -153,6 +153,11 @@ def huge(chat: Any) -> Any:
 
 
 # name -> (what the server does, requests it may get, what the run's report says)
+def then_hanging(server: Any) -> Any:
+    busy, silent = failing(429)(server), hanging(server)
+    return lambda body, handler: (busy if len(server.requests) == 1 else silent)(body, handler)
+
+
 DEAD = {
     "401": (
         failing(401, '{"error": {"message": "Incorrect API key: sk-secret-that-must-turn-up-nowhere"}}'),
@@ -163,6 +168,7 @@ DEAD = {
     "429": (failing(429), 1 + MAX_RETRIES, "HTTP 429"),
     "429, come back tomorrow": (failing(429, Retry_After="86400"), 1, "HTTP 429"),
     "500": (failing(500), 1 + MAX_RETRIES, "HTTP 500"),
+    "429, then hanging": (then_hanging, 2, "; then the server did not answer in time"),
     "hanging": (hanging, 1, "did not answer in time"),
     "dripping": (dripping, 1, "did not answer in time"),
     "closing mid-reply": (closing, 1 + MAX_RETRIES, "connection failed"),

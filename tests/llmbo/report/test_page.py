@@ -308,6 +308,7 @@ def test_hypervolume_importance_cost_trials_and_recipe_are_there(opened: Open) -
         assert not tab.page.is_visible("#advisor") and not tab.page.is_visible("#runs")
         assert tab.text("#all-trials summary") == "40 trials: 39 complete, 1 failed"
         tab.page.click("#all-trials summary")
+        tab.page.locator("#all-trials tbody tr").first.wait_for()  # drawn when it has been opened
         assert "out of memory" in tab.text("#all-trials") and tab.page.locator("#all-trials tbody tr").count() == 40
         tab.page.click("#all-trials th:has-text('kl') button")
         first = min((t for t in report["trials"] if t["objectives"]), key=lambda t: t["objectives"]["kl"])

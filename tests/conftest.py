@@ -6,6 +6,8 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 import copy
 import functools
 import random
+import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -322,3 +324,20 @@ def _modules(model: PreTrainedModel) -> list[tuple[object, ...]]:
 
 def _parameters(model: PreTrainedModel) -> list[tuple[str, Tensor, bool]]:
     return [(name, p, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+@pytest.fixture
+def files_at_most() -> Callable[[int], AbstractContextManager[None]]:
+    """(bytes) -> what a full disk does, as far as this process can tell: writes fail half-way."""
+
+    @contextmanager
+    def limited(limit: int) -> Iterator[None]:
+        former, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from llmbo.advisor.context import Context, Setting
 from llmbo.advisor.roles import Question
+from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.cli import app
 from llmbo.config.objectives import feasible
 from llmbo.problem.family import ThresholdFamily
@@ -393,6 +394,12 @@ def good_reply(body: dict[str, Any]) -> str:
     }  # fmt: skip
     key = next(key for key in replies if f'{{"{key}":' in user)
     return json.dumps({key: replies[key]})
+
+
+@pytest.fixture
+def advice() -> AdviceStore:
+    """Advice that dies with the test."""
+    return AdviceStore(MemoryNotes())
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -321,29 +320,22 @@ def test_what_a_killed_export_leaves_is_removed_by_the_next(
     assert [path.name for path in tmp_path.iterdir()] == [".mine.partial"]
 
 
-@contextmanager
-def _files_no_larger_than(limit: int) -> Iterator[None]:
-    """What a full disk does: writes fail half-way."""
-    former, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @ONE_FAMILY
 @pytest.mark.parametrize(
     ("save", "limit"),
     [(save_hf, 10_000), (save_padded, 10_000), (save_gguf, 10_000), (save_gguf, 100), (save_gguf, 44_000)],
 )
 def test_a_full_disk_leaves_nothing(
-    model: PreTrainedModel, pruned: Draw, tmp_path: Path, save: Any, limit: int
+    model: PreTrainedModel,
+    pruned: Draw,
+    tmp_path: Path,
+    save: Any,
+    limit: int,
+    files_at_most: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     cut = pruned(model, "BBBBB")
     with (
-        _files_no_larger_than(limit),
+        files_at_most(limit),
         pytest.raises(ExportFailed, match=r"(?i)file too large|os error 27|no space left"),
     ):
         save(cut, tmp_path / "out")

@@ -12,17 +12,12 @@ from llmbo.advisor.client import Limits, Price
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.openai_client import MAX_RETRIES, OpenAIClient
 from llmbo.advisor.roles import Answer, Question
-from llmbo.advisor.store import AdviceStore, MemoryNotes
+from llmbo.advisor.store import AdviceStore
 from llmbo.errors import ConfigError
 
 DEADLINE = 1.5
 LIMITS = Limits(calls=8, tokens=50_000, seconds=600, cost=None, deadline=DEADLINE, price=Price(1.0, 10.0))
 Ask = Callable[..., Answer]
-
-
-@pytest.fixture
-def advice() -> AdviceStore:
-    return AdviceStore(MemoryNotes())
 
 
 @pytest.fixture

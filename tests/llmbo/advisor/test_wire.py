@@ -16,7 +16,7 @@ from llmbo.advisor.client import ClientError, Limits, Price
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.openai_client import MAX_BYTES, MAX_RETRIES, OpenAIClient
 from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
-from llmbo.advisor.store import AdviceStore, MemoryNotes
+from llmbo.advisor.store import AdviceStore
 from llmbo.config import RunConfig
 from llmbo.types import Direction
 
@@ -27,11 +27,6 @@ FINAL, DRAFT = (
     for share, why in ((0.6, "final"), (0.7, "DRAFT"))
 )
 Ask = Callable[..., Answer]
-
-
-@pytest.fixture
-def advice() -> AdviceStore:
-    return AdviceStore(MemoryNotes())
 
 
 @pytest.fixture

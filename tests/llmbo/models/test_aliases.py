@@ -1,11 +1,10 @@
 """An alias becomes a folder of the cache once, and again when that folder is damaged; nothing half-made stays."""
 
 import os
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -112,19 +111,10 @@ def test_damage_that_headers_do_not_tell_names_the_folder(cache: Path) -> None:
         load_model("tiny", "float32", "cpu")
 
 
-@contextmanager
-def files_at_most(limit: int) -> Iterator[None]:
-    """A full disk, as far as this process can tell."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", [100, 50_000], ids=["at once", "in the weights"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, cache: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    limit: int, cache: Path, files_at_most: Callable[[int], AbstractContextManager[None]]
+) -> None:
     shutil.rmtree(cache / "llm-tiny")
     with (
         files_at_most(limit),

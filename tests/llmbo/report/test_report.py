@@ -2,11 +2,10 @@
 
 import json
 import math
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -122,18 +121,9 @@ def test_the_picture_is_a_png(finished: Any) -> None:
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
 
 
-@contextmanager
-def files_at_most(limit: int) -> Iterator[None]:
-    """A full disk, as far as this process can tell."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_report(data: dict[str, Any], tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_the_old_report(
+    data: dict[str, Any], tmp_path: Path, files_at_most: Callable[[int], AbstractContextManager[None]]
+) -> None:
     report = Report.model_validate(data)
     write_report(report, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in FILES}

@@ -76,7 +76,7 @@ def test_every_setting_of_the_command_line_is_a_typed_keyword() -> None:
     of_cli = {parameter.name for parameter in typer.main.get_command(app).commands["optimize"].params}  # type: ignore[attr-defined]
     shown = {"uniform", "quiet", "json_logs"}  # `strategy` and `show` say these
     assert of_cli - shown <= {*parameters} and {*settings} <= {*parameters}
-    hints = get_type_hints(llmbo.optimize, localns=vars(sys.modules["llmbo.api"]))
+    hints = get_type_hints(llmbo.optimize, localns=vars(sys.modules["llmbo.api.search"]))
     assert {*parameters} <= {*hints}
     for name, item in settings.items():
         if name != "model":

@@ -1,7 +1,6 @@
-"""The Python face: `optimize` searches, `load_run` opens what a search has stored, a `Run` hands out its models."""
+"""A stored run: its front, its trials, and the models behind them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,10 @@ from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
-from llmbo.models.loading import LoadedModel, adopt_model, libraries_silenced
-from llmbo.report.files import find_run
+from llmbo.models.loading import LoadedModel, libraries_silenced
 from llmbo.report.notebook import run_html
 from llmbo.report.schema import Report, TrialPart, Values
-from llmbo.run.assemble import assemble
-from llmbo.run.execute import execute
-from llmbo.run.rebuild import RebuildInputs, find_trial, load_base, read_run
+from llmbo.run.rebuild import RebuildInputs, find_trial, load_base
 from pruning.architecture import Architecture
 from pruning.export.verify import Check
 
@@ -161,7 +157,7 @@ class Run:
             LlmboError, PruningError: One line for the user; nothing is left in `out`.
         """
         request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size)
-        command = _call(
+        command = call_text(
             "export", {"trial": trial, "format": format, "out": str(out)}, f"llmbo.load_run({str(self.folder)!r})"
         )
         with libraries_silenced(), build_display(self._show, 0, self.name) as display:
@@ -187,154 +183,7 @@ class Run:
         return run_html(str(self.folder), self.report)
 
 
-def optimize(
-    model: str | PreTrainedModel,
-    budget: int = RunConfig.budget,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    batch: int = RunConfig.batch,
-    seed: int = RunConfig.seed,
-    strategy: str = RunConfig.strategy,
-    objectives: Sequence[str] = RunConfig.objectives,
-    reference_point: Sequence[float] | None = None,
-    maximum: Mapping[str, float] | Sequence[str] = (),
-    context: int = RunConfig.context,
-    serve_batch: int = RunConfig.serve_batch,
-    latency_target: str = RunConfig.latency_target,
-    items: str = RunConfig.items,
-    racing: bool = RunConfig.racing,
-    compensation: bool = RunConfig.compensation,
-    text: str = RunConfig.text,
-    min_share: float = RunConfig.min_share,
-    neuron_step: int = RunConfig.neuron_step,
-    calibration_tokens: int = RunConfig.calibration_tokens,
-    proxy_tokens: int = RunConfig.proxy_tokens,
-    heldout_tokens: int = RunConfig.heldout_tokens,
-    window: int = RunConfig.window,
-    dtype: str = RunConfig.dtype,
-    device: str = RunConfig.device,
-    name: str = RunConfig.name,
-    storage: str | None = None,
-    advisor: str = RunConfig.advisor,
-    advisor_hooks: Sequence[str] = RunConfig.advisor_hooks,
-    advisor_share: float = RunConfig.advisor_share,
-    advisor_context: str = RunConfig.advisor_context,
-    advisor_every: int = RunConfig.advisor_every,
-    advisor_max_calls: int = RunConfig.advisor_max_calls,
-    advisor_max_tokens: int = RunConfig.advisor_max_tokens,
-    advisor_reply_tokens: int = RunConfig.advisor_reply_tokens,
-    advisor_max_cost: float | None = None,
-    advisor_max_seconds: float = RunConfig.advisor_max_seconds,
-    advisor_deadline: float = RunConfig.advisor_deadline,
-    advisor_price: Sequence[float] | None = None,
-    fresh: bool = False,
-    show: Show = "auto",
-    command: str = "",
-) -> Run:
-    """Search for smaller models, judge the front on held-out windows, and write `runs/NAME`. As `llmbo optimize`, keyword by keyword.
-
-    The same call continues a run that was stopped, whatever stopped it; a larger `budget` extends a finished one.
-
-    Args:
-        model: Alias, local folder or hub name; or a loaded causal language model, which is left as it was.
-        budget: Candidates to evaluate.
-        tokenizer: Of a loaded model.
-        maximum: Limits by objective, e.g. `{"params_share": 0.6}`, or as `NAME=VALUE`.
-        fresh: Forget what this run has stored and start over.
-        show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
-        command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, name, storage,
-            advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
-            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        LlmboError, PruningError: One line that names the value, what was expected and the remedy.
-        KeyboardInterrupt: After what was measured has been stored and reported.
-    """
-    typed = locals()  # the arguments, while nothing else is here
-    settings = {item.name: typed[item.name] for item in fields(RunConfig)}
-    command = command or _call("optimize", settings | ({"fresh": True} if fresh else {}))
-    given = None
-    if not isinstance(model, str):
-        given = adopt_model(model, tokenizer)
-        _check_placed(given, dtype, device)
-        settings |= {"model": given.name, "dtype": given.dtype, "device": given.device}
-    elif tokenizer is not None:
-        raise ConfigError(f"tokenizer= belongs to a loaded model: '{model}' brings its own, so leave it out.")
-    if isinstance(maximum, Mapping):
-        settings["maximum"] = tuple(f"{key}={value}" for key, value in maximum.items())
-    config = RunConfig.from_settings({key: _stored(value) for key, value in settings.items()})
-    with (
-        _evaluating(given),
-        libraries_silenced(),
-        build_display(show, config.budget, config.name) as display,
-        assemble(config, fresh, display, given) as parts,
-    ):
-        execute(parts, display, command)
-    return Run(parts.folder, read_run(str(parts.folder)), given, show)
-
-
-def load_run(
-    run: str | Path,
-    *,
-    model: str | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    show: Show = "auto",
-) -> Run:
-    """Open a stored run.
-
-    Args:
-        run: Its folder, or its name below `runs/`.
-        model: Where the base model is now, if it has moved, or the loaded model itself.
-        tokenizer: Of a loaded model.
-
-    Raises:
-        StorageError: There is no such run or no report yet, or it cannot be read.
-    """
-    folder = find_run(str(run))
-    base = model if isinstance(model, str) or model is None else adopt_model(model, tokenizer)
-    return Run(folder, read_run(str(folder)), base, show)
-
-
-def _measured(values: Values) -> dict[str, float]:
-    return values.model_dump(exclude_none=True)
-
-
-def _judged(values: Values | None) -> dict[str, float] | None:
-    return None if values is None else _measured(values)
-
-
-def _stored(value: Any) -> Any:
-    """Sequences as settings hold them."""
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _check_placed(given: LoadedModel, dtype: str, device: str) -> None:
-    for setting, wanted, found in (("dtype", dtype, given.dtype), ("device", device, given.device)):
-        if wanted not in ("auto", found):
-            raise ConfigError(
-                f"{setting}='{wanted}', but the loaded model is in {found}: leave {setting} out, or move the model."
-            )
-
-
-@contextmanager
-def _evaluating(given: LoadedModel | None) -> Iterator[None]:
-    """A loaded model without dropout, and afterwards as it was."""
-    training = [module for module in given.model.modules() if module.training] if given else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _call(function: str, arguments: Mapping[str, Any], on: str = "llmbo") -> str:
+def call_text(function: str, arguments: Mapping[str, Any], on: str = "llmbo") -> str:
     """A call as it might have been typed; what has its default is left out."""
     defaults: dict[str, Any] = {item.name: item.default for item in fields(RunConfig)}
     words = [
@@ -346,3 +195,11 @@ def _call(function: str, arguments: Mapping[str, Any], on: str = "llmbo") -> str
 
 
 _PLAIN = (str, int, float, tuple, list, dict, type(None))
+
+
+def _measured(values: Values) -> dict[str, float]:
+    return values.model_dump(exclude_none=True)
+
+
+def _judged(values: Values | None) -> dict[str, float] | None:
+    return None if values is None else _measured(values)

@@ -73,7 +73,7 @@ class CompensationTable:
             grams = statistics.blocks[block.kind].gram
             factors = []
             for index in range(len(layers)):
-                gram, grams[index] = grams[index] / statistics.num_tokens, torch.empty(0)
+                gram = grams.pop(index) / statistics.num_tokens
                 order = block.columns_of(ranking.of(block.kind)[index]).to(gram.device)
                 factors.append(_factor(gram, matrix_of(block.output_of(layers[index])).detach(), order, ridge))
             self._factors[block.kind] = factors

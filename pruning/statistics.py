@@ -1,4 +1,4 @@
-"""Sums over calibration windows, from one pass of the dense model: all that scores and refits need of the text.
+"""Sums over calibration windows, from a walk through the dense model: all that scores and refits need of the text.
 
 L: decoder layers.   U: units of a block (KV groups or neurons).   C: columns of its output projection.
 z: input of the output projection, `tokens x C`; zeroing a unit's columns of z is what removing the unit means.
@@ -8,7 +8,8 @@ g: gradient of a window's mean next-token loss (nats) with respect to z.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
-from pruning.likelihood import Head, frozen, last_hidden, loss_gradient
+from pruning.likelihood import Head, frozen, loss_gradient
 from pruning.projection import Projection, matrix_of
+from pruning.walk import Walk, brought, device_of
 
 GRAM_BLOCK = 192  # columns of a Gram matrix that are added to at a time
 
@@ -29,8 +31,8 @@ class BlockStatistics:
     Args:
         total: `L x C` sum of z.
         square: `L x C` sum of z^2.
-        gram: L matrices `C x C`, the sum of z zT (4 L C^2 bytes: 283 MB for SmolLM2's MLPs, 26 GB for an 8B model's); none where
-            no refit asks for them.
+        gram: Layer -> `C x C`, the sum of z zT (4 C^2 bytes each: 9 MB for an MLP of SmolLM2's, 822 MB for one of an 8B model's);
+            none where no refit asks for them.
         fisher: `L x U` sum over tokens of (z g)^2, z g summed over the unit's columns first and g scaled to one token's loss.
         taylor: `L x U` sum over windows, and over the unit's columns, of |sum over tokens of z g|.
         cosine: `L` sum over tokens of the cosine between the residual stream before and after the block.
@@ -38,20 +40,20 @@ class BlockStatistics:
 
     total: Tensor
     square: Tensor
-    gram: list[Tensor]
+    gram: dict[int, Tensor]
     taylor: Tensor
     fisher: Tensor
     cosine: Tensor
 
     @classmethod
-    def empty(cls, layers: int, block: Block, device: torch.device, grams: bool) -> "BlockStatistics":
+    def empty(cls, layers: int, block: Block, device: torch.device) -> "BlockStatistics":
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 
         return cls(
             total=zeros(layers, block.columns),
             square=zeros(layers, block.columns),
-            gram=[zeros(block.columns, block.columns) for _ in range(layers * grams)],
+            gram={},
             taylor=zeros(layers, block.units),
             fisher=zeros(layers, block.units),
             cosine=zeros(layers),
@@ -69,88 +71,134 @@ class Statistics:
     anatomy: Anatomy
     blocks: dict[BlockKind, BlockStatistics]
     layer_cosine: Tensor
-    num_windows: int = 0
-    num_tokens: int = 0
-    num_scored_windows: int = 0
-    num_scored_tokens: int = 0
+    num_windows: int
+    num_tokens: int
+    num_scored_windows: int
+    num_scored_tokens: int
+
+    @classmethod
+    def empty(cls, model: PreTrainedModel, windows: Tensor, scored: int) -> "Statistics":
+        """Nothing summed yet, over `num_windows x length` token ids of which the first `scored` windows tell scores."""
+        anatomy, device = anatomy_of(model), device_of(model)
+        return cls(
+            anatomy=anatomy,
+            blocks={
+                block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device) for block in anatomy.blocks
+            },
+            layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
+            num_windows=len(windows),
+            num_tokens=windows.numel(),
+            num_scored_windows=scored,
+            num_scored_tokens=windows[:scored].numel(),
+        )
 
 
 def collect_statistics(
     model: PreTrainedModel,
     windows: Tensor,
     batch_size: int = 2,
-    on_window: Callable[[int], None] | None = None,
+    on_layer: Callable[[int], None] | None = None,
     scored: int | None = None,
-    grams: bool = True,
+    grams: Callable[[int], bool] = lambda layer: True,
+    on_sums: Callable[[Statistics, int, nn.Module], None] | None = None,
 ) -> Statistics:
-    """One forward and backward pass over `windows`; no weight gradients, so it costs about two forward passes.
+    """One walk over `windows` and one back over some of them; no weight gradients.
+
+    Memory: what `Walk` says, and the Gram matrices of all layers, or of a single one where `on_sums` takes them.
 
     Args:
         windows: `num_windows x length` token ids.
         batch_size: Windows per pass. Results do not depend on it: the loss is averaged within each window only.
-        scored: Only the first so many windows have a backward pass; by default all. Scores of units settle on fewer tokens
+        scored: Only the first so many windows are walked back; by default all. Scores of units settle on fewer tokens
             than the Gram matrices do, which have `C^2` entries.
-        on_window: Called with the number of windows done.
-        grams: Sum the Gram matrices, which refits need and nothing else does.
+        on_layer: Called with the number of layers done, out of `steps(...)`.
+        grams: Of which layers the Gram matrices are summed, which refits need and nothing else does.
+        on_sums: Called with each layer (on the device) once its sums are complete; what it pops of the Gram matrices is freed.
     """
-    anatomy = anatomy_of(model)
-    device = model.device
-    statistics = Statistics(
-        anatomy=anatomy,
-        blocks={
-            block.kind: BlockStatistics.empty(anatomy.num_hidden_layers, block, device, grams)
-            for block in anatomy.blocks
-        },
-        layer_cosine=torch.zeros(anatomy.num_hidden_layers, device=device),
-    )
-    head = Head.of(model)
     scored = len(windows) if scored is None else scored
-    with frozen(model), _listening(model, statistics, windows.shape[1]):
-        parts = [part.split(batch_size) for part in (windows[:scored], windows[scored:]) if len(part)]
-        for batch in chain.from_iterable(parts):
-            backward = statistics.num_windows < scored
-            batch = batch.to(device)
-            with torch.set_grad_enabled(backward):
-                hidden = last_hidden(model, batch, leaf=backward)
-            if backward:
-                hidden.backward(loss_gradient(hidden, head, batch))
-                statistics.num_scored_windows += len(batch)
-                statistics.num_scored_tokens += batch.numel()
-            statistics.num_windows += len(batch)
-            statistics.num_tokens += batch.numel()
-            if on_window:
-                on_window(statistics.num_windows)
-    for block in statistics.blocks.values():
-        for gram in block.gram:
-            _mirror_lower(gram)
+    statistics = Statistics.empty(model, windows, scored)
+    layers = list(enumerate(statistics.anatomy.layers_of(model)))
+    device, done = device_of(model), count(1)
+    batches = [part.split(batch_size) for part in (windows[:scored], windows[scored:]) if len(part)]
+    with frozen(model):
+        walk = Walk(model, list(chain.from_iterable(batches)), keep=-(-scored // batch_size))
+        for index, layer in layers:
+            with brought(layer, device):
+                with _summing(layer, statistics, index, windows.shape[1], grams(index)):
+                    walk.forward(index, layer)
+                for block in statistics.blocks.values():
+                    if index in block.gram:
+                        _mirror_lower(block.gram[index])
+                if on_sums:
+                    on_sums(statistics, index, layer)
+            if on_layer:
+                on_layer(next(done))
+        if scored:
+            head = Head.of(model)
+            gradients = [
+                walk.last_gradient(place, partial(loss_gradient, head=head, windows=batch.to(device)))
+                for place, batch in enumerate(batches[0])
+            ]
+            for index, layer in reversed(layers):
+                with brought(layer, device), _scoring(layer, statistics, index, windows.shape[1]):
+                    walk.backward(index, layer, gradients)
+                if on_layer:
+                    on_layer(next(done))
     return statistics
 
 
+def steps(num_hidden_layers: int, scored: bool = True) -> int:
+    """Layers that `collect_statistics` passes."""
+    return num_hidden_layers * (1 + scored)
+
+
 @contextmanager
-def _listening(model: PreTrainedModel, statistics: Statistics, length: int) -> Iterator[None]:
-    """Fill `statistics` from hooks while the model runs on windows of `length` tokens; nothing waits for the device."""
-    anatomy = statistics.anatomy
+def _summing(layer: nn.Module, statistics: Statistics, index: int, length: int, grams: bool) -> Iterator[None]:
+    """Fill sums from hooks while a layer runs on windows of `length` tokens; nothing waits for the device."""
     with ExitStack() as stack:
-        for index, layer in enumerate(anatomy.layers_of(model)):
-            stack.callback(
-                layer.register_forward_hook(_layer_listener(statistics.layer_cosine, index), with_kwargs=True).remove
-            )
-            for block in anatomy.blocks:
-                sums, output, update = statistics.blocks[block.kind], block.output_of(layer), block.update_of(layer)
-                listen, follow = _block_listeners(sums, block, index, length, output)
-                stack.callback(output.register_forward_pre_hook(listen).remove)
-                if update is not output:
-                    stack.callback(update.register_forward_hook(follow).remove)
-                keep, compare = _residual_listeners(sums, index)
-                stack.callback(block.norm_of(layer).register_forward_pre_hook(keep).remove)
-                stack.callback(update.register_forward_hook(compare).remove)
+        listen = _layer_listener(statistics.layer_cosine, index)
+        stack.callback(layer.register_forward_hook(listen, with_kwargs=True).remove)
+        for block in statistics.anatomy.blocks:
+            sums, output, update = statistics.blocks[block.kind], block.output_of(layer), block.update_of(layer)
+            if grams:
+                sums.gram[index] = torch.zeros(block.columns, block.columns, device=sums.square.device)
+            stack.callback(output.register_forward_pre_hook(_sum_listener(sums, block, index)).remove)
+            keep, compare = _residual_listeners(sums, index)
+            stack.callback(block.norm_of(layer).register_forward_pre_hook(keep).remove)
+            stack.callback(update.register_forward_hook(compare).remove)
         yield
 
 
-def _block_listeners(
+def _sum_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[..., None]:
+    def listen(module: nn.Module, args: tuple[Tensor]) -> None:
+        z = args[0].reshape(-1, block.columns)  # OPT flattens its tokens
+        sums.total[index] += z.sum(0, dtype=torch.float32)
+        if index in sums.gram:
+            _add_lower(sums.gram[index], z)
+            sums.square[index] = sums.gram[index].diagonal()
+        else:
+            sums.square[index] += z.float().square().sum(0)
+
+    return listen
+
+
+@contextmanager
+def _scoring(layer: nn.Module, statistics: Statistics, index: int, length: int) -> Iterator[None]:
+    """Fill scores from hooks while a layer is differentiated on windows of `length` tokens."""
+    with ExitStack() as stack:
+        for block in statistics.anatomy.blocks:
+            sums, output, update = statistics.blocks[block.kind], block.output_of(layer), block.update_of(layer)
+            listen, follow = _score_listeners(sums, block, index, length, output)
+            stack.callback(output.register_forward_pre_hook(listen).remove)
+            if update is not output:
+                stack.callback(update.register_forward_hook(follow).remove)
+        yield
+
+
+def _score_listeners(
     sums: BlockStatistics, block: Block, index: int, length: int, output: Projection
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A hook before the output projection that fills `sums`, and one on the norm behind it where there is one.
+    """A hook before the output projection, and one on the norm behind it where there is one.
 
     A norm undoes any scaling of its input x, so the derivative by a gate on all of a block is zero and that on one of two
     KV groups half of what it should be, though removing them is not nothing. So gates act on its output y with the norm's
@@ -166,25 +214,14 @@ def _block_listeners(
         sums.fisher[index] += (block.per_unit(gate) * (length - 1)).pow(2).sum((0, 1))
 
     def listen(module: nn.Module, args: tuple[Tensor]) -> None:
-        # Detached: a hook that held the live tensor would keep the whole graph in a cycle. Reshaped: OPT flattens its tokens.
+        # Detached: a hook that held the live tensor would keep the whole graph in a cycle.
         z = args[0].detach().reshape(-1, length, block.columns)  # B x T x C
-        tokens = z.flatten(0, 1).float()
-        sums.total[index] += tokens.sum(0)
-        if sums.gram:
-            _add_lower(sums.gram[index], tokens)
-            sums.square[index] = sums.gram[index].diagonal()
-        else:
-            sums.square[index] += tokens.square().sum(0)
-        if not args[0].requires_grad:  # a window without a backward pass
-            return
         if block.places.post_norm:
             passing.append(z)
         else:
             args[0].register_hook(lambda grad: add(z, grad))
 
     def follow(norm: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        if not y.requires_grad:
-            return
         z, scale = passing.pop(), (y / args[0]).detach().nan_to_num(0.0, 0.0, 0.0)
         weight = matrix_of(output)
         y.register_hook(lambda grad: add(z, (grad * scale) @ weight))
@@ -192,8 +229,10 @@ def _block_listeners(
     return listen, follow
 
 
+@torch.no_grad()
 def _add_lower(gram: Tensor, tokens: Tensor) -> None:
     """Add zT z to the lower half of `gram`, and to some more: nearly half the work is saved, as it is symmetric."""
+    tokens = tokens.float()
     for first in range(0, len(gram), GRAM_BLOCK):
         block = slice(first, first + GRAM_BLOCK)
         gram[first:, block].addmm_(tokens[:, first:].T, tokens[:, block])

@@ -153,7 +153,7 @@ def test_collecting_and_factoring_leave_no_gradient(table: CompensationTable, pr
 
 @ONE_FAMILY
 def test_gram_matrices_are_freed(statistics: Statistics, table: CompensationTable) -> None:
-    assert sum(gram.nbytes for block in statistics.blocks.values() for gram in block.gram) == 0
+    assert sum(gram.nbytes for block in statistics.blocks.values() for gram in block.gram.values()) == 0
 
 
 @ONE_FAMILY

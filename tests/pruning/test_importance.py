@@ -23,7 +23,7 @@ from pruning.importance import (
     taylor,
 )
 from pruning.projection import Projection, matrix_of
-from pruning.statistics import collect_statistics
+from pruning.statistics import collect_statistics, steps
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # statistics are float32
 ONE_FAMILY = pytest.mark.parametrize("model", ["qwen2"], indirect=True)
@@ -102,7 +102,7 @@ def test_grams_are_second_moments_of_the_output_inputs(
     statistics = collect_statistics(model, windows)
     for block in anatomy.blocks:
         z = output_inputs(model, anatomy, block, windows)
-        found = torch.stack(statistics.blocks[block.kind].gram).double()
+        found = torch.stack(list(statistics.blocks[block.kind].gram.values())).double()
         torch.testing.assert_close(found, z.transpose(1, 2) @ z, **CLOSE)
 
 
@@ -115,7 +115,7 @@ def test_without_refits_no_gram_matrix_is_ever_made_and_scores_are_the_same(
         whole = collect_statistics(model, windows)
     assert (neurons, neurons) in made.seen  # attention's are as large as a weight
     with shapes() as made:
-        found = collect_statistics(model, windows, grams=False)
+        found = collect_statistics(model, windows, grams=lambda layer: False)
     assert made.seen and (neurons, neurons) not in made.seen
     for block in anatomy.blocks:
         assert not found.blocks[block.kind].gram
@@ -283,13 +283,13 @@ def test_the_model_is_left_as_it_was(
     model.train()
     anatomy_of(model).mlp.module_of(anatomy_of(model).layers_of(model)[2]).requires_grad_(False)
 
-    def on_window(done: int) -> None:
+    def on_layer(done: int) -> None:
         if raises and done > 2:
             raise KeyboardInterrupt
 
     with unchanged(model):
         try:
-            collect_statistics(model, windows, on_window=on_window)
+            collect_statistics(model, windows, on_layer=on_layer)
         except KeyboardInterrupt:
             assert raises
         else:
@@ -308,11 +308,11 @@ def test_modules_in_different_modes_keep_them(
 
 
 @ONE_FAMILY
-def test_progress_counts_windows(model: PreTrainedModel, windows: Tensor) -> None:
-    for batch_size, expected in ((1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])):
+def test_progress_counts_layers_there_and_back(model: PreTrainedModel, windows: Tensor) -> None:
+    for scored in (0, 2, None):
         seen: list[int] = []
-        collect_statistics(model, windows, batch_size, seen.append)
-        assert seen == expected
+        collect_statistics(model, windows, on_layer=seen.append, scored=scored)
+        assert seen == list(range(1, 1 + steps(5, scored != 0)))
 
 
 @ONE_FAMILY
@@ -330,7 +330,7 @@ def test_no_activation_outlives_the_call(model: PreTrainedModel, windows: Tensor
     def activations() -> int:
         return sum(type(thing) is Tensor and thing.ndim == 3 for thing in gc.get_objects())
 
-    def on_window(done: int) -> None:
+    def on_layer(done: int) -> None:
         if raises:
             raise KeyboardInterrupt
 
@@ -340,7 +340,7 @@ def test_no_activation_outlives_the_call(model: PreTrainedModel, windows: Tensor
     try:
         before = activations()
         with suppress(KeyboardInterrupt):
-            collect_statistics(model, windows, on_window=on_window)
+            collect_statistics(model, windows, on_layer=on_layer)
         assert activations() == before
     finally:
         gc.enable()

@@ -14,6 +14,7 @@ one triangular solve, a few milliseconds at SmolLM2's size.
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ class _Factor:
         """The refitted `hidden_size x columns` weight."""
         triangle = self.lower[:columns, :columns].T
         return torch.linalg.solve_triangular(triangle, self.rhs[:columns], upper=True).T
+
+
+class Refits(Protocol):
+    """Refitted output weights, wherever they come from."""
+
+    @property
+    def ranking(self) -> Ranking:
+        """The order of units that the weights' columns follow."""
+        ...
+
+    def weight(self, layer: int, block: Block, units: int) -> Tensor:
+        """The `hidden_size x (units * columns_per_unit)` weight of a block that keeps its best `units`, on the model's device."""
+        ...
 
 
 class CompensationTable:

@@ -8,7 +8,7 @@ dense model's next-token distribution and P the pruned one's,
     first(w)  = E_t [ g_t . du_t ]          g_t: gradient of token t's KL(D || P) by u, zero at the dense model
     second(w) = E_t [ (h_t . du_t)^2 ] / 2  h_t: gradient of -log P(a token drawn from P): the Fisher metric of P
 
-both from one forward pass and two backward passes, for all blocks. Gradients by what goes into a norm would not do: at a dropped
+both from one walk there and one back, for all blocks. Gradients by what goes into a norm would not do: at a dropped
 block it has slope 1 / sqrt(eps), elsewhere it is blind to scaling.
 
 Terms between different blocks are left out, so an exchange among many blocks changes more than the sum; weighing `second` more
@@ -16,8 +16,9 @@ allows for that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen, last_hidden
+from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen
 from pruning.supernet import Supernet
+from pruning.walk import Walk, device_of
 
 ORDERS = 2  # first and second
 
@@ -39,11 +41,11 @@ def exchange_costs(
     dense: DenseDistribution,
     generator: torch.Generator,
     batch_size: int = 2,
-    on_window: Callable[[int], None] | None = None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> dict[BlockKind, Tensor]:
     """Change of KL when one block alone gets another width, all others as in `architecture`, nats per token.
 
-    Memory: activations of `batch_size` windows of the architecture with every block at the widest of its widths.
+    Memory: what `pruning.walk.Walk` says, every block at the widest of its widths, and one refitted weight at a time.
 
     Args:
         supernet: Open.
@@ -51,60 +53,89 @@ def exchange_costs(
         windows: `num_windows x length` token ids.
         dense: The dense model's distribution on them.
         generator: Draws tokens, on the model's device.
-        on_window: Called with the number of windows done.
+        on_layer: Called with the number of layers passed, there and back.
 
     Returns:
         `num_layers x num_widths x 2` by kind, float32: the two orders.
     """
-    model = supernet.model
-    costs = {kind: torch.zeros(*units.shape, ORDERS, device=model.device) for kind, units in widths.items()}
+    model, device = supernet.model, device_of(supernet.model)
+    costs = {kind: torch.zeros(*units.shape, ORDERS, device=device) for kind, units in widths.items()}
     widest = Architecture(
         _widest(architecture.kv_groups, widths["attention"]), _widest(architecture.neurons, widths["mlp"])
     )
-    head = Head.of(model)
-    done = 0
-    with (
-        supernet.active(widest),
-        frozen(model),
-        torch.enable_grad(),
-        _listening(supernet, architecture, widest, widths, costs, windows.shape[1] - 1) as pass_back,
-    ):
-        for batch in windows.split(batch_size):
-            hidden = last_hidden(model, batch.to(model.device), leaf=True)
-            first, second = divergence_gradients(hidden, head, dense.rows(done, done + len(batch)), generator)
-            pass_back(0, hidden, first, retain_graph=True)
-            pass_back(1, hidden, second)
-            done += len(batch)
-            if on_window:
-                on_window(done)
-    return {kind: cost / (windows.shape[0] * (windows.shape[1] - 1)) for kind, cost in costs.items()}
+    head, batches, done, predicted = Head.of(model), windows.split(batch_size), count(1), windows.shape[1] - 1
+    layers = range(supernet.anatomy.num_hidden_layers)
+
+    @contextmanager
+    def standing(index: int, collecting: bool) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        with supernet.layer(index) as layer, supernet.narrowed(index, widest):
+            listener = _Listener(supernet, architecture, index, widths, costs, collecting)
+            with listener.on(layer, widest):
+                yield layer, listener.take_up
+
+    with frozen(model):
+        walk = Walk(model, batches, keep=len(batches))
+        for index in layers:
+            if widest.keeps_layer(index):
+                with standing(index, False) as (layer, _):
+                    walk.forward(index, layer)
+            if on_layer:
+                on_layer(next(done))
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        for place, batch in enumerate(batches):
+            rows = dense.rows(place * batch_size, place * batch_size + len(batch))
+            hidden, read = walk.last_hidden(place, leaf=True)
+            # Of every token's own loss, not of the window's mean.
+            both = [predicted * part for part in divergence_gradients(read.detach(), head, rows, generator)]
+            for into, part, retain in zip((first, second), both, (True, False), strict=True):
+                into.append(*torch.autograd.grad(read, hidden, part, retain_graph=retain))
+        for index in reversed(layers):
+            if widest.keeps_layer(index):
+                with standing(index, True) as (layer, take_up):
+                    walk.backward(index, layer, first, second, on_pass=take_up)
+            if on_layer:
+                on_layer(next(done))
+    return {kind: cost / (windows.shape[0] * predicted) for kind, cost in costs.items()}
 
 
 def _widest(kept: Sequence[int], tried: Tensor) -> tuple[int, ...]:
     return tuple(torch.cat([torch.tensor(kept)[:, None], tried], -1).amax(-1).tolist())
 
 
-@contextmanager
-def _listening(
-    supernet: Supernet,
-    architecture: Architecture,
-    widest: Architecture,
-    widths: Mapping[BlockKind, Tensor],
-    costs: Mapping[BlockKind, Tensor],
-    predicted: int,
-) -> Iterator[Callable[..., None]]:
-    """Make the widest model compute `architecture`, and collect `costs` whenever the yielded function runs backward."""
-    order = 0
+class _Listener:
+    """Makes a layer of the widest model compute `architecture`, and collects `costs` when it is walked back."""
 
-    def pass_back(of: int, hidden: Tensor, gradient: Tensor, **options: bool) -> None:
-        nonlocal order
-        order = of
-        hidden.backward(gradient * predicted, **options)  # of every token's own loss, not of the window's mean
+    def __init__(
+        self,
+        supernet: Supernet,
+        architecture: Architecture,
+        index: int,
+        widths: Mapping[BlockKind, Tensor],
+        costs: Mapping[BlockKind, Tensor],
+        collecting: bool,
+    ) -> None:
+        self._supernet, self._architecture, self._index = supernet, architecture, index
+        self._widths, self._costs, self._collecting = widths, costs, collecting
+        self._order = 0
 
-    def narrowed(index: int, layer: nn.Module, block: Block) -> Iterator[RemovableHandle]:
-        own = architecture.units(block.kind)[index]
-        tried = widths[block.kind][index].tolist()
-        into, update = costs[block.kind][index], partial(supernet.update, index, block)
+    def take_up(self, order: int) -> None:
+        """Which of the two orders the gradients that come now belong to."""
+        self._order = order
+
+    @contextmanager
+    def on(self, layer: nn.Module, widest: Architecture) -> Iterator[None]:
+        with ExitStack() as stack:
+            for block in self._supernet.anatomy.blocks:
+                if widest.units(block.kind)[self._index]:
+                    for handle in self._narrowed(layer, block):
+                        stack.callback(handle.remove)
+            yield
+
+    def _narrowed(self, layer: nn.Module, block: Block) -> Iterator[RemovableHandle]:
+        own = self._architecture.units(block.kind)[self._index]
+        tried = self._widths[block.kind][self._index].tolist()
+        into, update = self._costs[block.kind][self._index], partial(self._supernet.update, self._index, block)
         passing: list[Tensor] = []  # z on its way to the residual stream
 
         def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -113,13 +144,15 @@ def _listening(
         def narrow(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             live = passing.pop()
             u = update(live, own)
+            if not self._collecting:
+                return u
             z, before = live.detach(), u.detach()
 
             def on_gradient(gradient: Tensor) -> None:
                 for column, units in enumerate(tried):
                     if units != own:
                         change = (gradient * (update(z, units) - before)).float().sum(-1)
-                        into[column, order] += change.square().sum() / 2 if order else change.sum()
+                        into[column, self._order] += change.square().sum() / 2 if self._order else change.sum()
 
             u.requires_grad_()  # what a dropped block adds depends on nothing
             u.register_hook(on_gradient)
@@ -127,22 +160,3 @@ def _listening(
 
         yield block.output_of(layer).register_forward_hook(keep)
         yield block.update_of(layer).register_forward_hook(narrow)
-
-    handles = [
-        handle
-        for index, layer in _layers(supernet, widest)
-        for block in supernet.anatomy.blocks
-        if widest.units(block.kind)[index]
-        for handle in narrowed(index, layer, block)
-    ]
-    try:
-        yield pass_back
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _layers(supernet: Supernet, active: Architecture) -> Iterator[tuple[int, nn.Module]]:
-    """Layers of the active model, with their index in the dense one."""
-    kept = [index for index in range(supernet.anatomy.num_hidden_layers) if active.keeps_layer(index)]
-    return zip(kept, supernet.anatomy.layers_of(supernet.model), strict=True)

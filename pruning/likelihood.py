@@ -4,7 +4,7 @@ B: windows.   T: tokens per window.   V: vocabulary.   k: tokens kept of the den
 Everything is in nats and averaged over the T - 1 predicted positions of each window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -155,24 +155,30 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.clamp_max(probabilities.shape[-1] - 1)  # rounding
 
 
-@torch.inference_mode()
 def dense_distribution(
     model: PreTrainedModel, windows: Tensor, batch_size: int = 4, k: int = TOP_K
 ) -> DenseDistribution:
     """Remember what `model` predicts on `windows` (`num_windows x T` token ids)."""
+    states = (last_hidden(model, batch.to(model.device)) for batch in windows.split(batch_size))
+    return distribution_of(Head.of(model), states, k)
+
+
+@torch.inference_mode()
+def distribution_of(head: Head, states: Iterable[Tensor], k: int = TOP_K) -> DenseDistribution:
+    """The distributions behind what a model's head reads, `B x T x hidden_size` for each batch of windows."""
     ids, logprobs, rest = [], [], []
-    head = Head.of(model)
-    for batch in windows.split(batch_size):
-        hidden = last_hidden(model, batch.to(model.device))[:, :-1]
-        for states in hidden.flatten(0, 1).split(CHUNK):
-            logits = head(states)
+    length = 0
+    for hidden in states:
+        length = hidden.shape[1] - 1
+        for rows in hidden[:, :-1].flatten(0, 1).split(CHUNK):
+            logits = head(rows)
             normaliser = log_normaliser(logits)
             top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
             logprob = top.to(normaliser.dtype) - normaliser[:, None]
             ids.append(index)
             logprobs.append(logprob)
             rest.append(_log_rest(logprob))
-    shape = (windows.shape[0], windows.shape[1] - 1)
+    shape = (-1, length)
     return DenseDistribution(
         torch.cat(ids).unflatten(0, shape), torch.cat(logprobs).unflatten(0, shape), torch.cat(rest).unflatten(0, shape)
     )
@@ -204,21 +210,36 @@ def quality(
     return window_qualities(model, windows, dense, batch_size).mean()
 
 
-@torch.inference_mode()
 def window_qualities(
     model: PreTrainedModel, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4
 ) -> WindowQualities:
     """As `quality`, for every window of its own."""
-    head = Head.of(model)
+    batches = windows.split(batch_size)
+    states = (last_hidden(model, batch.to(model.device)) for batch in batches)
+    return judged(Head.of(model), batches, states, dense)
+
+
+@torch.inference_mode()
+def judged(
+    head: Head, batches: Sequence[Tensor], states: Iterable[Tensor], dense: DenseDistribution | None = None
+) -> WindowQualities:
+    """The quality of what a model's head reads on some windows.
+
+    Args:
+        batches: Token ids, `B x T` each.
+        states: For each batch `B x T x hidden_size`, made when its turn comes.
+        dense: The dense model's distribution on all of them.
+    """
     losses, kls = [], []  # of tokens
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size].to(model.device)
-        states = last_hidden(model, batch)[:, :-1].flatten(0, 1)
-        targets = batch[:, 1:].flatten()
-        reference = dense.rows(first, first + batch_size) if dense else None
-        for start in range(0, len(states), CHUNK):
+    first = 0
+    for batch, hidden in zip(batches, states, strict=True):
+        rows_of = hidden[:, :-1].flatten(0, 1)
+        targets = batch[:, 1:].flatten().to(hidden.device)
+        reference = dense.rows(first, first + len(batch)) if dense else None
+        first += len(batch)
+        for start in range(0, len(rows_of), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = head(states[rows])
+            logits = head(rows_of[rows])
             normaliser = log_normaliser(logits)
             picked = logits.gather(-1, targets[rows, None]).squeeze(-1).to(normaliser.dtype)
             losses.append(normaliser - picked)
@@ -226,7 +247,7 @@ def window_qualities(
                 kls.append(_kl(reference, rows, logits, normaliser))
 
     def by_window(tokens: list[Tensor]) -> Tensor:
-        return torch.cat(tokens).cpu().double().view(len(windows), -1).mean(-1)  # not every device has float64
+        return torch.cat(tokens).cpu().double().view(first, -1).mean(-1)  # not every device has float64
 
     return WindowQualities(by_window(losses), by_window(kls) if dense else None)
 

@@ -15,13 +15,16 @@ arXiv:1905.12558, on why they differ).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from pruning.anatomy import Block, BlockKind
-from pruning.likelihood import Head, frozen, last_hidden, loss_gradient
+from pruning.likelihood import Head, frozen, loss_gradient
 from pruning.supernet import Supernet
+from pruning.walk import Walk, device_of
 
 Widths = Mapping[BlockKind, Sequence[int]]
 
@@ -32,49 +35,62 @@ def block_sensitivity(
     widths: Widths,
     generator: torch.Generator | None = None,
     batch_size: int = 2,
-    on_window: Callable[[int], None] | None = None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> dict[BlockKind, Tensor]:
     """What every block alone costs at each of `widths`, all others dense: `num_layers x len(widths)` by kind, float32.
 
-    One forward and backward pass without weight gradients, and one product with the refitted weight for each width.
+    One walk there and one back without weight gradients, and one product with the refitted weight for each width and batch.
 
-    Memory: activations of `batch_size` windows. The refitted weights come from the compensation table's cache; where that
-    cannot hold all widths they are solved anew for each batch, so a large model wants a large batch.
+    Memory: what `pruning.walk.Walk` says, and one refitted weight at a time.
 
     Args:
         supernet: Open.
         windows: `num_windows x length` token ids. Costs do not depend on `batch_size`.
         generator: Draws the tokens whose loss is taken, on the model's device; without it the text's own are taken.
-        on_window: Called with the number of windows done.
+        on_layer: Called with the number of layers passed, there and back.
     """
-    model, anatomy = supernet.model, supernet.anatomy
+    model, anatomy, device = supernet.model, supernet.anatomy, device_of(supernet.model)
     costs: dict[BlockKind, Tensor] = {
-        block.kind: torch.zeros(anatomy.num_hidden_layers, len(widths[block.kind]), device=model.device)
+        block.kind: torch.zeros(anatomy.num_hidden_layers, len(widths[block.kind]), device=device)
         for block in anatomy.blocks
     }
-    head = Head.of(model)
-    done = 0
-    with frozen(model), _listening(supernet, widths, costs, windows.shape[1]), torch.enable_grad():
-        for batch in windows.split(batch_size):
-            batch = batch.to(model.device)
-            hidden = last_hidden(model, batch, leaf=True)
-            hidden.backward(loss_gradient(hidden, head, batch, generator))
-            done += len(batch)
-            if on_window:
-                on_window(done)
+    head, batches, done = Head.of(model), windows.split(batch_size), count(1)
+    layers = range(anatomy.num_hidden_layers)
+    with frozen(model):
+        walk = Walk(model, batches, keep=len(batches))
+        for index in layers:
+            with supernet.layer(index) as layer:
+                walk.forward(index, layer)
+            if on_layer:
+                on_layer(next(done))
+        gradients = [
+            walk.last_gradient(place, partial(loss_gradient, head=head, windows=batch.to(device), generator=generator))
+            for place, batch in enumerate(batches)
+        ]
+        for index in reversed(layers):
+            with supernet.layer(index) as layer, _listening(supernet, index, layer, widths, costs, windows.shape[1]):
+                walk.backward(index, layer, gradients)
+            if on_layer:
+                on_layer(next(done))
     return {kind: cost / (2 * windows.numel()) for kind, cost in costs.items()}
 
 
 @contextmanager
-def _listening(supernet: Supernet, widths: Widths, costs: Mapping[BlockKind, Tensor], length: int) -> Iterator[None]:
-    """Add to `costs` from hooks while the model runs backward on windows of `length` tokens; nothing waits for the device."""
+def _listening(
+    supernet: Supernet,
+    index: int,
+    layer: nn.Module,
+    widths: Widths,
+    costs: Mapping[BlockKind, Tensor],
+    length: int,
+) -> Iterator[None]:
+    """Add to `costs` from hooks while a layer is differentiated on windows of `length` tokens; nothing waits for the device."""
     with ExitStack() as stack:
-        for index, layer in enumerate(supernet.anatomy.layers_of(supernet.model)):
-            for block in supernet.anatomy.blocks:
-                columns = dict(zip(widths[block.kind], costs[block.kind][index], strict=True))
-                keep, follow = _listeners(supernet, index, block, columns, length - 1)
-                stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
-                stack.callback(block.update_of(layer).register_forward_hook(follow).remove)
+        for block in supernet.anatomy.blocks:
+            columns = dict(zip(widths[block.kind], costs[block.kind][index], strict=True))
+            keep, follow = _listeners(supernet, index, block, columns, length - 1)
+            stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
+            stack.callback(block.update_of(layer).register_forward_hook(follow).remove)
         yield
 
 

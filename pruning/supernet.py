@@ -6,7 +6,7 @@ With compensation the output projection comes from the table's cache, without it
 no memory and no copying of weights, on any device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Block, Rows, anatomy_of
 from pruning.architecture import Architecture
-from pruning.compensation import CompensationTable
+from pruning.compensation import Refits
 from pruning.errors import InvalidMask
-from pruning.likelihood import DenseDistribution, Quality, quality
+from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, judged, last_hidden
 from pruning.masks import Ranking
 from pruning.modeling_pruned import stand_ins
 from pruning.projection import Narrow, Projection, matrix_of
+from pruning.walk import Walk, brought, device_of
 
 
 def absent(block: Block) -> dict[str, nn.Module]:
@@ -38,12 +39,25 @@ class Supernet:
         with Supernet(model, ranking, compensation) as supernet:
             supernet.quality(architecture, windows)
 
-    Memory: nothing beyond the model and the compensation table. On exit, and when the body raises, the units are back
+    Memory: nothing beyond the model and the refits. On exit, and when the body raises, the units are back
     in their original order, bit for bit.
+
+    Args:
+        compensation: Refitted output weights; without them the dense ones' prefixes are used.
+        resident: Whether the model's layers stay on its device. Otherwise they are brought there one at a time, sorted on the way,
+            and nothing is written where they wait: memory-mapped weights stay clean. Then only what is done layer by layer works,
+            which is everything but `active`.
     """
 
-    def __init__(self, model: PreTrainedModel, ranking: Ranking, compensation: CompensationTable | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ranking: Ranking,
+        compensation: Refits | None = None,
+        resident: bool = True,
+    ) -> None:
         self.model = model
+        self.resident = resident
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
         if compensation is not None:
@@ -57,24 +71,80 @@ class Supernet:
             for index, layer in enumerate(self.anatomy.layers_of(model))
             for block in self.anatomy.blocks
         ]
+        self._layers = list(self.anatomy.layers_of(model))
         self._outputs = {(block.kind, index): block.output_of(layer) for block, index, layer in places}
         self._updates = {(block.kind, index): block.update_of(layer) for block, index, layer in places}
 
     def __enter__(self) -> Self:
-        self._reorder(inverse=False)
+        self._reorder_all(inverse=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._reorder(inverse=True)
+        self._reorder_all(inverse=True)
+
+    def qualities(
+        self,
+        architectures: Sequence[Architecture],
+        windows: Tensor,
+        dense: DenseDistribution | None = None,
+        batch_size: int = 4,
+    ) -> list[WindowQualities]:
+        """Loss (and KL from the dense model) of each sub-network on each of `num_windows x length` token ids.
+
+        Memory: a batch's activations; where layers are brought, all sub-networks' hidden states of all windows on the host.
+        """
+        batches = windows.split(batch_size)
+        head = Head.of(self.model)
+        return [judged(head, batches, states, dense) for states in self.states(architectures, batches)]
 
     def quality(
         self, architecture: Architecture, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4
     ) -> Quality:
-        """Loss (and KL from the dense model) of the sub-network on `num_windows x length` token ids."""
-        with self.active(architecture) as model:
-            return quality(model, windows, dense, batch_size)
+        """As `qualities`, of one sub-network over all windows."""
+        return self.qualities([architecture], windows, dense, batch_size)[0].mean()
+
+    def states(self, architectures: Sequence[Architecture], batches: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
+        """What the head reads, for each sub-network in turn, for each batch of `B x T` token ids: `B x T x hidden_size`.
+
+        Every layer is brought once for all sub-networks together, so that a model larger than the device costs one transfer of its
+        weights. To be used in order: an iterator is spent once the next one begins.
+        """
+        device = device_of(self.model)
+        if self.resident:
+            for architecture in architectures:
+                with self.active(architecture) as model:
+                    yield (last_hidden(model, batch.to(device)) for batch in batches)
+            return
+        walks = [Walk(self.model, batches) for _ in architectures]
+        for index in range(len(self._layers)):
+            with self.layer(index) as layer:
+                for architecture, walk in zip(architectures, walks, strict=True):
+                    if architecture.keeps_layer(index):
+                        with self.narrowed(index, architecture):
+                            walk.forward(index, layer)
+        for walk in walks:
+            yield (walk.last_hidden(batch)[1] for batch in range(len(batches)))
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A layer on the device, its units sorted, for as long as the context lasts."""
+        layer = self._layers[index]
+        if self.resident:
+            yield layer
+            return
+        with brought(layer, device_of(self.model), copy=True):
+            self._reorder(index, inverse=False)
+            yield layer
+
+    @contextmanager
+    def narrowed(self, index: int, architecture: Architecture) -> Iterator[None]:
+        """A layer on the device as the sub-network has it, which must keep some of it; dense again afterwards."""
+        with ExitStack() as stack:
+            for block in self.anatomy.blocks:
+                self._narrow(self._layers[index], index, block, architecture.units(block.kind)[index], stack)
+            yield
 
     def loss(self, architecture: Architecture, windows: Tensor) -> float:
         """Mean next-token loss of the sub-network, nats per token."""
@@ -109,7 +179,13 @@ class Supernet:
 
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
-        """The model, computing the sub-network inside the context and the dense network again afterwards."""
+        """The model, computing the sub-network inside the context and the dense network again afterwards.
+
+        Raises:
+            ValueError: The model does not stay on its device: nothing can run it as a whole.
+        """
+        if not self.resident:
+            raise ValueError("A model that is brought layer by layer cannot run as a whole.")
         architecture.check(self.anatomy)
         layers = self.anatomy.layers_of(self.model)
         kept = [index for index in range(len(layers)) if architecture.keeps_layer(index)]
@@ -140,20 +216,25 @@ class Supernet:
         narrow = Narrow([self.output_weight(index, block, units)], [block.output_of(layer).bias])
         _swap(module, block.places.output, narrow, stack)
 
+    def _reorder_all(self, inverse: bool) -> None:
+        """Of a model that stays, every layer."""
+        if self.resident:
+            for index in range(len(self._layers)):
+                self._reorder(index, inverse)
+
     @torch.no_grad()
-    def _reorder(self, inverse: bool) -> None:
-        """Permute every block's units in place; one projection is copied at a time."""
-        for index, layer in enumerate(self.anatomy.layers_of(self.model)):
-            for block in self.anatomy.blocks:
-                order = self.ranking.of(block.kind)[index].to(self.model.device)
-                order = order.argsort() if inverse else order
-                for projection, rows in block.inputs_of(layer):
-                    row_order = rows.of(order)
-                    matrix_of(projection).copy_(matrix_of(projection)[row_order])
-                    if projection.bias is not None:
-                        projection.bias.copy_(projection.bias[row_order])
-                output = matrix_of(block.output_of(layer))
-                output.copy_(output[:, block.columns_of(order)])
+    def _reorder(self, index: int, inverse: bool) -> None:
+        """Permute the units of a layer's blocks in place; one projection is copied at a time."""
+        for block in self.anatomy.blocks:
+            order = self.ranking.of(block.kind)[index].to(device_of(self.model))
+            order = order.argsort() if inverse else order
+            for projection, rows in block.inputs_of(self._layers[index]):
+                row_order = rows.of(order)
+                matrix_of(projection).copy_(matrix_of(projection)[row_order])
+                if projection.bias is not None:
+                    projection.bias.copy_(projection.bias[row_order])
+            output = matrix_of(self.output_of(index, block))
+            output.copy_(output[:, block.columns_of(order)])
 
 
 def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:

@@ -54,15 +54,18 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 @contextmanager
-def brought(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+def brought(layer: nn.Module, device: torch.device, copy: bool = False) -> Iterator[nn.Module]:
     """The layer with its weights on the device for as long as the context lasts; those that are there already stay.
 
-    Memory: the layer's weights. Where they waited nothing is written.
+    Memory: the weights that are brought. Where they waited nothing is written.
+
+    Args:
+        copy: Bring copies even of what is there, for those who change them.
     """
-    waiting = {parameter: parameter.data for parameter in layer.parameters() if parameter.device != device}
-    for parameter, data in waiting.items():
-        parameter.data = data.to(device, non_blocking=True)
+    waiting = {parameter: parameter.data for parameter in layer.parameters()}
     try:
+        for parameter, data in waiting.items():
+            parameter.data = data.to(device, non_blocking=True, copy=copy)
         yield layer
     finally:
         for parameter, data in waiting.items():
@@ -173,17 +176,25 @@ class Walk:
         return self._home_again(hidden.grad)  # type: ignore[arg-type]
 
     @torch.enable_grad()
-    def backward(self, position: int, layer: nn.Module, *gradients: list[Tensor]) -> None:
+    def backward(
+        self,
+        position: int,
+        layer: nn.Module,
+        *gradients: list[Tensor],
+        on_pass: Callable[[int], None] = lambda number: None,
+    ) -> None:
         """Take gradients by a layer's output, one for each kept batch, to those by its input.
 
         Args:
             gradients: Lists that are changed in place. Several are taken through one recomputation, in their order.
+            on_pass: Told before each of them which it is.
         """
         for batch, hidden in enumerate(self._inputs.pop(position)):
             hidden = hidden.to(self._device, copy=True).requires_grad_()
             output = self.through(position, layer, hidden)
             for number, own in enumerate(gradients):
                 hidden.grad = None
+                on_pass(number)
                 output.backward(own[batch].to(self._device), retain_graph=number + 1 < len(gradients))
                 own[batch] = self._home_again(hidden.grad)  # type: ignore[arg-type]
 

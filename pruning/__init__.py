@@ -1,7 +1,7 @@
 """Cut a pretrained decoder: score its units, choose widths, refit what is left, save the smaller model.
 
     statistics = collect_statistics(model, windows)
-    ranking = activation(model, statistics).ranking()
+    ranking = activation(statistics).ranking()
     table = CompensationTable(model, statistics, ranking)
     full = Architecture.full(anatomy_of(model))
     architecture = Architecture(full.kv_groups, tuple(width // 2 for width in full.neurons))

@@ -1,14 +1,17 @@
 """Least-squares repair of output projections after units are removed.
 
 With z the dense inputs of an output projection W (`hidden_size x C`), keep columns K and refit them to do the work of
-all: V = argmin E|W z - V z_K|^2 + ridge |V - W_K|^2. With G = E[z zT] and M = G + ridge I the solution is
+all: V = argmin E|W z - V z_K|^2 + |(V - W_K) D^1/2|^2. With G = E[z zT], D a diagonal ridge and M = G + D the solution is
 
-    V^T = M_KK^-1 (G W^T + ridge W^T)_K          (equal to W_K plus a correction for what was removed)
+    V^T = M_KK^-1 (M W^T)_K          (equal to W_K plus a correction for what was removed)
 
 (optimal brain surgeon's update for a whole set, arXiv:2208.11580; no bias, so that stock configs still fit.)
 Sort columns by the ranking, and the kept set of *every* width is a prefix. Then one Cholesky factor M = L L^T serves all
 widths: L_KK is a leading block of L, and L_KK^-1 applied to a prefix is a prefix of L^-1 applied to all. A width costs
 one triangular solve, a few milliseconds at SmolLM2's size.
+
+D is a share of G's own diagonal: columns differ in scale by orders of magnitude, and a ridge that is equal for all of them
+(Tikhonov's) lets the weak ones go and hardly holds the strong ones.
 """
 
 from collections import OrderedDict
@@ -25,19 +28,60 @@ from pruning.masks import Ranking
 from pruning.projection import matrix_of
 from pruning.statistics import Statistics
 
-RIDGE = 0.03  # of the mean of diag(G); flat between 0.01 and 0.1 on SmolLM2
 CACHE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
-class _Factor:
-    """The part of the solution that all widths of one projection share."""
+class Ridge:
+    """How strongly refits are drawn to the dense columns.
+
+    Args:
+        share: Of each column's E[z^2].
+        per_column: Of the mean over columns if not: what runs of the first version had.
+    """
+
+    share: float = 0.1
+    per_column: bool = True
+
+    def of(self, gram: Tensor) -> Tensor:
+        """The diagonal of D, `C`."""
+        diagonal = gram.diagonal()
+        ridge = self.share * (diagonal if self.per_column else diagonal.mean().expand_as(diagonal))
+        return ridge.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+RIDGE = Ridge()
+FIRST_RIDGE = Ridge(0.03, per_column=False)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The part of the solution that all widths of one projection share.
+
+    Memory: `C x C` and `C x hidden_size` values in float32.
+    """
 
     lower: Tensor  # C x C, L
-    rhs: Tensor  # C x hidden_size, L^-1 (G W^T + ridge W^T) = L^T W^T
+    rhs: Tensor  # C x hidden_size, L^-1 (G W^T + D W^T) = L^T W^T
+
+    @classmethod
+    def of(cls, gram: Tensor, weight: Tensor, order: Tensor, ridge: Ridge) -> "Factor":
+        """Factor the second moments of a projection's inputs.
+
+        Args:
+            gram: `C x C`, G.
+            weight: `hidden_size x C`, W.
+            order: `C` columns, best first.
+        """
+        # float32 will do, and is all that some devices have: with columns scaled alike, which makes no difference to a Cholesky
+        # factor, the ridge bounds the condition number by C / share; bfloat16 weights round at 1.7e-3.
+        matrix = gram[order][:, order]
+        matrix.diagonal().add_(ridge.of(matrix))
+        lower = torch.linalg.cholesky(matrix)
+        return cls(lower, lower.T @ weight[:, order].T.float())
 
     def solve(self, columns: int) -> Tensor:
-        """The refitted `hidden_size x columns` weight."""
+        """The refitted `hidden_size x columns` weight, float32."""
         triangle = self.lower[:columns, :columns].T
         return torch.linalg.solve_triangular(triangle, self.rhs[:columns], upper=True).T
 
@@ -56,7 +100,8 @@ class Refits(Protocol):
 
 
 class CompensationTable:
-    """Refitted output weights for every (layer, block, width), solved when first asked for and then kept.
+    """Refitted output weights for every width of every block, solved when first asked for and then kept: for models that are small
+    beside the memory, and widths that nobody knows beforehand. `pruning.refits` keeps those of a grid, on disk.
 
     Memory: the factors take as much as the Gram matrices they replace (each is freed once it is factored), and solved
     weights are kept in the model's dtype up to `cache_bytes`, the least recently used leaving first. Both live where
@@ -68,7 +113,7 @@ class CompensationTable:
         model: PreTrainedModel,
         statistics: Statistics,
         ranking: Ranking,
-        ridge: float = RIDGE,
+        ridge: Ridge = RIDGE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Factor all Gram matrices; `statistics` loses them on the way.
@@ -81,7 +126,7 @@ class CompensationTable:
         self._dtype = model.dtype
         self._cache: OrderedDict[tuple[BlockKind, int, int], Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
-        self._factors: dict[BlockKind, list[_Factor]] = {}
+        self._factors: dict[BlockKind, list[Factor]] = {}
         layers = self.anatomy.layers_of(model)
         for block in self.anatomy.blocks:
             grams = statistics.blocks[block.kind].gram
@@ -89,7 +134,7 @@ class CompensationTable:
             for index in range(len(layers)):
                 gram = grams.pop(index) / statistics.num_tokens
                 order = block.columns_of(ranking.of(block.kind)[index]).to(gram.device)
-                factors.append(_factor(gram, matrix_of(block.output_of(layers[index])).detach(), order, ridge))
+                factors.append(Factor.of(gram, matrix_of(block.output_of(layers[index])).detach(), order, ridge))
             self._factors[block.kind] = factors
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
@@ -132,13 +177,3 @@ def factor_values(sizes: Sizes) -> int:
         inputs * (inputs + sizes.hidden_size)
         for inputs in (sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size)
     )
-
-
-def _factor(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> _Factor:
-    # float32 will do, and is all that some devices have: the ridge bounds the condition number by C / ridge, and refits are
-    # a few parts in a million off those from float64 factors, where bfloat16 weights round at 1.7e-3.
-    matrix = gram[order][:, order]
-    matrix.diagonal().add_((ridge * matrix.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny))
-    lower = torch.linalg.cholesky(matrix)
-    rhs = lower.T @ weight[:, order].T.float()  # L^-1 (G + ridge I) W^T, since G + ridge I = L L^T
-    return _Factor(lower, rhs)

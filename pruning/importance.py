@@ -1,4 +1,4 @@
-"""Importance of layers, KV groups and neurons: every score is a function of `pruning.statistics` and the weights.
+"""Importance of layers, KV groups and neurons: every score is a function of `pruning.statistics`.
 
 L: decoder layers.   U: units of a block (KV groups or neurons).   C: columns of its output projection.
 z: input of the output projection.   g: gradient of a window's mean next-token loss (nats) with respect to z.
@@ -8,13 +8,10 @@ Scores are `L x U`; larger means "hurts more if removed". Only `taylor` and `fis
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from pruning.anatomy import Block, BlockKind
 from pruning.masks import Ranking
-from pruning.projection import matrix_of
 from pruning.statistics import BlockStatistics, Statistics
 
 
@@ -36,7 +33,7 @@ class Importance:
         )
 
 
-def taylor(model: PreTrainedModel, statistics: Statistics) -> Importance:
+def taylor(statistics: Statistics) -> Importance:
     """First-order loss change, |dL/dgate| of every column summed over the unit, mean over windows (nats).
 
     Absolute before summing over columns: the signs inside a KV group cancel, which would make a group look hundreds of
@@ -46,7 +43,7 @@ def taylor(model: PreTrainedModel, statistics: Statistics) -> Importance:
     return _importance(scores)
 
 
-def fisher(model: PreTrainedModel, statistics: Statistics) -> Importance:
+def fisher(statistics: Statistics) -> Importance:
     """Second-order KL divergence of removing a unit from the dense model, E[(dL/dgate)^2] / 2 over tokens (nats).
 
     The first-order term of that divergence vanishes at the dense model, and the Hessian is the Fisher information.
@@ -57,38 +54,34 @@ def fisher(model: PreTrainedModel, statistics: Statistics) -> Importance:
     return _importance(scores)
 
 
-def activation(model: PreTrainedModel, statistics: Statistics) -> Importance:
+def activation(statistics: Statistics) -> Importance:
     """Mean energy a unit sends into the residual stream, E[z^2] |W column|^2: the best ranking *within* a layer under refit.
 
     Wanda's |W| |x| (arXiv:2306.11695) summed over structures.
     """
-    return _column_scores(model, statistics, lambda block: block.square / statistics.num_tokens)
+    return _column_scores(statistics, lambda block: block.square / statistics.num_tokens)
 
 
-def fluctuation(model: PreTrainedModel, statistics: Statistics) -> Importance:
+def order_of(statistics: Statistics, block: Block, index: int) -> Tensor:
+    """A layer's row of `activation(statistics).ranking()`, which follows from that layer's sums alone: `units` indices."""
+    sums = statistics.blocks[block.kind]
+    energy = block.per_unit(sums.square[index] / statistics.num_tokens * sums.column_norms[index])
+    return energy.argsort(descending=True, stable=True)
+
+
+def fluctuation(statistics: Statistics) -> Importance:
     """Energy around the mean, Var[z] |W column|^2: what a bias could not restore. FLAP, arXiv:2312.11983."""
 
     def variance(block: BlockStatistics) -> Tensor:
         mean = block.total / statistics.num_tokens
         return (block.square / statistics.num_tokens - mean**2).clamp_min(0)
 
-    return _column_scores(model, statistics, variance)
+    return _column_scores(statistics, variance)
 
 
-def magnitude(model: PreTrainedModel, statistics: Statistics) -> Importance:
+def magnitude(statistics: Statistics) -> Importance:
     """Squared norm of all weights of a unit; needs no data. Li et al. 2017, arXiv:1608.08710."""
-    anatomy = statistics.anatomy
-    scores = {}
-    for block in anatomy.blocks:
-        rows = []
-        for layer in anatomy.layers_of(model):
-            score = block.per_unit(_column_norms(block, layer))
-            for projection, rows_of in block.inputs_of(layer):
-                norms = matrix_of(projection).detach().float().pow(2).sum(-1)
-                score = score + sum(norms[part].view(block.units, -1).sum(-1) for part in rows_of.prefix(block.units))
-            rows.append(score)
-        scores[block.kind] = torch.stack(rows)
-    return _importance(scores)
+    return _importance({kind: block.magnitude for kind, block in statistics.blocks.items()})
 
 
 def block_influence(statistics: Statistics) -> dict[str, Tensor]:
@@ -102,7 +95,7 @@ def block_influence(statistics: Statistics) -> dict[str, Tensor]:
     return scores
 
 
-METHODS: dict[str, Callable[[PreTrainedModel, Statistics], Importance]] = {
+METHODS: dict[str, Callable[[Statistics], Importance]] = {
     "taylor": taylor,
     "fisher": fisher,
     "activation": activation,
@@ -111,14 +104,14 @@ METHODS: dict[str, Callable[[PreTrainedModel, Statistics], Importance]] = {
 }
 
 
-def layer_scores(model: PreTrainedModel, statistics: Statistics) -> dict[str, dict[str, Tensor]]:
+def layer_scores(statistics: Statistics) -> dict[str, dict[str, Tensor]]:
     """Every method's view of the layers: method -> "attention", "mlp" or "layer" -> `L` scores.
 
     Scores of units are summed over their block; `block_influence` scores blocks as they are.
     """
     summed: dict[str, dict[str, Tensor]] = {
         name: {kind: importance.of(kind).sum(-1) for kind in statistics.blocks}
-        for name, importance in ((name, method(model, statistics)) for name, method in METHODS.items())
+        for name, importance in ((name, method(statistics)) for name, method in METHODS.items())
     }
     return {**summed, "block_influence": block_influence(statistics)}
 
@@ -127,16 +120,11 @@ def _importance(scores: dict[BlockKind, Tensor]) -> Importance:
     return Importance(scores["attention"], scores["mlp"], scores["attention"].sum(-1) + scores["mlp"].sum(-1))
 
 
-def _column_scores(
-    model: PreTrainedModel, statistics: Statistics, energy: Callable[[BlockStatistics], Tensor]
-) -> Importance:
-    anatomy = statistics.anatomy
-    scores = {}
-    for block in anatomy.blocks:
-        norms = torch.stack([_column_norms(block, layer) for layer in anatomy.layers_of(model)])  # L x C
-        scores[block.kind] = block.per_unit(energy(statistics.blocks[block.kind]) * norms)
-    return _importance(scores)
-
-
-def _column_norms(block: Block, layer: nn.Module) -> Tensor:
-    return matrix_of(block.output_of(layer)).detach().float().pow(2).sum(0)  # C
+def _column_scores(statistics: Statistics, energy: Callable[[BlockStatistics], Tensor]) -> Importance:
+    return _importance(
+        {
+            block.kind: block.per_unit(energy(sums) * sums.column_norms)
+            for block in statistics.anatomy.blocks
+            for sums in [statistics.blocks[block.kind]]
+        }
+    )

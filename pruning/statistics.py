@@ -1,13 +1,14 @@
-"""Sums over calibration windows, from a walk through the dense model: all that scores and refits need of the text.
+"""Sums over calibration windows, from a walk through the dense model: all that scores and refits need of the text
+and the weights.
 
 L: decoder layers.   U: units of a block (KV groups or neurons).   C: columns of its output projection.
 z: input of the output projection, `tokens x C`; zeroing a unit's columns of z is what removing the unit means.
 g: gradient of a window's mean next-token loss (nats) with respect to z.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, count
 
@@ -36,6 +37,8 @@ class BlockStatistics:
         fisher: `L x U` sum over tokens of (z g)^2, z g summed over the unit's columns first and g scaled to one token's loss.
         taylor: `L x U` sum over windows, and over the unit's columns, of |sum over tokens of z g|.
         cosine: `L` sum over tokens of the cosine between the residual stream before and after the block.
+        column_norms: `L x C` squared norms of the output projection's columns.
+        magnitude: `L x U` squared norms of all weights of a unit.
     """
 
     total: Tensor
@@ -44,6 +47,8 @@ class BlockStatistics:
     taylor: Tensor
     fisher: Tensor
     cosine: Tensor
+    column_norms: Tensor
+    magnitude: Tensor
 
     @classmethod
     def empty(cls, layers: int, block: Block, device: torch.device) -> "BlockStatistics":
@@ -57,6 +62,8 @@ class BlockStatistics:
             taylor=zeros(layers, block.units),
             fisher=zeros(layers, block.units),
             cosine=zeros(layers),
+            column_norms=zeros(layers, block.columns),
+            magnitude=zeros(layers, block.units),
         )
 
 
@@ -92,6 +99,33 @@ class Statistics:
             num_scored_tokens=windows[:scored].numel(),
         )
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All but the Gram matrices, for `pruning.tensor_files`."""
+        counts = (self.num_windows, self.num_tokens, self.num_scored_windows, self.num_scored_tokens)
+        found = {"counts": torch.tensor(counts), "layer_cosine": self.layer_cosine}
+        return found | {
+            f"{kind}.{item.name}": getattr(sums, item.name)
+            for kind, sums in self.blocks.items()
+            for item in fields(sums)
+            if item.name != "gram"
+        }
+
+    @classmethod
+    def from_tensors(cls, anatomy: Anatomy, tensors: Mapping[str, Tensor], device: torch.device) -> "Statistics":
+        """What `to_tensors` gave."""
+        blocks: dict[BlockKind, BlockStatistics] = {
+            block.kind: BlockStatistics(
+                gram={},
+                **{
+                    item.name: tensors[f"{block.kind}.{item.name}"].to(device)
+                    for item in fields(BlockStatistics)
+                    if item.name != "gram"
+                },
+            )
+            for block in anatomy.blocks
+        }
+        return cls(anatomy, blocks, tensors["layer_cosine"].to(device), *tensors["counts"].tolist())
+
 
 def collect_statistics(
     model: PreTrainedModel,
@@ -126,6 +160,7 @@ def collect_statistics(
             with brought(layer, device):
                 with _summing(layer, statistics, index, windows.shape[1], grams(index)):
                     walk.forward(index, layer)
+                _add_norms(statistics, index, layer)
                 for block in statistics.blocks.values():
                     if index in block.gram:
                         _mirror_lower(block.gram[index])
@@ -173,11 +208,9 @@ def _sum_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[.
     def listen(module: nn.Module, args: tuple[Tensor]) -> None:
         z = args[0].reshape(-1, block.columns)  # OPT flattens its tokens
         sums.total[index] += z.sum(0, dtype=torch.float32)
+        sums.square[index] += z.float().square().sum(0)  # not the matrix's diagonal: equal with and without one, bit for bit
         if index in sums.gram:
             _add_lower(sums.gram[index], z)
-            sums.square[index] = sums.gram[index].diagonal()
-        else:
-            sums.square[index] += z.float().square().sum(0)
 
     return listen
 
@@ -236,6 +269,18 @@ def _add_lower(gram: Tensor, tokens: Tensor) -> None:
     for first in range(0, len(gram), GRAM_BLOCK):
         block = slice(first, first + GRAM_BLOCK)
         gram[first:, block].addmm_(tokens[:, first:].T, tokens[:, block])
+
+
+@torch.no_grad()
+def _add_norms(statistics: Statistics, index: int, layer: nn.Module) -> None:
+    for block in statistics.anatomy.blocks:
+        sums = statistics.blocks[block.kind]
+        sums.column_norms[index] = matrix_of(block.output_of(layer)).float().pow(2).sum(0)
+        sums.magnitude[index] = block.per_unit(sums.column_norms[index])
+        for projection, rows in block.inputs_of(layer):
+            norms = matrix_of(projection).float().pow(2).sum(-1)
+            for part in rows.prefix(block.units):
+                sums.magnitude[index] += norms[part].view(block.units, -1).sum(-1)
 
 
 def _mirror_lower(gram: Tensor) -> None:

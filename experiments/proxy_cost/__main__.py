@@ -67,7 +67,7 @@ def main() -> None:
     windows = _windows(options, full.tokenizer)
     collected, ranking = ranked(full.model, windows)
     space = SearchSpace(anatomy_of(full.model), MIN_SHARE)
-    family = ThresholdFamily.from_importance(space, fisher(full.model, collected))
+    family = ThresholdFamily.from_importance(space, fisher(collected))
     exact_table = CompensationTable(full.model, copy.deepcopy(collected), ranking)
     table = CompensationTable(fast.model, collected, ranking)
     table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})

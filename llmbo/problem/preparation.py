@@ -144,7 +144,7 @@ def ranked(
     """
     scored = max(1, method.scored_tokens // windows.calibration.shape[1])
     statistics = collect_statistics(model, windows.calibration, on_window=on_window, scored=scored, grams=compensation)
-    return statistics, activation(model, statistics).ranking()
+    return statistics, activation(statistics).ranking()
 
 
 @contextmanager
@@ -172,9 +172,9 @@ def prepared(
         statistics, ranking = ranked(model, windows, advance, method, config.compensation)
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
         check_finite(loaded.name, loaded.dtype, *sums)
-        importance = fisher(model, statistics)
-        taylor_family = ThresholdFamily.from_importance(space, taylor(model, statistics))
-        layers = layer_scores(model, statistics)
+        importance = fisher(statistics)
+        taylor_family = ThresholdFamily.from_importance(space, taylor(statistics))
+        layers = layer_scores(statistics)
     with phases.phase("compensation"):
         table = CompensationTable(model, statistics, ranking, ridge=method.ridge) if config.compensation else None
         if table is not None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of, expand_units
-from pruning.compensation import CompensationTable, factor_values, solved_values
+from pruning.compensation import CompensationTable, Ridge, factor_values, solved_values
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
 from pruning.statistics import Statistics, collect_statistics
 
-RIDGE = 0.03
+RIDGES = pytest.mark.parametrize("ridge", [Ridge(0.03), Ridge(0.03, per_column=False)], ids=["column", "mean"])
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
 
 
@@ -31,7 +31,7 @@ class Projection(NamedTuple):
     block: Block
     weight: Tensor  # hidden_size x C
     gram: Tensor  # C x C
-    damping: float
+    damping: Tensor  # C
 
     def error(self, refitted: Tensor) -> float:
         """E|W z - V z_K|^2 of a `hidden_size x K` weight V."""
@@ -41,7 +41,8 @@ class Projection(NamedTuple):
 
     def regularised_error(self, refitted: Tensor) -> float:
         kept = self.weight[:, : refitted.shape[1]]
-        return self.error(refitted) + self.damping * float((refitted - kept).square().sum())
+        damping = self.damping[: refitted.shape[1]]
+        return self.error(refitted) + float((damping * (refitted - kept).square()).sum())
 
 
 @pytest.fixture
@@ -55,7 +56,14 @@ def statistics(model: PreTrainedModel, windows: Tensor) -> Statistics:
 
 
 @pytest.fixture
-def projections(model: PreTrainedModel, anatomy: Anatomy, statistics: Statistics, ranking: Ranking) -> list[Projection]:
+def ridge() -> Ridge:
+    return Ridge(0.03)
+
+
+@pytest.fixture
+def projections(
+    model: PreTrainedModel, anatomy: Anatomy, statistics: Statistics, ranking: Ranking, ridge: Ridge
+) -> list[Projection]:
     """Everything the closed form needs, in float64; taken before the table frees the Gram matrices."""
     found = []
     for block in anatomy.blocks:
@@ -65,27 +73,29 @@ def projections(model: PreTrainedModel, anatomy: Anatomy, statistics: Statistics
             width = block.columns_per_unit
             order = [unit * width + column for unit in units for column in range(width)]
             weight = matrix_of(block.output_of(layer)).detach().clone()
-            damping = RIDGE * gram.trace().item() / len(gram)
+            diagonal = gram.diagonal()[order]
+            damping = ridge.share * (diagonal if ridge.per_column else diagonal.mean().expand(len(order)))
             found.append(Projection(index, block, weight[:, order], gram[order][:, order], damping))
     return found
 
 
 @pytest.fixture
 def table(
-    model: PreTrainedModel, statistics: Statistics, ranking: Ranking, projections: list[Projection]
+    model: PreTrainedModel, statistics: Statistics, ranking: Ranking, projections: list[Projection], ridge: Ridge
 ) -> CompensationTable:
-    return CompensationTable(model, statistics, ranking, ridge=RIDGE)
+    return CompensationTable(model, statistics, ranking, ridge)
 
 
 def every_width(projections: list[Projection]) -> Iterator[tuple[Projection, int]]:
     return ((projection, units) for projection in projections for units in range(1, projection.block.units + 1))
 
 
+@RIDGES
 def test_every_width_is_the_closed_form(table: CompensationTable, projections: list[Projection]) -> None:
     for projection, units in every_width(projections):
         kept = units * projection.block.columns_per_unit
         gram, weight = projection.gram, projection.weight
-        system = gram[:kept, :kept] + projection.damping * torch.eye(kept, dtype=torch.double)
+        system = gram[:kept, :kept] + projection.damping[:kept].diag()
         expected = weight[:, :kept] + weight[:, kept:] @ torch.linalg.solve(system, gram[:kept, kept:]).T
         found = table.weight(projection.layer, projection.block, units)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # factors are float32
@@ -115,7 +125,8 @@ def test_the_error_falls_with_width(table: CompensationTable, projections: list[
         for units in range(1, projection.block.units + 1):
             refitted = table.weight(projection.layer, projection.block, units)
             removed = projection.weight[:, refitted.shape[1] :]
-            errors.append(projection.regularised_error(refitted) + projection.damping * float(removed.square().sum()))
+            lost = projection.damping[refitted.shape[1] :] * removed.square()
+            errors.append(projection.regularised_error(refitted) + float(lost.sum()))
         assert all(wider < narrower for narrower, wider in pairwise(errors))
         assert abs(errors[-1]) < 1e-4 * errors[0]
 
@@ -125,7 +136,7 @@ def test_more_ridge_stays_nearer_to_the_dense_columns(
     model: PreTrainedModel, windows: Tensor, ranking: Ranking, projections: list[Projection]
 ) -> None:
     ridges = (0.001, 0.03, 1.0, 1e6)
-    tables = [CompensationTable(model, collect_statistics(model, windows), ranking, ridge) for ridge in ridges]
+    tables = [CompensationTable(model, collect_statistics(model, windows), ranking, Ridge(ridge)) for ridge in ridges]
     for projection, units in every_width(projections):
         dense = projection.weight[:, : units * projection.block.columns_per_unit]
         moved = [float((t.weight(projection.layer, projection.block, units) - dense).norm()) for t in tables]
@@ -158,10 +169,15 @@ def test_gram_matrices_are_freed(statistics: Statistics, table: CompensationTabl
 
 @ONE_FAMILY
 def test_the_cache_is_bounded_and_invisible(
-    model: PreTrainedModel, windows: Tensor, ranking: Ranking, table: CompensationTable, projections: list[Projection]
+    model: PreTrainedModel,
+    windows: Tensor,
+    ranking: Ranking,
+    table: CompensationTable,
+    projections: list[Projection],
+    ridge: Ridge,
 ) -> None:
     bound = 3 * projections[-1].weight.nbytes  # a few of the 130 weights
-    small = CompensationTable(model, collect_statistics(model, windows), ranking, ridge=RIDGE, cache_bytes=bound)
+    small = CompensationTable(model, collect_statistics(model, windows), ranking, ridge, cache_bytes=bound)
     seen: list[weakref.ref[Tensor]] = []
     for _ in range(2):
         for projection, units in every_width(projections):
@@ -228,7 +244,8 @@ def test_the_tables_size_follows_from_the_models(
     assert table.num_values == (solved_values(anatomy, widths), factor_values(anatomy))
 
 
-def test_float32_factors_refit_like_float64_ones_however_ill_conditioned() -> None:
+@RIDGES
+def test_float32_factors_refit_like_float64_ones_however_ill_conditioned(ridge: Ridge) -> None:
     """The ridge bounds the condition number: activations of few directions, one of them a thousand times the others."""
     sizes = {
         "hidden_size": 32,
@@ -251,13 +268,14 @@ def test_float32_factors_refit_like_float64_ones_however_ill_conditioned() -> No
     statistics.blocks["mlp"].gram[0], statistics.num_tokens = gram.clone(), len(z)
     anatomy = anatomy_of(model)
     ranking = Ranking(torch.arange(4)[None], torch.randperm(600, generator=rng)[None])
-    table = CompensationTable(model, statistics, ranking)
+    table = CompensationTable(model, statistics, ranking, ridge)
     order = ranking.neurons[0]
     gram = (gram / len(z))[order][:, order].double()
     weight = model.model.layers[0].mlp.down_proj.weight.detach()[:, order].double()
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(600, dtype=torch.float64)
+    damping = ridge.share * (gram.diagonal() if ridge.per_column else gram.diagonal().mean().expand(600))
     for kept in (1, 37, 300, 599):
-        right = (weight @ (gram + ridge))[:, :kept]
-        expected = torch.linalg.solve((gram + ridge)[:kept, :kept], right.T).T
+        right = (weight @ (gram + damping.diag()))[:, :kept]
+        expected = torch.linalg.solve((gram + damping.diag())[:kept, :kept], right.T).T
         found = table.weight(0, anatomy.mlp, kept).double()
-        assert (found - expected).norm() < 1e-5 * expected.norm()
+        # bfloat16 rounds at 1.7e-3; the columns that hardly move, which the mean ridge pins down, are off most
+        assert (found - expected).norm() < (1e-4 if ridge.per_column else 1e-5) * expected.norm()

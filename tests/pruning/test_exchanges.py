@@ -183,7 +183,7 @@ def test_on_trained_models_expansions_tell_sign_and_size_of_the_true_change(
     model, windows = trained(family), prose(8, -1)
     anatomy = anatomy_of(model)
     statistics = collect_statistics(model, prose(64, -2))
-    ranking = activation(model, statistics).ranking()
+    ranking = activation(statistics).ranking()
     dense = dense_distribution(model, windows, k=model.config.vocab_size - 1)
     with Supernet(model, ranking, CompensationTable(model, statistics, ranking)) as supernet:
         architecture, widths = around(anatomy)

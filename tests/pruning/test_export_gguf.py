@@ -26,7 +26,7 @@ from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import magnitude
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
-from pruning.statistics import Statistics
+from pruning.statistics import collect_statistics
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"
@@ -42,7 +42,8 @@ def pruned_to(
 ) -> Pruned:
     anatomy = anatomy_of(model)
     architecture = Architecture(kv_groups, neurons)
-    ranking = magnitude(model, Statistics(anatomy, {}, torch.empty(0))).ranking()
+    statistics = collect_statistics(model, torch.ones(1, 2, dtype=torch.long), scored=0, grams=lambda layer: False)
+    ranking = magnitude(statistics).ranking()
     return Pruned(shrink(model, PruningMask.from_architecture(architecture, ranking)), anatomy, architecture, tokenizer)
 
 

@@ -59,7 +59,7 @@ def column_energy(model: PreTrainedModel, anatomy: Anatomy, block: Block) -> Ten
 
 def test_statistics_do_not_depend_on_the_batch(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
     whole = collect_statistics(model, windows, batch_size=len(windows))
-    scores = {name: method(model, whole) for name, method in METHODS.items()}
+    scores = {name: method(whole) for name, method in METHODS.items()}
     for batch_size in (1, 2, 3):
         split = collect_statistics(model, windows, batch_size)
         assert (split.num_windows, split.num_tokens) == (whole.num_windows, whole.num_tokens) == (5, 50)
@@ -70,7 +70,7 @@ def test_statistics_do_not_depend_on_the_batch(model: PreTrainedModel, anatomy: 
             torch.testing.assert_close(split.blocks[block.kind].gram, whole.blocks[block.kind].gram, **CLOSE)
         torch.testing.assert_close(split.layer_cosine, whole.layer_cosine, **CLOSE)
         for name, method in METHODS.items():
-            found, expected = method(model, split).ranking(), scores[name].ranking()
+            found, expected = method(split).ranking(), scores[name].ranking()
             assert torch.equal(found.groups, expected.groups)
             assert torch.equal(found.neurons, expected.neurons)
 
@@ -91,7 +91,7 @@ def test_windows_without_a_backward_pass_add_to_moments_and_to_no_score(
     if scored:
         alone = collect_statistics(model, windows[:scored])
         for method in (taylor, fisher):
-            torch.testing.assert_close(method(model, part).layers, method(model, alone).layers, **CLOSE)
+            torch.testing.assert_close(method(part).layers, method(alone).layers, **CLOSE)
 
 
 @pytest.mark.parametrize("block_size", [5, 192])
@@ -121,9 +121,7 @@ def test_without_refits_no_gram_matrix_is_ever_made_and_scores_are_the_same(
         assert not found.blocks[block.kind].gram
     for method in METHODS.values():
         for scores in ("groups", "neurons"):
-            torch.testing.assert_close(
-                getattr(method(model, found), scores), getattr(method(model, whole), scores), **CLOSE
-            )
+            torch.testing.assert_close(getattr(method(found), scores), getattr(method(whole), scores), **CLOSE)
 
 
 def gate_derivatives(
@@ -161,7 +159,7 @@ def test_taylor_is_the_derivative_by_an_explicit_gate(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
 ) -> None:
     """One gate per window and column: |dL/dgate|, summed over a unit's columns, mean over windows."""
-    found = taylor(model, collect_statistics(model, windows))
+    found = taylor(collect_statistics(model, windows))
     for block in anatomy.blocks:
         derivatives = gate_derivatives(model, anatomy, block, windows, (len(windows), 1, block.columns), 1)
         expected = per_unit(derivatives.abs().mean((1, 2)), block)
@@ -174,7 +172,7 @@ def test_fisher_is_the_squared_derivative_by_a_gate_per_token(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
 ) -> None:
     """One gate per token and unit: half the mean square of the derivative of the window's summed loss."""
-    found = fisher(model, collect_statistics(model, windows))
+    found = fisher(collect_statistics(model, windows))
     for block in anatomy.blocks:
         shape = (*windows.shape, block.units)
         derivatives = gate_derivatives(model, anatomy, block, windows, shape, block.columns_per_unit)
@@ -186,7 +184,7 @@ def test_fisher_is_the_squared_derivative_by_a_gate_per_token(
 def test_activation_is_the_energy_sent_to_the_residual_stream(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
 ) -> None:
-    found = activation(model, collect_statistics(model, windows))
+    found = activation(collect_statistics(model, windows))
     for block in anatomy.blocks:
         z = output_inputs(model, anatomy, block, windows)
         expected = per_unit((z**2).mean(1) * column_energy(model, anatomy, block), block)
@@ -194,7 +192,7 @@ def test_activation_is_the_energy_sent_to_the_residual_stream(
 
 
 def test_fluctuation_is_the_energy_around_the_mean(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
-    found = fluctuation(model, collect_statistics(model, windows))
+    found = fluctuation(collect_statistics(model, windows))
     for block in anatomy.blocks:
         z = output_inputs(model, anatomy, block, windows)
         expected = per_unit(z.var(1, correction=0) * column_energy(model, anatomy, block), block)
@@ -204,7 +202,7 @@ def test_fluctuation_is_the_energy_around_the_mean(model: PreTrainedModel, anato
 def test_magnitude_is_the_squared_norm_of_a_units_weights(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
 ) -> None:
-    found = magnitude(model, collect_statistics(model, windows[:1]))
+    found = magnitude(collect_statistics(model, windows[:1]))
     for index, layer in enumerate(anatomy.layers_of(model)):
         for block in anatomy.blocks:
             for unit in range(block.units):
@@ -223,7 +221,7 @@ def test_a_unit_that_sends_nothing_ranks_last(model: PreTrainedModel, anatomy: A
         matrix_of(block.output_of(layer)).data[:, first : first + block.columns_per_unit] = 0
     statistics = collect_statistics(model, windows)
     for method in (taylor, fisher, activation, fluctuation):
-        scores = method(model, statistics)
+        scores = method(statistics)
         for block in anatomy.blocks:
             found, order = scores.of(block.kind)[2], scores.ranking().of(block.kind)[2].tolist()
             assert found[silent[block.kind]] == 0

@@ -36,7 +36,7 @@ def test_without_refit_losing_the_last_unit_costs_its_fisher_score(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw
 ) -> None:
     ranking = random_ranking(anatomy, 3)
-    importance = fisher(model, collect_statistics(model, windows))
+    importance = fisher(collect_statistics(model, windows))
     costs = costs_of(model, windows, ranking, anatomy, compensated=False)
     for block in anatomy.blocks:
         last = ranking.of(block.kind)[:, -1:]

@@ -209,7 +209,7 @@ def test_candidates_run_in_the_models_dtype(
 @ONE_FAMILY
 def test_a_better_ranking_gives_a_better_candidate(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
     """Prefixes keep the units ranked first, not last."""
-    best = activation(model, collect_statistics(model, windows)).ranking()
+    best = activation(collect_statistics(model, windows)).ranking()
     worst = Ranking(best.groups.flip(-1), best.neurons.flip(-1))
     dense = dense_distribution(model, windows)
     found = []

@@ -72,7 +72,7 @@ def opened(model_folder: Path, text_file: Path) -> Iterator[Opened]:
 def test_the_path_is_priced_by_units_and_by_whole_blocks(opened: Opened) -> None:
     problem, model = opened.problem, opened.loaded.model
     statistics = collect_statistics(model, problem.windows.calibration)
-    importance = fisher(model, statistics)
+    importance = fisher(statistics)
     units = unit_marginal_costs(problem.space, importance)
     blocks = block_marginal_costs(problem.space, opened.sensitivity)
     both, by_units, by_blocks = (

@@ -21,7 +21,7 @@ from pruning.supernet import Supernet
 def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
     model = load_model(str(model_folder), "float32", "cpu").model
     windows = torch.randint(62, (4, 16), generator=torch.Generator().manual_seed(0))
-    ranking = activation(model, collect_statistics(model, windows)).ranking()
+    ranking = activation(collect_statistics(model, windows)).ranking()
     space = SearchSpace(anatomy_of(model))
     candidates = [space.max_levels, (2, 1, 0, 2, 12, 3, 5, 0), (1, 1, 1, 1, 0, 12, 7, 1)]
     dense = dense_distribution(model, windows)

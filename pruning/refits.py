@@ -1,0 +1,168 @@
+"""Statistics, ranking and the refits of a grid of widths, in one walk: fitted layer by layer, kept on disk, computed once.
+
+A layer's Gram matrices are summed, factored, solved for every width of the grid and freed before the next layer comes. What has
+been solved is a file for each layer (`pruning.tensor_files`), so that a walk that was stopped goes on at the layer it was in, and
+one that was finished never takes place again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind, anatomy_of
+from pruning.compensation import RIDGE, Factor, Ridge
+from pruning.errors import InvalidArchitecture
+from pruning.importance import activation, order_of
+from pruning.masks import Ranking
+from pruning.projection import matrix_of
+from pruning.statistics import Statistics, collect_statistics, steps
+from pruning.tensor_files import TensorFiles
+from pruning.walk import device_of
+
+CACHE_BYTES = 2 << 30
+STATISTICS = "statistics"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a walk leaves behind. `refits` is None where none were asked for."""
+
+    statistics: Statistics
+    ranking: Ranking
+    refits: "GridRefits | None"
+
+
+class GridRefits:
+    """Refitted output weights at the widths of a grid. Implements `pruning.compensation.Refits`.
+
+    Memory: on the device up to `cache_bytes`, the least recently used leaving first; all others where `files` has them.
+    """
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        ranking: Ranking,
+        device: torch.device | str,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.ranking = ranking
+        self._files = files
+        self._device = torch.device(device)
+        self._cache: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._cached = 0
+
+    def weight(self, layer: int, block: Block, units: int) -> Tensor:
+        """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking.
+
+        Raises:
+            InvalidArchitecture: The width is not on the grid.
+        """
+        key = layer, _key(block.kind, units)
+        if key not in self._cache:
+            kept = self._files.get(layer_name(layer)) or {}
+            if key[1] not in kept:
+                known = sorted(int(name.split(".")[1]) for name in kept if name.startswith(f"{block.kind}.")) or "none"
+                raise InvalidArchitecture(
+                    f"Layer {layer} has no refit for {units} units of {block.kind}: expected one of {known}."
+                )
+            found = kept[key[1]].to(self._device, non_blocking=True)
+            self._cached += found.nbytes
+            while self._cached > self._cache_bytes and self._cache:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+            self._cache[key] = found
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+
+def fit(
+    model: PreTrainedModel,
+    windows: Tensor,
+    widths: Mapping[BlockKind, Sequence[int]] | None,
+    files: TensorFiles,
+    ridge: Ridge = RIDGE,
+    scored: int | None = None,
+    batch_size: int = 2,
+    on_layer: Callable[[int], None] | None = None,
+) -> Fitted:
+    """Walk through the dense model, or take what an earlier walk has left in `files`.
+
+    Memory on the device, beyond what `pruning.walk.Walk` says: one layer's Gram matrices, then its factor (both `C x C` float32, C
+    the columns of its output projection), and one weight at a time. On the host: nothing, unless the disk is full.
+
+    Args:
+        windows: `num_windows x length` token ids.
+        widths: Units by kind to refit to; what is dense or dropped needs no refit. None for no refits at all.
+        files: Empty, or with what the same call has left there: the caller sees to that.
+        scored: As for `collect_statistics`.
+        on_layer: Called with the number of layers done, out of `steps(...)`.
+    """
+    anatomy, device = anatomy_of(model), device_of(model)
+    layers = range(anatomy.num_hidden_layers)
+
+    def missing(index: int) -> bool:
+        return widths is not None and files.get(layer_name(index)) is None
+
+    def solve(statistics: Statistics, index: int, layer: nn.Module) -> None:
+        if widths is not None and missing(index):
+            files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge))
+
+    stored = files.get(STATISTICS)
+    if stored is not None and not any(map(missing, layers)):
+        statistics = Statistics.from_tensors(anatomy, stored, device)
+        if on_layer:
+            on_layer(steps(anatomy.num_hidden_layers))
+    else:
+        statistics = collect_statistics(model, windows, batch_size, on_layer, scored, missing, solve)
+        files.put(STATISTICS, statistics.to_tensors())
+    ranking = activation(statistics).ranking() if widths is None else _ranking_of(files, anatomy)
+    return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device))
+
+
+def layer_name(index: int) -> str:
+    """What the refits of a layer are called among the files."""
+    return f"layer_{index:03d}"
+
+
+def names_of(anatomy: Anatomy) -> list[str]:
+    """All that `fit` puts into its files."""
+    return [*map(layer_name, range(anatomy.num_hidden_layers)), STATISTICS]
+
+
+def _key(kind: BlockKind, units: int) -> str:
+    return f"{kind}.{units}"
+
+
+def _solved(
+    statistics: Statistics, index: int, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge
+) -> dict[str, Tensor]:
+    """The refits of a layer that is on the device, and the order of units that they follow; its Gram matrices are gone then."""
+    solved: dict[str, Tensor] = {}
+    for block in statistics.anatomy.blocks:
+        sums = statistics.blocks[block.kind]
+        order = order_of(statistics, block, index)
+        solved[f"order.{block.kind}"] = order.int()
+        weight = matrix_of(block.output_of(layer)).detach()
+        gram = sums.gram.pop(index).div_(statistics.num_tokens)
+        factor = Factor.of(gram, weight, block.columns_of(order), ridge)
+        del gram
+        for units in widths[block.kind]:
+            if 0 < units < block.units:
+                refit = factor.solve(units * block.columns_per_unit).to(weight.dtype)
+                solved[_key(block.kind, units)] = refit.cpu().contiguous()
+    return solved
+
+
+def _ranking_of(files: TensorFiles, anatomy: Anatomy) -> Ranking:
+    """As the refits have it: summing up again on another number of threads may order equals otherwise."""
+    rows: dict[BlockKind, list[Tensor]] = {kind: [] for kind in BLOCK_KINDS}
+    for index in range(anatomy.num_hidden_layers):
+        kept = files.get(layer_name(index))
+        assert kept is not None  # `fit` has just seen to it
+        for kind in BLOCK_KINDS:
+            rows[kind].append(kept[f"order.{kind}"].long())
+    return Ranking(torch.stack(rows["attention"]), torch.stack(rows["mlp"]))

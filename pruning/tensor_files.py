@@ -1,0 +1,121 @@
+"""Named sets of tensors that are computed once: a safetensors file each, or memory where the disk does not take them."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+SUFFIX = ".safetensors"
+
+
+class TensorFiles:
+    """Sets of tensors by name, below a folder. A file is whole or not there; one that cannot be read counts as not there.
+
+    Memory: what the disk did not take. What it did is mapped, so the kernel may drop it.
+
+    Args:
+        folder: Made when the first set is kept; None keeps all in memory.
+        tell: Is told once, in a line, that the disk takes no more.
+    """
+
+    def __init__(self, folder: Path | None, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.folder = folder
+        self._tell = tell
+        self._memory: dict[str, Tensors] = {}
+        self._open: dict[str, Tensors] = {}
+
+    def get(self, name: str) -> Tensors | None:
+        """A set on the CPU, read when its tensors are asked for; None if there is none."""
+        if name in self._memory:
+            return self._memory[name]
+        if name not in self._open:
+            if self.folder is None:
+                return None
+            try:
+                self._open[name] = _Mapped(self._path(name))
+            except (OSError, SafetensorError):
+                return None
+        return self._open[name]
+
+    def put(self, name: str, tensors: Tensors) -> Tensors:
+        """Keep a set, in place of an older one; as `get` will give it."""
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self._open.pop(name, None)
+        if self.folder is not None:
+            try:
+                self._write(name, tensors)
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                self._tell(f"Cannot keep what is prepared in '{self.folder}' ({reason}): the run goes on without.")
+                self.folder = None
+            else:
+                self._memory.pop(name, None)
+                found = self.get(name)
+                if found is not None:
+                    return found
+        self._memory[name] = tensors
+        return tensors
+
+    def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The set that is there, or what `compute` gives, which is kept."""
+        found = self.get(name)
+        return self.put(name, compute()) if found is None else found
+
+    def hand_on(self, folder: Path, names: Iterator[str]) -> None:
+        """Put sets into another folder, too: as links to the same files where the file system can, as copies where not.
+
+        Raises:
+            OSError, SafetensorError: The folder cannot take them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        there = TensorFiles(folder)
+        for name in names:
+            found = self.get(name)
+            if found is None or there._path(name).exists():
+                continue
+            if name in self._open:
+                with contextlib.suppress(OSError):
+                    os.link(self._path(name), there._path(name))
+                    continue
+            there._write(name, found)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}{SUFFIX}"
+
+    def _write(self, name: str, tensors: Tensors) -> None:
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=".partial", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            save_file(dict(tensors), temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class _Mapped(Mapping[str, Tensor]):
+    """A safetensors file as a mapping whose values are views of the mapped file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,153 @@
+"""Refits of a grid: as the closed form has them, kept on disk, taken up again where a walk was stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.compensation import RIDGE, CompensationTable
+from pruning.errors import InvalidArchitecture
+from pruning.importance import METHODS, activation
+from pruning.refits import Fitted, fit, layer_name
+from pruning.statistics import collect_statistics
+from pruning.tensor_files import TensorFiles
+
+WIDTHS: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 5, 11, 24]}
+ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+
+
+def fitted(model: PreTrainedModel, windows: Tensor, folder: Path | None, **options: object) -> Fitted:
+    return fit(model, windows, WIDTHS, TensorFiles(folder), scored=2, **options)  # type: ignore[arg-type]
+
+
+def assert_same(found: Fitted, expected: Fitted, anatomy: Anatomy) -> None:
+    for block in anatomy.blocks:
+        assert torch.equal(found.ranking.of(block.kind), expected.ranking.of(block.kind))
+        for layer in range(anatomy.num_hidden_layers):
+            for units in WIDTHS[block.kind][1:-1]:
+                assert found.refits is not None and expected.refits is not None
+                assert torch.equal(
+                    found.refits.weight(layer, block, units), expected.refits.weight(layer, block, units)
+                )
+    for method in METHODS.values():
+        assert torch.equal(method(found.statistics).layers, method(expected.statistics).layers)
+
+
+def test_refits_are_those_of_the_table_that_holds_everything(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    found = fitted(model, windows, None)
+    statistics = collect_statistics(model, windows, scored=2)
+    table = CompensationTable(model, statistics, activation(statistics).ranking(), RIDGE)
+    for block in anatomy.blocks:
+        assert torch.equal(found.ranking.of(block.kind), table.ranking.of(block.kind))
+        for layer in range(anatomy.num_hidden_layers):
+            for units in WIDTHS[block.kind][1:-1]:
+                assert found.refits is not None
+                torch.testing.assert_close(
+                    found.refits.weight(layer, block, units), table.weight(layer, block, units), rtol=0, atol=1e-6
+                )
+
+
+@ONE_FAMILY
+def test_a_width_beside_the_grid_is_refused(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    refits = fitted(model, windows, None).refits
+    assert refits is not None
+    with pytest.raises(InvalidArchitecture, match=r"Layer 1 has no refit for 6 units of mlp: expected one of \[5, 11\]"):
+        refits.weight(1, anatomy.mlp, 6)
+
+
+@ONE_FAMILY
+def test_what_is_on_disk_is_not_computed_again(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fitted(model, windows, None)
+    assert_same(fitted(model, windows, tmp_path), expected, anatomy)
+    monkeypatch.setattr("pruning.refits.collect_statistics", None)
+    assert_same(fitted(model, windows, tmp_path), expected, anatomy)
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("stop", [1, 3, 5, 8])
+def test_a_stopped_walk_goes_on_at_the_layer_it_was_in(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(done: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(model, windows, tmp_path, on_layer=stopping)
+    there = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert sorted(there) == [f"{layer_name(index)}.safetensors" for index in range(min(stop, 5))]
+    factored: list[int] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (factored.append(1), cholesky(matrix))[1])
+    assert_same(fitted(model, windows, tmp_path), fitted(model, windows, None), anatomy)
+    assert len(factored) == 2 * (5 - min(stop, 5)) + 2 * 5  # the second fit, in memory, does all of it
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in there.items())
+
+
+@ONE_FAMILY
+def test_a_damaged_file_is_made_anew(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path
+) -> None:
+    expected = fitted(model, windows, tmp_path)
+    for name in (layer_name(2), "statistics"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+        assert_same(fitted(model, windows, tmp_path), expected, anatomy)
+
+
+@ONE_FAMILY
+def test_a_full_disk_says_so_once_and_memory_takes_the_rest(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path, files_at_most: Callable[[int], object]
+) -> None:
+    told: list[str] = []
+    expected = fitted(model, windows, None)
+    with files_at_most(4096):  # type: ignore[attr-defined]
+        found = fit(model, windows, WIDTHS, TensorFiles(tmp_path, told.append), scored=2)
+    assert len(told) == 1 and str(tmp_path) in told[0] and "goes on without" in told[0]
+    assert not list(tmp_path.glob(".*"))  # no half of a file
+    assert_same(found, expected, anatomy)
+
+
+@ONE_FAMILY
+def test_what_is_handed_on_outlives_its_source(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from pruning.refits import names_of
+
+    for number, files in enumerate((TensorFiles(tmp_path / "cache"), TensorFiles(None))):
+        expected = fit(model, windows, WIDTHS, files, scored=2)
+        files.hand_on(tmp_path / f"run{number}", names_of(anatomy))
+        if files.folder:
+            shutil.rmtree(files.folder)
+        with monkeypatch.context() as patch:
+            patch.setattr("pruning.refits.collect_statistics", None)
+            assert_same(fitted(model, windows, tmp_path / f"run{number}"), expected, anatomy)
+
+
+@ONE_FAMILY
+def test_the_cache_on_the_device_is_bounded_and_invisible(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    from pruning.refits import GridRefits
+
+    files = TensorFiles(None)
+    expected = fit(model, windows, WIDTHS, files, scored=2)
+    assert expected.refits is not None
+    small = GridRefits(files, expected.ranking, "cpu", cache_bytes=3 * anatomy.hidden_size * 11 * 8)
+    for _ in range(2):
+        for layer in range(5):
+            for units in (5, 11):
+                found = small.weight(layer, anatomy.mlp, units)
+                assert torch.equal(found, expected.refits.weight(layer, anatomy.mlp, units))
+                assert sum(weight.nbytes for weight in small._cache.values()) <= small._cache_bytes
+    assert 1 < len(small._cache) < 10

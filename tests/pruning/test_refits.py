@@ -57,7 +57,9 @@ def test_refits_are_those_of_the_table_that_holds_everything(
 def test_a_width_beside_the_grid_is_refused(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
     refits = fitted(model, windows, None).refits
     assert refits is not None
-    with pytest.raises(InvalidArchitecture, match=r"Layer 1 has no refit for 6 units of mlp: expected one of \[5, 11\]"):
+    with pytest.raises(
+        InvalidArchitecture, match=r"Layer 1 has no refit for 6 units of mlp: expected one of \[5, 11\]"
+    ):
         refits.weight(1, anatomy.mlp, 6)
 
 
@@ -74,7 +76,12 @@ def test_what_is_on_disk_is_not_computed_again(
 @ONE_FAMILY
 @pytest.mark.parametrize("stop", [1, 3, 5, 8])
 def test_a_stopped_walk_goes_on_at_the_layer_it_was_in(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    windows: Tensor,
+    tmp_path: Path,
+    stop: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stopping(done: int) -> None:
         if done == stop:
@@ -93,9 +100,7 @@ def test_a_stopped_walk_goes_on_at_the_layer_it_was_in(
 
 
 @ONE_FAMILY
-def test_a_damaged_file_is_made_anew(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_made_anew(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, tmp_path: Path) -> None:
     expected = fitted(model, windows, tmp_path)
     for name in (layer_name(2), "statistics"):
         path = tmp_path / f"{name}.safetensors"

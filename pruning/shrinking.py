@@ -8,14 +8,14 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Block, anatomy_of
 from pruning.architecture import Architecture
-from pruning.compensation import CompensationTable
+from pruning.compensation import Refits
 from pruning.errors import InvalidMask
 from pruning.masks import PruningMask
 from pruning.projection import matrix_of, resize
 from pruning.supernet import absent
 
 
-def shrink(model: PreTrainedModel, mask: PruningMask, compensation: CompensationTable | None = None) -> PreTrainedModel:
+def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | None = None) -> PreTrainedModel:
     """Copy what `mask` keeps of `model` into a smaller model; the dense model is left as it was.
 
     The config counts the layers that are left; widths of unequal layers show in the modules only. Attention layers are
@@ -61,7 +61,7 @@ def shrink_to(model: PreTrainedModel, architecture: Architecture) -> PreTrainedM
     return shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
 
 
-def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: CompensationTable | None) -> None:
+def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: Refits | None) -> None:
     """Keep `units` (ascending indices) of one block of a copied layer."""
     if len(units) == 0:
         for name, module in absent(block).items():
@@ -83,7 +83,7 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         setattr(block.module_of(layer), name, value)
 
 
-def _refitted(index: int, block: Block, units: Tensor, compensation: CompensationTable) -> Tensor:
+def _refitted(index: int, block: Block, units: Tensor, compensation: Refits) -> Tensor:
     """The repaired output weight with its columns in the order of `units`."""
     ranked = compensation.ranking.of(block.kind)[index][: len(units)]
     ascending = ranked.argsort()

@@ -208,7 +208,9 @@ def _sum_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[.
     def listen(module: nn.Module, args: tuple[Tensor]) -> None:
         z = args[0].reshape(-1, block.columns)  # OPT flattens its tokens
         sums.total[index] += z.sum(0, dtype=torch.float32)
-        sums.square[index] += z.float().square().sum(0)  # not the matrix's diagonal: equal with and without one, bit for bit
+        sums.square[index] += (
+            z.float().square().sum(0)
+        )  # not the matrix's diagonal: equal with and without one, bit for bit
         if index in sums.gram:
             _add_lower(sums.gram[index], z)
 

@@ -21,7 +21,7 @@ from pruning.anatomy import Block, Rows, anatomy_of
 from pruning.architecture import Architecture
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
-from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, judged, last_hidden
+from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, distribution_of, judged, last_hidden
 from pruning.masks import Ranking
 from pruning.modeling_pruned import stand_ins
 from pruning.projection import Narrow, Projection, matrix_of
@@ -104,6 +104,11 @@ class Supernet:
     ) -> Quality:
         """As `qualities`, of one sub-network over all windows."""
         return self.qualities([architecture], windows, dense, batch_size)[0].mean()
+
+    def distribution(self, windows: Tensor, batch_size: int = 4) -> DenseDistribution:
+        """What the dense model predicts on `num_windows x length` token ids."""
+        states = next(self.states([Architecture.full(self.anatomy)], windows.split(batch_size)))
+        return distribution_of(Head.of(self.model), states)
 
     def states(self, architectures: Sequence[Architecture], batches: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
         """What the head reads, for each sub-network in turn, for each batch of `B x T` token ids: `B x T x hidden_size`.

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -67,7 +67,7 @@ class TensorFiles:
         found = self.get(name)
         return self.put(name, compute()) if found is None else found
 
-    def hand_on(self, folder: Path, names: Iterator[str]) -> None:
+    def hand_on(self, folder: Path, names: Iterable[str]) -> None:
         """Put sets into another folder, too: as links to the same files where the file system can, as copies where not.
 
         Raises:

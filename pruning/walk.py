@@ -50,7 +50,8 @@ class _Recorder(nn.Module):
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model computes: where its embeddings are, wherever its layers wait."""
-    return model.get_input_embeddings().weight.device
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.device
 
 
 @contextmanager

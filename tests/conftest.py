@@ -103,6 +103,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are too small to share
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests prepare is kept for other tests, and not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMBO_PREPARED", str(tmp_path_factory.mktemp("prepared")))
+        yield
+
+
 @functools.cache
 def _template(name: str) -> PreTrainedModel:
     with torch.random.fork_rng():

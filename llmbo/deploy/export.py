@@ -38,7 +38,7 @@ def export(
     format, architecture = request.format, request.architecture
     loaded, windows = load_base(request.report, phases, model, device)
     resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
-    inputs = RebuildInputs.of(request.report, loaded, windows, phases)
+    inputs = RebuildInputs.of(request.report, request.folder, loaded, windows, phases)
     with phases.phase("cutting"):
         small, mask = inputs.cut(request.trial)
     nn.Module.to(small, "cpu")

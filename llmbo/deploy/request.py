@@ -10,6 +10,7 @@ from llmbo.config.formats import FORMATS, Format
 from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError
+from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run
 from pruning.architecture import Architecture
@@ -23,12 +24,14 @@ class ExportRequest:
     """A trial of a run and what to write it as. Make one by `of`, which checks it.
 
     Args:
+        folder: The run's.
         dtype: A key of `format.dtypes`.
         out: Folder to make.
         max_shard_size: Of the largest safetensors file in bytes, for formats that have some.
     """
 
     report: Report
+    folder: Path
     trial: TrialPart
     format: Format
     dtype: str
@@ -52,7 +55,7 @@ class ExportRequest:
         """
         Within(0, MOST).check("--trial", trial, whole=True)
         shard_size = _bytes("--max-shard-size", max_shard_size)
-        report = read_run(run)
+        report, folder = read_run(run), find_run(run)
         if format not in FORMATS:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
         row = FORMATS[format]
@@ -60,7 +63,7 @@ class ExportRequest:
         if dtype not in row.choices:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
         dtype = report.run.dtype if dtype == "auto" else dtype
-        request = cls(report, find_trial(report, trial), row, dtype, out, shard_size)
+        request = cls(report, folder, find_trial(report, trial), row, dtype, out, shard_size)
         if row.check_type:
             resolve_name(row.check_type)(report.model.model_type, request.architecture)
         check_out(out)

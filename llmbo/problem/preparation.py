@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
 from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
+from llmbo.problem.kept import digest, files_of
 from llmbo.problem.marginals import Marginals, measure_marginals
 from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.space import SearchSpace
@@ -25,16 +26,17 @@ from llmbo.types import Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
 from pruning.choices import Choices, read_items
-from pruning.compensation import RIDGE, CompensationTable
+from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.cost import Serving
 from pruning.exchanges import exchange_costs
-from pruning.importance import activation, fisher, layer_scores, taylor
+from pruning.importance import fisher, layer_scores, taylor
 from pruning.latency import Workload
-from pruning.likelihood import dense_distribution
-from pruning.masks import Ranking
+from pruning.refits import Fitted, fit
 from pruning.sensitivity import block_sensitivity
-from pruning.statistics import Statistics, collect_statistics
+from pruning.statistics import steps
 from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
+from pruning.walk import device_of
 
 # Exchanges are made to lower KL. They are dropped where it is more than so many times what it was, measured on the same tokens,
 # and by more than so many nats.
@@ -58,13 +60,26 @@ class Method:
 
     scored_tokens: int = 8192
     allocation_tokens: int = 2048
-    ridge: float = RIDGE
+    ridge: Ridge = RIDGE
     anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
     second_order: float = 1.5
     operating_point: float = 0.35
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a trial's weights depend on, to be stored with the run."""
+        return {"ridge": self.ridge.share, "ridge_per_column": self.ridge.per_column}
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
+        """The method of a run that has stored this; None for one of the first version."""
+        return cls(ridge=Ridge(recipe["ridge"], recipe["ridge_per_column"]) if recipe else FIRST_RIDGE)
+
 
 DEFAULT = Method()
+Tensors = Mapping[Any, torch.Tensor]
+Measure = Callable[[torch.Generator], Tensors]
+Keep = Callable[[str, Measure], Tensors]  # a part's name, and how to measure it
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class Problem:
         limits: Largest allowed values of what is measured; `space` knows the others.
         layers: Scores per layer by method and kind (`pruning.importance.layer_scores`).
         heldout_choices: Multiple-choice items that the search never saw; None when nothing asks for accuracy.
+        files: What `pruning.refits.fit` has left, and more.
         target: Where the model will run; None when nothing asks for what depends on it.
     """
 
@@ -92,6 +108,7 @@ class Problem:
     limits: Mapping[str, float]
     layers: Mapping[str, Mapping[str, torch.Tensor]]
     method: Method
+    files: TensorFiles
     target: Target | None
     heldout_choices: Choices | None
 
@@ -130,21 +147,29 @@ def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
     return windows
 
 
-def ranked(
-    model: PreTrainedModel,
-    windows: TokenWindows,
-    on_window: Callable[[int], None] | None = None,
+def fitted(
+    loaded: LoadedModel,
+    calibration: torch.Tensor,
+    space: SearchSpace,
+    files: TensorFiles | None = None,
     method: Method = DEFAULT,
     compensation: bool = True,
-) -> tuple[Statistics, Ranking]:
-    """What one pass over the calibration windows tells, and which units of each layer stay first.
+    tell: Callable[[str], None] = lambda line: None,
+    on_layer: Callable[[int], None] | None = None,
+) -> tuple[Fitted, TensorFiles]:
+    """Statistics, ranking and refits of a model, with the files that they are kept in.
 
     Args:
-        compensation: Whether refits follow: without them there is no need of Gram matrices, the largest part by far.
+        calibration: `num_windows x length` token ids.
+        files: Where they may be already; by default where all runs keep theirs.
+        compensation: Whether there are refits at all.
     """
-    scored = max(1, method.scored_tokens // windows.calibration.shape[1])
-    statistics = collect_statistics(model, windows.calibration, on_window=on_window, scored=scored, grams=compensation)
-    return statistics, activation(statistics).ranking()
+    scored = max(1, method.scored_tokens // calibration.shape[1])
+    widths = space.widths if compensation else None
+    if files is None:
+        files = files_of(loaded, calibration, widths, method.ridge, scored, tell)
+    found = fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer)
+    return found, files
 
 
 @contextmanager
@@ -162,36 +187,32 @@ def prepared(
         profiles: Tables of the run that is continued, measured on the device where the model will run.
     """
     model = loaded.model
-    serving = Serving(config.context, config.serve_batch)
-    space = SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
+    space = space_of(config, model)
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
         space = replace(space, extra_costs=target.costs())
     choices, heldout_choices = _choices(config, loaded)
-    with phases.phase("importance", len(windows.calibration)) as advance:
-        statistics, ranking = ranked(model, windows, advance, method, config.compensation)
+    calibration = windows.calibration
+    with phases.phase("importance and refits", steps(space.num_layers)) as advance:
+        found, files = fitted(loaded, calibration, space, None, method, config.compensation, phases.note, advance)
+        statistics = found.statistics
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
         check_finite(loaded.name, loaded.dtype, *sums)
         importance = fisher(statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(statistics))
         layers = layer_scores(statistics)
-    with phases.phase("compensation"):
-        table = CompensationTable(model, statistics, ranking, ridge=method.ridge) if config.compensation else None
-        if table is not None:
-            table.fill({kind: widths[1:-1] for kind, widths in space.widths.items()})
-    del statistics
-    with Supernet(model, ranking, table) as supernet:
-        enough = min(method.allocation_tokens // windows.calibration.shape[1], len(windows.calibration) // 4)
-        some = windows.calibration[: max(1, enough)]
-        with phases.phase("allocation", len(some)) as advance:
-            generator = torch.Generator(model.device).manual_seed(config.seed)
-            sensitivity = block_sensitivity(supernet, some, space.widths, generator, on_window=advance)
+    with Supernet(model, found.ranking, found.refits) as supernet:
+        enough = min(method.allocation_tokens // calibration.shape[1], len(calibration) // 4)
+        some = calibration[: max(1, enough)]
+        keep = partial(_stage, files, device_of(model), len(some), config.seed)
+        with phases.phase("allocation", steps(space.num_layers)) as advance:
+            sensitivity = keep(
+                "sensitivity", lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance)
+            )
             costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
         threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)
-        with phases.phase("width exchanges", len(method.anchors) * len(some)) as advance:
-            family = with_exchanges(
-                threshold_family, supernet, some, sensitivity, generator, advance, method, phases.note
-            )
+        with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
+            family = with_exchanges(threshold_family, supernet, some, sensitivity, keep, advance, method, phases.note)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate(space.max_levels)
@@ -211,10 +232,20 @@ def prepared(
             limits=measured_limits(config.limits),
             layers=layers,
             method=method,
+            files=files,
             target=target,
             heldout_choices=heldout_choices,
             **families,
         )
+
+
+def _stage(files: TensorFiles, device: torch.device, windows: int, seed: int, name: str, measure: Measure) -> Tensors:
+    """A part of a preparation, from its files or measured now.
+
+    Tokens are drawn anew for each part: what was taken from the files changes nothing that comes after it.
+    """
+    drawn = torch.Generator(device).manual_seed(seed)
+    return files.once(f"{name}_{windows}_{seed}", lambda: measure(drawn))
 
 
 def with_exchanges(
@@ -222,8 +253,8 @@ def with_exchanges(
     supernet: Supernet,
     windows: torch.Tensor,
     sensitivity: Mapping[BlockKind, torch.Tensor],
-    generator: torch.Generator,
-    on_window: Callable[[int], None],
+    keep: Keep,
+    on_layer: Callable[[int], None],
     method: Method = DEFAULT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ThresholdFamily:
@@ -235,33 +266,36 @@ def with_exchanges(
     Args:
         windows: `num_windows x length` token ids, to measure these changes on.
         sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
+        keep: Takes each measurement from where it is kept, or makes it.
         tell: Is told in one line of exchanges that are dropped.
     """
     space = family.space
     low = float(family.shares[0])
     anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in method.anchors))
     anchors = [x for x in anchors if x != space.max_levels]
-    dense = dense_distribution(supernet.model, windows)
     exchanges, sound, measured = [], [], []
     half = (len(windows) + 1) // 2
-
-    def advance(before: int, done: int) -> None:
-        on_window(before + done)
+    dense = cache(partial(supernet.distribution, windows))
 
     def measured_kl(point: torch.Tensor) -> float:
-        x = tuple(point.int().tolist())
-        return supernet.quality(space.decode(x), windows[:half], dense.rows(0, half)).kl or 0.0
+        architecture = space.decode(tuple(point.int().tolist()))
+
+        def measure(drawn: torch.Generator) -> dict[str, torch.Tensor]:
+            found = supernet.quality(architecture, windows[:half], dense().rows(0, half))
+            return {"kl": torch.tensor(found.kl, dtype=torch.float64)}
+
+        return float(keep(f"kl_{digest(architecture.to_dict())}", measure)["kl"])
+
+    def costs_at(x: tuple[int, ...], before: int, drawn: torch.Generator) -> Tensors:
+        def advance(done: int) -> None:
+            on_layer(before + done)
+
+        tried = space.neighbouring_widths(x, STEPS)
+        return exchange_costs(supernet, space.decode(x), tried, windows, dense(), drawn, on_layer=advance)
 
     for index, x in enumerate(anchors):
-        costs = exchange_costs(
-            supernet,
-            space.decode(x),
-            space.neighbouring_widths(x, STEPS),
-            windows,
-            dense,
-            generator,
-            on_window=partial(advance, index * len(windows)),
-        )
+        measure = partial(costs_at, x, index * steps(space.num_layers))
+        costs = keep(f"exchange_{digest(space.decode(x).to_dict(), STEPS)}", measure)
         first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
         exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
         plain = torch.tensor(x, dtype=torch.float64)
@@ -279,6 +313,12 @@ def with_exchanges(
         measured.append(first + second)
     corrected = exchanged_family(family, anchors, exchanges)
     return replace(corrected, expansions=expansions(space, sound, measured, sensitivity))
+
+
+def space_of(config: RunConfig, model: PreTrainedModel) -> SearchSpace:
+    """What a run searches, without costs that have to be measured."""
+    serving = Serving(config.context, config.serve_batch)
+    return SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
 
 
 def _target(

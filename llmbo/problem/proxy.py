@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmbo.problem.space import SearchSpace
-from pruning.architecture import Architecture
 from pruning.choices import Choices, accuracy
-from pruning.likelihood import DenseDistribution, dense_distribution, window_qualities
+from pruning.likelihood import DenseDistribution, window_qualities
 from pruning.supernet import Supernet
 
 
@@ -37,8 +36,7 @@ class ProxyEvaluator:
         cls, windows: Tensor, space: SearchSpace, supernet: Supernet, choices: Choices | None = None
     ) -> "ProxyEvaluator":
         """An evaluator on `windows`; takes one dense forward pass."""
-        with supernet.active(Architecture.full(space.anatomy)) as model:
-            return cls(space, supernet, windows, dense_distribution(model, windows), choices)
+        return cls(space, supernet, windows, supernet.distribution(windows), choices)
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
         """`kl`, `loss` (nats/token), `perplexity`, `accuracy` if there are items, and every known cost."""

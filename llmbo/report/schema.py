@@ -14,7 +14,10 @@ class _Part(BaseModel):
 
 
 class RunPart(_Part):
-    """How the run was made. `settings` are what the user chose; `seconds` are summed over resumed processes, by phase."""
+    """How the run was made. `settings` are what the user chose; `seconds` are summed over resumed processes, by phase.
+
+    `recipe`: constants of the method that its models depend on; null in reports of the first version, which had others.
+    """
 
     name: str
     command: str
@@ -27,6 +30,7 @@ class RunPart(_Part):
     dtype: str
     seconds: dict[str, float]
     peak_memory_bytes: int
+    recipe: dict[str, Any] | None = None
 
 
 class ModelPart(_Part):

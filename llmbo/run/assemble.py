@@ -15,8 +15,9 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
-from llmbo.problem.preparation import Problem, load_windows, prepared
+from llmbo.problem.preparation import DEFAULT, Method, Problem, load_windows, prepared
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
@@ -141,7 +142,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             items = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*items):
                 raise StorageError(_refusal(config, changes))
-        with prepared(config, loaded, windows, phases, (stored or {}).get("profiles")) as problem:
+        method = Method.of(stored.get("recipe")) if stored else DEFAULT
+        with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
                     f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."
@@ -152,6 +154,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             facts |= {
                 "dense": dict(problem.dense),
                 "importance": importance_parts(problem.layers),
+                "recipe": method.recipe,
                 "profiles": problem.target.to_dict() if problem.target else None,
             }
             if fresh and own_file:
@@ -162,6 +165,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 if fresh:
                     delete_run(url, config.name)
                     (folder / FILE).unlink(missing_ok=True)
+                    forget(folder)
                 elif _continued(config, url) != stored:
                     raise StorageError(
                         f"Another process has worked on the run '{config.name}' while this one started: run the same command again."

@@ -4,6 +4,7 @@ from typing import Any
 
 from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
+from llmbo.problem.kept import hand_on
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
@@ -27,6 +28,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
             run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)
         with display.phase("held-out windows"):
             measure_heldout(run)
+        hand_on(run.problem.files, run.folder, run.problem.space.anatomy, display.note)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -87,6 +89,7 @@ def _run_part(
         "seed": config.seed,
         "device": facts["device"],
         "dtype": facts["dtype"],
+        "recipe": facts.get("recipe"),
         **here,
         "seconds": {name: round(own, 3) for name, own in (earlier["seconds"] | spent).items()},
         "peak_memory_bytes": max(here["peak_memory_bytes"], earlier["peak_memory_bytes"]),

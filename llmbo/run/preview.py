@@ -15,7 +15,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_model
 from llmbo.problem.objectives import build_objectives
-from llmbo.problem.preparation import load_windows, prepared
+from llmbo.problem.preparation import Method, load_windows, prepared
 from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
@@ -48,7 +48,9 @@ def reopened(
 ) -> Iterator[tuple[AdvisorSession, list[Trial]]]:
     """The run's advisor, with what it would read; it keeps its notes to itself."""
     loaded = load_model(config.model, facts["dtype"], facts["device"])
-    with prepared(config, loaded, load_windows(config, loaded), phases, facts.get("profiles")) as problem:
+    with prepared(
+        config, loaded, load_windows(config, loaded), phases, facts.get("profiles"), Method.of(facts.get("recipe"))
+    ) as problem:
         objectives = build_objectives(
             config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits
         )

@@ -1,6 +1,7 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel
@@ -8,7 +9,8 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
-from llmbo.problem.preparation import load_windows, ranked
+from llmbo.problem.kept import hand_on, own_files
+from llmbo.problem.preparation import Method, fitted, load_windows, space_of
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
@@ -16,11 +18,13 @@ from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
-from pruning.compensation import CompensationTable
+from pruning.compensation import Refits
 from pruning.export.rebuild import rebuilt
 from pruning.likelihood import quality
 from pruning.masks import PruningMask, Ranking
+from pruning.refits import STATISTICS
 from pruning.shrinking import shrink
+from pruning.statistics import steps
 
 LOSS_TOLERANCE = 0.02  # nats between the run's proxy loss of a trial and that of the rebuilt model
 
@@ -112,17 +116,29 @@ class RebuildInputs:
     loaded: LoadedModel
     windows: TokenWindows
     ranking: Ranking
-    table: CompensationTable | None
+    refits: Refits | None
 
     @classmethod
-    def of(cls, report: Report, loaded: LoadedModel, windows: TokenWindows, phases: Phases) -> "RebuildInputs":
-        """Rank and repair as the run did."""
-        compensated = config_of(report).compensation
-        with phases.phase("importance", len(windows.calibration)) as advance:
-            statistics, ranking = ranked(loaded.model, windows, advance, compensation=compensated)
-        with phases.phase("compensation"):
-            table = CompensationTable(loaded.model, statistics, ranking) if compensated else None
-        return cls(report, loaded, windows, ranking, table)
+    def of(
+        cls, report: Report, folder: Path, loaded: LoadedModel, windows: TokenWindows, phases: Phases
+    ) -> "RebuildInputs":
+        """What the run has kept of its ranking and refits; worked out again as it did where that is gone, and then kept."""
+        config, space = config_of(report), space_of(config_of(report), loaded.model)
+        own = own_files(folder)
+        with phases.phase("importance and refits", steps(space.num_layers)) as advance:
+            found, files = fitted(
+                loaded,
+                windows.calibration,
+                space,
+                own if own.get(STATISTICS) else None,
+                Method.of(report.run.recipe),
+                config.compensation,
+                phases.note,
+                advance,
+            )
+        if files is not own:
+            hand_on(files, folder, space.anatomy, phases.note)
+        return cls(report, loaded, windows, found.ranking, found.refits)
 
     def cut(self, trial: TrialPart) -> tuple[PreTrainedModel, PruningMask]:
         """The trial's model, in the run's dtype.
@@ -131,7 +147,7 @@ class RebuildInputs:
             ModelError: It does not measure what the run measured.
         """
         mask = PruningMask.from_architecture(architecture_of(trial), self.ranking)
-        small = shrink(self.loaded.model, mask, self.table)
+        small = shrink(self.loaded.model, mask, self.refits)
         measured = quality(small, self.windows.proxy).loss
         assert trial.objectives is not None  # only finished trials are found
         expected = trial.objectives.loss

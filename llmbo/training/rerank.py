@@ -169,7 +169,7 @@ def rerank(
         seen = searched(config, report.data.sha256)
         held = unseen_windows(read_text(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen)
         check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
-        inputs = RebuildInputs.of(report, loaded, windows, phases)
+        inputs = RebuildInputs.of(report, folder, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)
     for trial in missing:

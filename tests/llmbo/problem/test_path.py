@@ -37,18 +37,20 @@ class Opened:
     sensitivity: dict[BlockKind, Tensor]
 
     def moved(self, method: object = DEFAULT) -> ThresholdFamily:
-        generator = torch.Generator().manual_seed(0)
-        parts = self.problem.threshold_family, self.problem.supernet, self.windows, self.sensitivity, generator
+        def measured(name: str, measure: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
+            return measure(torch.Generator().manual_seed(0))
+
+        parts = self.problem.threshold_family, self.problem.supernet, self.windows, self.sensitivity, measured
         return with_exchanges(*parts, lambda done: None, method)
 
     def orders(self) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
         """Every anchor, and first and second order of every block's `STEPS` from there, `d x steps` each."""
-        space, supernet, generator = self.problem.space, self.problem.supernet, torch.Generator().manual_seed(0)
+        space, supernet = self.problem.space, self.problem.supernet
         family, dense = self.problem.threshold_family, dense_distribution(supernet.model, self.windows)
         low = float(family.shares[0])
         for part in DEFAULT.anchors:
             x = family.at(low + (1 - low) * part)
-            widths = space.neighbouring_widths(x, STEPS)
+            widths, generator = space.neighbouring_widths(x, STEPS), torch.Generator().manual_seed(0)
             costs = exchange_costs(supernet, space.decode(x), widths, self.windows, dense, generator)
             first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).double().unbind(-1)
             yield x, first, second

@@ -1,0 +1,128 @@
+"""What preparations leave on disk for later ones, each in a folder named after all that it was made from."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from llmbo.errors import first_line
+from llmbo.models.aliases import cache_dir
+from llmbo.models.loading import LoadedModel
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.compensation import Ridge
+from pruning.refits import names_of
+from pruning.tensor_files import TensorFiles
+
+MADE_FROM = "made_from.json"
+OWN = "prepared"  # in the run's folder
+
+
+def prepared_dir() -> Path:
+    """Where preparations are kept: `LLMBO_PREPARED`, or the folder `prepared` of the model cache."""
+    return Path(os.environ.get("LLMBO_PREPARED") or cache_dir() / "prepared")
+
+
+def files_of(
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    widths: Mapping[BlockKind, Sequence[int]] | None,
+    ridge: Ridge,
+    scored: int,
+    tell: Callable[[str], None],
+) -> TensorFiles:
+    """The files of the preparation of a model on `num_windows x length` token ids, as `pruning.refits.fit` is asked for it."""
+    made_from = {
+        "model": loaded.fingerprint,
+        "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+        "windows": list(windows.shape),
+        "scored": scored,
+        "widths": {kind: list(units) for kind, units in (widths or {}).items()},
+        "ridge": asdict(ridge),
+        "dtype": loaded.dtype,
+        "device": torch.device(loaded.device).type,
+        "versions": {package: version(package) for package in ("llmbo", "torch", "transformers")},
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    folder = prepared_dir() / key
+    with contextlib.suppress(OSError):  # whoever writes the tensors will say so
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MADE_FROM).write_text(json.dumps({"name": loaded.name, **made_from}, indent=1))
+        os.utime(folder)
+    return TensorFiles(folder, tell)
+
+
+def own_files(run: Path) -> TensorFiles:
+    """What a run has kept of its preparation."""
+    return TensorFiles(run / OWN)
+
+
+def hand_on(files: TensorFiles, run: Path, anatomy: Anatomy, tell: Callable[[str], None]) -> None:
+    """Give a run's folder its ranking and refits, so that its trials can be cut without preparing anything again.
+
+    They are the same files wherever the file system can link them, so they take no more room until the cache is cleared.
+    """
+    try:
+        files.hand_on(run / OWN, names_of(anatomy))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        tell(f"Cannot keep the refits in '{run / OWN}' ({reason}): an export will prepare them again.")
+
+
+def forget(run: Path) -> None:
+    """Remove what a run has kept of its preparation."""
+    shutil.rmtree(run / OWN, ignore_errors=True)
+
+
+def digest(*parts: Any) -> str:
+    """A name for a stage of a preparation, by what it depends on beside the preparation itself."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A preparation on disk. `used` is when it was last begun or taken up, in seconds since 1970."""
+
+    folder: Path
+    model: str
+    dtype: str
+    tokens: int
+    bytes: int
+    used: float
+
+    @property
+    def days(self) -> float:
+        return (time.time() - self.used) / 86400
+
+
+def kept() -> list[Kept]:
+    """All preparations, the latest used first."""
+    found = []
+    for folder in prepared_dir().glob("*/"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            made_from = json.loads((folder / MADE_FROM).read_bytes())
+            tokens = int(made_from["windows"][0]) * int(made_from["windows"][1])
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            found.append(
+                Kept(folder, str(made_from["name"]), str(made_from["dtype"]), tokens, size, folder.stat().st_mtime)
+            )
+    return sorted(found, key=lambda one: -one.used)
+
+
+def clear() -> int:
+    """Remove all preparations, whole or not; the bytes that were freed. Runs keep what they have of them."""
+    freed = 0
+    for folder in prepared_dir().glob("*/"):
+        if (folder / MADE_FROM).exists():
+            freed += sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder)
+    return freed

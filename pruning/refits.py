@@ -148,7 +148,7 @@ def _solved(
         solved[f"order.{block.kind}"] = order.int()
         weight = matrix_of(block.output_of(layer)).detach()
         gram = sums.gram.pop(index).div_(statistics.num_tokens)
-        factor = Factor.of(gram, weight, block.columns_of(order), ridge)
+        factor = Factor.of(gram, weight, block.columns_of(order), ridge, statistics.num_tokens)
         del gram
         for units in widths[block.kind]:
             if 0 < units < block.units:

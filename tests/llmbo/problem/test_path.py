@@ -1,7 +1,7 @@
 """A prepared problem on a real, if tiny, model: how the path is priced and corrected, and that its expansions foretell what is measured."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 

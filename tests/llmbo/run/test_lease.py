@@ -337,7 +337,7 @@ def test_a_search_that_was_suspended_ends_and_its_successor_finishes_it(
         assert f"taken over by process {os.getpid()} on {socket.gethostname()}" in refusal.get(timeout=TIMEOUT)
         process.join(TIMEOUT)
         assert process.exitcode == 0 and len(store.trials()) == 5
-        search(store, toy)
+        search(store, toy.evaluator)
         trials = store.trials()
         assert [trial.x for trial in trials] == [p.x for proposals in store.rounds() for p in proposals][:BUDGET]
         assert all(trial.values == toy.evaluate(trial.x) for trial in trials) and len(trials) == BUDGET

@@ -45,6 +45,8 @@ def optimize(
     window: int = RunConfig.window,
     dtype: str = RunConfig.dtype,
     device: str = RunConfig.device,
+    memory: str = RunConfig.memory,
+    offload: str = RunConfig.offload,
     name: str = RunConfig.name,
     storage: str | None = None,
     advisor: str = RunConfig.advisor,
@@ -76,9 +78,10 @@ def optimize(
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
         batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, name, storage,
-            advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
-            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
+            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload,
+            name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls,
+            advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
+            `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

@@ -69,6 +69,13 @@ def optimize(
         str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most to take on the device, e.g. 24GB; by default what is free there.")
+    ] = "",
+    offload: Annotated[
+        str,
+        typer.Option(help="Where layers wait: none (on the device), cpu, disk; auto takes the first with enough room."),
+    ] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
     advisor: Annotated[

@@ -103,6 +103,10 @@ def optimize(
     advisor_price: Annotated[
         str | None, typer.Option(help="Dollars per million prompt and reply tokens, e.g. 0.4,1.6.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Load nothing: say what the run would take, and whether it fits this machine."),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the report's path.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Events on stderr, one JSON object each.")] = False,
@@ -110,7 +114,8 @@ def optimize(
     """Search for smaller models and write runs/NAME/report.json.
 
     The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
-    Exit codes: 0; 2 for what is refused; 3 when no trial keeps the limits or beats the reference point given; 130 when stopped.
+    Exit codes: 0; 2 for what is refused or, with --plan, does not fit; 3 when no trial keeps the limits or beats the reference point
+    given; 130 when stopped.
 
     Example: llmbo optimize --model llama --budget 60
     """
@@ -133,6 +138,12 @@ def optimize(
         from llmbo.models.loading import silence_libraries
 
         silence_libraries()
+        if plan:
+            planned = llmbo.plan(**settings)
+            say(str(planned))
+            if planned.refused:
+                raise ConfigError(planned.refused)
+            return
         command = shlex.join(["llmbo", *sys.argv[1:]])
         run = llmbo.optimize(
             **settings, fresh=fresh, show="nothing" if quiet else "json" if json_logs else "auto", command=command

@@ -1,0 +1,140 @@
+"""Where a model's weights are while it is prepared and searched: all on the device, or one layer at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError
+from llmbo.problem.preparation import DEFAULT
+from pruning.anatomy import Anatomy
+from pruning.footprint import Footprint, Workload, footprint, layer_parameters
+
+SMALLEST_WINDOW = 64  # that is worth proposing
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free.
+
+    Args:
+        device: As torch calls it.
+        free: Bytes on the device.
+        host: Bytes of the host's memory; on a CPU the same.
+    """
+
+    device: str
+    free: int
+    host: int
+
+    @classmethod
+    def of(cls, device: str) -> "Machine":
+        host = psutil.virtual_memory().available
+        kind = torch.device(device).type
+        if kind == "cuda":
+            return cls(device, torch.cuda.mem_get_info(torch.device(device))[0], host)
+        if kind == "mps":
+            return cls(device, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), host)
+        return cls(device, host, host)
+
+    @property
+    def shared(self) -> bool:
+        """Host and device are one memory."""
+        return torch.device(self.device).type in ("cpu", "mps")
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where the decoder layers wait, and what that takes.
+
+    Args:
+        offload: "none", "cpu" or "disk", as `load_model` takes it.
+        needed: Bytes on the device at the peak; where it is the host too, with what waits there.
+        host: Bytes that wait in the host's memory, layers among them; files that are mapped do not count.
+        limit, host_limit: Bytes that may be taken on the device, and on the host.
+    """
+
+    offload: str
+    footprint: Footprint
+    needed: int
+    host: int
+    limit: int
+    host_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.limit and self.host <= self.host_limit
+
+
+def workload_of(config: RunConfig) -> Workload:
+    """What a run sends through the model."""
+    tokens = max(windows * config.window for windows in config.windows.values())
+    scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
+    return Workload(tokens, scored, config.window)
+
+
+def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:
+    """What it takes to let the layers wait there."""
+    found = footprint(anatomy, itemsize, workload_of(config), offload == "none", config.compensation)
+    layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
+    host = found.host + (layers if offload == "cpu" else 0)
+    limit = min(machine.free, config.memory_bytes or machine.free)
+    return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)
+
+
+def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:
+    """Those that the settings allow, the fastest first; of one memory the CPU is no place beside the device."""
+    places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
+    wanted = "none" if machine.shared and config.offload == "cpu" else config.offload
+    for offload in places if wanted == "auto" else (wanted,):
+        yield residence_of(config, anatomy, itemsize, machine, offload)
+
+
+def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Residence:
+    """The first of `residences` that fits the device, `--memory` and the host.
+
+    Raises:
+        ConfigError: None does; what is missing, and what would fit.
+    """
+    found = list(residences(config, anatomy, itemsize, machine))
+    for residence in found:
+        if residence.fits:
+            return residence
+    last = found[-1]
+    if last.needed <= last.limit:
+        raise ConfigError(
+            f"'{config.model}' needs {last.host / GB:.1f} GB of the host's memory, {machine.host / GB:.1f} GB are free: "
+            f"{_remedy(config, anatomy, itemsize, machine)}."
+        )
+    where = "with all layers on it" if last.offload == "none" else "even one layer at a time"
+    allowed = "--memory allows" if last.limit < machine.free else "are free"
+    raise ConfigError(
+        f"'{config.model}' needs {last.needed / GB:.1f} GB on {machine.device} {where}, {last.limit / GB:.1f} GB {allowed}: "
+        f"{_remedy(config, anatomy, itemsize, machine)}."
+    )
+
+
+def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
+    """The smallest change that would fit: of where layers wait, of the window, of the tokens, or of the memory."""
+    changes: list[tuple[str, RunConfig]] = [("--offload auto", replace(config, offload="auto"))]
+    window = config.window // 2
+    while window >= SMALLEST_WINDOW:
+        changes.append((f"--window {window}", replace(config, offload="auto", window=window)))
+        window //= 2
+    fewer = max(config.window, DEFAULT.scored_tokens // 4)
+    if fewer < config.calibration_tokens:
+        changes.append((f"--calibration-tokens {fewer}", replace(config, offload="auto", calibration_tokens=fewer)))
+    least: Residence | None = None
+    for named, changed in changes:
+        for residence in residences(changed, anatomy, itemsize, machine):
+            if residence.fits:
+                return f"{named} fits"
+            if least is None or residence.needed < least.needed:
+                least = residence
+    assert least is not None
+    if least.needed <= machine.free and least.host <= machine.host:
+        return f"--memory {-(-least.needed // 10**6)}MB would do"
+    return f"nothing below {least.needed / GB:.1f} GB would do, so take a smaller model or another --device"

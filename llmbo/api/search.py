@@ -12,7 +12,8 @@ from llmbo.api.run import Run, call_text
 from llmbo.config import RunConfig
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
-from llmbo.models.loading import LoadedModel, adopt_model, libraries_silenced
+from llmbo.models.loading import LoadedModel, adopt_model
+from llmbo.models.silence import libraries_silenced
 from llmbo.report.files import find_run
 from llmbo.run.assemble import assemble
 from llmbo.run.execute import execute

@@ -135,7 +135,7 @@ def optimize(
         }
         RunConfig(**settings)  # refuses what it can before anything heavy is loaded
         import llmbo
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         if plan:

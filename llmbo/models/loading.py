@@ -4,17 +4,12 @@ import contextlib
 import hashlib
 import json
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
-from huggingface_hub.utils import logging as hub_logging
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from llmbo.errors import ConfigError, ModelError, first_line, out_of_memory
 from llmbo.models.aliases import ALIASES, resolve
@@ -37,11 +31,10 @@ from llmbo.models.checks import (
     check_weights,
     dequantised,
 )
+from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
 from pruning.export.rebuild import local_class
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -88,29 +81,6 @@ class Found:
     loader: Any
     trust_remote_code: bool
     notes: tuple[str, ...]
-
-
-def silence_libraries() -> None:
-    """No progress bars and notices from libraries: a program's own display is enough. For programs only."""
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # a line for each of its attempts
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
-
-
-@contextlib.contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """The same for as long as the context lasts, for callers who have settings of their own."""
-    verbosity, hub, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        try:
-            silence_libraries()
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            hub_logging.set_verbosity(hub)
-            if bars:
-                logging.enable_progress_bar()
 
 
 def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
@@ -238,49 +208,6 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         *(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model)),
         notes=_single_head(name, model.config),
     )
-
-
-def choose_device(device: str, option: str = "--device") -> str:
-    """`device` itself, or the best one for "auto". `option` is where the user names it."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"The device '{device}' cannot be used here ({first_line(error)}): try {option} auto."
-        ) from error
-    return device
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError unless `dtype` is "auto" or a key of `DTYPES`."""
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
-
-
-def choose_dtype(
-    dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter
-) -> str:
-    """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on a matrix product of the model's size here."""
-    if dtype != "auto":
-        return dtype
-    seconds, hidden = {}, config.hidden_size
-    for name in ("float32", "bfloat16"):
-        try:
-            tokens = torch.ones(256, hidden, dtype=DTYPES[name], device=device)
-        except (TypeError, RuntimeError):  # Apple's GPUs have no bfloat16 before macOS 14
-            continue
-        weight = torch.ones(4 * hidden, hidden, dtype=DTYPES[name], device=device)  # about the size of an MLP's
-        times = []
-        for _ in range(6):
-            start = clock()
-            F.linear(tokens, weight).sum().item()  # waits for the device
-            times.append(clock() - start)
-        seconds[name] = min(times[1:])  # the first call warms up
-    return min(seconds, key=lambda name: seconds[name])
 
 
 def max_positions(model: PreTrainedModel) -> int:

@@ -18,7 +18,8 @@ from llmbo.config.formats import FORMATS
 from llmbo.config.objectives import known_limits
 from llmbo.errors import ConfigError
 from llmbo.models.aliases import cache_dir
-from llmbo.models.loading import DTYPES, choose_device, choose_dtype, find_prunable
+from llmbo.models.loading import find_prunable
+from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
 from llmbo.problem.residence import GB, Machine, Residence, choose_residence, residence_of, workload_of
 from llmbo.problem.space import SearchSpace

@@ -119,7 +119,7 @@ def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine
 
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
     """The smallest change that would fit: of where layers wait, of the window, of the tokens, or of the memory."""
-    changes: list[tuple[str, RunConfig]] = [("--offload auto", replace(config, offload="auto"))]
+    changes = [("--offload auto", replace(config, offload="auto"))]
     window = config.window // 2
     while window >= SMALLEST_WINDOW:
         changes.append((f"--window {window}", replace(config, offload="auto", window=window)))
@@ -127,14 +127,10 @@ def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine
     fewer = max(config.window, DEFAULT.scored_tokens // 4)
     if fewer < config.calibration_tokens:
         changes.append((f"--calibration-tokens {fewer}", replace(config, offload="auto", calibration_tokens=fewer)))
-    least: Residence | None = None
     for named, changed in changes:
-        for residence in residences(changed, anatomy, itemsize, machine):
-            if residence.fits:
-                return f"{named} fits"
-            if least is None or residence.needed < least.needed:
-                least = residence
-    assert least is not None
+        if any(residence.fits for residence in residences(changed, anatomy, itemsize, machine)):
+            return f"{named} fits"
+    least = min(residences(changes[0][1], anatomy, itemsize, machine), key=lambda residence: residence.needed)
     if least.needed <= machine.free and least.host <= machine.host:
-        return f"--memory {-(-least.needed // 10**6)}MB would do"
+        return f"--memory {-(-least.needed // 10**6)}MB fits"
     return f"nothing below {least.needed / GB:.1f} GB would do, so take a smaller model or another --device"

@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmbo as face
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import load_model
-from llmbo.models.stored import stored_weights
+from llmbo.models.stored import anatomy_of_config, stored_weights
 from llmbo.problem.preparation import load_windows, prepared
 from llmbo.problem.residence import Machine
 from llmbo.problem.space import SearchSpace
@@ -34,9 +36,20 @@ SHAPES: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def anatomies() -> dict[str, Any]:
+    """Those that were read already, by folder name: a model of 80 layers takes a moment even without weights."""
+    return {}
+
+
 @pytest.fixture
-def planned(tmp_path: Path) -> Callable[..., Plan]:
+def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     """(Llama-3.1's size, settings) -> its plan on a card of 24 GB; there is a config, and no weights."""
+
+    def read_once(found: Any) -> Any:
+        name = Path(found.name).name
+        anatomies[name] = anatomies.get(name) or anatomy_of_config(found)
+        return anatomies[name]
 
     def make(size: str, **settings: Any) -> Plan:
         config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **SHAPES[size])
@@ -44,16 +57,17 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
         settings = {"dtype": "bfloat16", "device": "cpu"} | settings
         return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, CARD)
 
+    monkeypatch.setattr("llmbo.run.plan.anatomy_of_config", read_once)
     return make
 
 
 def test_a_config_alone_tells_the_sizes(planned: Callable[..., Plan]) -> None:
     """The published numbers of parameters; refits of all widths as `docs/scaling.md` has them. Nothing is allocated."""
-    for size, parameters, refits in (("8B", 8.03e9, 28.0e9), ("70B", 70.55e9, 245e9)):
+    for size, parameters, refits, levels in (("8B", 8.03e9, 28.0e9, 14), ("70B", 70.55e9, 245e9, 13)):
         plan = planned(size)
         assert plan.parameters == pytest.approx(parameters, rel=1e-3) and plan.stored is None
         assert plan.disk["refits of all widths"].needed == pytest.approx(refits, rel=0.01)
-        assert plan.levels == {"attention": 9, "mlp": 13} and 0.4 <= plan.smallest_share < 0.41
+        assert plan.levels == {"attention": 9, "mlp": levels} and 0.4 <= plan.smallest_share < 0.41
         assert plan.residences["none"].footprint.weights == 2 * plan.parameters
         assert plan.residences["none"].footprint.peak <= 1.25 * 2 * plan.parameters
         assert "sizes from the config" in str(plan)
@@ -64,7 +78,7 @@ def test_a_config_alone_tells_the_sizes(planned: Callable[..., Plan]) -> None:
 def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None:
     plan = planned("70B", offload="none")
     assert not plan.fits and plan.chosen is None and "--offload auto fits" in plan.refused
-    assert planned("70B", memory="10GB").refused.endswith("MB would do.")
+    assert planned("70B", memory="10GB").refused.endswith("MB fits.")
     assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit no disk here
     assert "--neuron-step" in crowded.refused and crowded.chosen is not None
 
@@ -122,17 +136,44 @@ def test_stored_weights_are_counted_by_files_or_by_the_index(model_folder: Path,
     assert stored_weights(str(tmp_path)) is None
 
 
-class Counting:
+def test_a_hub_name_is_looked_up_in_the_cache(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, as the hub is: with the config alone nothing is known, with the weights beside it they are here."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    shutil.copy(model_folder / "config.json", snapshot)
+    assert stored_weights("org/tiny") is None
+    shutil.copy(model_folder / "model.safetensors", snapshot)
+    assert stored_weights("org/tiny") == stored_weights(str(model_folder))
+
+
+class Counting(TorchDispatchMode):
     """Phases that count operations instead of seconds."""
 
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self.counter, self.found = counter, dict[str, int]()
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.found = 0, dict[str, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # a product may hide in it
+                result = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if result is NotImplemented else result
+        result = func(*args, **(kwargs or {}))
+        self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        before = self.counter.get_total_flops()
+        before = self.total
         yield lambda done: None
-        self.found[name] = self.counter.get_total_flops() - before
+        self.found[name] = self.total - before
 
     def note(self, text: str) -> None:
         pass
@@ -150,10 +191,8 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
     )
     loaded = load_model(config.model, "float32", "cpu")
     windows = load_windows(config, loaded)
-    with FlopCounterMode(display=False) as counter:
-        counting = Counting(counter)
-        with prepared(config, loaded, windows, counting) as problem:
-            space = problem.space
+    with Counting() as counting, prepared(config, loaded, windows, counting) as problem:
+        space = problem.space
     one = Rates(matmul=1.0, single=1.0, passes=float("inf"))
     expected = seconds_by_phase(config, space, 4, False, one)
     compared = [name for name in counting.found if name != "compensation"]

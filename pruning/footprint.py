@@ -5,18 +5,21 @@ N: tokens of a batch.   C: columns of the widest output projection.   h: `hidden
 On the device lie, all the time, embeddings, head and norms, and either all decoder layers or one; of a resident model the hidden
 states of all windows too. On top comes the phase that needs most:
 
-    ranking       a Gram matrix, 4 C^2, one batch's inputs of it in float32, 4 N C, and that batch's activations
-    refits        the Gram matrix, its Cholesky factor and what the factorisation works in, 10 C^2 together; the right-hand side and
-                  a width's solution in float32 and in the model's dtype, (8 + i) C h
-    sensitivity   a batch's activations with their graph, and the refit of one width, i C h
+    ranking       the Gram matrices of one layer, one batch's inputs of it in float32, 4 N C, and that batch's activations
+    refits        the Gram matrix, the same with its columns sorted, and its Cholesky factor, 12 C^2; the right-hand side and a width's
+                  solution in float32 and in the model's dtype, (8 + i) C h
+    sensitivity   a batch's activations with their graph, and refits
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
-    candidates    the refits of a layer's two blocks, a batch's activations, and a chunk of logits with what is computed of it
+    candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
+
+Refits are a layer's two, and as many more as `CACHE_BYTES` hold.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pruning.anatomy import Anatomy
+from pruning.compensation import CACHE_BYTES
 from pruning.likelihood import CHUNK
 
 BATCH = 4  # windows
@@ -74,29 +77,28 @@ def layer_parameters(anatomy: Anatomy) -> int:
     return sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
 
 
-def footprint(
-    anatomy: Anatomy, itemsize: int, workload: Workload, resident: bool, compensation: bool = True
-) -> Footprint:
+def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: bool, refits: int) -> Footprint:
     """What preparation and search need at their peaks.
 
     Args:
         itemsize: Bytes of a value in the model's dtype.
         resident: All layers stay on the device; otherwise one is there at a time, and hidden states wait on the host.
-        compensation: Whether there are refits, and Gram matrices for them.
+        refits: Bytes of those of all widths; 0 where there are none, and no Gram matrices for them.
     """
     layer, hidden = layer_parameters(anatomy) * itemsize, anatomy.hidden_size
     columns = [block.columns for block in anatomy.blocks]
     widest, batch = max(columns), workload.batch_tokens
     forward, backward = activations(anatomy, itemsize, batch)
-    refit = itemsize * hidden * compensation
+    cached = max(itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits else 0
+    grams = SINGLE * sum(width**2 for width in columns) if refits else 0
     logits = min(CHUNK, batch) * anatomy.vocab_size * (itemsize + 3 * SINGLE)  # softmax, and a gradient by it
     largest = max(block.units * rows.per_unit for block in anatomy.blocks for rows in block.inputs.values()) * hidden
     phases = {
-        "ranking": max(SINGLE * (widest**2 * compensation + batch * widest) + forward, backward, logits),
-        "refits": (10 * widest**2 + (2 * SINGLE + itemsize) * widest * hidden) * compensation,
-        "sensitivity": backward + refit * widest,
+        "ranking": max(grams + SINGLE * batch * widest + forward, backward, logits),
+        "refits": 3 * SINGLE * widest**2 + (2 * SINGLE + itemsize) * widest * hidden if refits else 0,
+        "sensitivity": backward + cached,
         "reordering": itemsize * largest if resident else layer,
-        "candidates": refit * sum(columns) + forward + logits,
+        "candidates": forward + logits + cached,
     }
     states = workload.tokens * hidden * itemsize
     kept = (

@@ -74,7 +74,7 @@ def main() -> None:
                 plan = plan_of(run, rates, Machine("cuda", int(device.memory), int(HOST)))
             if device is DEVICES[0]:
                 print(f"\n{name}: {plan.parameters / GB:.2f}B parameters")
-                print(f"  refits of all widths {plan.disk['refits of all widths'].needed / GB:.1f} GB")
+                print(f"  refits of all widths {plan.disk['refits'].needed / GB:.1f} GB")
                 print(f"  float32 factors of all layers at once {4 * factor_values(plan.anatomy) / GB:.1f} GB")
                 for place, residence in plan.residences.items():
                     phases = ", ".join(f"{phase} {size / GB:.2f}" for phase, size in residence.footprint.phases.items())

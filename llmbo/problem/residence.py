@@ -8,8 +8,13 @@ import torch
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
+from llmbo.models.loading import Found
+from llmbo.models.placement import DTYPES, choose_device, choose_dtype
+from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.preparation import DEFAULT
+from llmbo.problem.space import SearchSpace
 from pruning.anatomy import Anatomy
+from pruning.compensation import solved_values
 from pruning.footprint import Footprint, Workload, footprint, layer_parameters
 
 SMALLEST_WINDOW = 64  # that is worth proposing
@@ -76,9 +81,16 @@ def workload_of(config: RunConfig) -> Workload:
     return Workload(tokens, scored, config.window)
 
 
+def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
+    """Of all widths of the grid, in the model's dtype."""
+    widths = SearchSpace(anatomy, config.min_share, config.neuron_step).widths
+    return solved_values(anatomy, widths) * itemsize * config.compensation
+
+
 def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:
     """What it takes to let the layers wait there."""
-    found = footprint(anatomy, itemsize, workload_of(config), offload == "none", config.compensation)
+    refits = refit_bytes(config, anatomy, itemsize)
+    found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
     layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
     host = found.host + (layers if offload == "cpu" else 0)
     limit = min(machine.free, config.memory_bytes or machine.free)
@@ -115,6 +127,21 @@ def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine
         f"'{config.model}' needs {last.needed / GB:.1f} GB on {machine.device} {where}, {last.limit / GB:.1f} GB {allowed}: "
         f"{_remedy(config, anatomy, itemsize, machine)}."
     )
+
+
+def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[str, str, str]:
+    """Dtype, device and offload of a run's model, in the order that `load_model` takes them.
+
+    Args:
+        dtype, device: The run's own where it is continued, else what the settings say.
+
+    Raises:
+        ConfigError: The device is not there, or the model fits nowhere.
+    """
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device, found.config.get_text_config())
+    itemsize = DTYPES[dtype].itemsize
+    return dtype, device, choose_residence(config, anatomy_of_config(found), itemsize, Machine.of(device)).offload
 
 
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:

@@ -31,6 +31,7 @@ GRAPH = 3  # times as many backward
 SUMMED, SCORED = 8, 15  # for the sums over z, and for scores from its gradient
 QUALITY, DENSE, GRADIENT, DIVERGENCE = 5, 9, 12, 19  # over the vocabulary
 CHANGED = 6  # over the residual stream, for the change that another width makes
+COPIED = 3  # times over a layer's weights that are brought
 RECOMPUTED = 1  # forward passes for each backward one: a layer runs again from its stored input
 GRAM = 1.5  # half of a product, in narrow blocks
 CHOLESKY, TRIANGULAR = 2.0, 1.5  # times what a matrix product of so many operations takes
@@ -142,9 +143,9 @@ class Counted:
         return Work(matmul=2 * products * a.hidden_size * a.vocab_size, passes=passes * a.vocab_size) * tokens
 
     def walk(self, times: float = 1) -> Work:
-        """Bytes of all layers, as often as they are brought."""
-        layers = self.anatomy.num_hidden_layers * layer_parameters(self.anatomy) * self.itemsize
-        return Work(moved=layers * times * self.brought)
+        """All layers, as often as they are brought and sorted."""
+        values = self.anatomy.num_hidden_layers * layer_parameters(self.anatomy)
+        return Work(moved=values * self.itemsize, passes=COPIED * values) * (times * self.brought)
 
     def updates(self, tokens: float, columns: float, widths: float) -> Work:
         """What `widths` refits change of the residual stream, `columns` wide together, in every layer."""
@@ -157,7 +158,7 @@ class Counted:
 def seconds_by_phase(
     config: RunConfig, space: SearchSpace, itemsize: int, brought: bool, rates: Rates
 ) -> dict[str, float]:
-    """Seconds of every phase, by the names that the run's display has for them.
+    """Seconds of every phase, by the names that a run's display has for them.
 
     Args:
         itemsize: Bytes of a value in the model's dtype.
@@ -207,8 +208,7 @@ def seconds_by_phase(
     last = on.forward(heldout, mean) + on.head(heldout, 1, QUALITY) + refits
     probed = 2 * config.window * (1 + space.d) if _asks_marginals(config) else 0
     works = {
-        "importance": importance + on.walk(2),
-        "compensation": solving * config.compensation,
+        "importance and refits": importance + solving * config.compensation + on.walk(2),
         "allocation": sensitivity + on.walk(2),
         "width exchanges": exchanges,
         "dense model": dense,

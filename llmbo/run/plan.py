@@ -21,12 +21,11 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
-from llmbo.problem.residence import GB, Machine, Residence, choose_residence, residence_of, workload_of
+from llmbo.problem.residence import GB, Machine, Residence, choose_residence, refit_bytes, residence_of, workload_of
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
 from llmbo.run.duration import Rates, seconds_by_phase
 from pruning.anatomy import Anatomy, BlockKind
-from pruning.compensation import solved_values
 from pruning.cost import Serving, dense_block_parameters
 
 HEADERS = 0.05  # of a file, so much may be something else than weights
@@ -73,9 +72,9 @@ class Plan:
         smallest_share: Of the decoder layers' parameters, in the smallest legal model.
         machine: Memory that is free.
         residences: By where layers wait: "none", "cpu", "disk".
-        chosen: The one that the run would take; None where nothing fits.
+        chosen: The one that the run would take; None where none fits.
         refused: What is missing and what would fit, in a line; empty where the run fits.
-        disk: What will be written: "download", "refits", "run" and "export", which is the largest there can be.
+        disk: What will be written, some of `WRITTEN`.
         rates: This machine's, measured for the plan.
         seconds: By phase; of the layer-by-layer way where nothing fits.
     """
@@ -129,19 +128,15 @@ class Plan:
             mark = "  <- chosen" if residence == self.chosen else ""
             host = f", {_size(residence.host)} on the host" if residence.host and not self.machine.shared else ""
             yield "", f"{WAITING[offload]}: peak {_size(residence.needed)} ({residence.footprint.largest}){host}{mark}"
-        for name, disk in self.disk.items():
-            yield (
-                "disk" * (name == next(iter(self.disk))),
-                f"{name} {_size(disk.needed)}; {_size(disk.free)} free in {disk.place}",
-            )
-        preparing = sum(self.seconds.values()) - self.seconds["search"] - self.seconds["held-out windows"]
-        yield (
-            "time",
-            f"{_time(sum(self.seconds.values()))}: preparation {_time(preparing)}, search {_time(self.seconds['search'])}, ",
-        )
+        for index, (name, disk) in enumerate(self.disk.items()):
+            told = f"{WRITTEN[name]} {_size(disk.needed)}; {_size(disk.free)} free in {disk.place}"
+            yield "" if index else "disk", told
+        search, heldout = self.seconds["search"], self.seconds["held-out windows"]
+        total = sum(self.seconds.values())
+        yield "time", f"{_time(total)}, at {self.rates.matmul / 1e12:.3g} TFLOP/s in {self.dtype} measured here:"
         yield (
             "",
-            f"held-out windows {_time(self.seconds['held-out windows'])}; at {self.rates.matmul / 1e12:.3g} TFLOP/s measured here",
+            f"preparation {_time(total - search - heldout)}, search {_time(search)}, held-out windows {_time(heldout)}",
         )
         if self.advice:
             cost = (
@@ -151,6 +146,13 @@ class Plan:
         yield "fits", "no" if self.refused else "yes"
 
 
+WRITTEN = {
+    "download": "the weights, to be downloaded,",
+    "copy": "a copy of the weights to map",
+    "refits": "refits of all widths",
+    "run": "the run's folder",
+    "export": "an export, at most",
+}
 WAITING = {
     "none": "all layers on the device",
     "cpu": "one layer at a time from the host",
@@ -187,8 +189,10 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     disk = _disk(config, space, itemsize, parameters, stored)
     copied = stored is None or abs(stored.bytes / (itemsize * parameters) - 1) > HEADERS
     if chosen and chosen.offload == "disk" and copied:
-        disk["a copy to map"] = Disk.at(cache_dir(), itemsize * parameters)
-    refused = refused or next(filter(None, (_missing(name, needed) for name, needed in disk.items())), "")
+        disk["copy"] = Disk.at(cache_dir(), itemsize * parameters)
+    if chosen:
+        spare = machine.host - (chosen.needed if machine.shared else chosen.host)
+        refused = next(filter(None, (_missing(name, needed, spare) for name, needed in disk.items())), "")
     places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
     return Plan(
         config,
@@ -227,28 +231,32 @@ def _smallest_share(space: SearchSpace) -> float:
 def _disk(
     config: RunConfig, space: SearchSpace, itemsize: int, parameters: int, stored: StoredWeights | None
 ) -> dict[str, Disk]:
-    refits = solved_values(space.anatomy, space.widths) * itemsize * config.compensation
+    refits = refit_bytes(config, space.anatomy, itemsize)
     trials = config.budget * (TRIAL_BYTES + TRIAL_BLOCK_BYTES * space.d)
     export = max(row.bytes_on_disk(next(iter(row.dtypes)), parameters, parameters) for row in FORMATS.values())
     found = {} if stored is None or stored.here else {"download": Disk.at(Path(HF_HUB_CACHE), stored.bytes)}
     if refits:
-        found["refits of all widths"] = Disk.at(cache_dir(), refits)
-    found["run folder"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
-    found["an export, at most"] = Disk.at(Path("exports"), export)
+        found["refits"] = Disk.at(cache_dir(), refits)
+    found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
+    found["export"] = Disk.at(Path("exports"), export)
     return found
 
 
-def _missing(name: str, disk: Disk) -> str:
-    """What to do where a run could not go on for want of disk; an export is made when its size is known."""
-    if disk.needed <= disk.free or name == "an export, at most":
+def _missing(name: str, disk: Disk, spare: int) -> str:
+    """What to do where a run could not go on for want of disk.
+
+    Args:
+        spare: Bytes of the host's memory, which can hold refits as well. An export is made when its size is known.
+    """
+    if disk.needed <= disk.free or name == "export" or (name == "refits" and disk.needed <= spare):
         return ""
     remedy = {
         "download": "set HF_HUB_CACHE to a larger disk",
-        "refits of all widths": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
+        "copy": "set LLMBO_CACHE to a larger disk",
+        "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
     }.get(name, "free some")
-    return (
-        f"The {name} of this run needs {_size(disk.needed)} in '{disk.place}', {_size(disk.free)} are free: {remedy}."
-    )
+    said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
+    return f"{said}: {_size(disk.needed)} are needed, {_size(disk.free)} are free; {remedy}."
 
 
 def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:

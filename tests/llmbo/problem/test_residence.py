@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
-from llmbo.problem.residence import Machine, choose_residence, residence_of
+from llmbo.models.loading import find_prunable
+from llmbo.problem.residence import Machine, choose_residence, placed, residence_of
 from pruning.anatomy import Anatomy, anatomy_of
 
 CONFIG = RunConfig("big", calibration_tokens=65536)
@@ -83,3 +85,11 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
         else:
             assert "smaller model" in message
     assert said == ["memory", "offload", "window", "calibration-tokens", "memory", "nothing"]
+
+
+def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
+    found = find_prunable(str(model_folder))
+    assert placed(RunConfig(found.name), found, "float32", "cpu") == ("float32", "cpu", "none")
+    assert placed(RunConfig(found.name, offload="disk"), found, "bfloat16", "cpu") == ("bfloat16", "cpu", "disk")
+    with pytest.raises(ConfigError, match="--memory allows: --memory 1MB fits"):
+        placed(RunConfig(found.name, memory="1KB"), found, "float32", "cpu")

@@ -53,7 +53,8 @@ def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.Monke
 
     def make(size: str, **settings: Any) -> Plan:
         config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **SHAPES[size])
-        config.save_pretrained(tmp_path / size)
+        if not (tmp_path / size).is_dir():
+            config.save_pretrained(tmp_path / size)
         settings = {"dtype": "bfloat16", "device": "cpu"} | settings
         return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, CARD)
 
@@ -66,7 +67,7 @@ def test_a_config_alone_tells_the_sizes(planned: Callable[..., Plan]) -> None:
     for size, parameters, refits, levels in (("8B", 8.03e9, 28.0e9, 14), ("70B", 70.55e9, 245e9, 13)):
         plan = planned(size)
         assert plan.parameters == pytest.approx(parameters, rel=1e-3) and plan.stored is None
-        assert plan.disk["refits of all widths"].needed == pytest.approx(refits, rel=0.01)
+        assert plan.disk["refits"].needed == pytest.approx(refits, rel=0.01)
         assert plan.levels == {"attention": 9, "mlp": levels} and 0.4 <= plan.smallest_share < 0.41
         assert plan.residences["none"].footprint.weights == 2 * plan.parameters
         assert plan.residences["none"].footprint.peak <= 1.25 * 2 * plan.parameters
@@ -86,16 +87,13 @@ def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None
 def test_advice_costs_no_more_than_its_caps(planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
     many = {"advisor": "openai:some", "advisor_max_tokens": 10**6}
-    assert planned("8B").advice is None
-    unpriced, priced, capped = (
-        planned("8B", **many, **more).advice
-        for more in ({}, {"advisor_price": (1.0, 4.0)}, {"advisor_price": (1.0, 4.0), "advisor_max_cost": 0.01})
+    priced, capped = (
+        planned("8B", **many, advisor_price=(1.0, 4.0), **more).advice for more in ({}, {"advisor_max_cost": 0.01})
     )
-    assert unpriced and unpriced.dollars is None and unpriced.calls == 8
     assert priced and priced.tokens == 8 * (3500 + 700) and priced.dollars == pytest.approx(8 * (3500 + 4 * 700) / 1e6)
     assert capped and capped.dollars == 0.01
     few = planned("8B", **many | {"advisor_max_tokens": 5000}).advice
-    assert few and few.tokens == 5000
+    assert few and few.tokens == 5000 and few.calls == 8 and few.dollars is None
 
 
 def test_the_command_says_it_in_a_screen_and_writes_nothing(llmbo: Any) -> None:
@@ -180,12 +178,12 @@ class Counting(TorchDispatchMode):
 
 
 def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: Path) -> None:
-    """Of the whole preparation within a half, of each phase within a factor of 2; factorisations torch does not count."""
+    """Phase by phase within a factor of 2: torch counts no factorisations, no products in place, and attention not everywhere."""
     config = RunConfig(
         str(model_folder),
         text=f"text:{text_file}",
-        window=32,
-        calibration_tokens=512,
+        window=8,  # attention is next to nothing
+        calibration_tokens=128,
         proxy_tokens=64,
         heldout_tokens=64,
     )
@@ -195,22 +193,22 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
         space = problem.space
     one = Rates(matmul=1.0, single=1.0, passes=float("inf"))
     expected = seconds_by_phase(config, space, 4, False, one)
-    compared = [name for name in counting.found if name != "compensation"]
-    assert compared == ["importance", "allocation", "width exchanges", "dense model"]
-    for name in compared:
-        assert 0.5 < expected[name] / counting.found[name] < 2, name
-    ratio = sum(expected[name] for name in compared) / sum(counting.found[name] for name in compared)
-    assert 1 / 1.5 < ratio < 1.5
+    later = ("allocation", "width exchanges", "dense model")
+    found = {name: counting.found.pop(name) for name in later} | {"importance and refits": sum(counting.found.values())}
+    ratios = {name: expected[name] / count for name, count in found.items()}
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
 
 
 def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None:
     base = planned("8B").seconds
     assert planned("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
-    assert planned("8B", calibration_tokens=65536).seconds["importance"] > 2 * base["importance"]
-    assert planned("8B", compensation=False).seconds["compensation"] == 0 < base["compensation"]
+    first = "importance and refits"
+    assert planned("8B", calibration_tokens=65536).seconds[first] > 1.5 * base[first]
+    assert planned("8B", compensation=False).seconds[first] < base[first]
     waiting = planned("8B", offload="cpu").seconds
-    layers = 2 * 6.98e9 / RATES.link  # type: ignore[operator]
-    assert waiting["search"] - base["search"] == pytest.approx(15 * layers, rel=0.01)  # a walk for each round of four
+    walk = 2 * 6.98e9 / RATES.link + 3 * 6.98e9 / RATES.passes  # type: ignore[operator]
+    # A walk for each round of four.
+    assert waiting["search"] - base["search"] == pytest.approx(15 * walk, rel=0.01)
     assert Work(3.0, 4.0, 5.0, 6.0).seconds(Rates(3.0, 2.0, 1.0, 6.0)) == 1 + 2 + 5 + 1
 
 
@@ -225,4 +223,4 @@ def test_rates_are_measured_by_the_clock(planned: Callable[..., Plan]) -> None:
 def test_refits_on_disk_are_the_ones_that_are_solved(model_folder: Path) -> None:
     plan = face.plan(str(model_folder), dtype="float32", window=16)
     space = SearchSpace(anatomy_of(AutoModelForCausalLM.from_pretrained(model_folder)))
-    assert plan.disk["refits of all widths"].needed == 4 * solved_values(space.anatomy, space.widths)
+    assert plan.disk["refits"].needed == 4 * solved_values(space.anatomy, space.widths)

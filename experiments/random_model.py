@@ -107,16 +107,10 @@ def main() -> None:
     parser.add_argument("--shard-gb", type=float, default=1, help="GB in a file at most")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    sizes = PRESETS[options["preset"]]
-    sizes |= {key: options[key] for key in (*PRESETS["llama-3.1-8b"],) if options[key] is not None}
-    size = write_random_model(
-        random_config(**sizes),
-        options["out"],
-        options["dtype"],
-        options["device"],
-        round(options["shard_gb"] * GB),
-        options["seed"],
-    )
+    changes = {key: options[key] for key in PRESETS["llama-3.1-8b"] if options[key] is not None}
+    config = random_config(**PRESETS[options["preset"]] | changes)
+    shard_bytes = round(options["shard_gb"] * GB)
+    size = write_random_model(config, options["out"], options["dtype"], options["device"], shard_bytes, options["seed"])
     print(f"{options['out']}: {size / GB:.2f} GB of weights")
 
 

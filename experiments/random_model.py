@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from llmbo.models.loading import find_checkpoint, load_tokenizer
 from llmbo.models.placement import DTYPES
@@ -48,12 +48,14 @@ def write_random_model(
     device: str = "cpu",
     shard_bytes: int = GB,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
     """Matrices are normal with the config's `initializer_range`, norms are 1.
 
     Args:
         device: Where the numbers are drawn: a GPU is faster, and draws others.
         shard_bytes: No file holds more, but for one tensor that is larger.
+        tokenizer: By default SmolLM2's.
 
     Returns:
         The bytes of the weights.
@@ -74,7 +76,7 @@ def write_random_model(
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     model.config.save_pretrained(folder)
-    load_tokenizer(find_checkpoint("llama")).save_pretrained(folder)
+    (tokenizer or load_tokenizer(find_checkpoint("llama"))).save_pretrained(folder)
     return size
 
 
@@ -105,16 +107,10 @@ def main() -> None:
     parser.add_argument("--shard-gb", type=float, default=1, help="GB in a file at most")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    sizes = PRESETS[options["preset"]]
-    sizes |= {key: options[key] for key in (*PRESETS["llama-3.1-8b"],) if options[key] is not None}
-    size = write_random_model(
-        random_config(**sizes),
-        options["out"],
-        options["dtype"],
-        options["device"],
-        round(options["shard_gb"] * GB),
-        options["seed"],
-    )
+    changes = {key: options[key] for key in PRESETS["llama-3.1-8b"] if options[key] is not None}
+    config = random_config(**PRESETS[options["preset"]] | changes)
+    shard_bytes = round(options["shard_gb"] * GB)
+    size = write_random_model(config, options["out"], options["dtype"], options["device"], shard_bytes, options["seed"])
     print(f"{options['out']}: {size / GB:.2f} GB of weights")
 
 

@@ -1,15 +1,18 @@
-"""Where a model computes, and in which numbers."""
+"""Where a model computes, in which numbers, and where its layers wait."""
 
 import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmbo.errors import ConfigError, first_line
+from pruning.anatomy import anatomy_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFLOADS = ("none", "cpu", "disk")
 
 
 def choose_device(device: str, option: str = "--device") -> str:
@@ -53,3 +56,26 @@ def choose_dtype(
             times.append(clock() - start)
         seconds[name] = min(times[1:])  # the first call warms up
     return min(seconds, key=lambda name: seconds[name])
+
+
+def leave_layers(model: PreTrainedModel, device: str, pinned: bool) -> None:
+    """Bring a model to the device, but for the parameters of its decoder layers, which wait where they are.
+
+    What a layer brought to the device alone would miss, its buffers, goes there too.
+
+    Args:
+        pinned: Move them, one at a time, into memory that a CUDA device copies from directly. Its blocks are powers of two.
+
+    Raises:
+        UnsupportedModel: Its layers are not known.
+    """
+    anatomy = anatomy_of(model)
+    layers = anatomy.layers_of(model)
+    anatomy.set_layers(model, nn.ModuleList())
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides what it takes
+    anatomy.set_layers(model, layers)
+    for module in layers.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    for parameter in layers.parameters() if pinned else ():
+        parameter.data = parameter.data.pin_memory()

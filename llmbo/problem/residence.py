@@ -139,9 +139,14 @@ def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[st
         ConfigError: The device is not there, or the model fits nowhere.
     """
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device, found.config.get_text_config())
-    itemsize = DTYPES[dtype].itemsize
-    return dtype, device, choose_residence(config, anatomy_of_config(found), itemsize, Machine.of(device)).offload
+    measured = choose_dtype(dtype, device, found.config.get_text_config())
+    anatomy, machine = anatomy_of_config(found), Machine.of(device)
+    residence = choose_residence(config, anatomy, DTYPES[measured].itemsize, machine)
+    stored = str(found.config.dtype).removeprefix("torch.")
+    if residence.offload != "disk" or dtype != "auto" or stored not in DTYPES:
+        return measured, device, residence.offload
+    mapped = replace(config, offload="disk")  # files are mapped in the dtype that they are in
+    return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
 
 
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:

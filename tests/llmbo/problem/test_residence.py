@@ -1,6 +1,7 @@
 """Where the layers wait: the fastest place with enough room, or one line that says what would do."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,17 @@ def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
     assert placed(RunConfig(found.name, offload="disk"), found, "bfloat16", "cpu") == ("bfloat16", "cpu", "disk")
     with pytest.raises(ConfigError, match="--memory allows: --memory 1MB fits"):
         placed(RunConfig(found.name, memory="1KB"), found, "float32", "cpu")
+
+
+def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: Any) -> None:
+    """Neither setting changes a result: a run goes on with its layers in files. What fits nowhere leaves it as it was."""
+    shutil.copytree(finished.folder, llmbo.folder, dirs_exist_ok=True)
+    before = llmbo.files()
+    refused = llmbo(budget=19, memory="1KB")
+    assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and "--memory" in refused.stderr
+    assert llmbo.files() == before
+    result = llmbo(budget=19, offload="disk", memory="1GB")
+    assert result.exit_code == 0, result.output
+    old, new = finished.report(), llmbo.report()
+    assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]
+    assert not {"offload", "memory"} & {*new["run"]["settings"]}

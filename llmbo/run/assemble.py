@@ -134,10 +134,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
-            if isinstance(base, LoadedModel):
-                loaded = base
-            else:
-                loaded = load_model(config.model, *placed(config, base, dtype, device))
+            loaded = (
+                base
+                if isinstance(base, LoadedModel)
+                else load_model(config.model, *placed(config, base, dtype, device))
+            )
             for note in loaded.notes:
                 phases.note(note)
             windows = load_windows(config, loaded)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from llmbo.errors import LlmboError
 
 if TYPE_CHECKING:
-    from llmbo.api import Point, Run, load_run, optimize
+    from llmbo.api import Plan, Point, Run, load_run, optimize, plan
 
 __version__ = "0.1.0"
-__all__ = ["LlmboError", "Point", "Run", "__version__", "load_run", "optimize"]
+__all__ = ["LlmboError", "Plan", "Point", "Run", "__version__", "load_run", "optimize", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from experiments.quiet import Quiet
 from llmbo.comparison.config import read_config
 from llmbo.comparison.problems import opened
 from llmbo.comparison.store import EvaluationStore
-from llmbo.models.loading import silence_libraries
+from llmbo.models.silence import silence_libraries
 
 SHARES = (0.45, 0.55, 0.65, 0.75, 0.85)
 FAMILIES = ("family", "threshold_family", "fisher_family", "taylor_family")

@@ -22,7 +22,9 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel
 
-from llmbo.models.loading import DTYPES, load_model, silence_libraries
+from llmbo.models.loading import load_model
+from llmbo.models.placement import DTYPES
+from llmbo.models.silence import silence_libraries
 from llmbo.run.rebuild import read_run
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture

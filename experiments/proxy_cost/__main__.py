@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llmbo.models.loading import load_model, silence_libraries
+from llmbo.models.loading import load_model
+from llmbo.models.silence import silence_libraries
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.preparation import ranked
 from llmbo.problem.space import SearchSpace

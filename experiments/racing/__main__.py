@@ -16,7 +16,8 @@ import torch
 
 from experiments.quiet import Quiet
 from llmbo.config import RunConfig
-from llmbo.models.loading import load_model, silence_libraries
+from llmbo.models.loading import load_model
+from llmbo.models.silence import silence_libraries
 from llmbo.problem.objectives import build_objectives, outcomes, ref_point
 from llmbo.problem.preparation import Problem, load_windows, prepared
 from llmbo.run.assemble import build_proposer, evaluator_of

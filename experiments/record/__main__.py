@@ -25,7 +25,8 @@ from llmbo.comparison.gaussian_process import hyperparameters_of
 from llmbo.comparison.problems import OpenProblem, opened
 from llmbo.comparison.recorded import FIT, TARGETS, Recording, Surrogate, fit_process
 from llmbo.comparison.store import EvaluationStore
-from llmbo.models.loading import find_prunable, silence_libraries
+from llmbo.models.loading import find_prunable
+from llmbo.models.silence import silence_libraries
 
 FOLDS = 8
 FRONT = 1.25  # times the KL of the measured threshold families

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.quiet import Quiet
 from experiments.recovery.cut import main as cut
-from llmbo.models.loading import silence_libraries
+from llmbo.models.silence import silence_libraries
 from llmbo.training.recovery import Outcome, Task, recover
 from llmbo.training.trainer import Plan, Progress
 

@@ -1,114 +1,94 @@
-"""Seconds, memory and money of a search on large models, by arithmetic: the tables of docs/scaling.md.
+"""Memory, seconds and money of a search on large models, by arithmetic: the tables of docs/scaling.md.
 
     python -m experiments.scaling
 
-Memory formulas are those that `tests/pruning/test_compensation.py` checks against real tables. Rates and prices are assumptions,
-stated in the output; `--efficiency` is the part of a device's peak that matrix products reach, which `experiments.proxy_cost`
-measures as the share of the floor.
+The plans that `llmbo optimize --plan` prints, for devices that are not here: their rates and prices are assumptions, stated below.
+`--efficiency` is the part of a device's peak that matrix products reach.
 """
 
 import argparse
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
-from llmbo.problem.preparation import DEFAULT
-from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS
-from pruning.anatomy import BlockKind, Sizes
-from pruning.compensation import factor_values, solved_values
+from transformers import LlamaConfig
+
+from llmbo.config import RunConfig
+from llmbo.problem.residence import GB, Machine
+from llmbo.run.duration import Rates
+from llmbo.run.plan import plan_of
+from pruning.compensation import factor_values
 
 MODELS = {
-    "Llama-3.1-8B": Sizes(32, 4096, 32, 8, 128, 14336, 128256),
-    "Llama-3.1-70B": Sizes(80, 8192, 64, 8, 128, 28672, 128256),
-}
+    "Llama-3.1-8B": {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
+    },
+    "Llama-3.1-70B": {
+        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Device:
-    """`matmul` and `single`: peak FLOP/s in bfloat16 and float32; `link`: bytes/s from the host; `dollars` per hour."""
+    """`matmul` and `single`: peak FLOP/s in bfloat16 and float32; `bandwidth` and `link`: bytes/s of its memory and from the host."""
 
     name: str
     memory: float
     matmul: float
     single: float
+    bandwidth: float
     link: float
     dollars: float
 
 
 DEVICES = (
-    Device("80 GB (H100 SXM)", 80e9, 989e12, 67e12, 50e9, 3.0),
-    Device("24 GB (RTX 4090)", 24e9, 165e12, 82.6e12, 25e9, 0.5),
+    Device("80 GB (H100 SXM)", 80e9, 989e12, 67e12, 3.3e12, 50e9, 3.0),
+    Device("24 GB (RTX 4090)", 24e9, 165e12, 82.6e12, 1.0e12, 25e9, 0.5),
 )
-
-
-def widths_of(sizes: Sizes) -> dict[BlockKind, list[int]]:
-    """The grid that `SearchSpace` lays."""
-    step = max(1, round(sizes.intermediate_size / NEURON_LEVELS / HARDWARE_MULTIPLE)) * HARDWARE_MULTIPLE
-    return {"attention": list(range(sizes.num_key_value_heads)), "mlp": list(range(0, sizes.intermediate_size, step))}
-
-
-def layer_parameters(sizes: Sizes) -> int:
-    heads = sizes.num_attention_heads + sizes.num_key_value_heads
-    return 2 * sizes.hidden_size * heads * sizes.head_dim + 3 * sizes.hidden_size * sizes.intermediate_size
+HOST = 512e9  # bytes of memory beside the device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=200)
-    parser.add_argument("--proxy-tokens", type=int, default=3072)
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--share", type=float, default=0.7, help="mean share of the blocks that candidates keep")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--efficiency", type=float, default=0.4)
-    parser.add_argument(
-        "--proposing", type=float, default=4.0, help="seconds per round of 4 that the GP takes on the host"
-    )
     options = parser.parse_args()
-    for name, sizes in MODELS.items():
-        blocks = sizes.num_hidden_layers * layer_parameters(sizes)
-        other = 2 * sizes.vocab_size * sizes.hidden_size
-        output = (
-            sizes.num_hidden_layers
-            * sizes.hidden_size
-            * (sizes.num_attention_heads * sizes.head_dim + sizes.intermediate_size)
-        )
-        solved, factors = solved_values(sizes, widths_of(sizes)), factor_values(sizes)
-        print(f"\n{name}: {(blocks + other) / 1e9:.2f}B parameters")
-        for text, size in (
-            ("weights, bfloat16", 2 * (blocks + other)),
-            ("weights, int8 blocks", blocks + 2 * other),
-            ("refitted weights of all widths, bfloat16", 2 * solved),
-            ("refitted weights of one candidate at most, bfloat16", 2 * output),
-            ("factors of all layers, float32", 4 * factors),
-            ("factors of one layer, float32", 4 * factors / sizes.num_hidden_layers),
-            ("one chunk of 256 rows of logits, bfloat16 and float32", 6 * 256 * sizes.vocab_size),
-        ):
-            print(f"  {size / 1e9:8.2f} GB  {text}")
-        candidate = 2 * (options.share * blocks + other / 2) * options.proxy_tokens
-        # Forward and backward for scores, for block sensitivity, and at each member for width exchanges; the rest is forward only.
-        both = min(DEFAULT.scored_tokens, options.calibration_tokens)
-        both += DEFAULT.allocation_tokens * (1 + len(DEFAULT.anchors))
-        alone = max(0, options.calibration_tokens - DEFAULT.scored_tokens)
-        alone += DEFAULT.allocation_tokens * len(DEFAULT.anchors)  # half of them before the exchanges and after them
-        calibration = (6 * both + 2 * alone) * (blocks + other / 2)
-        attention, mlp = sizes.num_attention_heads * sizes.head_dim, sizes.intermediate_size
-        cholesky = sizes.num_hidden_layers * sum(n**3 / 3 + n**2 * sizes.hidden_size for n in (attention, mlp))
-        group = sizes.queries_per_group * sizes.head_dim
-        columns = [w * c for kind, c in (("attention", group), ("mlp", 1)) for w in widths_of(sizes)[kind]]
-        solving = sizes.num_hidden_layers * sizes.hidden_size * sum(n**2 for n in columns)
+    for name, shape in MODELS.items():
         for device in DEVICES:
-            devices = max(1, -(-2 * (blocks + other) // (0.75 * device.memory)))
-            rate = options.efficiency * device.matmul
-            fits = 2 * (blocks + other + solved) < 0.9 * devices * device.memory
-            moving = 0.0 if fits else 2 * output * options.share / (devices * device.link)
-            each = (
-                candidate / rate + moving
-            )  # layers run one after another: several devices hold more, but are no faster
-            setup = calibration / rate + cholesky / (0.5 * device.single) + solving / (0.05 * rate)
-            proposing = options.proposing * options.evaluations / 4
-            total = setup + options.evaluations * each + proposing
-            where = "all widths resident" if fits else f"{moving:.2f} s of it moving weights"
+            rates = Rates(
+                matmul=options.efficiency * device.matmul,
+                single=options.efficiency * device.single,
+                passes=device.bandwidth / 4,  # two bytes read, two written
+                link=device.link,
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **shape)
+                config.save_pretrained(Path(folder, name))
+                run = RunConfig(
+                    str(Path(folder, name)), options.evaluations, options.batch, dtype="bfloat16", device="cpu",
+                    calibration_tokens=options.calibration_tokens,
+                )  # fmt: skip
+                plan = plan_of(run, rates, Machine("cuda", int(device.memory), int(HOST)))
+            if device is DEVICES[0]:
+                print(f"\n{name}: {plan.parameters / GB:.2f}B parameters")
+                print(f"  refits of all widths {plan.disk['refits'].needed / GB:.1f} GB")
+                print(f"  float32 factors of all layers at once {4 * factor_values(plan.anatomy) / GB:.1f} GB")
+                for place, residence in plan.residences.items():
+                    phases = ", ".join(f"{phase} {size / GB:.2f}" for phase, size in residence.footprint.phases.items())
+                    kept = residence.footprint.weights / GB, residence.footprint.hidden / GB
+                    print(
+                        f"  layers wait: {place}: peak {residence.needed / GB:.1f} GB, of it weights {kept[0]:.1f}, hidden states "
+                        f"{kept[1]:.2f}; {phases}; on the host {residence.host / GB:.1f}"
+                    )
+            search, total = plan.seconds["search"], sum(plan.seconds.values())
+            before = total - search - plan.seconds["held-out windows"]
+            place = plan.chosen.offload if plan.chosen else plan.refused
             print(
-                f"  {devices:.0f} x {device.name}: {each:.2f} s per candidate ({where}), set-up {setup:.0f} s, "
-                f"proposing {proposing:.0f} s; {options.evaluations} candidates {total / 60:.0f} min, "
-                f"${devices * device.dollars * total / 3600:.2f}"
+                f"  {device.name}: layers wait: {place}; preparation {before:.0f} s, {search / options.evaluations:.2f} s per candidate, "
+                f"{options.evaluations} candidates {total / 60:.0f} min, ${device.dollars * total / 3600:.2f}"
             )
 
 

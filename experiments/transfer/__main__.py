@@ -21,7 +21,8 @@ from llmbo.comparison.problems import judged_objectives, opened
 from llmbo.comparison.runner import Outcome, run_arm
 from llmbo.comparison.session import arm_key
 from llmbo.comparison.store import Evaluation, EvaluationStore
-from llmbo.models.loading import load_model, silence_libraries
+from llmbo.models.loading import load_model
+from llmbo.models.silence import silence_libraries
 from llmbo.problem.proxy import ProxyEvaluator
 from pruning.calibration import cut_windows, read_text
 

@@ -12,7 +12,8 @@ from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
-from llmbo.models.loading import LoadedModel, libraries_silenced
+from llmbo.models.loading import LoadedModel
+from llmbo.models.silence import libraries_silenced
 from llmbo.report.notebook import run_html
 from llmbo.report.schema import Report, TrialPart, Values
 from llmbo.run.rebuild import RebuildInputs, find_trial, load_base

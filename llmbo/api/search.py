@@ -1,4 +1,4 @@
-"""`optimize` searches, `load_run` opens what a search has stored."""
+"""`optimize` searches, `plan` says what that takes, `load_run` opens what a search has stored."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,12 @@ from llmbo.api.run import Run, call_text
 from llmbo.config import RunConfig
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
-from llmbo.models.loading import LoadedModel, adopt_model, libraries_silenced
+from llmbo.models.loading import LoadedModel, adopt_model
+from llmbo.models.silence import libraries_silenced
 from llmbo.report.files import find_run
 from llmbo.run.assemble import assemble
 from llmbo.run.execute import execute
+from llmbo.run.plan import Plan, plan_of
 from llmbo.run.rebuild import read_run
 
 
@@ -45,6 +47,8 @@ def optimize(
     window: int = RunConfig.window,
     dtype: str = RunConfig.dtype,
     device: str = RunConfig.device,
+    memory: str = RunConfig.memory,
+    offload: str = RunConfig.offload,
     name: str = RunConfig.name,
     storage: str | None = None,
     advisor: str = RunConfig.advisor,
@@ -76,9 +80,10 @@ def optimize(
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
         batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, name, storage,
-            advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
-            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
+            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload,
+            name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls,
+            advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
+            `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.
@@ -97,9 +102,7 @@ def optimize(
         settings |= {"model": given.name, "dtype": given.dtype, "device": given.device}
     elif tokenizer is not None:
         raise ConfigError(f"tokenizer= belongs to a loaded model: '{model}' brings its own, so leave it out.")
-    if isinstance(maximum, Mapping):
-        settings["maximum"] = tuple(f"{key}={value}" for key, value in maximum.items())
-    config = RunConfig.from_settings({key: _stored(value) for key, value in settings.items()})
+    config = _config(settings)
     with (
         _evaluating(given),
         libraries_silenced(),
@@ -108,6 +111,22 @@ def optimize(
     ):
         execute(parts, display, command)
     return Run(parts.folder, read_run(str(parts.folder)), given, show)
+
+
+def plan(model: str, **settings: Any) -> Plan:
+    """What `optimize` with these settings would take, before anything is loaded: memory, disk, minutes, the advisor's cost.
+
+    Of the model its config alone is read, so that weights need not be here.
+
+    Args:
+        model: Alias, local folder or hub name.
+        settings: Those of `llmbo.config.RunConfig`, as `optimize` takes them.
+
+    Raises:
+        LlmboError, PruningError: What `optimize` would refuse before it loads anything.
+    """
+    with libraries_silenced():
+        return plan_of(_config({"model": model, **settings}))
 
 
 def load_run(
@@ -130,6 +149,13 @@ def load_run(
     folder = find_run(str(run))
     base = model if isinstance(model, str) or model is None else adopt_model(model, tokenizer)
     return Run(folder, read_run(str(folder)), base, show)
+
+
+def _config(settings: Mapping[str, Any]) -> RunConfig:
+    maximum = settings.get("maximum", ())
+    if isinstance(maximum, Mapping):
+        settings = {**settings, "maximum": [f"{key}={value}" for key, value in maximum.items()]}
+    return RunConfig.from_settings({key: _stored(value) for key, value in settings.items()})
 
 
 def _stored(value: Any) -> Any:

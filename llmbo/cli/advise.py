@@ -31,7 +31,7 @@ def advise(
         from llmbo.advisor.assemble import check_advisor
         from llmbo.display.console import Console
         from llmbo.display.progress import Display
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
         from llmbo.run.preview import COUNT, reopened, shown_answer, shown_prompt, stored_config
 
         silence_libraries()

@@ -38,7 +38,7 @@ def compare(
         from llmbo.comparison.config import read_config
         from llmbo.comparison.display import CompareDisplay, table
         from llmbo.comparison.session import compare as run
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         checked = read_config(config, problem, text, _seeds(seeds))

@@ -55,7 +55,7 @@ def evaluate(
     ):
         from llmbo.display.progress import Display
         from llmbo.evaluation.table import Settings, compare, table
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         asked = split_list(tasks)

@@ -46,7 +46,7 @@ def export(
         from llmbo.deploy.export import export as write
         from llmbo.deploy.request import ExportRequest
         from llmbo.display.progress import Display
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size)

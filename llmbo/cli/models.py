@@ -29,7 +29,7 @@ def models(
         return
     with one_line_errors(interrupted="Interrupted."):
         from llmbo.deploy.check import findings
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         for finding in findings(check):

@@ -69,6 +69,13 @@ def optimize(
         str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most to take on the device, e.g. 24GB; by default what is free there.")
+    ] = "",
+    offload: Annotated[
+        str,
+        typer.Option(help="Where layers wait: none (on the device), cpu, disk; auto takes the first with enough room."),
+    ] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
     advisor: Annotated[
@@ -96,6 +103,10 @@ def optimize(
     advisor_price: Annotated[
         str | None, typer.Option(help="Dollars per million prompt and reply tokens, e.g. 0.4,1.6.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Load nothing: say what the run would take, and whether it fits this machine."),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has stored and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the report's path.")] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Events on stderr, one JSON object each.")] = False,
@@ -103,7 +114,8 @@ def optimize(
     """Search for smaller models and write runs/NAME/report.json.
 
     The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
-    Exit codes: 0; 2 for what is refused; 3 when no trial keeps the limits or beats the reference point given; 130 when stopped.
+    Exit codes: 0; 2 for what is refused or, with --plan, does not fit; 3 when no trial keeps the limits or beats the reference point
+    given; 130 when stopped.
 
     Example: llmbo optimize --model llama --budget 60
     """
@@ -123,9 +135,15 @@ def optimize(
         }
         RunConfig(**settings)  # refuses what it can before anything heavy is loaded
         import llmbo
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
 
         silence_libraries()
+        if plan:
+            planned = llmbo.plan(**settings)
+            say(str(planned))
+            if planned.refused:
+                raise ConfigError(planned.refused)
+            return
         command = shlex.join(["llmbo", *sys.argv[1:]])
         run = llmbo.optimize(
             **settings, fresh=fresh, show="nothing" if quiet else "json" if json_logs else "auto", command=command

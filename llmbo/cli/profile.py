@@ -38,7 +38,9 @@ def profile(
         from llmbo.config.numbers import MOST, MOST_CONTEXT, MOST_SERVED, Within
         from llmbo.display.progress import Display
         from llmbo.errors import ConfigError, unknown
-        from llmbo.models.loading import check_dtype, choose_device, load_model, silence_libraries
+        from llmbo.models.loading import load_model
+        from llmbo.models.placement import check_dtype, choose_device
+        from llmbo.models.silence import silence_libraries
         from llmbo.problem.hardware import KIND_OF, build_target, device_name, num_measurements
         from llmbo.problem.hardware import check as check_tables
         from llmbo.problem.space import SearchSpace

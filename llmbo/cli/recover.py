@@ -54,7 +54,7 @@ def recover(
         interrupted="Interrupted. The same command goes on from the last validation.", smaller="--window or --batch"
     ):
         from llmbo.display.progress import Display
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
         from llmbo.training.recovery import Task
         from llmbo.training.recovery import recover as train_briefly
         from llmbo.training.trainer import Plan, adapter_rank

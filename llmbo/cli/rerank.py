@@ -42,7 +42,7 @@ def rerank(
         interrupted="Interrupted. The same command goes on from the last validation.", smaller="--batch"
     ):
         from llmbo.display.progress import Display
-        from llmbo.models.loading import silence_libraries
+        from llmbo.models.silence import silence_libraries
         from llmbo.training import rerank as training
         from llmbo.training.trainer import Plan, adapter_rank
 

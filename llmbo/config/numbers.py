@@ -1,5 +1,6 @@
 """What a number may be, declared beside the field that holds it: `budget: Annotated[int, Within(1, 10**6)] = 60`."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -11,6 +12,7 @@ MOST = 10**6  # of whatever is counted one by one
 MOST_TOKENS = 10**9
 # Together they keep a KV cache's bytes within 64 bits.
 MOST_CONTEXT, MOST_SERVED = 10**7, 10**5
+MOST_BYTES = 10**15
 MOST_SECONDS, MOST_DOLLARS = 10**6, 10**9  # sockets wait for at most 2^31 milliseconds
 
 
@@ -79,6 +81,20 @@ def check_values(kind: type, values: Mapping[str, Any], name: Callable[[str], st
             value = values[field]
             for one in value if isinstance(value, (tuple, list)) and "tuple" in str(hint) else (value,):
                 within.check(within.flag or name(field), one, whole="int" in str(hint.__origin__))
+
+
+def bytes_of(flag: str, size: str) -> int:
+    """What a size such as `500MB` is in bytes (powers of ten); without a unit it is bytes.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    found = re.fullmatch(r"([0-9]+)(|[KMGT]B)", size.strip().upper())
+    if not found:
+        raise ConfigError(f"{flag} must be a size such as 500MB, 5GB or a number of bytes, got '{size}'.")
+    value = int(found[1]) * 1000 ** ("", "KB", "MB", "GB", "TB").index(found[2])
+    Within(1, MOST_BYTES).check(flag, value, whole=True)
+    return value
 
 
 def _short(end: float) -> str:

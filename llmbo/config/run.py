@@ -15,6 +15,7 @@ from llmbo.config.numbers import (
     MOST_TOKENS,
     SEED,
     Within,
+    bytes_of,
     check_numbers,
     check_values,
 )
@@ -25,9 +26,10 @@ from llmbo.errors import ConfigError, first_fault, unknown
 MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
-    "advisor_deadline", "advisor_price", "advisor_reply_tokens",
+    "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload",
 )  # fmt: skip
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class RunConfig:
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
         window: Tokens per window.
+        memory: Most that may be taken on the device, e.g. `24GB`; empty for what is free there.
+        offload: Where the decoder layers wait: "none" (on the device), "cpu" (in the host's memory), "disk" (mapped files), or
+            "auto" for the first of these that `memory` has room for.
         storage: Database URL, or None for SQLite in the run folder.
         advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are
             caps for the whole run: calls, tokens, tokens of one reply, dollars (None for no cap), seconds of waiting, seconds
@@ -86,6 +91,8 @@ class RunConfig:
     window: Annotated[int, Within(8, MOST)] = 256
     dtype: str = "auto"
     device: str = "auto"
+    memory: str = ""
+    offload: str = "auto"
     name: str = ""
     storage: str | None = None
     advisor: str = "none"
@@ -111,6 +118,10 @@ class RunConfig:
         strategy_plugin(self.strategy)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
+        if self.memory:
+            bytes_of("--memory", self.memory)
+        if self.offload not in OFFLOAD_CHOICES:
+            raise ConfigError(unknown("--offload", self.offload, OFFLOAD_CHOICES))
         check_objectives(self.objectives, self.reference_point)
         share = self.limits.get("params_share", 1.0)
         if share < self.min_share:
@@ -173,6 +184,11 @@ class RunConfig:
         return parse_limits(self.maximum)
 
     @property
+    def memory_bytes(self) -> int | None:
+        """What `memory` allows; None without a limit."""
+        return bytes_of("--memory", self.memory) if self.memory else None
+
+    @property
     def windows(self) -> dict[str, int]:
         """Windows in each split."""
         return {
@@ -182,5 +198,5 @@ class RunConfig:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What must not change when a run is continued. The budget and the advisor's caps may; where trials are kept has no part in it."""
+        """What must not change when a run is continued. The budget, the advisor's caps and what fits the machine may."""
         return {key: value for key, value in asdict(self).items() if key not in FREE}

@@ -9,7 +9,8 @@ from torch import nn
 
 from llmbo.deploy.card import details, licence_of, model_card
 from llmbo.deploy.request import ExportRequest
-from llmbo.models.loading import DTYPES, LoadedModel
+from llmbo.models.loading import LoadedModel
+from llmbo.models.placement import DTYPES
 from llmbo.run.rebuild import RebuildInputs, load_base
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of

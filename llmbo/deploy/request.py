@@ -1,13 +1,12 @@
 """What to export, where and how: refused here if it can be refused without a model."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from llmbo.config.formats import FORMATS, Format
-from llmbo.config.numbers import MOST, Within
+from llmbo.config.numbers import MOST, Within, bytes_of
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError
 from llmbo.report.files import find_run
@@ -15,8 +14,6 @@ from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
-
-MOST_BYTES = 10**15
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class ExportRequest:
             ConfigError, StorageError, PruningError: One line for the user.
         """
         Within(0, MOST).check("--trial", trial, whole=True)
-        shard_size = _bytes("--max-shard-size", max_shard_size)
+        shard_size = bytes_of("--max-shard-size", max_shard_size)
         report, folder = read_run(run), find_run(run)
         if format not in FORMATS:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
@@ -92,13 +89,3 @@ class ExportRequest:
         params = self.trial.objectives.params
         written = self.format.bytes_on_disk(self.dtype, params, self.report.model.params)
         return written + round(self.format.checking * params)
-
-
-def _bytes(flag: str, size: str) -> int:
-    """What a size such as `500MB` is in bytes; without a unit it is bytes."""
-    found = re.fullmatch(r"([0-9]+)(|[KMGT]B)", size.strip().upper())
-    if not found:
-        raise ConfigError(f"{flag} must be a size such as 500MB, 5GB or a number of bytes, got '{size}'.")
-    value = int(found[1]) * 1000 ** ("", "KB", "MB", "GB", "TB").index(found[2])
-    Within(1, MOST_BYTES).check(flag, value, whole=True)
-    return value

@@ -14,16 +14,8 @@ from llmbo.errors import ConfigError, ModelError, StorageError
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
 from llmbo.models.checks import check_finite
-from llmbo.models.loading import (
-    Checkpoint,
-    Found,
-    check_dtype,
-    choose_device,
-    choose_dtype,
-    find_checkpoint,
-    load_checkpoint,
-    load_tokenizer,
-)
+from llmbo.models.loading import Checkpoint, Found, find_checkpoint, load_checkpoint, load_tokenizer
+from llmbo.models.placement import check_dtype, choose_device, choose_dtype
 from llmbo.report import environment
 from llmbo.types import Phases
 from pruning.calibration import Text, read_text

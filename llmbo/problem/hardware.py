@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from llmbo.config.objectives import OBJECTIVES, TableKind
 from llmbo.errors import ConfigError
 from llmbo.models.aliases import cache_dir
-from llmbo.models.loading import LoadedModel, choose_device, load_model, max_positions
+from llmbo.models.loading import LoadedModel, load_model, max_positions
+from llmbo.models.placement import choose_device
 from llmbo.problem.energy import energy_counter
 from llmbo.problem.space import CostFunction, SearchSpace
 from pruning.anatomy import Anatomy, BlockKind

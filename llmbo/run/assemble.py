@@ -18,6 +18,7 @@ from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import DEFAULT, Method, Problem, load_windows, prepared
+from llmbo.problem.residence import placed
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
@@ -118,7 +119,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     check_advisor(config, folder)
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
-        _check_window(config, given.model.config if given else find_prunable(config.model).config)
+        base = given or find_prunable(config.model)
+        _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
     if config.text != "self":
         read_text(config.text)
     if config.items and len(read_items(Path(config.items))) < 2:
@@ -133,7 +135,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         stored = None if fresh else _continued(config, url)  # again: the process before us may just have ended
         with phases.phase("model"):
             dtype, device = (stored["dtype"], stored["device"]) if stored else (config.dtype, config.device)
-            loaded = given or load_model(config.model, dtype, device)
+            loaded = (
+                base
+                if isinstance(base, LoadedModel)
+                else load_model(config.model, *placed(config, base, dtype, device))
+            )
             for note in loaded.notes:
                 phases.note(note)
             windows = load_windows(config, loaded)

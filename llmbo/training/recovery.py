@@ -17,7 +17,8 @@ from llmbo.deploy.disk import check_disk
 from llmbo.deploy.export import exported_beside
 from llmbo.errors import ConfigError, ModelError, first_line
 from llmbo.models.checks import check_finite, check_tokens
-from llmbo.models.loading import Checkpoint, check_dtype, choose_dtype, find_checkpoint, load_checkpoint
+from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
+from llmbo.models.placement import check_dtype, choose_dtype
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
 from pruning.calibration import Dealt, TokenWindows, read_text, unseen_windows

@@ -74,7 +74,7 @@ def test_every_setting_of_the_command_line_is_a_typed_keyword() -> None:
     parameters = inspect.signature(llmbo.optimize).parameters
     settings = {item.name: item for item in fields(RunConfig)}
     of_cli = {parameter.name for parameter in typer.main.get_command(app).commands["optimize"].params}  # type: ignore[attr-defined]
-    shown = {"uniform", "quiet", "json_logs"}  # `strategy` and `show` say these
+    shown = {"uniform", "quiet", "json_logs", "plan"}  # `strategy`, `show` and `llmbo.plan` say these
     assert of_cli - shown <= {*parameters} and {*settings} <= {*parameters}
     hints = get_type_hints(llmbo.optimize, localns=vars(sys.modules["llmbo.api.search"]))
     assert {*parameters} <= {*hints}

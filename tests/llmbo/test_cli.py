@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from llmbo import __version__ as llmbo_version
 from llmbo.cli import app
 from llmbo.cli.common import one_line_errors
-from llmbo.models import loading
+from llmbo.models import silence
 from llmbo.problem.preparation import Problem
 from llmbo.report import Report
 
@@ -80,7 +80,7 @@ def test_a_message_names_only_options_of_its_command(words: tuple[str, ...], mon
         def exhausted() -> None:
             raise MemoryError
 
-        monkeypatch.setattr(loading, "silence_libraries", exhausted)
+        monkeypatch.setattr(silence, "silence_libraries", exhausted)
     said = refused(CliRunner().invoke(app, list(words)))
     commands: Any = typer.main.get_command(app)
     own = {option for parameter in commands.commands[words[0]].params for option in parameter.opts}

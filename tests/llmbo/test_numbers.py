@@ -37,6 +37,7 @@ WRITTEN = {
     ("optimize", "--reference-point"): ("{},1", "1,{}"),
     ("optimize", "--max"): ("kl={}", "params={}"),
     ("optimize", "--advisor-price"): ("{},1", "1,{}"),
+    ("optimize", "--memory"): ("{}GB",),
     ("compare", "--seeds"): ("{}",),
     ("export", "--max-shard-size"): ("{}", "{}GB"),
 }

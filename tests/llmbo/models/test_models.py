@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, Pretrain
 
 from llmbo.errors import ConfigError, ModelError
 from llmbo.models.aliases import ALIASES, resolve
-from llmbo.models.loading import choose_device, choose_dtype, find_prunable, libraries_silenced, load_model
+from llmbo.models.loading import find_prunable, load_model
+from llmbo.models.placement import choose_device, choose_dtype
+from llmbo.models.silence import libraries_silenced
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import LlamaConfig
 
-from llmbo.models.loading import choose_device, choose_dtype
+from llmbo.models.placement import choose_device, choose_dtype
 
 NAME = "meta"  # torch knows this device everywhere and has no kernels of its own for it
 

@@ -1,0 +1,168 @@
+"""Where a model's weights are while it is prepared and searched: all on the device, or one layer at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError
+from llmbo.models.loading import Found
+from llmbo.models.placement import DTYPES, choose_device, choose_dtype
+from llmbo.models.stored import anatomy_of_config
+from llmbo.problem.preparation import DEFAULT
+from llmbo.problem.space import SearchSpace
+from pruning.anatomy import Anatomy
+from pruning.compensation import solved_values
+from pruning.footprint import Footprint, Workload, footprint, layer_parameters
+
+SMALLEST_WINDOW = 64  # that is worth proposing
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free.
+
+    Args:
+        device: As torch calls it.
+        free: Bytes on the device.
+        host: Bytes of the host's memory; on a CPU the same.
+    """
+
+    device: str
+    free: int
+    host: int
+
+    @classmethod
+    def of(cls, device: str) -> "Machine":
+        host = psutil.virtual_memory().available
+        kind = torch.device(device).type
+        if kind == "cuda":
+            return cls(device, torch.cuda.mem_get_info(torch.device(device))[0], host)
+        if kind == "mps":
+            return cls(device, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), host)
+        return cls(device, host, host)
+
+    @property
+    def shared(self) -> bool:
+        """Host and device are one memory."""
+        return torch.device(self.device).type in ("cpu", "mps")
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where the decoder layers wait, and what that takes.
+
+    Args:
+        offload: "none", "cpu" or "disk", as `load_model` takes it.
+        needed: Bytes on the device at the peak; where it is the host too, with what waits there.
+        host: Bytes that wait in the host's memory, layers among them; files that are mapped do not count.
+        limit, host_limit: Bytes that may be taken on the device, and on the host.
+    """
+
+    offload: str
+    footprint: Footprint
+    needed: int
+    host: int
+    limit: int
+    host_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.limit and self.host <= self.host_limit
+
+
+def workload_of(config: RunConfig) -> Workload:
+    """What a run sends through the model."""
+    tokens = max(windows * config.window for windows in config.windows.values())
+    scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
+    return Workload(tokens, scored, config.window)
+
+
+def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
+    """Of all widths of the grid, in the model's dtype."""
+    widths = SearchSpace(anatomy, config.min_share, config.neuron_step).widths
+    return solved_values(anatomy, widths) * itemsize * config.compensation
+
+
+def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:
+    """What it takes to let the layers wait there."""
+    refits = refit_bytes(config, anatomy, itemsize)
+    found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
+    layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
+    host = found.host + (layers if offload == "cpu" else 0)
+    limit = min(machine.free, config.memory_bytes or machine.free)
+    return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)
+
+
+def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:
+    """Those that the settings allow, the fastest first; of one memory the CPU is no place beside the device."""
+    places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
+    wanted = "none" if machine.shared and config.offload == "cpu" else config.offload
+    for offload in places if wanted == "auto" else (wanted,):
+        yield residence_of(config, anatomy, itemsize, machine, offload)
+
+
+def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Residence:
+    """The first of `residences` that fits the device, `--memory` and the host.
+
+    Raises:
+        ConfigError: None does; what is missing, and what would fit.
+    """
+    found = list(residences(config, anatomy, itemsize, machine))
+    for residence in found:
+        if residence.fits:
+            return residence
+    last = found[-1]
+    if last.needed <= last.limit:
+        raise ConfigError(
+            f"'{config.model}' needs {last.host / GB:.1f} GB of the host's memory, {machine.host / GB:.1f} GB are free: "
+            f"{_remedy(config, anatomy, itemsize, machine)}."
+        )
+    where = "with all layers on it" if last.offload == "none" else "even one layer at a time"
+    allowed = "--memory allows" if last.limit < machine.free else "are free"
+    raise ConfigError(
+        f"'{config.model}' needs {last.needed / GB:.1f} GB on {machine.device} {where}, {last.limit / GB:.1f} GB {allowed}: "
+        f"{_remedy(config, anatomy, itemsize, machine)}."
+    )
+
+
+def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[str, str, str]:
+    """Dtype, device and offload of a run's model, in the order that `load_model` takes them.
+
+    Args:
+        dtype, device: The run's own where it is continued, else what the settings say.
+
+    Raises:
+        ConfigError: The device is not there, or the model fits nowhere.
+    """
+    device = choose_device(device)
+    measured = choose_dtype(dtype, device, found.config.get_text_config())
+    anatomy, machine = anatomy_of_config(found), Machine.of(device)
+    residence = choose_residence(config, anatomy, DTYPES[measured].itemsize, machine)
+    stored = str(found.config.dtype).removeprefix("torch.")
+    if residence.offload != "disk" or dtype != "auto" or stored not in DTYPES:
+        return measured, device, residence.offload
+    mapped = replace(config, offload="disk")  # files are mapped in the dtype that they are in
+    return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
+
+
+def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
+    """The smallest change that would fit: of where layers wait, of the window, of the tokens, or of the memory."""
+    changes = [("--offload auto", replace(config, offload="auto"))]
+    window = config.window // 2
+    while window >= SMALLEST_WINDOW:
+        changes.append((f"--window {window}", replace(config, offload="auto", window=window)))
+        window //= 2
+    fewer = max(config.window, DEFAULT.scored_tokens // 4)
+    if fewer < config.calibration_tokens:
+        changes.append((f"--calibration-tokens {fewer}", replace(config, offload="auto", calibration_tokens=fewer)))
+    for named, changed in changes:
+        if any(residence.fits for residence in residences(changed, anatomy, itemsize, machine)):
+            return f"{named} fits"
+    least = min(residences(changes[0][1], anatomy, itemsize, machine), key=lambda residence: residence.needed)
+    if least.needed <= machine.free and least.host <= machine.host:
+        return f"--memory {-(-least.needed // 10**6)}MB fits"
+    return f"nothing below {least.needed / GB:.1f} GB would do, so take a smaller model or another --device"

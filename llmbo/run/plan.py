@@ -1,0 +1,297 @@
+"""What a run will take, before anything is loaded: a model's config and the sizes of its files say all that is needed."""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from llmbo.advisor.assemble import check_advisor
+from llmbo.advisor.client import Price
+from llmbo.advisor.render import token_limit
+from llmbo.config import RunConfig
+from llmbo.config.advisor import parse_spec
+from llmbo.config.formats import FORMATS
+from llmbo.config.objectives import known_limits
+from llmbo.errors import ConfigError
+from llmbo.models.aliases import cache_dir
+from llmbo.models.loading import find_prunable
+from llmbo.models.placement import DTYPES, choose_device, choose_dtype
+from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
+from llmbo.problem.residence import GB, Machine, Residence, choose_residence, refit_bytes, residence_of, workload_of
+from llmbo.problem.space import SearchSpace
+from llmbo.report.files import RUNS
+from llmbo.run.duration import Rates, seconds_by_phase
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.cost import Serving, dense_block_parameters
+
+HEADERS = 0.05  # of a file, so much may be something else than weights
+PAGE_BYTES = 1_000_000  # the report's page, with its script, and pictures
+TRIAL_BYTES, TRIAL_BLOCK_BYTES = 2_000, 250  # of a trial in database, report and page, and for each of its blocks
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that will be written, and those free where they go."""
+
+    place: Path
+    needed: int
+    free: int
+
+    @classmethod
+    def at(cls, place: Path, needed: int) -> "Disk":
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
+        return cls(place, needed, shutil.disk_usage(there).free)
+
+
+@dataclass(frozen=True)
+class AdviceCost:
+    """What the advisor's caps let it cost, at most.
+
+    Args:
+        dollars: None where its price is not known.
+    """
+
+    calls: int
+    tokens: int
+    dollars: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Args:
+        dtype, device: As the run would choose them here.
+        parameters, block_parameters: Of the dense model, and of its decoder layers.
+        stored: Its files; None where only the config is known.
+        levels: Widths that the search knows for each kind of block, none and all of it among them.
+        smallest_share: Of the decoder layers' parameters, in the smallest legal model.
+        machine: Memory that is free.
+        residences: By where layers wait: "none", "cpu", "disk".
+        chosen: The one that the run would take; None where none fits.
+        refused: What is missing and what would fit, in a line; empty where the run fits.
+        disk: What will be written, some of `WRITTEN`.
+        rates: This machine's, measured for the plan.
+        seconds: By phase; of the layer-by-layer way where nothing fits.
+    """
+
+    config: RunConfig
+    dtype: str
+    device: str
+    anatomy: Anatomy
+    parameters: int
+    block_parameters: int
+    stored: StoredWeights | None
+    levels: Mapping[BlockKind, int]
+    smallest_share: float
+    machine: Machine
+    residences: Mapping[str, Residence]
+    chosen: Residence | None
+    refused: str
+    disk: Mapping[str, Disk]
+    rates: Rates
+    seconds: Mapping[str, float]
+    advice: AdviceCost | None
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:9} {line}" for name, line in self._lines())
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """A screen of 80 columns."""
+        a, itemsize = self.anatomy, DTYPES[self.dtype].itemsize
+        yield "model", f"{self.config.model}: {_count(self.parameters)} parameters, {self.dtype} on {self.device}"
+        yield "", f"{a.num_hidden_layers} layers of {a.num_key_value_heads} KV groups and {a.intermediate_size} neurons"
+        files = "no weights here, sizes from the config"
+        if self.stored:
+            files = f"{_size(self.stored.bytes)} in {_some(self.stored.files, 'file')}"
+            files += "" if self.stored.here else ", to be downloaded"
+        yield "", f"weights {_size(self.parameters * itemsize)}; {files}"
+        points = a.num_hidden_layers * sum(math.log10(number) for number in self.levels.values())
+        yield (
+            "shapes",
+            f"{self.levels['attention']} levels of attention, {self.levels['mlp']} of an MLP in each layer: 10^{points:.0f}",
+        )
+        share = self.smallest_share
+        smallest = self.parameters - (1 - share) * self.block_parameters
+        yield "", f"smallest legal {share:.1%} of the layers, {_count(smallest)} parameters"
+        limit = self.residences["none"].limit
+        yield "memory", f"{_size(limit)} may be taken on {self.device}"
+        for offload, residence in self.residences.items():
+            mark = "  <- chosen" if residence == self.chosen else ""
+            host = f", {_size(residence.host)} on the host" if residence.host and not self.machine.shared else ""
+            yield "", f"{WAITING[offload]}: peak {_size(residence.needed)} ({residence.footprint.largest}){host}{mark}"
+        for index, (name, disk) in enumerate(self.disk.items()):
+            told = f"{WRITTEN[name]} {_size(disk.needed)}; {_size(disk.free)} free in {disk.place}"
+            yield "" if index else "disk", told
+        search, heldout = self.seconds["search"], self.seconds["held-out windows"]
+        total = sum(self.seconds.values())
+        yield "time", f"{_time(total)}, at {self.rates.matmul / 1e12:.3g} TFLOP/s in {self.dtype} measured here:"
+        yield (
+            "",
+            f"preparation {_time(total - search - heldout)}, search {_time(search)}, held-out windows {_time(heldout)}",
+        )
+        if self.advice:
+            cost = (
+                "price unknown, see --advisor-price" if self.advice.dollars is None else f"${self.advice.dollars:.3f}"
+            )
+            yield "advice", f"at most {self.advice.calls} calls, {self.advice.tokens} tokens, {cost}"
+        yield "fits", "no" if self.refused else "yes"
+
+
+WRITTEN = {
+    "download": "the weights, to be downloaded,",
+    "copy": "a copy of the weights to map",
+    "refits": "refits of all widths",
+    "run": "the run's folder",
+    "export": "an export, at most",
+}
+WAITING = {
+    "none": "all layers on the device",
+    "cpu": "one layer at a time from the host",
+    "disk": "one layer at a time from mapped files",
+}
+
+
+def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | None = None) -> Plan:
+    """Work out what a run takes; of the model only its config is read.
+
+    Args:
+        rates, machine: Instead of this machine's.
+
+    Raises:
+        LlmboError, PruningError: What a run would refuse before it loads anything.
+    """
+    check_advisor(config, RUNS / config.name)
+    found = find_prunable(config.model)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
+    itemsize = DTYPES[dtype].itemsize
+    anatomy = anatomy_of_config(found)
+    serving = Serving(config.context, config.serve_batch)
+    space = SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
+    machine = machine or Machine.of(device)
+    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
+    chosen, refused = None, ""
+    try:
+        chosen = choose_residence(config, anatomy, itemsize, machine)
+    except ConfigError as error:
+        refused = str(error)
+    stored = stored_weights(found.source)
+    parameters = anatomy.other_parameters + dense_block_parameters(anatomy)
+    disk = _disk(config, space, itemsize, parameters, stored)
+    copied = stored is None or abs(stored.bytes / (itemsize * parameters) - 1) > HEADERS
+    if chosen and chosen.offload == "disk" and copied:
+        disk["copy"] = Disk.at(cache_dir(), itemsize * parameters)
+    if chosen:
+        spare = machine.host - (chosen.needed if machine.shared else chosen.host)
+        refused = next(filter(None, (_missing(name, needed, spare) for name, needed in disk.items())), "")
+    places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
+    return Plan(
+        config,
+        dtype,
+        device,
+        anatomy,
+        parameters,
+        dense_block_parameters(anatomy),
+        stored,
+        levels={kind: len(widths) for kind, widths in space.widths.items()},
+        smallest_share=_smallest_share(space),
+        machine=machine,
+        residences={place: residence_of(config, anatomy, itemsize, machine, place) for place in places},
+        chosen=chosen,
+        refused=refused,
+        disk=disk,
+        rates=rates,
+        seconds=seconds_by_phase(config, space, itemsize, chosen is None or chosen.offload != "none", rates),
+        advice=_advice(config, anatomy),
+    )
+
+
+def _smallest_share(space: SearchSpace) -> float:
+    """What is left when blocks are narrowed one after the other as far as they may be."""
+    x = torch.tensor([space.max_levels], dtype=torch.float64)
+    for index, most in enumerate(space.max_levels):
+        tried = x.repeat(most + 1, 1)
+        tried[:, index] = torch.arange(most + 1)
+        groups = tried[:, : space.num_layers]
+        x = tried[(space.share(tried) >= space.min_share) & (groups > 0).any(-1)][:1]
+    if tuple(x[0].int().tolist()) == space.max_levels:
+        raise ConfigError(f"--min-share {space.min_share} leaves no model smaller than the dense one: lower it.")
+    return float(space.share(x))
+
+
+def _disk(
+    config: RunConfig, space: SearchSpace, itemsize: int, parameters: int, stored: StoredWeights | None
+) -> dict[str, Disk]:
+    refits = refit_bytes(config, space.anatomy, itemsize)
+    trials = config.budget * (TRIAL_BYTES + TRIAL_BLOCK_BYTES * space.d)
+    export = max(row.bytes_on_disk(next(iter(row.dtypes)), parameters, parameters) for row in FORMATS.values())
+    found = {} if stored is None or stored.here else {"download": Disk.at(Path(HF_HUB_CACHE), stored.bytes)}
+    if refits:
+        found["refits"] = Disk.at(cache_dir(), refits)
+    found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
+    found["export"] = Disk.at(Path("exports"), export)
+    return found
+
+
+def _missing(name: str, disk: Disk, spare: int) -> str:
+    """What to do where a run could not go on for want of disk.
+
+    Args:
+        spare: Bytes of the host's memory, which can hold refits as well. An export is made when its size is known.
+    """
+    if disk.needed <= disk.free or name == "export" or (name == "refits" and disk.needed <= spare):
+        return ""
+    remedy = {
+        "download": "set HF_HUB_CACHE to a larger disk",
+        "copy": "set LLMBO_CACHE to a larger disk",
+        "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
+    }.get(name, "free some")
+    said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
+    return f"{said}: {_size(disk.needed)} are needed, {_size(disk.free)} are free; {remedy}."
+
+
+def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
+    kind = parse_spec(config.advisor).kind
+    if kind not in ("openai", "transformers"):
+        return None
+    prompt, reply = token_limit(anatomy.num_hidden_layers), config.advisor_reply_tokens
+    calls = config.advisor_max_calls
+    tokens = min(config.advisor_max_tokens, calls * (prompt + reply))
+    price = (
+        Price(0.0, 0.0) if kind == "transformers" else Price(*config.advisor_price) if config.advisor_price else None
+    )
+    if price is None:
+        return AdviceCost(calls, tokens, None)
+    dollars = price.of(tokens * prompt // (prompt + reply), tokens * reply // (prompt + reply))
+    return AdviceCost(calls, tokens, min(dollars, config.advisor_max_cost or dollars))
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _size(size: float) -> str:
+    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.1f} MB"
+
+
+def _some(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 2 * 3600
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 90
+        else f"{seconds:.0f} s"
+    )

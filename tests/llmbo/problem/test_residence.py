@@ -1,0 +1,110 @@
+"""Where the layers wait: the fastest place with enough room, or one line that says what would do."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError
+from llmbo.models.loading import find_prunable
+from llmbo.problem.residence import Machine, choose_residence, placed, residence_of
+from pruning.anatomy import Anatomy, anatomy_of
+
+CONFIG = RunConfig("big", calibration_tokens=65536)
+PLENTY = 10**13
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    """Llama-3.1-8B."""
+    shape = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return anatomy_of(AutoModelForCausalLM.from_config(shape))
+
+
+def chosen(anatomy: Anatomy, machine: Machine, **settings: Any) -> str:
+    return choose_residence(replace(CONFIG, **settings), anatomy, 2, machine).offload
+
+
+def test_more_room_never_chooses_a_slower_place(anatomy: Anatomy) -> None:
+    """Each place is taken from exactly the bytes on that it needs."""
+    order = ("none", "cpu", "disk")
+    rich = {place: residence_of(CONFIG, anatomy, 2, Machine("cuda", PLENTY, PLENTY), place) for place in order}
+    assert rich["none"].needed > rich["cpu"].needed == rich["disk"].needed
+    assert rich["cpu"].host - rich["disk"].host == pytest.approx(2 * 6.98e9, rel=0.01)  # the layers
+    whole, part = rich["none"].needed, rich["cpu"].needed
+    assert chosen(anatomy, Machine("cuda", whole, PLENTY)) == "none"
+    assert chosen(anatomy, Machine("cuda", whole - 1, PLENTY)) == "cpu"
+    assert chosen(anatomy, Machine("cuda", PLENTY, PLENTY), memory=str(whole - 1)) == "cpu"
+    assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host)) == "cpu"
+    assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host - 1)) == "disk"
+    assert chosen(anatomy, Machine("cuda", PLENTY, PLENTY), offload="disk") == "disk"
+
+
+def test_on_a_cpu_what_waits_is_in_the_same_memory_unless_it_is_mapped(anatomy: Anatomy) -> None:
+    machine = Machine("cpu", PLENTY, PLENTY)
+    whole, mapped = (residence_of(CONFIG, anatomy, 2, machine, place) for place in ("none", "disk"))
+    assert whole.needed == whole.footprint.peak + whole.host and mapped.needed == mapped.footprint.peak + mapped.host
+    assert chosen(anatomy, Machine("cpu", whole.needed, whole.needed)) == "none"
+    assert chosen(anatomy, Machine("cpu", whole.needed - 1, whole.needed - 1)) == "disk"
+    assert chosen(anatomy, machine, offload="cpu") == "none"  # there it is on the device
+
+
+def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
+    """From one byte too little down to almost nothing, under all settings: one line, and the change it names would do."""
+    cases = [
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB"}),
+        (Machine("cuda", 18 * 10**9, PLENTY), {"offload": "none"}),
+        (Machine("cuda", 8 * 10**9, 10**12), {"window": 8192, "proxy_tokens": 8192, "heldout_tokens": 8192}),
+        (Machine("cuda", 10**10, 10**9), {}),
+        (Machine("cpu", 9 * 10**9, 9 * 10**9), {"memory": "1GB"}),
+        (Machine("cpu", 10**9, 10**9), {}),
+    ]
+    said = []
+    for machine, settings in cases:
+        config = replace(CONFIG, **settings)
+        with pytest.raises(ConfigError) as caught:
+            choose_residence(config, anatomy, 2, machine)
+        message = str(caught.value)
+        assert "\n" not in message and "'big' needs" in message and "GB" in message
+        change = re.search(r"--(offload|window|calibration-tokens|memory) (\w+) fits", message)
+        said.append(change[1] if change else "nothing")
+        if change:
+            value: Any = int(change[2]) if change[2].isdigit() else change[2]
+            choose_residence(
+                replace(config, **{"offload": "auto", change[1].replace("-", "_"): value}), anatomy, 2, machine
+            )
+        else:
+            assert "smaller model" in message
+    assert said == ["memory", "offload", "window", "calibration-tokens", "memory", "nothing"]
+
+
+def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
+    found = find_prunable(str(model_folder))
+    assert placed(RunConfig(found.name), found, "float32", "cpu") == ("float32", "cpu", "none")
+    assert placed(RunConfig(found.name, offload="disk"), found, "bfloat16", "cpu") == ("bfloat16", "cpu", "disk")
+    with pytest.raises(ConfigError, match="--memory allows: --memory 1MB fits"):
+        placed(RunConfig(found.name, memory="1KB"), found, "float32", "cpu")
+
+
+def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: Any) -> None:
+    """Neither setting changes a result: a run goes on with its layers in files. What fits nowhere leaves it as it was."""
+    shutil.copytree(finished.folder, llmbo.folder, dirs_exist_ok=True)
+    before = llmbo.files()
+    refused = llmbo(budget=19, memory="1KB")
+    assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and "--memory" in refused.stderr
+    assert llmbo.files() == before
+    result = llmbo(budget=19, offload="disk", memory="1GB")
+    assert result.exit_code == 0, result.output
+    old, new = finished.report(), llmbo.report()
+    assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]
+    assert not {"offload", "memory"} & {*new["run"]["settings"]}

@@ -1,0 +1,226 @@
+"""What `--plan` says before anything is loaded: figures that follow from the config, this machine's rates, and whether it fits."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import llmbo as face
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError
+from llmbo.models.loading import load_model
+from llmbo.models.stored import anatomy_of_config, stored_weights
+from llmbo.problem.preparation import load_windows, prepared
+from llmbo.problem.residence import Machine
+from llmbo.problem.space import SearchSpace
+from llmbo.run.duration import Rates, Work, seconds_by_phase
+from llmbo.run.plan import Plan, plan_of
+from pruning.anatomy import anatomy_of
+from pruning.compensation import solved_values
+
+RATES = Rates(matmul=3e14, single=5e13, passes=1e12, link=2e10)
+CARD = Machine("cuda", 24 * 10**9, 10**12)
+SHAPES: dict[str, Any] = {
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
+    "70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672},
+}
+
+
+@pytest.fixture(scope="module")
+def anatomies() -> dict[str, Any]:
+    """Those that were read already, by folder name: a model of 80 layers takes a moment even without weights."""
+    return {}
+
+
+@pytest.fixture
+def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """(Llama-3.1's size, settings) -> its plan on a card of 24 GB; there is a config, and no weights."""
+
+    def read_once(found: Any) -> Any:
+        name = Path(found.name).name
+        anatomies[name] = anatomies.get(name) or anatomy_of_config(found)
+        return anatomies[name]
+
+    def make(size: str, **settings: Any) -> Plan:
+        config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **SHAPES[size])
+        if not (tmp_path / size).is_dir():
+            config.save_pretrained(tmp_path / size)
+        settings = {"dtype": "bfloat16", "device": "cpu"} | settings
+        return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, CARD)
+
+    monkeypatch.setattr("llmbo.run.plan.anatomy_of_config", read_once)
+    return make
+
+
+def test_a_config_alone_tells_the_sizes(planned: Callable[..., Plan]) -> None:
+    """The published numbers of parameters; refits of all widths as `docs/scaling.md` has them. Nothing is allocated."""
+    for size, parameters, refits, levels in (("8B", 8.03e9, 28.0e9, 14), ("70B", 70.55e9, 245e9, 13)):
+        plan = planned(size)
+        assert plan.parameters == pytest.approx(parameters, rel=1e-3) and plan.stored is None
+        assert plan.disk["refits"].needed == pytest.approx(refits, rel=0.01)
+        assert plan.levels == {"attention": 9, "mlp": levels} and 0.4 <= plan.smallest_share < 0.41
+        assert plan.residences["none"].footprint.weights == 2 * plan.parameters
+        assert plan.residences["none"].footprint.peak <= 1.25 * 2 * plan.parameters
+        assert "sizes from the config" in str(plan)
+    assert plan.chosen is not None and plan.chosen.offload == "cpu"  # 70B on 24 GB, one layer at a time
+    assert planned("8B").chosen == planned("8B").residences["none"]
+
+
+def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None:
+    plan = planned("70B", offload="none")
+    assert not plan.fits and plan.chosen is None and "--offload auto fits" in plan.refused
+    assert planned("70B", memory="10GB").refused.endswith("MB fits.")
+    assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit no disk here
+    assert "--neuron-step" in crowded.refused and crowded.chosen is not None
+
+
+def test_advice_costs_no_more_than_its_caps(planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    many = {"advisor": "openai:some", "advisor_max_tokens": 10**6}
+    priced, capped = (
+        planned("8B", **many, advisor_price=(1.0, 4.0), **more).advice for more in ({}, {"advisor_max_cost": 0.01})
+    )
+    assert priced and priced.tokens == 8 * (3500 + 700) and priced.dollars == pytest.approx(8 * (3500 + 4 * 700) / 1e6)
+    assert capped and capped.dollars == 0.01
+    few = planned("8B", **many | {"advisor_max_tokens": 5000}).advice
+    assert few and few.tokens == 5000 and few.calls == 8 and few.dollars is None
+
+
+def test_the_command_says_it_in_a_screen_and_writes_nothing(llmbo: Any) -> None:
+    before = llmbo.files()
+    result = llmbo(plan=True)
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and llmbo.files() == before and "Report:" not in result.stdout
+    assert len(lines) <= 24 and lines[-1].split() == ["fits", "yes"]
+    settings = {name: value if isinstance(value, int) else str(value) for name, value in llmbo.defaults.items()}
+    plan = face.plan(**settings)
+    timed = ("time", "disk", "memory")  # as free memory and the machine's rates change
+    told = [line for line in str(plan).splitlines() if line.split()[0] in ("model", "weights", "shapes", "smallest")]
+    assert len(told) == 4 and all(line in lines for line in told) and {line.split()[0] for line in lines} >= {*timed}
+    assert plan.fits and plan.stored and plan.stored.here
+    refused = llmbo(plan=True, memory="1KB")
+    assert refused.exit_code == 2 and refused.stdout.splitlines()[-1].split() == ["fits", "no"]
+    assert (
+        len(refused.stderr.splitlines()) == 1 and refused.stderr.startswith("error: ") and "--memory" in refused.stderr
+    )
+    with pytest.raises(ConfigError, match="budgets"):
+        face.plan("tiny", budgets=3)
+
+
+def test_stored_weights_are_counted_by_files_or_by_the_index(model_folder: Path, tmp_path: Path) -> None:
+    whole = stored_weights(str(model_folder))
+    assert (
+        whole and whole.files == 1 and whole.here and whole.bytes == (model_folder / "model.safetensors").stat().st_size
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    parts = stored_weights(str(tmp_path / "parts"))
+    assert parts and parts.files > 2 and parts.here
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_bytes())
+    next((tmp_path / "parts").glob("model-00001-*")).unlink()
+    torn = stored_weights(str(tmp_path / "parts"))
+    assert torn and not torn.here and torn.bytes == index["metadata"]["total_size"] < parts.bytes
+    shutil.copy(model_folder / "config.json", tmp_path)
+    assert stored_weights(str(tmp_path)) is None
+
+
+def test_a_hub_name_is_looked_up_in_the_cache(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, as the hub is: with the config alone nothing is known, with the weights beside it they are here."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    shutil.copy(model_folder / "config.json", snapshot)
+    assert stored_weights("org/tiny") is None
+    shutil.copy(model_folder / "model.safetensors", snapshot)
+    assert stored_weights("org/tiny") == stored_weights(str(model_folder))
+
+
+class Counting(TorchDispatchMode):
+    """Phases that count operations instead of seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.found = 0, dict[str, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # a product may hide in it
+                result = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if result is NotImplemented else result
+        result = func(*args, **(kwargs or {}))
+        self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        before = self.total
+        yield lambda done: None
+        self.found[name] = self.total - before
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: Path) -> None:
+    """Phase by phase within a factor of 2: torch counts no factorisations, no products in place, and attention not everywhere."""
+    config = RunConfig(
+        str(model_folder),
+        text=f"text:{text_file}",
+        window=8,  # attention is next to nothing
+        calibration_tokens=128,
+        proxy_tokens=64,
+        heldout_tokens=64,
+    )
+    loaded = load_model(config.model, "float32", "cpu")
+    windows = load_windows(config, loaded)
+    with Counting() as counting, prepared(config, loaded, windows, counting) as problem:
+        space = problem.space
+    one = Rates(matmul=1.0, single=1.0, passes=float("inf"))
+    expected = seconds_by_phase(config, space, 4, False, one)
+    later = ("allocation", "width exchanges", "dense model")
+    found = {name: counting.found.pop(name) for name in later} | {"importance and refits": sum(counting.found.values())}
+    ratios = {name: expected[name] / count for name, count in found.items()}
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+
+
+def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None:
+    base = planned("8B").seconds
+    assert planned("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
+    first = "importance and refits"
+    assert planned("8B", calibration_tokens=65536).seconds[first] > 1.5 * base[first]
+    assert planned("8B", compensation=False).seconds[first] < base[first]
+    waiting = planned("8B", offload="cpu").seconds
+    walk = 2 * 6.98e9 / RATES.link + 3 * 6.98e9 / RATES.passes  # type: ignore[operator]
+    # A walk for each round of four.
+    assert waiting["search"] - base["search"] == pytest.approx(15 * walk, rel=0.01)
+    assert Work(3.0, 4.0, 5.0, 6.0).seconds(Rates(3.0, 2.0, 1.0, 6.0)) == 1 + 2 + 5 + 1
+
+
+def test_rates_are_measured_by_the_clock(planned: Callable[..., Plan]) -> None:
+    """Operations over seconds, whatever the clock says; on a CPU nothing is moved."""
+    ticks = iter(range(10**6))
+    sizes = replace(planned("8B").anatomy, hidden_size=8, intermediate_size=16)
+    rates = Rates.measure(sizes, torch.float32, "cpu", 4, clock=lambda: float(next(ticks)))
+    assert rates == Rates(2 * 4 * 8 * 16, 2 * 4 * 8 * 16, 2 * 4 * 16)
+
+
+def test_refits_on_disk_are_the_ones_that_are_solved(model_folder: Path) -> None:
+    plan = face.plan(str(model_folder), dtype="float32", window=16)
+    space = SearchSpace(anatomy_of(AutoModelForCausalLM.from_pretrained(model_folder)))
+    assert plan.disk["refits"].needed == 4 * solved_values(space.anatomy, space.widths)

@@ -75,6 +75,11 @@ class LoadedModel(Checkpoint):
 
     fingerprint: str
 
+    @property
+    def resident(self) -> bool:
+        """Whether its layers stay on the device."""
+        return self.offload == "none"
+
 
 @dataclass(frozen=True)
 class Found:

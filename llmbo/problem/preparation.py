@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
 from llmbo.config.objectives import known_limits, measured_limits
+from llmbo.errors import ConfigError
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
@@ -187,6 +188,7 @@ def prepared(
         profiles: Tables of the run that is continued, measured on the device where the model will run.
     """
     model = loaded.model
+    _check_whole(config, loaded)
     space = space_of(config, model)
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
@@ -201,7 +203,7 @@ def prepared(
         importance = fisher(statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(statistics))
         layers = layer_scores(statistics)
-    with Supernet(model, found.ranking, found.refits) as supernet:
+    with Supernet(model, found.ranking, found.refits, loaded.resident) as supernet:
         enough = min(method.allocation_tokens // calibration.shape[1], len(calibration) // 4)
         some = calibration[: max(1, enough)]
         keep = partial(_stage, files, device_of(model), len(some), config.seed)
@@ -313,6 +315,17 @@ def with_exchanges(
         measured.append(first + second)
     corrected = exchanged_family(family, anchors, exchanges)
     return replace(corrected, expansions=expansions(space, sound, measured, sensitivity))
+
+
+def _check_whole(config: RunConfig, loaded: LoadedModel) -> None:
+    """Refuse what runs models as a whole where layers are brought one at a time."""
+    measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF or name == "accuracy"]
+    wanted = ["--racing"] * config.racing + ["--text self"] * (config.text == "self") + measured
+    if wanted and not loaded.resident:
+        raise ConfigError(
+            f"{wanted[0]} runs the model as a whole, but its layers wait in the {'files' if loaded.offload == 'disk' else 'host'}: "
+            "leave it out, or make room for --offload none."
+        )
 
 
 def space_of(config: RunConfig, model: PreTrainedModel) -> SearchSpace:

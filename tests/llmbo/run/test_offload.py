@@ -1,0 +1,41 @@
+"""A run whose layers wait in their files finds what one with a resident model finds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def numbers(values: dict[str, float | None] | None) -> dict[str, float]:
+    return {name: value for name, value in (values or {}).items() if value is not None}
+
+
+@pytest.mark.parametrize("flags", [{}, {"no_compensation": True}], ids=["refits", "none"])
+def test_a_run_with_layers_on_disk_is_the_run_of_a_resident_model(
+    llmbo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, object]
+) -> None:
+    found = {}
+    for offload in ("none", "disk"):
+        monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / offload))  # nothing is taken from the other
+        done = llmbo(name=offload, budget=10, offload=offload, **flags)
+        assert done.exit_code == 0, done.output
+        found[offload] = llmbo.report(offload)
+    for part in ("trials", "front"):
+        disk, resident = found["disk"][part], found["none"][part]
+        assert [point["architecture"] for point in disk] == [point["architecture"] for point in resident]
+        for one, other in zip(disk, resident, strict=True):
+            for values in ("objectives", "heldout"):
+                assert numbers(one.get(values)) == pytest.approx(numbers(other.get(values)), rel=1e-4)
+
+
+def test_it_goes_on_with_a_resident_model_and_back(llmbo: Any) -> None:
+    for budget, offload in ((4, "disk"), (6, "none"), (8, "disk")):
+        done = llmbo(budget=budget, offload=offload)
+        assert done.exit_code == 0, done.output
+    assert [trial["state"] for trial in llmbo.report()["trials"]] == ["complete"] * 8
+
+
+@pytest.mark.parametrize("flags", [{"racing": True}, {"objectives": "kl,decode_latency"}], ids=str)
+def test_what_runs_models_as_a_whole_is_refused(llmbo: Any, flags: dict[str, object]) -> None:
+    done = llmbo(offload="disk", **flags)
+    assert done.exit_code == 2 and "runs the model as a whole" in done.output and "--offload none" in done.output

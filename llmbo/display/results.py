@@ -9,6 +9,7 @@ from llmbo.advisor.parts import AdvisorPart
 from llmbo.display.dashboard import volume
 from llmbo.problem.objectives import Objective
 from llmbo.report import Report
+from llmbo.report.table import text_name
 from llmbo.types import Trial
 
 
@@ -30,7 +31,10 @@ def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
     table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
-    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
+    own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
+    on_text = [f"{name}\non {own}" for name in ("kl", "loss", "perplexity", "held-out kl", "held-out loss")]
+    there = [f"held-out {name}\non {other}" for name in ("kl", "loss") if other]
+    for heading in ("trial", "params", "share", *on_text, *there):
         table.add_column(heading, justify="right")
     count = len(report.front)
     shown = (
@@ -49,6 +53,7 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.perplexity:.1f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
+            *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),
         )
     return table
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
-from llmbo.problem.preparation import load_windows, ranked
+from llmbo.problem.preparation import ranked
+from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of

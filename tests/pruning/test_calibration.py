@@ -14,18 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pruning.calibration import (
-    SOURCES,
-    SPLITS,
-    Dealt,
-    Text,
-    TokenWindows,
-    cut_windows,
-    read_text,
-    sample_windows,
-    unseen_windows,
-)
+from pruning.calibration import SPLITS, Dealt, TokenWindows, cut_windows, unseen_windows
 from pruning.errors import NotEnoughText, UnreadableText
+from pruning.sampling import sample_windows
+from pruning.text import SOURCES, Text, read_text
 
 COUNTS = {"calibration": 5, "proxy": 4, "heldout": 3}
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -117,7 +109,7 @@ def test_unseen_windows_share_no_token_with_what_was_dealt(
 ) -> None:
     text, tokenizer = words(count), build_tokenizer(bos)
     used = torch.cat(splits(cut_windows(text, tokenizer, COUNTS, dealt, first)))
-    found = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt(text.sha256, 12, dealt, first))
+    found = unseen_windows(text, tokenizer, length, second, 2, 1, [Dealt(text.sha256, 12, dealt, first)])
     judged = torch.cat([found.proxy, found.heldout])
     assert (len(found.proxy), len(found.heldout), found.length) == (2, 2, length)
     assert len(found.calibration) == count // (length - bos) - 4
@@ -125,7 +117,7 @@ def test_unseen_windows_share_no_token_with_what_was_dealt(
     assert own.unique().numel() == own.numel()
     assert not torch.isin(judged[:, int(bos) :], used[:, int(bos) :]).any()
     # What nobody has dealt is the end of the same order.
-    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt("another text", 12, dealt, first))
+    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, [Dealt("another text", 12, dealt, first)])
     everything = {"calibration": count // (length - bos) - 4, "proxy": 2, "heldout": 2}
     for one, other in zip(splits(fresh), splits(cut_windows(text, tokenizer, everything, length, second)), strict=True):
         assert torch.equal(one, other)
@@ -137,7 +129,7 @@ def test_a_text_of_just_the_needed_length_is_enough(bos: bool, training: int, ne
     tokenizer = build_tokenizer(bos)
 
     def cut(count: int) -> TokenWindows:
-        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, Dealt(words(count).sha256, 12, 8, 0))
+        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, [Dealt(words(count).sha256, 12, 8, 0)])
 
     assert len(cut(needed).calibration) == max(12, training)
     for short in (1, 8 - bos):
@@ -183,7 +175,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path, make: Callable[[Path], obje
 
 
 @pytest.mark.parametrize(
-    "source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b", "hf:a:b:c:d:e", "hf:a:b:c[:d", "self"]
+    "source",
+    ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b", "hf:a:b:c:d:e", "hf:a:b:c[:d", "self", "Python"],
 )
 def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
     with pytest.raises(UnreadableText) as error:

@@ -210,7 +210,8 @@ def fresh_windows(
         order, unseen, used = cut.unseen(seed, seen)
         if len(unseen) < count:
             raise cut.too_short(
-                f"{count} windows of {cut.payload} are needed beside the {used} that the search used ({len(unseen)} windows are unseen)",
+                f"{count} windows of {cut.payload} are needed beside the {used} tokens that the search used "
+                f"({len(unseen)} windows are unseen)",
                 "name a longer text, or none, for --heldout-text, or ask for fewer --heldout-tokens",
             )
         return order[:0], order[:0], unseen[:count]

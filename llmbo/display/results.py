@@ -32,10 +32,11 @@ def summary(report: Report, rows: int = 12) -> Table:
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
     table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
     own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
-    on_text = [f"{name}\non {own}" for name in ("kl", "loss", "perplexity", "held-out kl", "held-out loss")]
-    there = [f"held-out {name}\non {other}" for name in ("kl", "loss") if other]
-    for heading in ("trial", "params", "share", *on_text, *there):
-        table.add_column(heading, justify="right")
+    names = [("", "", "trial"), ("", "", "params"), ("", "", "share")]
+    names += [(seen, name, own) for seen in ("", "held-out") for name in ("kl", "loss")]
+    names += [("held-out", name, other) for name in ("kl", "loss") if other]
+    for lines in names:
+        table.add_column("\n".join(lines), justify="right")
     count = len(report.front)
     shown = (
         sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
@@ -50,7 +51,6 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.params_share:.1%}",
             f"{values.kl:.3f}",
             f"{values.loss:.3f}",
-            f"{values.perplexity:.1f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
             *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),

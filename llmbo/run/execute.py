@@ -9,6 +9,7 @@ from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
+from llmbo.run.records import digest_elsewhere
 from llmbo.search.loop import run_search
 from llmbo.types import Trial
 
@@ -59,9 +60,9 @@ def measure_heldout(run: RunParts) -> None:
 def measure_elsewhere(run: RunParts) -> None:
     """The same on windows of another text. Should that text have changed since, all is measured anew."""
     assert run.elsewhere is not None
-    part, known = elsewhere_part(run.elsewhere), run.store.facts.get("elsewhere") or {}
+    part = elsewhere_part(run.elsewhere)
     missing = _unmeasured(run, part["digest"])
-    if not missing and known.get("digest") == part["digest"]:
+    if not missing and digest_elsewhere(run.store.facts) == part["digest"]:
         return
     evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
     run.store.set_fact("elsewhere", {**part, "dense": evaluator.evaluate(run.problem.space.max_levels)})
@@ -87,7 +88,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         {**facts, "run": part},
         run.store.heldout(),
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
-        run.store.heldout(facts["elsewhere"]["digest"]) if facts.get("elsewhere") else {},
+        run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
     )
     write_report(report, run.folder)
     for text in report.warnings:

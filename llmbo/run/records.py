@@ -111,6 +111,12 @@ def rounds_of(attributes: Mapping[str, Any]) -> list[list[Proposal]]:
     return [[item.made() for item in _fits(_PROPOSALS, attributes[key], key)] for key in latest.values()]
 
 
+def digest_elsewhere(facts: Mapping[str, Any]) -> str:
+    """Of the windows of another text that a run was judged on; empty if there were none."""
+    digest: str = (facts.get("elsewhere") or {}).get("digest", "")
+    return digest
+
+
 def heldout_key(digest: str = "") -> str:
     """Name of the attribute that holds held-out measurements: on the run's own text, or on windows of another with this digest."""
     return f"{ELSEWHERE}{digest}" if digest else HELDOUT

@@ -27,7 +27,7 @@ from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
 from llmbo.run.lease import Lease
-from llmbo.run.records import frozen_trials, heldout_key, heldout_of, round_key, rounds_of, trial_of
+from llmbo.run.records import digest_elsewhere, frozen_trials, heldout_key, heldout_of, round_key, rounds_of, trial_of
 from llmbo.types import Proposal, Trial
 from pruning.architecture import Architecture
 
@@ -208,7 +208,7 @@ class TrialStore:
 
     def _checked(self) -> Self:
         """Whatever it holds can be read: better said now than in the middle of a search."""
-        self.trials(), self.rounds(), self.heldout()
+        self.trials(), self.rounds(), self.heldout(), self.heldout(digest_elsewhere(self.facts))
         return self
 
     def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ import optuna
 from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import StorageError
 from llmbo.run.database import explained, find_storage, shown_url
-from llmbo.run.records import check_settings, frozen_trials, heldout_of, rounds_of, trial_of
+from llmbo.run.records import check_settings, digest_elsewhere, frozen_trials, heldout_of, rounds_of, trial_of
 from llmbo.types import Trial
 
 
@@ -41,7 +41,7 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
             )
         settings, facts = attributes["settings"], attributes["facts"]
         check_settings(settings, facts)
-        rounds_of(attributes), heldout_of(attributes)
+        rounds_of(attributes), heldout_of(attributes), heldout_of(attributes, digest_elsewhere(facts))
         trials = [trial_of(trial, number, (), settings) for number, trial in enumerate(frozen)]
         moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
         return settings, facts, trials, moments

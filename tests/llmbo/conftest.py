@@ -289,7 +289,8 @@ def llmbo(tmp_path: Path, make_llmbo: Callable[[Path], Llmbo]) -> Llmbo:
 def finished(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Callable[[Path], Llmbo]) -> Llmbo:
     """A finished run of every phase of the search. Read it only."""
     done = make_llmbo(tmp_path_factory.mktemp("finished"))
-    result = done(budget=18, heldout_text="python")
+    done = replace(done, defaults={**done.defaults, "heldout_text": "python"})
+    result = done(budget=18)
     assert result.exit_code == 0, result.output
     return done
 

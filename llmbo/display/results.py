@@ -32,11 +32,11 @@ def summary(report: Report, rows: int = 12) -> Table:
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
     table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
     own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
-    names = [("", "", "trial"), ("", "", "params"), ("", "", "share")]
-    names += [(seen, name, own) for seen in ("", "held-out") for name in ("kl", "loss")]
-    names += [("held-out", name, other) for name in ("kl", "loss") if other]
-    for lines in names:
-        table.add_column("\n".join(lines), justify="right")
+    for heading in ("trial", "params", "share"):
+        table.add_column(f"\n\n{heading}", justify="right")
+    for seen, text in (("", own), ("held-out", own), *([("held-out", other)] if other else [])):
+        for name in ("kl", "loss"):  # long names are folded, for all columns to fit
+            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
     count = len(report.front)
     shown = (
         sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})

@@ -21,6 +21,7 @@ from llmbo.cli import app
 from llmbo.comparison import problems
 from llmbo.comparison.config import ProblemConfig
 from llmbo.config import RunConfig
+from llmbo.display.console import Console
 from llmbo.display.results import summary
 from llmbo.models.loading import load_checkpoint
 from llmbo.problem.texts import load_elsewhere, load_windows
@@ -167,6 +168,13 @@ def test_tables_name_the_text_of_each_column(finished: Any) -> None:
     headings = [str(column.header) for column in summary(report).columns]
     assert "\nkl\nwords.txt" in headings and "held-out\nkl\nwords.txt" in headings
     assert headings[-2:] == ["held-out\nkl\npython", "held-out\nloss\npython"]
+    long = report.data.model_copy(update={"source": "text:/a/wikitext2-validation-part.txt"})
+    for told in (report, report.model_copy(update={"data": long})):
+        Console(file=(screen := io.StringIO()), width=80).print(summary(told, rows=100))
+        shown = screen.getvalue()
+        assert max(map(len, shown.splitlines())) <= 80
+        for point in (told.dense, *told.front):
+            assert point.elsewhere is not None and f"{point.elsewhere.loss:.3f}" in shown
     lines = invoke(finished.folder, "report", "tiny", "--format", "md").stdout.splitlines()
     columns = [cell.strip() for cell in lines[0].split("|")]
     assert {"kl on words.txt", "held-out kl on words.txt", "held-out kl on python", "params"} <= {*columns}

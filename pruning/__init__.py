@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from pruning.architecture import Architecture as Architecture
     from pruning.calibration import TokenWindows as TokenWindows
     from pruning.calibration import cut_windows as cut_windows
-    from pruning.calibration import read_text as read_text
-    from pruning.calibration import sample_windows as sample_windows
     from pruning.compensation import CompensationTable as CompensationTable
     from pruning.cost import Cost as Cost
     from pruning.cost import Serving as Serving
@@ -61,15 +59,18 @@ if TYPE_CHECKING:
     from pruning.masks import PruningMask as PruningMask
     from pruning.masks import Ranking as Ranking
     from pruning.masks import masked as masked
+    from pruning.sampling import sample_windows as sample_windows
     from pruning.shrinking import shrink as shrink
     from pruning.statistics import Statistics as Statistics
     from pruning.statistics import collect_statistics as collect_statistics
     from pruning.supernet import Supernet as Supernet
+    from pruning.text import read_mix as read_mix
+    from pruning.text import read_text as read_text
 
 _HOME = {
     "anatomy": ("Anatomy", "Block", "anatomy_of"),
     "architecture": ("Architecture",),
-    "calibration": ("TokenWindows", "cut_windows", "read_text", "sample_windows"),
+    "calibration": ("TokenWindows", "cut_windows"),
     "compensation": ("CompensationTable",),
     "cost": ("Cost", "Serving", "cost_of"),
     "errors": (
@@ -98,9 +99,11 @@ _HOME = {
     ),
     "likelihood": ("DenseDistribution", "Quality", "dense_distribution", "quality"),
     "masks": ("PruningMask", "Ranking", "masked"),
+    "sampling": ("sample_windows",),
     "shrinking": ("shrink",),
     "statistics": ("Statistics", "collect_statistics"),
     "supernet": ("Supernet",),
+    "text": ("read_mix", "read_text"),
 }
 __all__ = [name for names in _HOME.values() for name in names]
 

@@ -1,51 +1,51 @@
-"""Text source -> seeded token windows. Calibration, proxy and held-out windows never overlap.
+"""Texts -> seeded token windows. Calibration, proxy and held-out windows never overlap.
 
 Perplexities fail to reproduce mostly because the recipe is missing, so the recipe travels with the windows.
 """
 
-import hashlib
-import platform
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from pruning.errors import NotEnoughText, UnreadableText
+from pruning.errors import NotEnoughText
+from pruning.text import Mix, Text, as_chat
 
-SOURCES = "builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self"
-# A slice of a split, as `datasets` writes it, has colons in its brackets: `train[:2000]`, `train[10%:20%]+test`.
-HUB = re.compile(
-    r"(?P<dataset>[^:]+):(?P<config>[^:]*):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)(?::(?P<column>[^:\[\]]+))?"
-)
 SPLITS = ("calibration", "proxy", "heldout")
+Hand = tuple[Tensor, ...]  # places of windows in a text, for each of `SPLITS`
 
 
 @dataclass(frozen=True)
-class Text:
-    """Raw text and where it came from."""
+class Source:
+    """One text of several.
+
+    Args:
+        share: Of the tokens, as asked for.
+        windows: Dealt out of it, of all splits together.
+    """
 
     source: str
-    content: str
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content.encode()).hexdigest()
+    sha256: str
+    share: float
+    windows: int
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Disjoint sets of windows from one source.
+    """Disjoint sets of windows from one text or a mix.
 
     Args:
-        calibration, proxy, heldout: `num_windows x length` token ids.
+        calibration, proxy, heldout: `num_windows x length` token ids. Of a mix, every part of a set that begins with its first window
+            holds the sources in proportion.
         source: What the user asked for, with versions that matter.
         sha256: Of the text (of the token ids when they were sampled).
         available_tokens: Tokens in the source.
         bos: Whether every window starts with the beginning-of-sequence token.
+        chat: Whether the text was put through the tokenizer's chat template.
+        sources: The texts of a mix.
     """
 
     calibration: Tensor
@@ -55,62 +55,12 @@ class TokenWindows:
     sha256: str
     available_tokens: int
     bos: bool
+    chat: bool = False
+    sources: tuple[Source, ...] = ()
 
     @property
     def length(self) -> int:
         return self.calibration.shape[1]
-
-
-def read_text(source: str) -> Text:
-    """Read `builtin`, `text:PATH` or `hf:DATASET:CONFIG:SPLIT[:COLUMN]`: of a data set the column `text`, unless another is named.
-
-    `builtin` is the English prose of the language reference that ships with every CPython (`pydoc_data.topics`).
-    Some of its topics repeat whole paragraphs of others; repeats are left out, or held-out windows would not be unseen.
-
-    Raises:
-        UnreadableText: Unknown source, no such file, no UTF-8 text, or the dataset cannot be loaded.
-    """
-    kind, _, rest = source.partition(":")
-    if source == "builtin":
-        from pydoc_data.topics import topics
-
-        paragraphs = (p for _, topic in sorted(topics.items()) for p in topic.split("\n\n"))
-        once = {" ".join(p.split()): p for p in paragraphs}  # repeats differ in line ends and indentation
-        return Text(f"builtin (pydoc_data.topics of Python {platform.python_version()})", "\n\n".join(once.values()))
-    if kind == "text" and rest:
-        try:
-            return Text(source, Path(rest).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
-            raise UnreadableText(f"Cannot read the text file '{rest}': {reason}.") from error
-    if kind == "hf" and (place := HUB.fullmatch(rest)):
-        return Text(
-            source, _hub_text(rest, place["dataset"], place["config"], place["split"], place["column"] or "text")
-        )
-    raise UnreadableText(f"Unknown text source '{source}': expected {SOURCES}.")
-
-
-def cut_windows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], length: int, seed: int
-) -> TokenWindows:
-    """Cut `text` into consecutive windows of `length` tokens and deal them out at random, each to one split only.
-
-    A tokenizer that starts texts with a BOS token by itself gets one in every window (it counts towards `length`).
-
-    Args:
-        counts: Windows wanted in each of `SPLITS`.
-
-    Raises:
-        NotEnoughText: Says how many tokens are there and how many are needed.
-    """
-    windows, tokens, bos = _windows(text, tokenizer, length)
-    payload, wanted = length - bos, sum(counts[split] for split in SPLITS)
-    if len(windows) < wanted:
-        raise NotEnoughText(
-            f"The text '{text.source}' holds {tokens} tokens, {wanted * payload} are needed "
-            f"({wanted} windows of {payload}): give a longer text or ask for fewer tokens."
-        )
-    return _deal(windows, counts, seed, text.source, text.sha256, tokens, bos)
 
 
 @dataclass(frozen=True)
@@ -130,130 +80,227 @@ class Dealt:
     seed: int
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """All of a text in windows.
+
+    Args:
+        windows: `num_windows x length` token ids, BOS included.
+        tokens: In the text.
+    """
+
+    text: Text
+    share: float
+    windows: Tensor
+    tokens: int
+    bos: bool
+    chat: bool
+
+    @property
+    def payload(self) -> int:
+        return self.windows.shape[1] - self.bos
+
+    def too_short(self, needed: str, remedy: str) -> NotEnoughText:
+        return NotEnoughText(f"The text '{self.text.source}' holds {self.tokens} tokens, {needed}: {remedy}.")
+
+    def unseen(self, seed: int, seen: Sequence[Dealt]) -> tuple[Tensor, Tensor, int]:
+        """The order in which its windows are dealt, those of them that share no token with what was dealt before, and how many tokens
+        were."""
+        used = torch.zeros(self.tokens, dtype=torch.bool)
+        for past in (past for past in seen if past.sha256 == self.text.sha256):
+            dealt = past.length - self.bos
+            for place in dealing_order(self.tokens // dealt, past.seed)[: past.windows].tolist():
+                used[place * dealt : (place + 1) * dealt] = True
+        order = dealing_order(len(self.windows), seed)
+        fresh = ~used[: len(self.windows) * self.payload].view(-1, self.payload).any(1)
+        return order, order[fresh[order]], int(used.sum())
+
+
+def cut_windows(
+    text: Text | Mix,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[str, int],
+    length: int,
+    seed: int,
+    chat: bool = False,
+) -> TokenWindows:
+    """Cut `text` into consecutive windows of `length` tokens and deal them out at random, each to one split only.
+
+    A tokenizer that starts texts with a BOS token by itself gets one in every window (it counts towards `length`). Of a mix, every
+    split gets windows of each text in proportion to its share.
+
+    Args:
+        counts: Windows wanted in each of `SPLITS`.
+        chat: Put the text through the tokenizer's chat template first, see `as_chat`.
+
+    Raises:
+        NotEnoughText: Says how many tokens are there and how many are needed; or a split is too small for all texts of the mix.
+        UnreadableText: There is no chat template.
+    """
+
+    def deal(cut: _Cut, wanted: Sequence[int]) -> Hand:
+        if len(cut.windows) < sum(wanted):
+            needed = f"{sum(wanted) * cut.payload} are needed ({sum(wanted)} windows of {cut.payload})"
+            raise cut.too_short(needed, "give a longer text or ask for fewer tokens")
+        return dealing_order(len(cut.windows), seed)[: sum(wanted)].split(list(wanted))
+
+    return _dealt(_cuts(text, tokenizer, length, chat), text, [counts[split] for split in SPLITS], deal)
+
+
 def unseen_windows(
-    text: Text,
+    text: Text | Mix,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     seed: int,
     heldout: int,
     training: int = 1,
-    seen: Dealt | None = None,
+    seen: Sequence[Dealt] = (),
+    chat: bool = False,
 ) -> TokenWindows:
     """All windows of a text: to train on (`calibration`), to choose by (`proxy`) and to compare on (`heldout`).
 
-    Neither of the latter shares a token with what was dealt before. They are the last such ones of the seeded order.
+    Neither of the latter shares a token with what was dealt before. They are the last such ones of the seeded order. Of a mix, as many
+    windows to train on as there are of its texts in proportion.
 
     Args:
         heldout: Windows wanted in each of the latter.
         training: Windows wanted at least in the first, which may have been dealt before.
-        seen: Counts if it came from the same text, cut with the same tokenizer.
+        seen: Counts where it came from the same text, cut with the same tokenizer and `chat`.
 
     Raises:
         NotEnoughText: Says how many tokens are there and how many are needed.
     """
-    windows, tokens, bos = _windows(text, tokenizer, length)
-    payload, used = length - bos, torch.zeros(tokens, dtype=torch.bool)
-    if seen is not None and seen.sha256 == text.sha256:
-        dealt = seen.length - bos
-        for place in _order(tokens // dealt, seen.seed)[: seen.windows].tolist():
-            used[place * dealt : (place + 1) * dealt] = True
-    order = _order(len(windows), seed)
-    unseen = order[~used[: len(windows) * payload].view(-1, payload).any(1)[order]]
-    if len(unseen) < 2 * heldout or len(windows) < training + 2 * heldout:
-        needed = max(int(used.sum()), training * payload) + 2 * heldout * payload
-        raise NotEnoughText(
-            f"The text '{text.source}' holds {tokens} tokens, at least {needed} are needed: {2 * heldout} windows of {payload} to "
-            f"judge by, beside the {int(used.sum())} tokens that the search used and {training} windows to train on "
-            f"({len(unseen)} windows are unseen): give a longer or another text, or a smaller --heldout."
-        )
-    kept = unseen[len(unseen) - 2 * heldout :]
-    hands = order[~torch.isin(order, kept)], *kept.split(heldout)
-    return _gathered(windows, hands, text.source, text.sha256, tokens, bos)
+
+    def deal(cut: _Cut, wanted: Sequence[int]) -> Hand:
+        first, judging = wanted[0], sum(wanted[1:])
+        order, unseen, used = cut.unseen(seed, seen)
+        if len(unseen) < judging or len(cut.windows) < first + judging:
+            needed = max(used, first * cut.payload) + judging * cut.payload
+            raise cut.too_short(
+                f"at least {needed} are needed: {judging} windows of {cut.payload} to "
+                f"judge by, beside the {used} tokens that the search used and {first} windows to train on "
+                f"({len(unseen)} windows are unseen)",
+                "give a longer or another text, or a smaller --heldout",
+            )
+        kept = unseen[len(unseen) - judging :]
+        return order[~torch.isin(order, kept)], *kept.split(list(wanted[1:]))
+
+    return _dealt(_cuts(text, tokenizer, length, chat), text, [training, heldout, heldout], deal)
 
 
-def sample_windows(
-    model: PreTrainedModel,
+def fresh_windows(
+    text: Text,
     tokenizer: PreTrainedTokenizerBase,
-    counts: Mapping[str, int],
+    count: int,
     length: int,
     seed: int,
-    batch_size: int = 32,
+    seen: Sequence[Dealt] = (),
+    chat: bool = False,
 ) -> TokenWindows:
-    """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    wanted = sum(counts[split] for split in SPLITS)
-    chunks = []
-    rng = torch.Generator(model.device).manual_seed(seed)
-    # Not `generate`: it would mix in the sampling settings that chat models ship (repetition penalty and the like).
-    with torch.inference_mode():
-        for first in range(0, wanted, batch_size):
-            window, cache = torch.full((min(batch_size, wanted - first), 1), start, device=model.device), None
-            while window.shape[1] < length:
-                out = model(window[:, -1:], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                window = torch.cat([window, out.logits[:, -1].float().softmax(-1).multinomial(1, generator=rng)], dim=1)
-            chunks.append(window.cpu())
-    windows = torch.cat(chunks)
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return _deal(
-        windows.clone(), counts, seed, "self (sampled from the dense model)", digest, windows.numel(), bos=True
+    """So many windows to judge by (`heldout`), none of which shares a token with what was dealt before.
+
+    Args:
+        seen: As in `unseen_windows`.
+
+    Raises:
+        NotEnoughText: Says how many tokens are there and how many are needed.
+    """
+
+    def deal(cut: _Cut, wanted: Sequence[int]) -> Hand:
+        order, unseen, used = cut.unseen(seed, seen)
+        if len(unseen) < count:
+            raise cut.too_short(
+                f"{count} windows of {cut.payload} are needed beside the {used} tokens that the search used "
+                f"({len(unseen)} windows are unseen)",
+                "name a longer text, or none, for --heldout-text, or ask for fewer --heldout-tokens",
+            )
+        return order[:0], order[:0], unseen[:count]
+
+    return _dealt(_cuts(text, tokenizer, length, chat), text, [0, 0, count], deal)
+
+
+def apportioned(count: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `count`, by the largest remainder; the earlier one where remainders are equal.
+
+    Args:
+        shares: Add up to 1.
+    """
+    exact = [count * share for share in shares]
+    whole = [math.floor(part) for part in exact]
+    for place in sorted(range(len(exact)), key=lambda place: whole[place] - exact[place])[: count - sum(whole)]:
+        whole[place] += 1
+    return whole
+
+
+def _dealt(
+    cuts: Sequence[_Cut], text: Text | Mix, wanted: Sequence[int], deal: Callable[[_Cut, Sequence[int]], Hand]
+) -> TokenWindows:
+    """The windows that `deal` takes of each text, in one row for each of `SPLITS`.
+
+    Args:
+        wanted: Windows in each split, of all texts together. `deal` gets each text's part of them; what it takes beyond the first's
+            number is cut back until the texts are in proportion.
+    """
+    shares = [cut.share for cut in cuts]
+    each = [apportioned(number, shares) for number in wanted]
+    hands = [deal(cut, parts) for cut, *parts in zip(cuts, *each, strict=True)]
+    if len(cuts) > 1:
+        most = min(math.floor((len(hand[0]) + 1) / share) for hand, share in zip(hands, shares, strict=True))
+        while any(n > len(hand[0]) for n, hand in zip(apportioned(most, shares), hands, strict=True)):
+            most -= 1
+        hands = [(hand[0][:n], *hand[1:]) for n, hand in zip(apportioned(most, shares), hands, strict=True)]
+    for split, *found in zip(SPLITS, *hands, strict=True):
+        if any(map(len, found)) and not all(map(len, found)):
+            left_out = cuts[next(place for place, hand in enumerate(found) if not len(hand))]
+            raise NotEnoughText(
+                f"{sum(map(len, found))} {split} windows are too few for one of '{left_out.text.source}', which is {left_out.share:.1%} of "
+                "the mix: ask for more tokens, or give it more weight."
+            )
+    taken = [[cut.windows[places] for places in hand] for cut, hand in zip(cuts, hands, strict=True)]
+    calibration, proxy, heldout = (_interleaved(same) for same in zip(*taken, strict=True))
+    sources = [
+        Source(cut.text.source, cut.text.sha256, cut.share, sum(map(len, hand)))
+        for cut, hand in zip(cuts, hands, strict=True)
+    ]
+    return TokenWindows(
+        calibration,
+        proxy,
+        heldout,
+        source=text.source,
+        sha256=text.sha256,
+        available_tokens=sum(cut.tokens for cut in cuts),
+        bos=cuts[0].bos,
+        chat=cuts[0].chat,
+        sources=tuple(sources) if len(cuts) > 1 else (),
     )
 
 
-def _deal(
-    windows: Tensor, counts: Mapping[str, int], seed: int, source: str, sha256: str, available: int, bos: bool
-) -> TokenWindows:
-    order = _order(len(windows), seed)
-    hands = order[: sum(counts[split] for split in SPLITS)].split([counts[split] for split in SPLITS])
-    return _gathered(windows, hands, source, sha256, available, bos)
+def _interleaved(parts: Sequence[Tensor]) -> Tensor:
+    """The windows of all parts, each evenly over the whole: whoever reads the first few sees the texts in proportion."""
+    when = torch.cat([(torch.arange(len(part), dtype=torch.float64) + 0.5) / max(1, len(part)) for part in parts])
+    return torch.cat(list(parts))[when.argsort(stable=True)]
 
 
-def _order(windows: int, seed: int) -> Tensor:
+def dealing_order(windows: int, seed: int) -> Tensor:
     """In which so many windows are dealt."""
     return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
-def _gathered(
-    windows: Tensor, hands: Sequence[Tensor], source: str, sha256: str, available: int, bos: bool
-) -> TokenWindows:
-    """The windows at the places in each hand, one for each of `SPLITS`."""
-    calibration, proxy, heldout = (windows[hand] for hand in hands)
-    return TokenWindows(calibration, proxy, heldout, source=source, sha256=sha256, available_tokens=available, bos=bos)
-
-
-def _windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Tensor, int, bool]:
-    """All of a text in windows, how many tokens it holds, and whether every window starts with BOS."""
-    bos = adds_bos(tokenizer)
-    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    payload = length - bos
-    windows = ids[: len(ids) // payload * payload].view(-1, payload)
-    if bos:
-        windows = torch.cat([windows.new_full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
-    return windows, len(ids), bos
+def _cuts(text: Text | Mix, tokenizer: PreTrainedTokenizerBase, length: int, chat: bool) -> list[_Cut]:
+    """Each text in windows, without what is left over at its end."""
+    bos, cuts = adds_bos(tokenizer), []
+    for part, share in text.parts:
+        content = as_chat(part.content, tokenizer) if chat else part.content
+        ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+        payload = length - bos
+        windows = ids[: len(ids) // payload * payload].view(-1, payload)
+        if bos:
+            windows = torch.cat([windows.new_full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
+        cuts.append(_Cut(part, share, windows, len(ids), bos, chat))
+    return cuts
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer starts texts with a BOS token by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _hub_text(source: str, dataset: str, config: str, split: str, column: str) -> str:
-    """The rows that are there, one paragraph each."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UnreadableText("Text from the hub needs the package 'datasets': pip install datasets.") from error
-    try:
-        table = load_dataset(dataset, config or None, split=split)
-        rows = list(table[column]) if column in table.column_names else None
-    except Exception as error:  # the library raises its own, the hub client's and OS errors alike
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableText(f"Cannot load the dataset '{source}': {reason}") from error
-    if rows is None or not all(row is None or isinstance(row, str) for row in rows):
-        texts = [name for name in table.column_names if isinstance(next(iter(table[name]), None), str)]
-        raise UnreadableText(
-            f"The dataset '{source}' has {'no column' if rows is None else 'no text in its column'} '{column}': name one of "
-            f"{', '.join(texts) or 'none'} as in hf:{dataset}:{config}:{split}:COLUMN."
-        )
-    return "\n\n".join(row for row in rows if row is not None)

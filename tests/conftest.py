@@ -37,8 +37,8 @@ from transformers import (
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
-from pruning.calibration import read_text
 from pruning.masks import PruningMask, Ranking
+from pruning.text import read_text
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

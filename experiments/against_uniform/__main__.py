@@ -15,7 +15,8 @@ from experiments.quiet import Quiet
 from llmbo.config import RunConfig
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
-from llmbo.problem.preparation import load_windows, prepared
+from llmbo.problem.preparation import prepared
+from llmbo.problem.texts import load_windows
 from llmbo.run.rebuild import architecture_of, find_trial, read_run
 
 

@@ -43,7 +43,7 @@ from llmbo.problem.preparation import ranked
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BLOCK_KINDS, Anatomy, anatomy_of
 from pruning.architecture import Architecture
-from pruning.calibration import TokenWindows, cut_windows, read_text
+from pruning.calibration import TokenWindows, cut_windows
 from pruning.compensation import CompensationTable
 from pruning.cost import block_parameters
 from pruning.importance import fisher
@@ -51,6 +51,7 @@ from pruning.likelihood import DenseDistribution, dense_distribution, quality, w
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.shrinking import shrink
 from pruning.supernet import Supernet
+from pruning.text import read_text
 
 BATCH = 4  # windows at a time, in every way
 CLOSE = 0.1  # nats

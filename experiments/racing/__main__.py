@@ -19,7 +19,8 @@ from llmbo.config import RunConfig
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.objectives import build_objectives, outcomes, ref_point
-from llmbo.problem.preparation import Problem, load_windows, prepared
+from llmbo.problem.preparation import Problem, prepared
+from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import build_proposer, evaluator_of
 from llmbo.run.store import TrialStore
 from llmbo.search.loop import run_search

@@ -11,13 +11,14 @@ from llmbo.models.loading import load_model
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
-from pruning.calibration import cut_windows, read_text
+from pruning.calibration import cut_windows
 from pruning.compensation import CompensationTable
 from pruning.export.hf import Pruned, save_hf
 from pruning.importance import activation, fisher
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 from pruning.statistics import collect_statistics
+from pruning.text import read_text
 
 SHARE = 0.6
 

@@ -24,7 +24,8 @@ from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.proxy import ProxyEvaluator
-from pruning.calibration import cut_windows, read_text
+from pruning.calibration import cut_windows
+from pruning.text import read_text
 
 
 class Unwatched:

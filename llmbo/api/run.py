@@ -34,6 +34,7 @@ class Point:
         heldout: The same on windows that nothing has seen; None where they were not measured (only the front is).
         gain: Quality saved against the allocation path at the same size; None where that is not known.
         why: An advisor's reason for it, if there was one.
+        elsewhere: As `heldout`, on the text of another domain that `run.report.elsewhere` names.
     """
 
     trial: int | None
@@ -43,6 +44,7 @@ class Point:
     origin: str = ""
     gain: float | None = None
     why: str = ""
+    elsewhere: Mapping[str, float] | None = None
 
 
 class Run:
@@ -84,7 +86,8 @@ class Run:
         """The model that was pruned."""
         dense = self.report.dense
         architecture = Architecture.from_dict(dense.architecture.model_dump())
-        return Point(None, architecture, _measured(dense.objectives), _judged(dense.heldout))
+        judged = _judged(dense.heldout), _judged(dense.elsewhere)
+        return Point(None, architecture, _measured(dense.objectives), judged[0], elsewhere=judged[1])
 
     @property
     def page(self) -> Path:
@@ -93,7 +96,8 @@ class Run:
 
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
-        held-out ones with `heldout_` before their names, and the widths kept by each layer.
+        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, and the widths kept
+        by each layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -111,6 +115,7 @@ class Run:
                 "gain": point.gain,
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
+                **{f"elsewhere_{name}": value for name, value in (point.elsewhere or {}).items()},
                 **point.architecture.to_dict(),
             }
             for point in self.trials
@@ -166,14 +171,16 @@ class Run:
 
     def _point(self, trial: TrialPart) -> Point:
         assert trial.objectives is not None
+        point = self.report.point_of(trial.number)
         return Point(
             trial.number,
             Architecture.from_dict(trial.architecture.model_dump()),
             _measured(trial.objectives),
-            _judged(self.report.heldout_of(trial.number)),
+            _judged(point.heldout if point else None),
             trial.origin,
             trial.gain,
             trial.why,
+            _judged(point.elsewhere if point else None),
         )
 
     def __repr__(self) -> str:

@@ -39,6 +39,8 @@ def optimize(
     racing: bool = RunConfig.racing,
     compensation: bool = RunConfig.compensation,
     text: str = RunConfig.text,
+    chat: bool = RunConfig.chat,
+    heldout_text: str = RunConfig.heldout_text,
     min_share: float = RunConfig.min_share,
     neuron_step: int = RunConfig.neuron_step,
     calibration_tokens: int = RunConfig.calibration_tokens,
@@ -80,10 +82,10 @@ def optimize(
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
         batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload,
-            name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls,
-            advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
-            `llmbo.config.RunConfig`.
+            text, chat, heldout_text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype,
+            device, memory, offload, name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every,
+            advisor_max_calls, advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline,
+            advisor_price: See `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

@@ -18,7 +18,9 @@ def evaluate(
     ],
     text: Annotated[
         str | None,
-        typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; builtin unless --tasks are given."),
+        typer.Option(
+            help="builtin, python, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; builtin unless --tasks are given."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, from its start; 0 takes all.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,

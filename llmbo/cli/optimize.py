@@ -53,8 +53,17 @@ def optimize(
     ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
     text: Annotated[
-        str, typer.Option(help="builtin, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or self.")
+        str,
+        typer.Option(
+            help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:SOURCE=WEIGHT,SOURCE=WEIGHT,… or self."
+        ),
     ] = "builtin",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the text through the tokenizer's chat template, for instruct models.")
+    ] = False,
+    heldout_text: Annotated[
+        str, typer.Option(help="Text of another domain that the finished front is judged on too, or none.")
+    ] = "python",
     min_share: Annotated[
         float, typer.Option(help="Smallest share of the decoder blocks' parameters to consider.")
     ] = 0.4,

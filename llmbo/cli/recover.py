@@ -20,7 +20,9 @@ def recover(
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     trial: Annotated[int | None, typer.Option(help="Recover this trial of a run.")] = None,
-    text: Annotated[str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN].")] = "builtin",
+    text: Annotated[
+        str, typer.Option(help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or mix:SOURCE=WEIGHT,….")
+    ] = "builtin",
     lora: Annotated[
         bool, typer.Option("--lora", help="Train low-rank adapters and merge them, instead of all weights.")
     ] = False,

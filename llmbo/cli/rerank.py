@@ -16,7 +16,10 @@ def rerank(
     top: Annotated[int, typer.Option(help="Points of the front, evenly over its sizes.")] = 5,
     steps: Annotated[int, typer.Option(help="Optimizer steps for each.")] = 15,
     text: Annotated[
-        str, typer.Option(help="builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; by default the run's.")
+        str,
+        typer.Option(
+            help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or mix:SOURCE=WEIGHT,…; by default the run's."
+        ),
     ] = "",
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters of --lora, 16 by default.")] = None,

@@ -18,12 +18,14 @@ from llmbo.errors import StorageError
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.hardware import device_name
 from llmbo.problem.objectives import Objective, build_objectives
-from llmbo.problem.preparation import load_windows, prepared
+from llmbo.problem.preparation import prepared
 from llmbo.problem.space import SearchSpace
+from llmbo.problem.texts import load_windows
 from llmbo.run.facts import items_digest
 from llmbo.search.strategies import SearchProblem
 from llmbo.types import Evaluator, Phases
-from pruning.calibration import SPLITS, Text, TokenWindows, cut_windows, read_text
+from pruning.calibration import SPLITS, TokenWindows, cut_windows
+from pruning.text import read_mix
 
 # WikiText is stored as words separated by spaces; a subword tokenizer wants the text as it was written.
 UNDO = (
@@ -148,15 +150,19 @@ def _windows(
     config: ProblemConfig, run: RunConfig, among: Sequence[ProblemConfig], loaded: LoadedModel
 ) -> TokenWindows:
     """The windows of one problem: the first of those dealt out for the greatest number that any of `among` wants."""
-    same_text = [other.run for other in among if (other.run.text, other.run.window) == (run.text, run.window)]
+    same_text = [
+        other.run
+        for other in among
+        if (other.run.text, other.run.chat, other.run.window) == (run.text, run.chat, run.window)
+    ]
     most = {split: max(other.windows[split] for other in [run, *same_text]) for split in SPLITS}
     if config.run.text == "self" or not config.undo_spacing:
         tokens: dict[str, Any] = {f"{split}_tokens": count * run.window for split, count in most.items()}
         largest = replace(run, **tokens)
         windows = load_windows(largest, loaded)
     else:
-        text = read_text(run.text)
-        windows = cut_windows(Text(text.source, undo_spacing(text.content)), loaded.tokenizer, most, run.window, 0)
+        text = read_mix(run.text).edited(undo_spacing)
+        windows = cut_windows(text, loaded.tokenizer, most, run.window, 0, run.chat)
     return replace(windows, **{split: getattr(windows, split)[: run.windows[split]] for split in SPLITS})
 
 

@@ -28,6 +28,10 @@ FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
     "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload",
 )  # fmt: skip
+EARLIER: dict[str, Any] = {
+    "chat": False,
+    "heldout_text": "none",
+}  # what a run did that was started before there was the setting
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
 
@@ -48,7 +52,9 @@ class RunConfig:
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
         racing: Stop candidates whose first windows say that the front dominates them.
-        text: `builtin`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]` or `self`.
+        text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
+        chat: Put the text through the tokenizer's chat template.
+        heldout_text: Text of another domain that the finished front is judged on as well, or `none`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
@@ -83,6 +89,8 @@ class RunConfig:
     racing: bool = False
     compensation: bool = True
     text: str = "builtin"
+    chat: bool = False
+    heldout_text: str = "python"
     min_share: Annotated[float, Within(0, 1, apart=True)] = 0.4
     neuron_step: Annotated[int, Within(0, MOST)] = 0
     calibration_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 16384
@@ -115,6 +123,10 @@ class RunConfig:
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
                 )
+        if self.chat and self.text == "self":
+            raise ConfigError("--chat is of no use with --text self, which is sampled and not read: leave one out.")
+        if self.heldout_text == "self" or self.heldout_text.startswith("mix:"):
+            raise ConfigError(f"--heldout-text must be one text that can be read, or none, got '{self.heldout_text}'.")
         strategy_plugin(self.strategy)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
@@ -171,7 +183,7 @@ class RunConfig:
         """
         from pydantic import TypeAdapter, ValidationError
 
-        settings = {**settings, **changes}
+        settings = {**EARLIER, **settings, **changes}
         check_values(cls, settings)
         try:
             return TypeAdapter(cls).validate_python(settings)

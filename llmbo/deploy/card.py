@@ -19,7 +19,7 @@ from pruning.masks import PruningMask
 def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
     """`llmbo.json`."""
     report, trial = request.report, request.trial
-    heldout = report.heldout_of(trial.number)
+    point = report.point_of(trial.number)
     content: dict[str, Any] = {
         "format": request.format.name,
         "dtype": request.dtype,
@@ -30,8 +30,10 @@ def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
         "architecture_digest": mask.architecture.digest,
         "mask_digest": mask_digest(mask),
         "objectives": trial.objectives.model_dump() if trial.objectives else None,
-        "heldout": heldout.model_dump() if heldout else None,
+        "heldout": point.heldout.model_dump() if point and point.heldout else None,
+        "elsewhere": point.elsewhere.model_dump() if point and point.elsewhere else None,
         "text": report.data.model_dump(),
+        "elsewhere_text": report.elsewhere.model_dump() if report.elsewhere else None,
         "settings": report.run.settings,
         "versions": report.run.versions,
         "command": command,
@@ -107,11 +109,15 @@ def licence_of(loaded: LoadedModel) -> str:
 
 
 def _quality_table(report: Report, trial: TrialPart) -> str:
+    point, another = report.point_of(trial.number), report.elsewhere.source if report.elsewhere else ""
+    heldout, elsewhere = (point.heldout, point.elsewhere) if point else (None, None)
     rows = [
         ("this model, proxy", trial.objectives),
         ("dense model, proxy", report.dense.objectives),
-        ("this model, held-out", report.heldout_of(trial.number)),
+        ("this model, held-out", heldout),
         ("dense model, held-out", report.dense.heldout),
+        (f"this model, {another}", elsewhere),
+        (f"dense model, {another}", report.dense.elsewhere),
     ]
     lines = ["| | kl | loss | perplexity |", "|---|---|---|---|"]
     lines += [f"| {name} | {v.kl:.3f} | {v.loss:.3f} | {v.perplexity:.1f} |" for name, v in rows if v is not None]
@@ -120,8 +126,9 @@ def _quality_table(report: Report, trial: TrialPart) -> str:
 
 def _recipe(report: Report) -> str:
     data = report.data
+    how = f"{' with BOS' if data.bos else ''}{' in the chat template' if data.chat else ''}"
     return (
-        f"Nats per token over windows of {data.window} tokens{' with BOS' if data.bos else ''} of the text {data.source}. "
+        f"Nats per token over windows of {data.window} tokens{how} of the text {data.source}, where no other is named. "
         "The search saw the proxy windows; nothing saw the held-out windows. `kl` is from the dense model's distribution."
     )
 

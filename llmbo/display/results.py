@@ -9,6 +9,7 @@ from llmbo.advisor.parts import AdvisorPart
 from llmbo.display.dashboard import volume
 from llmbo.problem.objectives import Objective
 from llmbo.report import Report
+from llmbo.report.table import text_name
 from llmbo.types import Trial
 
 
@@ -30,8 +31,12 @@ def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
     table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
-    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
-        table.add_column(heading, justify="right")
+    own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
+    for heading in ("trial", "params", "share"):
+        table.add_column(f"\n\n{heading}", justify="right")
+    for seen, text in (("", own), ("held-out", own), *([("held-out", other)] if other else [])):
+        for name in ("kl", "loss"):  # long names are folded, for all columns to fit
+            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
     count = len(report.front)
     shown = (
         sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
@@ -46,9 +51,9 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.params_share:.1%}",
             f"{values.kl:.3f}",
             f"{values.loss:.3f}",
-            f"{values.perplexity:.1f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
+            *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),
         )
     return table
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmbo.errors import ConfigError
 from llmbo.models.checks import check_tokens
-from pruning.calibration import Text, adds_bos
+from pruning.calibration import adds_bos
 from pruning.errors import NotEnoughText
+from pruning.text import Text
 
 LOGIT_VALUES = 1 << 26  # at a time: 256 MB in float32
 

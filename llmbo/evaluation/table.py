@@ -18,7 +18,7 @@ from llmbo.models.loading import Checkpoint, Found, find_checkpoint, load_checkp
 from llmbo.models.placement import check_dtype, choose_device, choose_dtype
 from llmbo.report import environment
 from llmbo.types import Phases
-from pruning.calibration import Text, read_text
+from pruning.text import Text, read_text
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:
     details = Path(checkpoint.source) / "llmbo.json"
     if text and details.is_file():
         used = json.loads(details.read_text(encoding="utf-8")).get("text") or {}
-        if used.get("sha256") == text.sha256:
+        if text.sha256 in {part.get("sha256") for part in (used, *used.get("sources", ()))}:
             yield (
                 f"'{checkpoint.name}' was pruned on windows of this very text ({text.source}), so this is no held-out loss: "
                 "the run's report has that one, or give another --text."

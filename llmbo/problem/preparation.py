@@ -25,7 +25,7 @@ from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Phases
 from pruning.anatomy import BlockKind, anatomy_of
-from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
+from pruning.calibration import TokenWindows
 from pruning.choices import Choices, read_items
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.cost import Serving
@@ -137,15 +137,6 @@ class Problem:
         evaluators = [ProxyEvaluator.on(window[None], self.space, self.supernet) for window in windows]
         evaluations = len(windows) / len(self.windows.proxy)
         return measure_marginals(self.family, evaluators, quality, evaluations, self.method.operating_point)
-
-
-def load_windows(config: RunConfig, loaded: LoadedModel) -> TokenWindows:
-    """The run's three sets of windows."""
-    if config.text == "self":
-        return sample_windows(loaded.model, loaded.tokenizer, config.windows, config.window, config.seed)
-    windows = cut_windows(read_text(config.text), loaded.tokenizer, config.windows, config.window, config.seed)
-    check_tokens(loaded.model, loaded.tokenizer, windows.calibration, windows.proxy, windows.heldout)
-    return windows
 
 
 def fitted(

@@ -17,6 +17,7 @@ from llmbo.report.findings import warnings_of
 from llmbo.report.schema import (
     ArchitecturePart,
     ConstraintPart,
+    ElsewherePart,
     FrontPoint,
     HypervolumePart,
     ObjectivePart,
@@ -46,15 +47,19 @@ def build_report(
     facts: Mapping[str, Any],
     heldout: Mapping[int, Mapping[str, float]],
     advisor: AdvisorPart | None = None,
+    elsewhere: Mapping[int, Mapping[str, float]] = {},
 ) -> Report:
     """Put stored trials into the report's shape.
 
     Args:
-        facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values, and
-            `importance` as a list of `ImportancePart` fields.
+        facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values,
+            `importance` as a list of `ImportancePart` fields, and `elsewhere` as the report shows it, with `dense` values there.
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
+        elsewhere: Values on text of another domain by trial number.
     """
+    another = dict(facts.get("elsewhere") or {})
+    dense_elsewhere = another.pop("dense", None)
     complete = [trial for trial in trials if trial.complete]
     quality = next(objective for objective in objectives if not objective.known)
     gains = trial_gains(trials, quality, facts["dense"])
@@ -64,6 +69,7 @@ def build_report(
         run=facts["run"],
         model=facts["model"],
         data=facts["data"],
+        elsewhere=ElsewherePart(**another) if another else None,
         space=SpacePart(
             dimensions=space.d,
             kv_group_levels=space.widths["attention"],
@@ -84,7 +90,7 @@ def build_report(
             ConstraintPart(name=name, unit=OBJECTIVES[name].unit, maximum=limit, known=OBJECTIVES[name].known)
             for name, limit in limits.items()
         ],
-        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),
+        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout"), dense_elsewhere),
         trials=[
             TrialPart(
                 number=trial.number,
@@ -103,7 +109,7 @@ def build_report(
             for trial in trials
         ],
         front=[
-            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number))
+            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number), elsewhere.get(trial.number))
             for trial in front_of(trials, objectives)
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
@@ -143,10 +149,12 @@ def _point(
     space: SearchSpace,
     values: Mapping[str, float],
     heldout: Mapping[str, float] | None,
+    elsewhere: Mapping[str, float] | None,
 ) -> FrontPoint:
     return FrontPoint(
         trial=trial,
         architecture=_architecture(space, x),
         objectives=Values.model_validate(values),
         heldout=Values.model_validate(heldout) if heldout else None,
+        elsewhere=Values.model_validate(elsewhere) if elsewhere else None,
     )

@@ -95,6 +95,7 @@ def _common_reference(labels: Sequence[str], reports: Sequence[Report]) -> dict[
 _MUST_AGREE = (
     ("model", "fingerprint", "The runs prune different models: compare shapes, not values."),
     ("data", "sha256", "The runs measured on different texts: their values are not on one scale."),
+    ("data", "chat", "Some of the runs put their text as a chat, others did not: their values are not on one scale."),
     ("data", "window", "The runs cut their text into windows of different lengths: their losses are not on one scale."),
     ("data", "proxy", "The runs measured candidates on different numbers of tokens: held-out values compare better."),
     ("run", "dtype", "The runs computed in different number formats: differences in the third digit mean nothing."),
@@ -103,5 +104,7 @@ _MUST_AGREE = (
 
 def _warnings(reports: Sequence[Report]) -> list[str]:
     return [
-        text for part, key, text in _MUST_AGREE if len({str(report.get(part, {}).get(key)) for report in reports}) > 1
+        text
+        for part, key, text in _MUST_AGREE
+        if len({str(report.get(part, {}).get(key) or "") for report in reports}) > 1
     ]

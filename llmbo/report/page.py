@@ -15,7 +15,7 @@ from typing import Any
 from llmbo.config.formats import FORMATS
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
-from llmbo.report.table import front_rows
+from llmbo.report.table import elsewhere_name, front_rows
 
 LIBRARY = "echarts.common.min.js"
 SCRIPTS = ("core.js", "charts.js", "trial.js", "sections.js", "main.js")  # in the order of what they use
@@ -41,6 +41,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         "quantities": quantities(runs[0][1]["objectives"]),
         "runs": [
             {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
+            | {"elsewhere": elsewhere_name(report)}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
         "formats": [{"name": row.name, "title": row.description} for row in FORMATS.values()],
@@ -114,5 +115,6 @@ def _facts(runs: Sequence[tuple[str, Mapping[str, Any]]], together: Mapping[str,
         ("front", f"{len(report['front'])} points from {len(report['trials'])} trials"),
         ("hypervolume", f"{report['hypervolume']['final']:.4f}"),
         ("text", report["data"]["source"]),
+        *([("judged on", report["elsewhere"]["source"])] if report.get("elsewhere") else []),
         ("took", f"{sum(run['seconds'].values()) / 60:.1f} min"),
     ]

@@ -56,8 +56,20 @@ class SplitPart(_Part):
     tokens: int
 
 
+class SourcePart(_Part):
+    """One text of a mix: its `share` of the tokens, and the `windows` taken from it, of all three sets together."""
+
+    source: str
+    sha256: str
+    share: float
+    windows: int
+
+
 class DataPart(_Part):
-    """Where the text came from. Losses are means over the `window - 1` predicted tokens of each window."""
+    """Where the text came from. Losses are means over the `window - 1` predicted tokens of each window.
+
+    `sources` are the texts of a mix; `sha256` covers them all. `chat`: whether they were put through the tokenizer's chat template.
+    """
 
     source: str
     sha256: str
@@ -67,6 +79,22 @@ class DataPart(_Part):
     calibration: SplitPart
     proxy: SplitPart
     heldout: SplitPart
+    chat: bool = False
+    sources: list[SourcePart] = []
+
+
+class ElsewherePart(_Part):
+    """The text of another domain, on windows of which the front and the dense model were judged once more, after the search.
+
+    `digest` is of the tokens, `sha256` of the text.
+    """
+
+    source: str
+    sha256: str
+    available_tokens: int
+    windows: int
+    tokens: int
+    digest: str
 
 
 class SpacePart(_Part):
@@ -151,12 +179,16 @@ class TrialPart(_Part):
 
 
 class FrontPoint(_Part):
-    """`heldout` is null while the held-out windows have not been evaluated (an interrupted run)."""
+    """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
+
+    `elsewhere` is the same on text of another domain, which the report's `elsewhere` names.
+    """
 
     trial: int | None
     architecture: ArchitecturePart
     objectives: Values
     heldout: Values | None
+    elsewhere: Values | None = None
 
 
 class HypervolumePart(_Part):
@@ -184,6 +216,7 @@ class Report(_Part):
     run: RunPart
     model: ModelPart
     data: DataPart
+    elsewhere: ElsewherePart | None = None
     space: SpacePart
     objectives: list[ObjectivePart]
     constraints: list[ConstraintPart] = []
@@ -218,9 +251,9 @@ class Report(_Part):
             raise ValueError(f"dense.objectives: nothing is known of {missing[0]}")
         return self
 
-    def heldout_of(self, trial: int) -> Values | None:
-        """Held-out values of a trial; None where there are none, which only the front has."""
-        return next((point.heldout for point in self.front if point.trial == trial), None)
+    def point_of(self, trial: int) -> FrontPoint | None:
+        """A trial's point of the front, which alone has held-out values; None where it has none."""
+        return next((point for point in self.front if point.trial == trial), None)
 
 
 def json_schema() -> str:

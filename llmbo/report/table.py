@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llmbo.errors import printable
@@ -15,15 +16,41 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     """Headings and rows of the fronts, smallest model first, each run's dense model last."""
     quantities = _quantities(runs)
     measured = [name for name in quantities if any(_judged(report, name) for _, report in runs)]
-    headings = [*(["run"] if len(runs) > 1 else []), "trial", *quantities, *(f"held-out {name}" for name in measured)]
+    others = dict.fromkeys(name for _, report in runs if (name := elsewhere_name(report)))
+    seen_there = [name for name in measured if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
+    own = {text_name(report["data"]["source"]) for _, report in runs}
+    on = f" on {own.pop()}" if others and len(own) == 1 else ""  # several runs may have texts of their own
+    headings = [
+        *(["run"] if len(runs) > 1 else []),
+        "trial",
+        *(f"{name}{on}" if name in seen_there else name for name in quantities),
+        *(f"held-out {name}{on}" if name in seen_there else f"held-out {name}" for name in measured),
+        *(f"held-out {name} on {other}" for other in others for name in seen_there),
+    ]
     rows = []
     for label, (_, report) in zip(labels, runs, strict=True):
         for point in [*report["front"], report["dense"]]:
             number = "dense" if point["trial"] is None else str(point["trial"])
             values = [_shown(point["objectives"].get(name)) for name in quantities]
             heldout = [_shown((point["heldout"] or {}).get(name)) for name in measured]
-            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout])
+            elsewhere = [
+                _shown(_elsewhere(point, name) if elsewhere_name(report) == other else None)
+                for other in others
+                for name in seen_there
+            ]
+            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere])
     return headings, rows
+
+
+def text_name(source: str) -> str:
+    """A text's name for a heading: `builtin`, `python`, `self`, `mix`, a file's or a data set's own."""
+    kind, _, rest = source.partition(":")
+    return Path(rest).name if kind == "text" else rest.split(":")[0] if kind == "hf" else source.split()[0]
+
+
+def elsewhere_name(report: Mapping[str, Any]) -> str:
+    """Of the text of another domain that a report has values on; empty if it has none."""
+    return text_name(report["elsewhere"]["source"]) if report.get("elsewhere") else ""
 
 
 def as_markdown(runs: Runs, labels: Sequence[str]) -> str:
@@ -41,16 +68,22 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     keys = ("number", "round", "origin", "state", "seconds", "gain", "failure", "why")
     heldout = [f"heldout_{name}" for name in quantities]
-    writer.writerow([_defused(cell) for cell in ("run", *keys, "on_front", *quantities, *heldout, "architecture")])
+    there = [name for name in quantities if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
+    elsewhere = ["elsewhere", *(f"elsewhere_{name}" for name in there)] if there else []
+    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, "architecture")
+    writer.writerow([_defused(cell) for cell in headings])
     for label, (_, report) in zip(labels, runs, strict=True):
-        front = {point["trial"]: point["heldout"] or {} for point in report["front"]}
+        front = {point["trial"]: point for point in report["front"]}
         for trial in report["trials"]:
-            values, seen = trial["objectives"] or {}, front.get(trial["number"], {})
+            values, point = trial["objectives"] or {}, front.get(trial["number"], {})
+            seen, far = point.get("heldout") or {}, point.get("elsewhere") or {}
             cells = [
                 *(trial.get(key) for key in keys),
                 trial["number"] in front,
                 *(values.get(name) for name in quantities),
                 *(seen.get(name) for name in quantities),
+                *([elsewhere_name(report) if far else None] if there else []),
+                *(far.get(name) for name in there),
             ]
             writer.writerow([_defused(cell) for cell in (label, *cells, json.dumps(trial["architecture"]))])
     return out.getvalue()
@@ -78,6 +111,12 @@ def _judged(report: Mapping[str, Any], name: str) -> bool:
     """Whether held-out windows say something about `name` that the proxy windows do not."""
     heldout = [(point["objectives"], point["heldout"]) for point in report["front"] if point["heldout"]]
     return any(proxy.get(name) != seen.get(name) for proxy, seen in heldout)
+
+
+def _elsewhere(point: Mapping[str, Any], name: str) -> float | None:
+    """The value on text of another domain."""
+    value: float | None = (point.get("elsewhere") or {}).get(name)
+    return value
 
 
 def _shown(value: float | None) -> str:

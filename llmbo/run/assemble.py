@@ -11,32 +11,38 @@ from transformers import PretrainedConfig
 from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
-from llmbo.config import RunConfig
+from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
-from llmbo.models.loading import LoadedModel, find_prunable, load_model
+from llmbo.models.loading import LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
-from llmbo.problem.preparation import DEFAULT, Method, Problem, load_windows, prepared
+from llmbo.problem.preparation import DEFAULT, Method, Problem, prepared
 from llmbo.problem.residence import placed
+from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
-from llmbo.run.stored import differences, stored_run
+from llmbo.run.stored import as_started, differences, stored_run
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
-from pruning.calibration import read_text
+from pruning.calibration import TokenWindows
 from pruning.choices import read_items
+from pruning.text import check_chat, read_mix, read_text
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """The parts of one run, ready for `execute`."""
+    """The parts of one run, ready for `execute`.
+
+    Args:
+        elsewhere: Windows of another domain to judge the front on as well.
+    """
 
     config: RunConfig
     folder: Path
@@ -46,6 +52,7 @@ class RunParts:
     evaluator: Evaluator
     store: TrialStore
     advice: AdviceStore
+    elsewhere: TokenWindows | None
 
 
 def build_proposer(
@@ -115,14 +122,19 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     own_file = None if config.storage else folder / "study.db"
     url = config.storage or f"sqlite:///{own_file}"
     if not fresh:
+        config = as_started(config, url)
         _continued(config, url)
     check_advisor(config, folder)
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
         _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
+        if config.chat:
+            check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
-        read_text(config.text)
+        read_mix(config.text)
+    if config.heldout_text != "none":
+        read_text(config.heldout_text)
     if config.items and len(read_items(Path(config.items))) < 2:
         raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
     pulse: Pulse | None = None
@@ -144,6 +156,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 phases.note(note)
             windows = load_windows(config, loaded)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
+        elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
             items = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*items):
@@ -182,7 +195,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 advice = AdviceStore(store, folder / FILE)
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
-                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
+                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
@@ -191,7 +204,7 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     if found is None:
         return None
     settings, facts, finished = found
-    if changes := differences(settings, config.settings()):
+    if changes := differences({**EARLIER, **settings}, config.settings()):
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
     reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)

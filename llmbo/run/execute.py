@@ -5,10 +5,14 @@ from typing import Any
 from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
 from llmbo.problem.kept import hand_on
+from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
+from llmbo.run.facts import elsewhere_part
+from llmbo.run.records import digest_elsewhere
 from llmbo.search.loop import run_search
+from llmbo.types import Trial
 
 
 def execute(run: RunParts, display: Display, command: str) -> None:
@@ -28,6 +32,9 @@ def execute(run: RunParts, display: Display, command: str) -> None:
             run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)
         with display.phase("held-out windows"):
             measure_heldout(run)
+        if run.elsewhere is not None:
+            with display.phase("another domain"):
+                measure_elsewhere(run)
         hand_on(run.problem.files, run.folder, run.problem.space.anatomy, display.note)
         status = "complete"
     except KeyboardInterrupt:
@@ -39,8 +46,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
 
 def measure_heldout(run: RunParts) -> None:
     """Measure the finished front, and the dense model, on windows that nothing has seen; skips what is stored."""
-    stored = run.store.heldout()
-    missing = [trial for trial in front_of(run.store.trials(), run.objectives) if trial.number not in stored]
+    missing = _unmeasured(run)
     if not missing and "dense_heldout" in run.store.facts:
         return
     evaluator = run.problem.heldout()
@@ -51,6 +57,25 @@ def measure_heldout(run: RunParts) -> None:
     run.store.set_fact("dense_heldout", measure(run.problem.space.max_levels))
     for trial in missing:
         run.store.set_heldout(trial.number, measure(trial.x))
+
+
+def measure_elsewhere(run: RunParts) -> None:
+    """The same on windows of another text. Should that text have changed since, all is measured anew."""
+    assert run.elsewhere is not None
+    part = elsewhere_part(run.elsewhere)
+    missing = _unmeasured(run, part["digest"])
+    if not missing and digest_elsewhere(run.store.facts) == part["digest"]:
+        return
+    evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
+    run.store.set_fact("elsewhere", {**part, "dense": evaluator.evaluate(run.problem.space.max_levels)})
+    for trial in missing:
+        run.store.set_heldout(trial.number, evaluator.evaluate(trial.x), part["digest"])
+
+
+def _unmeasured(run: RunParts, digest: str = "") -> list[Trial]:
+    """Trials of the front without held-out values."""
+    stored = run.store.heldout(digest)
+    return [trial for trial in front_of(run.store.trials(), run.objectives) if trial.number not in stored]
 
 
 def _write(run: RunParts, display: Display, command: str, status: str) -> None:
@@ -65,6 +90,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         {**facts, "run": part},
         run.store.heldout(),
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
+        run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
     )
     write_report(report, run.folder)
     for text in report.warnings:

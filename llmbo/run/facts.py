@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel
-from llmbo.report import DataPart, ImportancePart, ModelPart, SplitPart
+from llmbo.report import DataPart, ElsewherePart, ImportancePart, ModelPart, SourcePart, SplitPart
 from llmbo.run.stored import differences
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
@@ -31,8 +32,21 @@ def facts_of(loaded: LoadedModel, windows: TokenWindows) -> dict[str, Any]:
 def changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Another model or text behind the same name. Where the model lies does not matter."""
     return differences({**stored["model"], "source": None}, {**found["model"], "source": None}) + differences(
-        stored["data"], found["data"]
+        DataPart.model_validate(stored["data"]).model_dump(),
+        found["data"],  # an older version's has fewer keys
     )
+
+
+def elsewhere_part(windows: TokenWindows) -> dict[str, Any]:
+    """Where the windows of another domain come from; `digest` is of the tokens."""
+    return ElsewherePart(
+        source=windows.source,
+        sha256=windows.sha256,
+        available_tokens=windows.available_tokens,
+        windows=len(windows.heldout),
+        tokens=windows.heldout.numel(),
+        digest=hashlib.sha256(windows.heldout.numpy().tobytes()).hexdigest(),
+    ).model_dump()
 
 
 def items_digest(config: RunConfig) -> str | None:
@@ -80,6 +94,8 @@ def _data_part(windows: TokenWindows) -> dict[str, Any]:
         available_tokens=windows.available_tokens,
         window=windows.length,
         bos=windows.bos,
+        chat=windows.chat,
+        sources=[SourcePart(**asdict(source)) for source in windows.sources],
         calibration=split(windows.calibration),
         proxy=split(windows.proxy),
         heldout=split(windows.heldout),

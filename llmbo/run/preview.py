@@ -15,7 +15,8 @@ from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_model
 from llmbo.problem.objectives import build_objectives
-from llmbo.problem.preparation import Method, load_windows, prepared
+from llmbo.problem.preparation import Method, prepared
+from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run

@@ -10,7 +10,8 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.kept import hand_on, own_files
-from llmbo.problem.preparation import Method, fitted, load_windows, space_of
+from llmbo.problem.preparation import Method, fitted, space_of
+from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of

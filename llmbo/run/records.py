@@ -12,11 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAda
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
-from llmbo.report.schema import DataPart, ImportancePart, ModelPart
+from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ModelPart
 from llmbo.types import Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
-HELDOUT = "heldout"
+HELDOUT, ELSEWHERE = "heldout", "elsewhere:"
 _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
@@ -49,6 +49,10 @@ class _Report(_Record):
     peak_memory_bytes: int
 
 
+class _Elsewhere(ElsewherePart):
+    dense: Values
+
+
 class _Facts(_Record):
     dtype: str
     device: str
@@ -58,6 +62,7 @@ class _Facts(_Record):
     importance: list[ImportancePart]
     items: str | None = None
     dense_heldout: Values | None = None
+    elsewhere: _Elsewhere | None = None
     budget: int = 0
     profiles: dict[str, Any] | None = None
     run: _Report | None = None
@@ -106,9 +111,25 @@ def rounds_of(attributes: Mapping[str, Any]) -> list[list[Proposal]]:
     return [[item.made() for item in _fits(_PROPOSALS, attributes[key], key)] for key in latest.values()]
 
 
-def heldout_of(attributes: Mapping[str, Any]) -> dict[int, Values]:
-    """Held-out measurements by trial number."""
-    return _fits(_HELDOUT, attributes.get(HELDOUT, {}), HELDOUT, strict=False)
+def digest_elsewhere(facts: Mapping[str, Any]) -> str:
+    """Of the windows of another text that a run was judged on; empty if there were none."""
+    digest: str = (facts.get("elsewhere") or {}).get("digest", "")
+    return digest
+
+
+def heldout_key(digest: str = "") -> str:
+    """Name of the attribute that holds held-out measurements: on the run's own text, or on windows of another with this digest."""
+    return f"{ELSEWHERE}{digest}" if digest else HELDOUT
+
+
+def heldout_of(attributes: Mapping[str, Any], digest: str = "") -> dict[int, Values]:
+    """Held-out measurements by trial number.
+
+    Args:
+        digest: Of windows of another text; empty for the run's own.
+    """
+    key = heldout_key(digest)
+    return _fits(_HELDOUT, attributes.get(key, {}), key, strict=False)
 
 
 def frozen_trials(study: optuna.Study) -> list[FrozenTrial]:

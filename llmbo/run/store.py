@@ -27,7 +27,7 @@ from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
 from llmbo.run.lease import Lease
-from llmbo.run.records import HELDOUT, frozen_trials, heldout_of, round_key, rounds_of, trial_of
+from llmbo.run.records import digest_elsewhere, frozen_trials, heldout_key, heldout_of, round_key, rounds_of, trial_of
 from llmbo.types import Proposal, Trial
 from pruning.architecture import Architecture
 
@@ -174,15 +174,16 @@ class TrialStore:
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     @_writes
-    def set_heldout(self, number: int, values: Mapping[str, float]) -> None:
-        """Keep a trial's held-out measurements."""
-        measured = self._study.user_attrs.get(HELDOUT, {})  # a finished trial is closed for good, the study is not
-        self._study.set_user_attr(HELDOUT, {**measured, str(number): dict(values)})
+    def set_heldout(self, number: int, values: Mapping[str, float], digest: str = "") -> None:
+        """Keep a trial's held-out measurements: on the run's own text, or on windows of another with this digest."""
+        key = heldout_key(digest)
+        measured = self._study.user_attrs.get(key, {})  # a finished trial is closed for good, the study is not
+        self._study.set_user_attr(key, {**measured, str(number): dict(values)})
 
     @uninterrupted()
-    def heldout(self) -> dict[int, dict[str, float]]:
+    def heldout(self, digest: str = "") -> dict[int, dict[str, float]]:
         """Held-out measurements by trial number."""
-        return heldout_of(self._study.user_attrs)
+        return heldout_of(self._study.user_attrs, digest)
 
     @_writes
     def set_fact(self, key: str, value: Any) -> None:
@@ -207,7 +208,7 @@ class TrialStore:
 
     def _checked(self) -> Self:
         """Whatever it holds can be read: better said now than in the middle of a search."""
-        self.trials(), self.rounds(), self.heldout()
+        self.trials(), self.rounds(), self.heldout(), self.heldout(digest_elsewhere(self.facts))
         return self
 
     def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:

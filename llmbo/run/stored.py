@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
 
 import optuna
 
+from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import StorageError
 from llmbo.run.database import explained, find_storage, shown_url
-from llmbo.run.records import check_settings, frozen_trials, heldout_of, rounds_of, trial_of
+from llmbo.run.records import check_settings, digest_elsewhere, frozen_trials, heldout_of, rounds_of, trial_of
 from llmbo.types import Trial
 
 
@@ -39,7 +41,7 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
             )
         settings, facts = attributes["settings"], attributes["facts"]
         check_settings(settings, facts)
-        rounds_of(attributes), heldout_of(attributes)
+        rounds_of(attributes), heldout_of(attributes), heldout_of(attributes, digest_elsewhere(facts))
         trials = [trial_of(trial, number, (), settings) for number, trial in enumerate(frozen)]
         moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
         return settings, facts, trials, moments
@@ -53,6 +55,20 @@ def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int
     """
     found = follow_run(url, name)
     return found and (found[0], found[1], sum(trial.seconds is not None for trial in found[2]))
+
+
+def as_started(config: RunConfig, url: str) -> RunConfig:
+    """The config of a stored run that is older than some settings: what was left at its default is as the run had it."""
+    found = stored_run(url, config.name)
+    if found is None:
+        return config
+    default = {item.name: item.default for item in fields(RunConfig)}
+    older = {
+        name: value
+        for name, value in EARLIER.items()
+        if name not in found[0] and getattr(config, name) == default[name]
+    }
+    return replace(config, **older)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

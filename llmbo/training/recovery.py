@@ -19,11 +19,13 @@ from llmbo.errors import ConfigError, ModelError, first_line
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
+from llmbo.problem.texts import searched
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import Dealt, TokenWindows, read_text, unseen_windows
+from pruning.calibration import Dealt, TokenWindows, unseen_windows
 from pruning.export.folder import check_out, whole_folder
 from pruning.likelihood import quality
+from pruning.text import read_mix
 
 HELDOUT = Within(1, MOST)  # windows
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -36,7 +38,7 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN].
+        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or mix:…; as a chat where the run behind the folder had it so.
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model for distillation; empty takes the one the folder names.
@@ -99,15 +101,9 @@ def recover(
         kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
         stored = _saved_dtype(task.source)
         teacher = _teacher(task, small, kind) if plan.distil else None
-        windows = unseen_windows(
-            read_text(task.text),
-            small.tokenizer,
-            task.window,
-            plan.seed,
-            task.heldout,
-            plan.batch,
-            _searched(small.source),
-        )
+        seen, chat = _searched(small.source)
+        text = read_mix(task.text)
+        windows = unseen_windows(text, small.tokenizer, task.window, plan.seed, task.heldout, plan.batch, seen, chat)
         check_tokens(small.model, small.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     before = quality(small.model, windows.heldout).loss
     check_finite(task.source, small.dtype, before)
@@ -134,18 +130,13 @@ def recover(
     return outcome
 
 
-def searched(config: RunConfig, sha256: str) -> Dealt:
-    """The windows that a run with this config took from the text of this digest."""
-    return Dealt(sha256, sum(config.windows.values()), config.window, config.seed)
-
-
-def _searched(source: str) -> Dealt | None:
-    """The windows that the run behind an exported folder took; None if no run is."""
+def _searched(source: str) -> tuple[tuple[Dealt, ...], bool]:
+    """The windows that the run behind an exported folder took, none if no run is; and whether it put its text as a chat."""
     told = _details(source)
     if "settings" not in told or "text" not in told:
-        return None
+        return (), False
     config = RunConfig.from_settings(told["settings"], strategy="qnehvi", advisor="none")
-    return searched(config, told["text"]["sha256"])
+    return searched(config, told["text"]), config.chat
 
 
 def _saved_dtype(source: str) -> torch.dtype:
@@ -194,7 +185,14 @@ def _write(
     recovery = {
         "command": command,
         "plan": asdict(plan),
-        "text": {"source": windows.source, "sha256": windows.sha256, "window": windows.length, "bos": windows.bos},
+        "text": {
+            "source": windows.source,
+            "sha256": windows.sha256,
+            "sources": [asdict(source) for source in windows.sources],
+            "window": windows.length,
+            "bos": windows.bos,
+            "chat": windows.chat,
+        },
         "heldout_loss": {"before": outcome.before, "after": outcome.after},
         "best_step": outcome.progress.best[0],
         "tokens": outcome.tokens,

@@ -17,15 +17,17 @@ from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.models.checks import check_tokens
+from llmbo.problem.texts import searched
 from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
-from llmbo.training.recovery import HELDOUT, MIXED, searched
+from llmbo.training.recovery import HELDOUT, MIXED
 from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
 from llmbo.types import Phases
-from pruning.calibration import TokenWindows, read_text, unseen_windows
+from pruning.calibration import TokenWindows, unseen_windows
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
+from pruning.text import read_mix
 
 FILE = "rerank.json"
 Values = Mapping[str, float]  # `loss` and `kl` in nats per token
@@ -166,8 +168,10 @@ def rerank(
     missing = [trial for trial in chosen if trial.number not in done]
     if missing:
         loaded, windows = load_base(report, phases, model, device)
-        seen = searched(config, report.data.sha256)
-        held = unseen_windows(read_text(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen)
+        seen = searched(config, report.data.model_dump())
+        held = unseen_windows(
+            read_mix(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen, config.chat
+        )
         check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
         inputs = RebuildInputs.of(report, folder, loaded, windows, phases)
         loaded.model.requires_grad_(False)

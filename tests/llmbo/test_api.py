@@ -31,7 +31,7 @@ from llmbo.errors import ConfigError, LlmboError, ModelError, StorageError
 
 FEW: dict[str, Any] = {
     "window": 16, "calibration_tokens": 128, "proxy_tokens": 64, "heldout_tokens": 64, "dtype": "float32", "device": "cpu",
-    "show": "nothing",
+    "show": "nothing", "heldout_text": "none",
 }  # fmt: skip
 SMALL: Any = {
     "num_hidden_layers": 1,
@@ -88,7 +88,7 @@ def test_a_run_is_the_command_lines_run(run: llmbo.Run, place: Path) -> None:
     words = [
         "optimize", "--model", "tiny", "--name", "typed", "--budget", "14", "--text", "text:words.txt", "--window", "16", "--max",
         "params_share=0.95", "--calibration-tokens", "128", "--proxy-tokens", "64", "--heldout-tokens", "64", "--dtype", "float32",
-        "--device", "cpu", "--quiet",
+        "--device", "cpu", "--quiet", "--heldout-text", "none",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "llmbo", *words], capture_output=True, text=True, check=True, cwd=place

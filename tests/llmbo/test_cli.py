@@ -51,9 +51,14 @@ def check_complete(data: dict[str, Any], budget: int) -> None:
 def search_part(data: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how often a run was started."""
     trials = [{key: value for key, value in trial.items() if key != "seconds"} for trial in data["trials"]]
+    dense, *front = (
+        {**point, "elsewhere": None} for point in (data["dense"], *data["front"])
+    )  # one run is judged there
     return {
         "trials": trials,
-        **{key: data[key] for key in ("model", "data", "space", "objectives", "dense", "front", "hypervolume")},
+        "dense": dense,
+        "front": front,
+        **{key: data[key] for key in ("model", "data", "space", "objectives", "hypervolume")},
     }
 
 

@@ -264,6 +264,7 @@ STUDIES: dict[str, Callable[[Path], object]] = {
     "source unknown": study_attribute("round:00001@00000000", "json_set(value_json, '$[0].source', 'the moon')"),
     "held-out is a list": study_attribute("heldout", "'[1]'"),
     "held-out of no trial": study_attribute("heldout", "'{\"first\": {}}'"),
+    "elsewhere is text": study_attribute("facts", "json_set(value_json, '$.elsewhere', 'python')"),
     "origin is a number": attribute("origin", "7"),
     "round of a trial is text": attribute("round", '"first"'),
     "place taken twice": attribute("place", "2"),

@@ -58,6 +58,7 @@ SMALLER = {
     r"^(llmbo optimize (?!--help).*)$": " ".join(
         [r"\1", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
     ),
+    r"^(llmbo optimize (?!--help)(?!.*--heldout-text).*)$": r"\1 --heldout-text none",
     r"--trial \d+": "--trial 1",
     r"--steps \d+": "--steps 2",
     r"--reference-point 3\.5,134515008": "--reference-point 9,1e6",  # the tiny model's loss and size

@@ -84,6 +84,8 @@ def test_it_goes_on_and_keeps_what_it_has(run: Run) -> None:
     done = run("optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic")
     assert done.exit_code == 0, done.output
     old, new = report(), report(Path())
+    assert new["elsewhere"] is None and not new["data"]["chat"]  # it is older than these settings
+    assert new["run"]["settings"]["heldout_text"] == "none"
     assert len(new["trials"]) == 20 and all(trial["counts"] for trial in new["trials"])
     assert [{**trial, "counts": True} for trial in old["trials"]] == new["trials"][
         :18
@@ -97,6 +99,10 @@ def test_it_goes_on_and_keeps_what_it_has(run: Run) -> None:
 def test_a_changed_setting_is_refused_by_name(run: Run) -> None:
     done = run("optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic", "--seed", 1)
     assert done.exit_code == 2 and "seed: 0 -> 1" in done.output
+    done = run(
+        "optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic", "--heldout-text", "builtin"
+    )
+    assert done.exit_code == 2 and "heldout_text: none -> builtin" in done.output
 
 
 def test_its_advice_is_replayed(run: Run) -> None:

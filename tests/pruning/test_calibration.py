@@ -1,12 +1,8 @@
-"""Windows are disjoint, reproducible and complete with their recipe; a bad source is named."""
+"""Windows are disjoint, reproducible and complete with their recipe; a mix is dealt in proportion."""
 
-import json
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pruning.calibration import (
-    SOURCES,
     SPLITS,
     Dealt,
-    Text,
     TokenWindows,
+    apportioned,
     cut_windows,
-    read_text,
-    sample_windows,
+    fresh_windows,
     unseen_windows,
 )
-from pruning.errors import NotEnoughText, UnreadableText
+from pruning.errors import NotEnoughText
+from pruning.sampling import sample_windows
+from pruning.text import Mix, Text
 
 COUNTS = {"calibration": 5, "proxy": 4, "heldout": 3}
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -117,7 +113,7 @@ def test_unseen_windows_share_no_token_with_what_was_dealt(
 ) -> None:
     text, tokenizer = words(count), build_tokenizer(bos)
     used = torch.cat(splits(cut_windows(text, tokenizer, COUNTS, dealt, first)))
-    found = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt(text.sha256, 12, dealt, first))
+    found = unseen_windows(text, tokenizer, length, second, 2, 1, [Dealt(text.sha256, 12, dealt, first)])
     judged = torch.cat([found.proxy, found.heldout])
     assert (len(found.proxy), len(found.heldout), found.length) == (2, 2, length)
     assert len(found.calibration) == count // (length - bos) - 4
@@ -125,7 +121,7 @@ def test_unseen_windows_share_no_token_with_what_was_dealt(
     assert own.unique().numel() == own.numel()
     assert not torch.isin(judged[:, int(bos) :], used[:, int(bos) :]).any()
     # What nobody has dealt is the end of the same order.
-    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, Dealt("another text", 12, dealt, first))
+    fresh = unseen_windows(text, tokenizer, length, second, 2, 1, [Dealt("another text", 12, dealt, first)])
     everything = {"calibration": count // (length - bos) - 4, "proxy": 2, "heldout": 2}
     for one, other in zip(splits(fresh), splits(cut_windows(text, tokenizer, everything, length, second)), strict=True):
         assert torch.equal(one, other)
@@ -137,7 +133,7 @@ def test_a_text_of_just_the_needed_length_is_enough(bos: bool, training: int, ne
     tokenizer = build_tokenizer(bos)
 
     def cut(count: int) -> TokenWindows:
-        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, Dealt(words(count).sha256, 12, 8, 0))
+        return unseen_windows(words(count), tokenizer, 8, 0, 3, training, [Dealt(words(count).sha256, 12, 8, 0)])
 
     assert len(cut(needed).calibration) == max(12, training)
     for short in (1, 8 - bos):
@@ -147,129 +143,139 @@ def test_a_text_of_just_the_needed_length_is_enough(bos: bool, training: int, ne
             assert said in str(error.value)
 
 
-def test_builtin_is_prose_without_repeats() -> None:
-    text = read_text("builtin")
-    assert text.source.startswith("builtin (")
-    assert len(text.content) > 200_000
-    paragraphs = Counter(" ".join(paragraph.split()) for paragraph in text.content.split("\n\n"))
-    assert [paragraph for paragraph, count in paragraphs.items() if paragraph and count > 1] == []
-    assert read_text("builtin") == text
+MIXES = {"a third": (1, 2), "three": (1, 1, 1), "uneven": (0.45, 0.35, 0.2)}  # weights
 
 
-def test_a_text_file_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "colon:café.txt").write_text("Zwölf Boxkämpfer\n", encoding="utf-8")
-    text = read_text(f"text:{tmp_path}/colon:café.txt")
-    assert text.content == "Zwölf Boxkämpfer\n"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read_text("text:~/colon:café.txt").sha256 == text.sha256
+def mixed(weights: Sequence[float], each: int = 300) -> Mix:
+    """Texts of `each` words that no other has."""
+    texts = [
+        Text(f"text:{n}", " ".join(f"w{word}" for word in range(n * each, (n + 1) * each))) for n in range(len(weights))
+    ]
+    return Mix(tuple((text, weight / sum(weights)) for text, weight in zip(texts, weights, strict=True)))
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda path: None, "No such file"),
-        (lambda path: path.mkdir(), "directory"),
-        (lambda path: path.write_bytes(b"caf\xe9"), "not UTF-8"),
-    ],
-    ids=["missing", "directory", "latin-1"],
-)
-def test_an_unreadable_file_is_named(tmp_path: Path, make: Callable[[Path], object], reason: str) -> None:
-    path = tmp_path / "input.txt"
-    make(path)
-    with pytest.raises(UnreadableText) as error:
-        read_text(f"text:{path}")
-    assert f"'{path}'" in str(error.value)
-    assert reason in str(error.value)
+def per_text(windows: Tensor, each: int = 300) -> list[int]:
+    """Of which text each window is."""
+    return ((windows[:, -1] - 3) // each).tolist()
 
 
-@pytest.mark.parametrize(
-    "source", ["", "wikitext", "text", "text:", "Builtin", "hf:only", "hf:a:b", "hf:a:b:c:d:e", "hf:a:b:c[:d", "self"]
-)
-def test_an_unknown_source_is_named_with_the_known(source: str) -> None:
-    with pytest.raises(UnreadableText) as error:
-        read_text(source)
-    assert f"'{source}'" in str(error.value)
-    assert SOURCES in str(error.value)
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5), (1 / 3, 1 / 3, 1 / 3), (0.1, 0.2, 0.7), (0.01, 0.99)])
+def test_apportioned_numbers_are_the_shares_to_less_than_one(shares: tuple[float, ...]) -> None:
+    for count in range(60):
+        found = apportioned(count, shares)
+        assert sum(found) == count and all(abs(n - count * share) < 1 for n, share in zip(found, shares, strict=True))
+    assert apportioned(5, (0.5, 0.5)) == [3, 2]
+    assert apportioned(10, (0.46, 0.34, 0.2)) == [5, 3, 2] and apportioned(10, (0.44, 0.36, 0.2)) == [4, 4, 2]
 
 
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of local data sets, which stand for the hub's."""
-    library = pytest.importorskip("datasets", reason="needs datasets: pip install 'llmbo[hub-text]'")
-    folder = tmp_path_factory.mktemp("datasets")
-    tables = {
-        "plain": [{"text": f"Line {i}."} for i in range(50)],
-        "code": [{"number": i, "content": f"x = {i}", "path": "a.py"} for i in range(50)],
-        "holes": [{"text": None if i == 7 else f"Line {i}."} for i in range(50)],
-        "numbers": [{"text": i} for i in range(50)],
-    }
-    for name, rows in tables.items():
-        (folder / name).mkdir()
-        (folder / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library.config, "HF_DATASETS_CACHE", folder / "cache")
-        library.disable_progress_bars()
-        yield folder
-        library.enable_progress_bars()
+@pytest.mark.parametrize("weights", MIXES.values(), ids=list(MIXES))
+@pytest.mark.parametrize("bos", [False, True])
+def test_every_split_has_windows_of_each_text_in_proportion(bos: bool, weights: tuple[float, ...]) -> None:
+    mix, counts = mixed(weights), {"calibration": 20, "proxy": 9, "heldout": 6}
+    found = cut_windows(mix, build_tokenizer(bos), counts, length=8, seed=1)
+    shares = [share for _, share in mix.parts]
+    for split, windows in zip(SPLITS, splits(found), strict=True):
+        texts = per_text(windows)
+        assert [texts.count(n) for n in range(len(shares))] == apportioned(counts[split], shares)
+        for first in range(1, len(texts)):  # units are scored, and the path is allocated, on the first windows
+            assert all(abs(texts[:first].count(n) - first * share) < 1.5 for n, share in enumerate(shares))
+    payload = torch.cat(splits(found))[:, int(bos) :]
+    assert payload.unique().numel() == payload.numel()
+    assert found.sha256 == mix.sha256 and found.source == mix.source and found.available_tokens == 300 * len(weights)
+    assert [(source.source, source.sha256, source.share) for source in found.sources] == [
+        (text.source, text.sha256, share) for text, share in mix.parts
+    ]
+    assert [source.windows for source in found.sources] == [
+        per_text(torch.cat(splits(found))).count(n) for n in range(len(shares))
+    ]
 
 
-LINES = [f"Line {i}." for i in range(50)]
+def test_each_text_of_a_mix_is_dealt_as_if_it_were_alone() -> None:
+    tokenizer, mix = build_tokenizer(True), mixed((1, 2))
+    found = cut_windows(mix, tokenizer, {"calibration": 9, "proxy": 6, "heldout": 3}, length=8, seed=1)
+    for n, (text, _) in enumerate(mix.parts):
+        counts = dict(zip(SPLITS, [(3, 2, 1), (6, 4, 2)][n], strict=True))
+        alone = cut_windows(text, tokenizer, counts, length=8, seed=1)
+        assert alone.sources == ()
+        for one, other in zip(splits(found), splits(alone), strict=True):
+            assert torch.equal(one[torch.tensor(per_text(one)) == n], other)
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("plain:default:train", LINES),
-        ("plain::train", LINES),
-        ("plain:default:train:text", LINES),
-        ("plain:default:train[:20]", LINES[:20]),
-        ("plain:default:train[:50%]", LINES[:25]),
-        ("plain:default:train[10:12]", LINES[10:12]),
-        ("plain:default:train[:2]+train[-10%:]", LINES[:2] + LINES[-5:]),
-        ("plain:default:train[:20]:text", LINES[:20]),
-        ("code:default:train:content", [f"x = {i}" for i in range(50)]),
-        ("code:default:train[-2:]:path", ["a.py", "a.py"]),
-        ("holes:default:train", LINES[:7] + LINES[8:]),
-        ("holes:default:train[7:8]", []),
-    ],
-)
-def test_a_dataset_is_read_by_split_slice_and_column(source: str, expected: list[str], datasets: Path) -> None:
-    text = read_text(f"hf:{datasets}/{source}")
-    assert text == Text(f"hf:{datasets}/{source}", "\n\n".join(expected))
+def test_a_split_without_a_text_of_the_mix_is_refused() -> None:
+    counts = {"calibration": 40, "proxy": 9, "heldout": 2}
+    with pytest.raises(NotEnoughText, match=r"2 heldout windows are too few for one of 'text:0', which is 10\.0%"):
+        cut_windows(mixed((1, 9), 500), build_tokenizer(False), counts, length=8, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("code:default:train", "has no column 'text': name one of content, path as in hf:.*/code:default:train:COLUMN"),
-        ("code:default:train[:3]:words", "has no column 'words': .* content, path as in hf:.*:train\\[:3\\]:COLUMN"),
-        ("code:default:train:number", "has no text in its column 'number': name one of content, path"),
-        ("numbers:default:train", "has no text in its column 'text': name one of none"),
-        ("plain:default:test", "plain:default:test': .*test"),
-        ("plain:default:train[:x]", r"plain:default:train\[:x\]': "),
-        ("nowhere:default:train", "nowhere:default:train': "),
-    ],
-)
-def test_what_a_dataset_has_not_is_named(source: str, says: str, datasets: Path) -> None:
-    with pytest.raises(UnreadableText, match=says) as error:
-        read_text(f"hf:{datasets}/{source}")
-    assert "\n" not in str(error.value)
+def test_the_text_of_a_mix_that_is_too_short_is_named() -> None:
+    counts = {"calibration": 40, "proxy": 9, "heldout": 6}
+    with pytest.raises(NotEnoughText, match=r"'text:1' holds 300 tokens, 352 are needed \(44 windows of 8\)"):
+        cut_windows(mixed((1, 4)), build_tokenizer(False), counts, length=8, seed=0)
 
 
-@pytest.mark.parametrize("error", [ConnectionError("host unreachable\nmany lines"), KeyError()])
-def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def load_dataset(*args: object, **kwargs: object) -> None:
-        raise error
+@pytest.mark.parametrize("weights", MIXES.values(), ids=list(MIXES))
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [8, 11])
+def test_what_a_mix_has_dealt_is_not_judged_by_again(length: int, bos: bool, weights: tuple[float, ...]) -> None:
+    """Neither out of the same mix, nor out of one of its texts, nor out of another mix with them."""
+    mix, tokenizer = mixed(weights), build_tokenizer(bos)
+    dealt = cut_windows(mix, tokenizer, {"calibration": 12, "proxy": 9, "heldout": 6}, length=8, seed=1)
+    seen = [Dealt(source.sha256, source.windows, 8, 1) for source in dealt.sources]
+    used = torch.cat(splits(dealt))[:, int(bos) :]
+    other = Mix((mix.parts[1], mix.parts[0]))
+    for text in (mix, mix.parts[0][0], mix.parts[1][0], Mix(tuple((part, 0.5) for part, _ in other.parts))):
+        found = unseen_windows(text, tokenizer, length, 2, 3, 2, seen)
+        judged = torch.cat([found.proxy, found.heldout])[:, int(bos) :]
+        assert len(judged) == 6 and not torch.isin(judged, used).any()
+        everything = torch.cat(splits(found))[:, int(bos) :]
+        assert everything.unique().numel() == everything.numel()
+    trained = per_text(unseen_windows(mix, tokenizer, length, 2, 3, 2, seen).calibration)
+    assert [trained.count(n) for n in range(len(weights))] == apportioned(
+        len(trained), [share for _, share in mix.parts]
+    )
+    most = max(range(len(weights)), key=lambda n: weights[n])  # which runs out first
+    assert trained.count(most) + len(trained) / len(weights) > 300 // (length - bos) - 6
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(UnreadableText, match=r"'wiki:raw:test': (host unreachable|KeyError)$"):
-        read_text("hf:wiki:raw:test")
+
+def digests(windows: Tensor) -> set[str]:
+    return {hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in windows}
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UnreadableText, match="pip install"):
-        read_text("hf:wiki:raw:test")
+@pytest.mark.parametrize("weights", [None, (1, 2)], ids=["one text", "a mix"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_fresh_windows_were_dealt_to_nobody(bos: bool, weights: tuple[float, ...] | None) -> None:
+    """Not even in part: no token occurs twice in these texts. Windows of the same length are compared by their digests too."""
+    text, tokenizer = mixed(weights) if weights else words(600), build_tokenizer(bos)
+    dealt = cut_windows(text, tokenizer, {"calibration": 9, "proxy": 6, "heldout": 6}, length=8, seed=1)
+    seen = [Dealt(part.sha256, part.windows, 8, 1) for part in dealt.sources] or [Dealt(text.sha256, 21, 8, 1)]
+    same, used = text.parts[-1][0], torch.cat(splits(dealt))
+    for length in (8, 11):
+        found = fresh_windows(same, tokenizer, 6, length, 1, seen)
+        assert found.heldout.shape == (6, length) and not len(found.calibration) and not len(found.proxy)
+        assert len(digests(found.heldout)) == 6 and not digests(found.heldout) & digests(used)
+        assert not torch.isin(found.heldout[:, int(bos) :], used[:, int(bos) :]).any()
+    first = fresh_windows(same, tokenizer, 6, 8, 1)
+    assert digests(first.heldout) & digests(used)  # those that the search saw would be the first to be dealt
+    with pytest.raises(NotEnoughText, match=r"--heldout-text.*--heldout-tokens"):
+        fresh_windows(same, tokenizer, 90, 8, 1, seen)
+
+
+def test_windows_of_a_chat_hold_what_the_template_adds() -> None:
+    """Importance and refits see the special tokens, and no word of the source twice."""
+    tokenizer = build_tokenizer(True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
+    found = cut_windows(words(900), tokenizer, COUNTS, 64, 0, chat=True)
+    everything = torch.cat(splits(found))
+    for token in ("<|user|>", "<|assistant|>"):
+        assert torch.isin(everything, tokenizer.convert_tokens_to_ids(token)).sum() >= 2
+    inside = everything[(everything >= 3) & (everything < 1003)]
+    assert inside.unique().numel() == inside.numel() > 500
+    assert found.chat and found.sha256 == words(900).sha256 and found.available_tokens > 900
+    unseen = unseen_windows(words(900), tokenizer, 64, 0, 1, 1, [Dealt(words(900).sha256, 10, 64, 0)], chat=True)
+    dealt = cut_windows(words(900), tokenizer, {"calibration": 4, "proxy": 3, "heldout": 3}, 64, 0, chat=True)
+    judged = torch.cat([unseen.proxy, unseen.heldout])
+    assert not digests(judged) & digests(torch.cat(splits(dealt)))
 
 
 @ONE_FAMILY

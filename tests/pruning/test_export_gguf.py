@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
-from pruning.calibration import read_text
 from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, llama_cpp, save_gguf
 from pruning.export.gguf_file import check_gguf, context_length, gguf_architecture, write_gguf
@@ -27,6 +26,7 @@ from pruning.importance import magnitude
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 from pruning.statistics import collect_statistics
+from pruning.text import read_text
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"

@@ -17,7 +17,7 @@ const SYMBOLS = ["circle", "rect", "diamond", "triangle", "pin", "arrow", "round
 const ABOUT = new Map(Object.entries(DATA.quantities));
 const QUALITY = DATA.quality;
 
-/** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, onFront, counts}. */
+/** Every trial of every run, the dense models included, in one list: {key, run, number, trial, values, heldout, elsewhere, onFront, counts}. */
 const TRIALS = RUNS.flatMap((run, index) => {
   const front = new Map(run.report.front.map((point) => [point.trial, point]));
   const dense = { ...run.report.dense, origin: "dense", state: "complete" };
@@ -29,6 +29,7 @@ const TRIALS = RUNS.flatMap((run, index) => {
     trial,
     values: valuesOf(trial),
     heldout: (number === "dense" ? dense.heldout : front.get(number)?.heldout) ?? null,
+    elsewhere: (number === "dense" ? dense.elsewhere : front.get(number)?.elsewhere) ?? null,
     onFront: front.has(number),
     counts, // whether it may be on a front
   }));

@@ -146,8 +146,8 @@ function drawTrials(state) {
 }
 
 function drawRecipe(state) {
-  const { run, model, data, space, objectives } = current(state).report;
+  const { run, model, data, elsewhere, space, objectives } = current(state).report;
   const { seconds, peak_memory_bytes, ...rest } = run;
   const part = (title, value) => el("details", { open: title === "Run" }, el("summary", {}, title), anything(value, title));
-  fill("recipe", part("Run", rest), part("Model", model), part("Text", data), part("Space", space), part("Objectives", objectives));
+  fill("recipe", part("Run", rest), part("Model", model), part("Text", data), ...(elsewhere ? [part("Text of another domain", elsewhere)] : []), part("Space", space), part("Objectives", objectives));
 }

@@ -31,16 +31,17 @@ function announce(state) {
 function numbers(entry) {
   const dense = BY_KEY.get(`${entry.run}:dense`);
   const names = QUANTITIES.filter((name) => name in entry.values);
-  const own = entry.heldout !== null;
+  // What windows of text say, by heading: of the run's own that nothing saw, and of another domain.
+  const seen = [["held-out", entry.heldout], [`held-out, ${RUNS[entry.run].elsewhere}`, entry.elsewhere]].filter(([, values]) => values !== null);
   const rows = names.map((name) => {
     const [now, before] = [entry.values[name], dense.values[name]];
     const unit = withUnit(name, now) === format(name, now) ? "" : unitOf(name);
     const label = unit ? el("span", {}, `${words(name)} `, el("small", { class: "muted" }, `(${unit})`)) : words(name);
     const cells = [label, format(name, now), format(name, before), change(name, now, before)];
-    if (own) cells.splice(2, 0, isQuality(name) ? format(name, entry.heldout[name]) : "");
+    cells.splice(2, 0, ...seen.map(([, values]) => (isQuality(name) && typeof values[name] === "number" ? format(name, values[name]) : "")));
     return cells;
   });
-  return table(["", own ? "proxy" : "value", ...(own ? ["held-out"] : []), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
+  return table(["", seen.length ? "proxy" : "value", ...seen.map(([heading]) => heading), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
 }
 
 /** Quality changes by a difference, sizes by a percentage. */

@@ -52,6 +52,9 @@ from llmbo.errors import ConfigError
         ({"advisor_hooks": ("filter", "filter")}, "'filter,filter'"),
         ({"advisor_share": 0.6}, "--advisor-share .* 0.6"),
         ({"advisor_context": "fall"}, "'fall': .*one of full, partial, none"),
+        ({"chat": True, "text": "self"}, "--chat .* --text self"),
+        ({"heldout_text": "self"}, "--heldout-text .* one text .* 'self'"),
+        ({"heldout_text": "mix:python=1"}, "--heldout-text .* one text .* 'mix:python=1'"),
         ({"advisor_every": 0}, "--advisor-every .* 0"),
         ({"advisor_max_calls": 0}, "--advisor-max-calls .* 0"),
         ({"advisor_max_tokens": -1}, "--advisor-max-tokens .* -1"),
@@ -85,6 +88,7 @@ CHANGED: dict[str, Any] = {
     "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
     "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_context": "none", "advisor_every": 1, "maximum": ("kl=0.5",),
     "context": 99, "serve_batch": 2, "latency_target": "cpu", "racing": True, "items": "x.jsonl",
+    "chat": True, "heldout_text": "none",
 }  # fmt: skip
 
 

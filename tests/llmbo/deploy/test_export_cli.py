@@ -20,7 +20,7 @@ from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.deploy import disk
 from llmbo.models.loading import load_model
-from llmbo.problem.preparation import load_windows
+from llmbo.problem.texts import load_windows
 from pruning.export import load_pruned
 from pruning.likelihood import quality
 
@@ -83,6 +83,7 @@ def test_an_exported_trial_measures_what_the_run_measured(
     assert model.num_parameters() == trial["objectives"]["params"]
     told = json.loads((tmp_path / "out" / "llmbo.json").read_text())
     assert told["architecture"] == trial["architecture"] and told["heldout"] == trial["heldout"]
+    assert told["elsewhere"] == trial["elsewhere"] and told["elsewhere_text"] == report["elsewhere"]
     assert (told["run"], told["trial"]) == ("tiny", trial["trial"]) and len(told["mask_digest"]) == 16
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nbase_model:") and "trust_remote_code=True" in card and "license: unknown" in card

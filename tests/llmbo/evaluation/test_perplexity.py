@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from llmbo.errors import ConfigError
 from llmbo.evaluation.perplexity import measure, pieces
 from llmbo.models.loading import Checkpoint, load_checkpoint
-from pruning.calibration import Text, read_text
 from pruning.errors import NotEnoughText
+from pruning.text import Text, read_text
 
 
 @pytest.fixture(scope="module")

@@ -317,7 +317,19 @@ def commands(text_file: Path) -> dict[str, tuple[object, ...]]:
     text = ("--device", "cpu", "--text", f"text:{text_file}", "--window", 16)
     tokens = ("--calibration-tokens", 64, "--proxy-tokens", 64, "--heldout-tokens", 64)
     return {
-        "optimize": ("optimize", "--budget", 2, *text, *tokens, "--name", "run", "--quiet", "--model"),
+        "optimize": (
+            "optimize",
+            "--budget",
+            2,
+            *text,
+            *tokens,
+            "--heldout-text",
+            "none",
+            "--name",
+            "run",
+            "--quiet",
+            "--model",
+        ),
         "evaluate": ("evaluate", *text, "--tokens", 200),
         "recover": ("recover", "--out", "small", *text, "--steps", 1),
     }

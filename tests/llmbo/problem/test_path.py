@@ -15,8 +15,9 @@ from llmbo.display.progress import Display, Silence
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
 from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
-from llmbo.problem.preparation import DEFAULT, Problem, load_windows, prepared, with_exchanges
+from llmbo.problem.preparation import DEFAULT, Problem, prepared, with_exchanges
 from llmbo.problem.proxy import ProxyEvaluator
+from llmbo.problem.texts import load_windows
 from pruning.anatomy import BlockKind
 from pruning.calibration import TokenWindows
 from pruning.exchanges import exchange_costs

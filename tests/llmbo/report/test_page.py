@@ -74,7 +74,8 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
     axes = [(one["objectives"]["params_share"], one["objectives"]["kl"]) for one in made]
     front = [
         {"trial": one["number"], "architecture": one["architecture"], "objectives": one["objectives"],
-         "heldout": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.1, "loss": one["objectives"]["loss"] + 0.01}}
+         "heldout": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.1, "loss": one["objectives"]["loss"] + 0.01},
+         "elsewhere": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.7}}
         for one, (x, y) in zip(made, axes, strict=True)
         if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in axes)
     ]  # fmt: skip
@@ -89,12 +90,14 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
                   "intermediate_size": NEURONS, "vocab_size": 49152, "params": 134000000, "block_params": 106000000},
         "data": {"source": "builtin", "sha256": "s", "available_tokens": 10**5, "window": 256, "bos": False,
                  **{part: {"windows": 12, "tokens": 3072} for part in ("calibration", "proxy", "heldout")}},
+        "elsewhere": {"source": "python (made up)", "sha256": "e", "available_tokens": 10**5, "windows": 12, "tokens": 3072, "digest": "d"},
         "space": {"dimensions": 2 * LAYERS, "kv_group_levels": [0, 1, 2, 3], "neuron_levels": list(range(0, 1537, 128)), "min_share": 0.4},
         "objectives": [
             {"name": "kl", "unit": "nats/token", "direction": "minimize", "reference_point": 1.2, "known": False},
             {"name": "params_share", "unit": "share", "direction": "minimize", "reference_point": 1.0, "known": True},
         ],
-        "dense": {"trial": None, "architecture": full, "objectives": values_of(1.0, 0.0), "heldout": values_of(1.0, 0.0)},
+        "dense": {"trial": None, "architecture": full, "objectives": values_of(1.0, 0.0), "heldout": values_of(1.0, 0.0),
+                  "elsewhere": values_of(1.0, 0.0)},
         "trials": made,
         "front": sorted(front, key=lambda point: point["objectives"]["params"]),
         "hypervolume": {"final": 0.4, "trace": [0.4 * (1 - math.exp(-number / 10)) for number in range(trials)]},
@@ -195,6 +198,8 @@ def test_it_shows_the_front_and_a_trial_of_it(opened: Open) -> None:
         assert f"trial {point['trial']}" in tab.text("#trial h3") and "on the front" in tab.text("#trial")
         assert f"{point['objectives']['kl']:.4g}" in tab.text("#trial")
         assert f"{point['heldout']['kl']:.4g}" in tab.text("#trial")
+        assert "held-out, python" in tab.text("#trial") and f"{point['elsewhere']['kl']:.4g}" in tab.text("#trial")
+        assert "python (made up)" in tab.text(".facts")
 
 
 def test_hovering_tells_about_a_trial(opened: Open) -> None:

@@ -1,0 +1,38 @@
+"""Token windows from the dense model itself: the text source `self`."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruning.calibration import SPLITS, TokenWindows, dealing_order
+
+
+def sample_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[str, int],
+    length: int,
+    seed: int,
+    batch_size: int = 32,
+) -> TokenWindows:
+    """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    wanted = [counts[split] for split in SPLITS]
+    chunks = []
+    rng = torch.Generator(model.device).manual_seed(seed)
+    # Not `generate`: it would mix in the sampling settings that chat models ship (repetition penalty and the like).
+    with torch.inference_mode():
+        for first in range(0, sum(wanted), batch_size):
+            window, cache = torch.full((min(batch_size, sum(wanted) - first), 1), start, device=model.device), None
+            while window.shape[1] < length:
+                out = model(window[:, -1:], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                window = torch.cat([window, out.logits[:, -1].float().softmax(-1).multinomial(1, generator=rng)], dim=1)
+            chunks.append(window.cpu())
+    windows = torch.cat(chunks)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    calibration, proxy, heldout = (windows[hand] for hand in dealing_order(len(windows), seed).split(wanted))
+    source = "self (sampled from the dense model)"
+    return TokenWindows(calibration, proxy, heldout, source, digest, windows.numel(), bos=True)

@@ -70,7 +70,9 @@ def score(model: PreTrainedModel, rows: Rows, own_logits: bool = False) -> tuple
                 states, head = last_hidden(model, tokens), Head.of(model)
             logprobs, hits = _scored(head, states, tokens, [rows.place(row) for row in batch])
         counts = [rows.scored[row] for row in batch]
-        loglikelihoods[batch] = torch.stack([own.sum() for own in logprobs.split(counts)]).nan_to_num(-torch.inf, neginf=-torch.inf)
+        loglikelihoods[batch] = torch.stack([own.sum() for own in logprobs.split(counts)]).nan_to_num(
+            -torch.inf, neginf=-torch.inf
+        )
         greedy[batch] = torch.stack([own.all() for own in hits.split(counts)])
     return loglikelihoods, greedy
 
@@ -110,9 +112,9 @@ def continued(model: PreTrainedModel, prompts: Sequence[Tensor], count: int, sto
     Returns:
         The new token ids of each prompt, at most `count`, on the CPU.
     """
-    texts, read = [prompt.tolist() for prompt in prompts], min(map(len, prompts))
-    cache, tokens = DynamicCache(), [text[:read] for text in texts]
-    for read in range(read, max(map(len, prompts)) + count):
+    texts, shortest = [prompt.tolist() for prompt in prompts], min(map(len, prompts))
+    cache, tokens = DynamicCache(), [text[:shortest] for text in texts]
+    for read in range(shortest, max(map(len, prompts)) + count):
         batch = torch.tensor(tokens, device=model.device)
         chosen = model(batch, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).tolist()
         for text, token in zip(texts, chosen, strict=True):

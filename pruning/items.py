@@ -53,6 +53,10 @@ class ItemFile:
     kind: Kind
     items: Sequence[Any]
 
+    def __str__(self) -> str:
+        what = "multiple-choice items" if self.kind == "multiple_choice" else "last words"
+        return f"{self.name}, {len(self.items)} {what} of {self.source} (sha256 {self.sha256[:12]})"
+
 
 def read_items(path: Path) -> ItemFile:
     """Read a file of items.
@@ -62,7 +66,9 @@ def read_items(path: Path) -> ItemFile:
     """
     try:
         content = path.expanduser().read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")  # not `splitlines`: JSON may hold what that takes for a line's end
+        lines = content.decode("utf-8-sig").split(
+            "\n"
+        )  # not `splitlines`: JSON may hold what that takes for a line's end
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error))
         raise UnreadableItems(f"Cannot read the items in '{path}': {reason}.") from error
@@ -88,7 +94,9 @@ def _item(line: str, where: str) -> tuple[Kind, Item | Passage]:
         found: Any = json.loads(line)
         json.dumps(found, ensure_ascii=False).encode()  # half a character can be read, but no tokenizer takes it
     except (ValueError, RecursionError) as error:
-        raise UnreadableItems(f"{where}: not JSON ({getattr(error, 'msg', None) or getattr(error, 'reason', error)}).") from error
+        raise UnreadableItems(
+            f"{where}: not JSON ({getattr(error, 'msg', None) or getattr(error, 'reason', error)})."
+        ) from error
     fields = found if isinstance(found, dict) else {}
     kinds = [kind for kind, names in FIELDS.items() if fields.keys() & set(names)]
     if len(kinds) != 1:

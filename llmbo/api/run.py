@@ -1,7 +1,7 @@
 """A stored run: its front, its trials, and the models behind them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, libraries_silenced
 from llmbo.report.notebook import run_html
-from llmbo.report.schema import Report, TrialPart, Values
+from llmbo.report.schema import FrontPoint, Report, TrialPart, Values
 from llmbo.run.rebuild import RebuildInputs, find_trial, load_base
 from pruning.architecture import Architecture
 from pruning.export.verify import Check
@@ -33,6 +33,8 @@ class Point:
         heldout: The same on windows that nothing has seen; None where they were not measured (only the front is).
         gain: Quality saved against the allocation path at the same size; None where that is not known.
         why: An advisor's reason for it, if there was one.
+        items: Scores by the name of each file of items that the front was judged on, see `llmbo.report.schema.ItemScores`.
+        samples: Greedy continuations by prompt; a few points of the front have some.
     """
 
     trial: int | None
@@ -42,6 +44,8 @@ class Point:
     origin: str = ""
     gain: float | None = None
     why: str = ""
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)
 
 
 class Run:
@@ -83,7 +87,7 @@ class Run:
         """The model that was pruned."""
         dense = self.report.dense
         architecture = Architecture.from_dict(dense.architecture.model_dump())
-        return Point(None, architecture, _measured(dense.objectives), _judged(dense.heldout))
+        return Point(None, architecture, _measured(dense.objectives), _judged(dense.heldout), **_seen(dense))
 
     @property
     def page(self) -> Path:
@@ -92,7 +96,8 @@ class Run:
 
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
-        held-out ones with `heldout_` before their names, and the widths kept by each layer.
+        held-out ones with `heldout_` before their names, scores with their file's name before theirs, and the widths kept by each
+        layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -110,6 +115,7 @@ class Run:
                 "gain": point.gain,
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
+                **{f"{file}_{name}": value for file, scores in point.items.items() for name, value in scores.items()},
                 **point.architecture.to_dict(),
             }
             for point in self.trials
@@ -165,14 +171,16 @@ class Run:
 
     def _point(self, trial: TrialPart) -> Point:
         assert trial.objectives is not None
+        point = self.report.point_of(trial.number)
         return Point(
             trial.number,
             Architecture.from_dict(trial.architecture.model_dump()),
             _measured(trial.objectives),
-            _judged(self.report.heldout_of(trial.number)),
+            _judged(point.heldout if point else None),
             trial.origin,
             trial.gain,
             trial.why,
+            **_seen(point),
         )
 
     def __repr__(self) -> str:
@@ -203,3 +211,9 @@ def _measured(values: Values) -> dict[str, float]:
 
 def _judged(values: Values | None) -> dict[str, float] | None:
     return None if values is None else _measured(values)
+
+
+def _seen(point: FrontPoint | None) -> dict[str, Any]:
+    scores = (point.items if point else None) or {}
+    items = {file: found.model_dump(exclude_none=True) for file, found in scores.items()}
+    return {"items": items, "samples": (point.samples if point else None) or {}}

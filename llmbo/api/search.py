@@ -33,7 +33,8 @@ def optimize(
     context: int = RunConfig.context,
     serve_batch: int = RunConfig.serve_batch,
     latency_target: str = RunConfig.latency_target,
-    items: str = RunConfig.items,
+    items: str | Sequence[str] = RunConfig.items,
+    samples: bool = RunConfig.samples,
     racing: bool = RunConfig.racing,
     compensation: bool = RunConfig.compensation,
     text: str = RunConfig.text,
@@ -75,10 +76,11 @@ def optimize(
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, name, storage,
-            advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
-            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
+        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, racing,
+            compensation, text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device,
+            name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every, advisor_max_calls,
+            advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
+            `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

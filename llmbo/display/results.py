@@ -30,7 +30,9 @@ def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
     table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
-    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss"):
+    items = [(file.name, "acc_norm" if file.kind == "multiple_choice" else "acc") for file in report.items]
+    asked = [f"{file} {metric}" for file, metric in items if report.dense.items]
+    for heading in ("trial", "params", "share", "kl", "loss", "perplexity", "held-out kl", "held-out loss", *asked):
         table.add_column(heading, justify="right")
     count = len(report.front)
     shown = (
@@ -49,6 +51,7 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.perplexity:.1f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
+            *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in items if asked),
         )
     return table
 

@@ -24,11 +24,12 @@ from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows, cut_windows, read_text, sample_windows
-from pruning.choices import Choices, read_items
+from pruning.choices import Choices
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.cost import Serving
 from pruning.exchanges import exchange_costs
 from pruning.importance import activation, fisher, layer_scores, taylor
+from pruning.items import read_items
 from pruning.latency import Workload
 from pruning.likelihood import dense_distribution
 from pruning.masks import Ranking
@@ -296,11 +297,11 @@ def _target(
 
 def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Choices | None]:
     """Every other multiple-choice item for the search, the rest for the finished front."""
-    if not config.items:
+    if "accuracy" not in config.objectives:
         return None, None
-    items = read_items(Path(config.items))
+    items = [item for file in config.item_files for item in read_items(Path(file)).items]
     search, heldout = (
         Choices.of(part, loaded.tokenizer, max_positions(loaded.model)) for part in (items[::2], items[1::2])
     )
-    check_tokens(loaded.model, loaded.tokenizer, *search.tokens, *heldout.tokens)
+    check_tokens(loaded.model, loaded.tokenizer, *search.rows.tokens, *heldout.rows.tokens)
     return search, heldout

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmbo.report.build import front_of as front_of
     from llmbo.report.schema import DataPart as DataPart
     from llmbo.report.schema import ImportancePart as ImportancePart
+    from llmbo.report.schema import ItemsPart as ItemsPart
     from llmbo.report.schema import ModelPart as ModelPart
     from llmbo.report.schema import Report as Report
     from llmbo.report.schema import SplitPart as SplitPart
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     from llmbo.report.write import write_report as write_report
 
 _HOME = {
-    "schema": ("DataPart", "ImportancePart", "ModelPart", "Report", "SplitPart", "TrialPart", "json_schema"),
+    "schema": (
+        "DataPart",
+        "ImportancePart",
+        "ItemsPart",
+        "ModelPart",
+        "Report",
+        "SplitPart",
+        "TrialPart",
+        "json_schema",
+    ),
     "build": ("build_report", "environment", "front_of"),
     "write": ("write_report",),
 }

@@ -46,24 +46,31 @@ def build_report(
     facts: Mapping[str, Any],
     heldout: Mapping[int, Mapping[str, float]],
     advisor: AdvisorPart | None = None,
+    judged: Mapping[str, Mapping[int | None, Mapping[str, Any]]] = {},
 ) -> Report:
     """Put stored trials into the report's shape.
 
     Args:
         facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values, and
-            `importance` as a list of `ImportancePart` fields.
+            `importance` as a list of `ImportancePart` fields; `item_files` as a list of `ItemsPart`.
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
+        judged: `items` and `samples` of trials by number, and of the dense model (None).
     """
     complete = [trial for trial in trials if trial.complete]
     quality = next(objective for objective in objectives if not objective.known)
     gains = trial_gains(trials, quality, facts["dense"])
     trace = hypervolume_trace(outcomes(complete, objectives), ref_point(objectives))
     limits = parse_limits(facts["run"]["settings"].get("maximum", ()))
+
+    def seen(trial: int | None) -> dict[str, Any]:
+        return {kind: found.get(trial) for kind, found in judged.items()}
+
     return Report(
         run=facts["run"],
         model=facts["model"],
         data=facts["data"],
+        items=facts.get("item_files", []),
         space=SpacePart(
             dimensions=space.d,
             kv_group_levels=space.widths["attention"],
@@ -84,7 +91,7 @@ def build_report(
             ConstraintPart(name=name, unit=OBJECTIVES[name].unit, maximum=limit, known=OBJECTIVES[name].known)
             for name, limit in limits.items()
         ],
-        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout")),
+        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout"), **seen(None)),
         trials=[
             TrialPart(
                 number=trial.number,
@@ -103,7 +110,7 @@ def build_report(
             for trial in trials
         ],
         front=[
-            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number))
+            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number), **seen(trial.number))
             for trial in front_of(trials, objectives)
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
@@ -143,10 +150,12 @@ def _point(
     space: SearchSpace,
     values: Mapping[str, float],
     heldout: Mapping[str, float] | None,
+    **seen: Any,
 ) -> FrontPoint:
     return FrontPoint(
         trial=trial,
         architecture=_architecture(space, x),
         objectives=Values.model_validate(values),
         heldout=Values.model_validate(heldout) if heldout else None,
+        **seen,
     )

@@ -146,13 +146,43 @@ class TrialPart(_Part):
     why: str = ""
 
 
+class ItemsPart(_Part):
+    """A file of `count` items, all of one `kind`."""
+
+    name: str
+    source: str
+    sha256: str
+    kind: Literal["multiple_choice", "last_word"]
+    count: int
+
+
+class ItemScores(_Part):
+    """What a model got right of a file of items, as lm-eval names it, with standard errors.
+
+    `acc` is the share of right answers: of multiple choice the likeliest choice, of last words that greedy decoding writes exactly them.
+    `acc_norm` takes the likeliest choice per character. `perplexity` is of whole continuations.
+    """
+
+    acc: float
+    acc_stderr: float
+    acc_norm: float | None = None
+    acc_norm_stderr: float | None = None
+    perplexity: float | None = None
+
+
 class FrontPoint(_Part):
-    """`heldout` is null while the held-out windows have not been evaluated (an interrupted run)."""
+    """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
+
+    `items`: scores by the name of each file of items. `samples`: greedy continuations by prompt; a few points have some. Both are
+    made after the search, and null where they were not.
+    """
 
     trial: int | None
     architecture: ArchitecturePart
     objectives: Values
     heldout: Values | None
+    items: dict[str, ItemScores] | None = None
+    samples: dict[str, str] | None = None
 
 
 class HypervolumePart(_Part):
@@ -180,6 +210,7 @@ class Report(_Part):
     run: RunPart
     model: ModelPart
     data: DataPart
+    items: list[ItemsPart] = []
     space: SpacePart
     objectives: list[ObjectivePart]
     constraints: list[ConstraintPart] = []
@@ -214,9 +245,14 @@ class Report(_Part):
             raise ValueError(f"dense.objectives: nothing is known of {missing[0]}")
         return self
 
+    def point_of(self, trial: int) -> FrontPoint | None:
+        """A trial's point of the front, which alone has held-out values; None where it has none."""
+        return next((point for point in self.front if point.trial == trial), None)
+
     def heldout_of(self, trial: int) -> Values | None:
-        """Held-out values of a trial; None where there are none, which only the front has."""
-        return next((point.heldout for point in self.front if point.trial == trial), None)
+        """Its held-out values."""
+        point = self.point_of(trial)
+        return point.heldout if point else None
 
 
 def json_schema() -> str:

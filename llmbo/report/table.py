@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmbo.errors import printable
+from llmbo.report.quantities import item_values
 
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -15,14 +16,22 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     """Headings and rows of the fronts, smallest model first, each run's dense model last."""
     quantities = _quantities(runs)
     measured = [name for name in quantities if any(_judged(report, name) for _, report in runs)]
-    headings = [*(["run"] if len(runs) > 1 else []), "trial", *quantities, *(f"held-out {name}" for name in measured)]
+    items = item_columns(runs)
+    headings = [
+        *(["run"] if len(runs) > 1 else []),
+        "trial",
+        *quantities,
+        *(f"held-out {name}" for name in measured),
+        *items,
+    ]
     rows = []
     for label, (_, report) in zip(labels, runs, strict=True):
         for point in [*report["front"], report["dense"]]:
             number = "dense" if point["trial"] is None else str(point["trial"])
             values = [_shown(point["objectives"].get(name)) for name in quantities]
             heldout = [_shown((point["heldout"] or {}).get(name)) for name in measured]
-            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout])
+            asked = [_shown(item_values(point).get(name)) for name in items]
+            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *asked])
     return headings, rows
 
 
@@ -40,10 +49,13 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = ("number", "round", "origin", "state", "seconds", "gain", "failure", "why")
-    heldout = [f"heldout_{name}" for name in quantities]
-    writer.writerow([_defused(cell) for cell in ("run", *keys, "on_front", *quantities, *heldout, "architecture")])
+    heldout, items = [f"heldout_{name}" for name in quantities], item_columns(runs)
+    writer.writerow(
+        [_defused(cell) for cell in ("run", *keys, "on_front", *quantities, *heldout, *items, "architecture")]
+    )
     for label, (_, report) in zip(labels, runs, strict=True):
         front = {point["trial"]: point["heldout"] or {} for point in report["front"]}
+        asked = {point["trial"]: item_values(point) for point in report["front"]}
         for trial in report["trials"]:
             values, seen = trial["objectives"] or {}, front.get(trial["number"], {})
             cells = [
@@ -51,9 +63,15 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 trial["number"] in front,
                 *(values.get(name) for name in quantities),
                 *(seen.get(name) for name in quantities),
+                *(asked.get(trial["number"], {}).get(name) for name in items),
             ]
             writer.writerow([_defused(cell) for cell in (label, *cells, json.dumps(trial["architecture"]))])
     return out.getvalue()
+
+
+def item_columns(runs: Runs) -> list[str]:
+    """Names of what was asked of the fronts in files of items."""
+    return list(dict.fromkeys(name for _, report in runs for name in item_values(report["dense"])))
 
 
 def _defused(cell: object) -> object:

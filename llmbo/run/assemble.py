@@ -1,6 +1,6 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
+from llmbo.evaluation.items import read_item_files
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective, build_objectives
@@ -29,12 +30,16 @@ from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
 from pruning.calibration import read_text
-from pruning.choices import read_items
+from pruning.items import ItemFile
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """The parts of one run, ready for `execute`."""
+    """The parts of one run, ready for `execute`.
+
+    Args:
+        items: The files of items that the settings name.
+    """
 
     config: RunConfig
     folder: Path
@@ -44,6 +49,13 @@ class RunParts:
     evaluator: Evaluator
     store: TrialStore
     advice: AdviceStore
+    loaded: LoadedModel
+    items: Sequence[ItemFile]
+
+    @property
+    def judged_by(self) -> Sequence[ItemFile]:
+        """The files that the finished front is judged on as a whole: none where the search counts accuracy, on half of them."""
+        return () if "accuracy" in self.config.objectives else self.items
 
 
 def build_proposer(
@@ -120,8 +132,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         _check_window(config, given.model.config if given else find_prunable(config.model).config)
     if config.text != "self":
         read_text(config.text)
-    if config.items and len(read_items(Path(config.items))) < 2:
-        raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
+    items = _items(config)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -138,8 +149,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             windows = load_windows(config, loaded)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:
-            items = ({"items": found.get("items")} for found in (stored, facts))
-            if changes := changed_facts(stored, facts) + differences(*items):
+            digests = ({"items": found.get("items")} for found in (stored, facts))
+            if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles")) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
@@ -172,7 +183,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 advice = AdviceStore(store, folder / FILE)
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
-                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice)
+                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice, loaded, items)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
@@ -191,6 +202,22 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
             "Raise --budget to go on, choose another --name, or start over with --fresh."
         )
     return facts
+
+
+def _items(config: RunConfig) -> tuple[ItemFile, ...]:
+    files = read_item_files(config.item_files)
+    if files and "accuracy" in config.objectives:
+        for file in files:
+            if file.kind != "multiple_choice":
+                raise ConfigError(
+                    f"--items {file.source} has last words, which no objective counts: leave it out, or accuracy out of --objectives "
+                    "to judge the finished front on it."
+                )
+        if sum(len(file.items) for file in files) < 2:
+            raise ConfigError(
+                f"--items {files[0].source} holds one item, at least two are needed: half of them are held out."
+            )
+    return files
 
 
 def _readable(config: RunConfig) -> bool:

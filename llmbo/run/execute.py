@@ -4,9 +4,11 @@ from typing import Any
 
 from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
+from llmbo.evaluation.items import items_part
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
+from llmbo.run.judgement import judge, judgements
 from llmbo.search.loop import run_search
 
 
@@ -27,6 +29,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
             run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)
         with display.phase("held-out windows"):
             measure_heldout(run)
+        judge(run, display)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -60,9 +63,10 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         trials,
         run.objectives,
         run.problem.space,
-        {**facts, "run": part},
+        {**facts, "run": part, "item_files": [items_part(file) for file in run.items]},
         run.store.heldout(),
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
+        judgements(run),
     )
     write_report(report, run.folder)
     for text in report.warnings:

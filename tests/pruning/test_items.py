@@ -23,7 +23,9 @@ def test_the_kind_is_told_by_the_fields(tmp_path: Path) -> None:
     choices = read_items(written(tmp_path / "arc.v1.jsonl", CHOICE, "", {**CHOICE, "id": 7}))
     assert (choices.name, choices.kind) == ("arc.v1", "multiple_choice")
     assert choices.items == (Item("q", ("a", "b"), 1),) * 2
-    passages = read_items(written(tmp_path / "l.jsonl", "\ufeff" + json.dumps(LAST), LAST))  # a line separator ends no line
+    passages = read_items(
+        written(tmp_path / "l.jsonl", "\ufeff" + json.dumps(LAST), LAST)
+    )  # a line separator ends no line
     assert passages.kind == "last_word" and passages.items == (Passage("He said\u2028to", " Leon"),) * 2
     assert passages.sha256 != choices.sha256
 

@@ -1,4 +1,4 @@
-"""The finished front is judged on every item of the files and writes a few samples; the search sees none of it, and nothing is done twice."""
+"""The finished front is judged on every item and writes a few samples; the search sees none of it, and nothing is done twice."""
 
 import json
 import random

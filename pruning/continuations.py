@@ -63,6 +63,7 @@ def score(model: PreTrainedModel, rows: Rows, own_logits: bool = False) -> tuple
     most = min(TOKENS, LOGIT_VALUES // model.config.get_text_config().vocab_size) if own_logits else TOKENS
     for batch in _batches(rows.tokens, most):
         tokens = pad_sequence([rows.tokens[row] for row in batch], batch_first=True).to(model.device)
+        head: Callable[[Tensor], Tensor]
         with torch.inference_mode():
             if own_logits:
                 states, head = model(tokens, use_cache=False).logits, torch.nn.Identity()

@@ -43,8 +43,7 @@ def quantities(objectives: Sequence[Mapping[str, Any]], items: Collection[str] =
     quality = quality_of(objectives)
     rows[quality] = replace(rows[quality], measured=True)
     for name in items:
-        share = not name.endswith(" perplexity")
-        unit, form = ("share of items", "share") if share else ("", "plain")
-        rows[name] = replace(rows[quality], unit=unit, format=form, maximize=share, brief=False)
+        measured = Quantity("share of items", "", measured=True, maximize=True, format="share")
+        rows[name] = Quantity("", "", measured=True) if name.endswith(" perplexity") else measured
     rows["gain"] = replace(rows[quality], maximize=True, brief=True)
     return {name: {key: asdict(row)[key] for key in SHOWN} for name, row in rows.items()}

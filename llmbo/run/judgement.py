@@ -1,6 +1,7 @@
 """What the finished front is judged by beside windows of text: items that it gets right, and what it writes. The search sees none of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,17 +26,12 @@ SAMPLED = 6  # points of the front
 
 def judge(run: RunParts, phases: Phases) -> None:
     """Ask the finished front, and the dense model, every item, and some of it for samples; skips what is stored."""
-    front = front_of(run.store.trials(), run.objectives)
+    front, tokenizer = front_of(run.store.trials(), run.objectives), run.loaded.tokenizer
+    exams = cache(lambda: [Exam.of(file, run.loaded.model, tokenizer) for file in run.judged_by])
     if run.judged_by:
-        exams: list[Exam] = []
-
-        def items(model: PreTrainedModel) -> dict[str, Any]:
-            exams[:] = exams or [Exam.of(file, model, run.loaded.tokenizer) for file in run.judged_by]
-            return {exam.name: exam.taken_by(model) for exam in exams}
-
-        _complete(run, phases, "items", front, items)
+        _complete(run, phases, "items", front, lambda model: {exam.name: exam.taken_by(model) for exam in exams()})
     if run.config.samples:
-        _complete(run, phases, "samples", spread(front, SAMPLED), lambda model: samples(model, run.loaded.tokenizer))
+        _complete(run, phases, "samples", spread(front, SAMPLED), lambda model: samples(model, tokenizer))
 
 
 def judgements(run: RunParts) -> dict[str, Mapping[int | None, Mapping[str, Any]]]:
@@ -80,7 +76,8 @@ def _complete(
 ) -> None:
     """Store what `of` says of the dense model and each trial that has nothing stored."""
     space, stored = run.problem.space, run.store.judgements(kind)
-    wanted = {None: space.max_levels, **{trial.number: trial.x for trial in trials}}
+    wanted: dict[int | None, tuple[int, ...]] = {None: space.max_levels}
+    wanted |= {trial.number: trial.x for trial in trials}
     missing = [number for number in wanted if number not in stored]
     if missing:
         with phases.phase(kind, len(missing)) as advance:

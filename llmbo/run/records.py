@@ -123,7 +123,7 @@ def judgement_key(kind: str, number: int | None) -> str:
 
 def judgements_of(attributes: Mapping[str, Any], kind: str) -> dict[int | None, dict[str, Any]]:
     """What is stored of a row of `JUDGEMENTS`, by trial number; None stands for the dense model."""
-    found = {}
+    found: dict[int | None, dict[str, Any]] = {}
     for key in (key for key in attributes if key.startswith(f"{kind}:")):
         number = key.removeprefix(f"{kind}:")
         _fits(JUDGEMENTS[kind], attributes[key], key)

@@ -41,8 +41,9 @@ function drawSamples(state) {
     const name = el("button", { type: "button", class: "plain", onclick: () => update({ selected: entry.key }) }, entry.number === "dense" ? "dense model" : `trial ${entry.number}`);
     const size = el("small", { class: "muted" }, ["params", "params_share"].filter((one) => one in entry.values).map((one) => format(one, entry.values[one])).join(" · "));
     return el("tr", {}, el("th", { scope: "row" }, name, " ", size), ...prompts.map((prompt) => {
-      const text = String(point.samples[prompt] ?? "").replace(/^\s*\n/, "").trimEnd().replace(/\n\s*\n/g, "\n");
-      return el("td", {}, el("span", { class: "prompt muted" }, `${prompt} `), text.trim() ? text : el("span", { class: "muted" }, "(nothing)"));
+      const written = String(point.samples[prompt] ?? "").trimEnd().replace(/\n\s*\n/g, "\n");
+      const text = /^\s*\n/.test(written) ? written.replace(/^\s*\n/, "") : written.trimStart(); // a new line keeps its indentation
+      return el("td", {}, el("span", { class: "prompt muted" }, prompt), text || el("span", { class: "muted" }, "(nothing)"));
     }));
   });
   const heads = ["", ...prompts].map((prompt) => el("th", { scope: "col" }, prompt ? `“${prompt}”` : el("span", { class: "hidden" }, "model")));

@@ -56,7 +56,7 @@ function itemScores(entry) {
   const written = (name) => format(name, entry.values[name]).replace(/ %$|$/, (unit) => error(name) + unit);
   const rows = Object.entries(itemsOf(pointOf(entry))).filter(([, value]) => typeof value === "number")
     .map(([name]) => [name, written(name), format(name, dense.values[name]), change(name, entry.values[name], dense.values[name])]);
-  return rows.length ? table(["items", "answered right", "dense", "change"], rows, `Items of ${nameOf(entry)}`) : null;
+  return rows.length ? table(["items", "score", "dense", "change"], rows, `Items of ${nameOf(entry)}`) : null;
 }
 
 /** Quality changes by a difference, sizes by a percentage. */

@@ -204,6 +204,9 @@ class Supernet:
             if types is not None:  # sliding or full attention is looked up by position
                 stack.callback(setattr, self.model.config, "layer_types", types)
                 self.model.config.layer_types = [types[index] for index in kept]
+            attention = self.anatomy.attention
+            for place, index in enumerate(index for index in kept if architecture.kv_groups[index]):
+                _swap(attention.module_of(layers[index]), "layer_idx", place, stack)  # a key-value cache has no gaps
             yield self.model
 
     def _narrow(self, layer: nn.Module, index: int, block: Block, units: int, stack: ExitStack) -> None:

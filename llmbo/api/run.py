@@ -1,7 +1,7 @@
 """A stored run: its front, its trials, and the models behind them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel
 from llmbo.models.silence import libraries_silenced
 from llmbo.report.notebook import run_html
-from llmbo.report.schema import Report, TrialPart, Values
+from llmbo.report.schema import FrontPoint, Report, TrialPart, Values
 from llmbo.run.rebuild import RebuildInputs, find_trial, load_base
 from pruning.architecture import Architecture
 from pruning.export.verify import Check
@@ -35,6 +35,8 @@ class Point:
         gain: Quality saved against the allocation path at the same size; None where that is not known.
         why: An advisor's reason for it, if there was one.
         elsewhere: As `heldout`, on the text of another domain that `run.report.elsewhere` names.
+        items: Scores by the name of each file of items that the front was judged on, see `llmbo.report.schema.ItemScores`.
+        samples: Greedy continuations by prompt; a few points of the front have some.
     """
 
     trial: int | None
@@ -45,6 +47,8 @@ class Point:
     gain: float | None = None
     why: str = ""
     elsewhere: Mapping[str, float] | None = None
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)
 
 
 class Run:
@@ -87,7 +91,7 @@ class Run:
         dense = self.report.dense
         architecture = Architecture.from_dict(dense.architecture.model_dump())
         judged = _judged(dense.heldout), _judged(dense.elsewhere)
-        return Point(None, architecture, _measured(dense.objectives), judged[0], elsewhere=judged[1])
+        return Point(None, architecture, _measured(dense.objectives), judged[0], elsewhere=judged[1], **_seen(dense))
 
     @property
     def page(self) -> Path:
@@ -96,8 +100,8 @@ class Run:
 
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
-        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, and the widths kept
-        by each layer.
+        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, scores with their file's
+        name before theirs, and the widths kept by each layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -116,6 +120,7 @@ class Run:
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
                 **{f"elsewhere_{name}": value for name, value in (point.elsewhere or {}).items()},
+                **{f"{file}_{name}": value for file, scores in point.items.items() for name, value in scores.items()},
                 **point.architecture.to_dict(),
             }
             for point in self.trials
@@ -181,6 +186,7 @@ class Run:
             trial.gain,
             trial.why,
             _judged(point.elsewhere if point else None),
+            **_seen(point),
         )
 
     def __repr__(self) -> str:
@@ -211,3 +217,9 @@ def _measured(values: Values) -> dict[str, float]:
 
 def _judged(values: Values | None) -> dict[str, float] | None:
     return None if values is None else _measured(values)
+
+
+def _seen(point: FrontPoint | None) -> dict[str, Any]:
+    scores = (point.items if point else None) or {}
+    items = {file: found.model_dump(exclude_none=True) for file, found in scores.items()}
+    return {"items": items, "samples": (point.samples if point else None) or {}}

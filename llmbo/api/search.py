@@ -35,7 +35,8 @@ def optimize(
     context: int = RunConfig.context,
     serve_batch: int = RunConfig.serve_batch,
     latency_target: str = RunConfig.latency_target,
-    items: str = RunConfig.items,
+    items: str | Sequence[str] = RunConfig.items,
+    samples: bool = RunConfig.samples,
     racing: bool = RunConfig.racing,
     compensation: bool = RunConfig.compensation,
     text: str = RunConfig.text,
@@ -81,9 +82,9 @@ def optimize(
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, racing, compensation,
-            text, chat, heldout_text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype,
-            device, memory, offload, name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every,
+        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, racing,
+            compensation, text, chat, heldout_text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window,
+            dtype, device, memory, offload, name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every,
             advisor_max_calls, advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline,
             advisor_price: See `llmbo.config.RunConfig`.
 

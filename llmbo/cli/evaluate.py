@@ -1,4 +1,4 @@
-"""`llmbo evaluate`: loss, perplexity and benchmark tasks of one or several models, side by side."""
+"""`llmbo evaluate`: loss, perplexity, files of items and benchmark tasks of one or several models, side by side."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="builtin, python, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; builtin unless --tasks are given."
+            help="builtin, python, text:PATH or hf:DATASET:CONFIG:SPLIT[:COLUMN]; builtin unless --tasks or --items are given."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, from its start; 0 takes all.")] = 16384,
@@ -28,7 +28,13 @@ def evaluate(
         int, typer.Option(help="Tokens predicted per window; 0: as many as the window holds. Less gives more context.")
     ] = 0,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, or paths of its YAML task files, by commas.")] = "",
-    limit: Annotated[int, typer.Option(help="Examples per task; 0 takes all.")] = 0,
+    items: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="JSONL file of multiple-choice or last-word items; several are given one by one."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Examples per task, and items per file; 0 takes all.")] = 0,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Solved examples before each question; by default each task's own number.")
     ] = None,
@@ -46,9 +52,11 @@ def evaluate(
         typer.Option("--trust-remote-code", help="Run code that a model brings along. Exported folders never need it."),
     ] = False,
 ) -> None:
-    """Print loss and perplexity with their full recipe, and scores of benchmark tasks, of several models in one table.
+    """Print loss and perplexity with their full recipe, and scores of items and benchmark tasks, of several models in one table.
 
     Example: llmbo evaluate llama exports/llama-54 --text text:notes.txt --tasks arc_easy --limit 100
+
+    Example: llmbo evaluate llama exports/llama-54 --items questions.jsonl --items passages.jsonl
     """
     from llmbo.display.console import Console
 
@@ -64,7 +72,7 @@ def evaluate(
         if tasks and not asked:
             raise ConfigError(f"--tasks '{tasks}' names no task: see lm-eval's list.")
         settings = Settings(
-            text=text or ("" if asked else "builtin"),
+            text=text or ("" if asked or items else "builtin"),
             tokens=tokens,
             window=window,
             stride=stride or window - 1,
@@ -75,6 +83,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
+            items=tuple(items or ()),
         )
         with Display(Console(stderr=True), 0) as display:
             results = list(compare(models, settings, display, json))
@@ -85,5 +94,7 @@ def _print(results: "list[Result]", table: Any, console: Any) -> None:
     console.print(table(results))
     for recipe in dict.fromkeys(str(result.quality.recipe) for result in results if result.quality):
         say(f"Recipe: {recipe}")
+    for file, _ in results[0].items:
+        say(f"Items: {file}; ± is a standard error")
     for note in dict.fromkeys(note for result in results for note in result.notes):
         say(f"Note: {note}")

@@ -46,8 +46,16 @@ def optimize(
         str, typer.Option(help="Where the model will run, for latency, energy and peak_memory: auto, cpu, cuda.")
     ] = "auto",
     items: Annotated[
-        str, typer.Option(help="JSONL file with question, choices and answer (an index) in each line, for accuracy.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSONL file of multiple-choice or last-word items that the finished front is judged on, or, with the objective "
+            "accuracy, searched for; several are given one by one.",
+        ),
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option(help="Let some of the finished front continue three prompts, for the page.")
+    ] = True,
     racing: Annotated[
         bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
     ] = False,
@@ -139,6 +147,7 @@ def optimize(
             "objectives": tuple(split_list(objectives)),
             "reference_point": numbers("--reference-point", reference_point),
             "maximum": tuple(maximum or ()),
+            "items": tuple(items or ()),
             "advisor_hooks": tuple(split_list(advisor_hooks)),
             "advisor_price": numbers("--advisor-price", advisor_price),
         }

@@ -17,7 +17,7 @@ from llmbo.errors import ConfigError, first_line, unknown
 T = TypeVar("T")
 
 # Keys of a run that say how to search, not what to search; a comparison has its own.
-_OF_THE_SEARCH = {"budget", "batch", "seed", "strategy", "name", "storage", "racing", "heldout_text"} | {
+_OF_THE_SEARCH = {"budget", "batch", "seed", "strategy", "name", "storage", "racing", "heldout_text", "samples"} | {
     item.name for item in dataclasses.fields(RunConfig) if item.name.startswith("advisor")
 }
 
@@ -189,6 +189,8 @@ def _problem(table: dict[str, Any]) -> ProblemConfig:
     if "model" not in table:
         raise ConfigError('The problem names no model: add e.g. model = "llama", or recorded = "problem-r-surrogate".')
     run = _typed(RunConfig, table, "key of the problem", table.keys())
+    if run.items and "accuracy" not in run.objectives:
+        raise ConfigError("items is of no use in a comparison without the objective accuracy: add it to objectives.")
     return _typed(ProblemConfig, {"run": run, **own}, "key of the problem", {"run", *own})
 
 

@@ -26,7 +26,7 @@ from llmbo.errors import ConfigError, first_fault, unknown
 MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
-    "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload",
+    "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples",
 )  # fmt: skip
 EARLIER: dict[str, Any] = {
     "chat": False,
@@ -50,7 +50,9 @@ class RunConfig:
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
-        items: JSONL file of multiple-choice items for `accuracy`; half of them are held out.
+        items: JSONL file of items, or several. The finished front is judged on them; with the objective `accuracy` they must be multiple
+            choice, and one half is for the search, the other for the judgement.
+        samples: Let some of the finished front continue three prompts, for people to read.
         racing: Stop candidates whose first windows say that the front dominates them.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
         chat: Put the text through the tokenizer's chat template.
@@ -85,7 +87,8 @@ class RunConfig:
     context: Annotated[int, Within(1, MOST_CONTEXT)] = 2048
     serve_batch: Annotated[int, Within(1, MOST_SERVED)] = 1
     latency_target: str = "auto"
-    items: str = ""
+    items: str | tuple[str, ...] = ""
+    samples: bool = True
     racing: bool = False
     compensation: bool = True
     text: str = "builtin"
@@ -144,12 +147,10 @@ class RunConfig:
             raise ConfigError(
                 f"--racing needs kl or loss as the only measured objective, got {','.join(self.objectives)}."
             )
-        if (wanted := "accuracy" in self.objectives) != bool(self.items):
-            raise ConfigError(
-                "The objective accuracy needs --items FILE with multiple-choice items."
-                if wanted
-                else f"--items {self.items} is of no use without the objective accuracy: add it to --objectives."
-            )
+        if "accuracy" in self.objectives and not self.items:
+            raise ConfigError("The objective accuracy needs --items FILE with multiple-choice items.")
+        if not isinstance(self.items, str) and len(self.items) < 2:  # one file is stored as it always was
+            object.__setattr__(self, "items", "".join(self.items))
         self._check_advisor()
         if not self.name:
             object.__setattr__(
@@ -189,6 +190,11 @@ class RunConfig:
             return TypeAdapter(cls).validate_python(settings)
         except ValidationError as error:
             raise ConfigError(f"The settings do not fit this version of llmbo ({first_fault(error)}).") from error
+
+    @property
+    def item_files(self) -> tuple[str, ...]:
+        """Paths of the files of items."""
+        return ((self.items,) if self.items else ()) if isinstance(self.items, str) else self.items
 
     @property
     def limits(self) -> dict[str, float]:

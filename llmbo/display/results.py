@@ -37,6 +37,10 @@ def summary(report: Report, rows: int = 12) -> Table:
     for seen, text in (("", own), ("held-out", own), *([("held-out", other)] if other else [])):
         for name in ("kl", "loss"):  # long names are folded, for all columns to fit
             table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
+    items = [(file.name, "acc_norm" if file.kind == "multiple_choice" else "acc") for file in report.items]
+    asked = items if report.dense.items else []
+    for file, metric in asked:
+        table.add_column(f"\n{metric}\n{file}", justify="right", overflow="fold", max_width=8)
     count = len(report.front)
     shown = (
         sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
@@ -54,6 +58,7 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
             *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),
+            *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in asked),
         )
     return table
 

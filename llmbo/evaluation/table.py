@@ -11,6 +11,7 @@ from rich.table import Table
 
 from llmbo.config.numbers import MOST, MOST_TOKENS, Within, check_numbers
 from llmbo.errors import ConfigError, ModelError, StorageError
+from llmbo.evaluation.items import Exam, items_part, read_item_files
 from llmbo.evaluation.perplexity import Perplexity, check_window, measure
 from llmbo.evaluation.tasks import Tasks
 from llmbo.models.checks import check_finite
@@ -18,12 +19,14 @@ from llmbo.models.loading import Checkpoint, Found, find_checkpoint, load_checkp
 from llmbo.models.placement import check_dtype, choose_device, choose_dtype
 from llmbo.report import environment
 from llmbo.types import Phases
+from pruning.items import ItemFile
 from pruning.text import Text, read_text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. An empty `text` leaves perplexity out; `num_fewshot` and `apply_chat_template` are as in `Tasks`.
+    """What is measured. An empty `text` leaves perplexity out; `num_fewshot` and `apply_chat_template` are as in `Tasks`; `items` are
+    paths, of which `limit` holds as well.
 
     Raises:
         ConfigError: A value that is out of range.
@@ -40,6 +43,7 @@ class Settings:
     trust_remote_code: bool
     num_fewshot: Annotated[int | None, Within(0, MOST)] = None
     apply_chat_template: bool = False
+    items: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -51,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Measurements of one model. `prompts` tells how the tasks were put, None without tasks."""
+    """Measurements of one model. `prompts` tells how the tasks were put, None without tasks; `items` has scores by file name."""
 
     name: str
     source: str
@@ -62,6 +66,7 @@ class Result:
     tasks: dict[str, dict[str, float]]
     notes: tuple[str, ...]
     prompts: dict[str, Any] | None = None
+    items: Sequence[tuple[ItemFile, dict[str, float]]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of the JSON file."""
@@ -76,6 +81,9 @@ class Result:
             "recipe": asdict(self.quality.recipe) if self.quality else None,
             "tasks": self.tasks,
             "prompts": self.prompts,
+            "items": {
+                file.name: {**items_part(file).model_dump(exclude={"name"}), **scores} for file, scores in self.items
+            },
             "versions": environment()["versions"],
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -96,6 +104,7 @@ def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path
         if settings.apply_chat_template:
             _check_chat_template(each)
     text = read_text(settings.text) if settings.text else None
+    items = read_item_files(settings.items, settings.limit)
     if file is not None:
         _append(file, "")
     tasks = None
@@ -106,13 +115,15 @@ def compare(names: Sequence[str], settings: Settings, phases: Phases, file: Path
         settings = replace(settings, dtype=dtype)
         phases.note(f"everything is measured in {dtype}, the faster one here")
     for name in names:
-        result = _measure(name, settings, text, tasks, phases)
+        result = _measure(name, settings, text, items, tasks, phases)
         if file is not None:
             _append(file, json.dumps(result.to_dict()) + "\n")
         yield result
 
 
-def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | None, phases: Phases) -> Result:
+def _measure(
+    name: str, settings: Settings, text: Text | None, items: Sequence[ItemFile], tasks: Tasks | None, phases: Phases
+) -> Result:
     with phases.phase(f"{name}: loading"):
         checkpoint = load_checkpoint(name, settings.dtype, settings.device, settings.trust_remote_code)
     quality, scores = None, {}
@@ -128,6 +139,11 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
                 advance,
             )
             check_finite(name, checkpoint.dtype, quality.loss)
+    taken = []
+    for each in items:
+        with phases.phase(f"{name}: {each.name}"):
+            exam = Exam.of(each, checkpoint.model, checkpoint.tokenizer)
+            taken.append((each, exam.taken_by(checkpoint.model, own_logits=True)))
     if tasks:
         with phases.phase(f"{name}: {', '.join(settings.tasks)}"):
             scores = tasks.evaluate(checkpoint)
@@ -141,6 +157,7 @@ def _measure(name: str, settings: Settings, text: Text | None, tasks: Tasks | No
         scores,
         (*_notes(checkpoint, text), *(tasks.notes if tasks else ())),
         {name: getattr(settings, name) for name in ("num_fewshot", "apply_chat_template")} if tasks else None,
+        taken,
     )
 
 
@@ -166,21 +183,22 @@ def _notes(checkpoint: Checkpoint, text: Text | None) -> Iterator[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """One row per model, one column per measurement."""
-    columns = list(
-        dict.fromkeys((task, metric) for r in results for task, found in r.tasks.items() for metric in found)
+    scores = [[*r.tasks.items(), *((file.name, found) for file, found in r.items)] for r in results]
+    columns = dict.fromkeys(
+        (place, task, metric) for own in scores for place, (task, found) in enumerate(own) for metric in found
     )
-    shown = [(task, metric) for task, metric in columns if "stderr" not in metric]
+    shown = [column for column in columns if "stderr" not in column[2]]
     made = Table("model", "params", "dtype")
     if any(result.quality for result in results):
         made.add_column("loss", justify="right")
         made.add_column("perplexity", justify="right")
-    for task, metric in shown:
+    for _, task, metric in shown:
         made.add_column(f"{task} {metric}", justify="right")
-    for result in results:
+    for result, own in zip(results, scores, strict=True):
         row = [result.name, f"{result.parameters / 1e6:.1f}M", result.dtype]
         if result.quality:
             row += [f"{result.quality.loss:.4f}", f"{result.quality.perplexity:.2f}"]
-        row += [_score(result.tasks.get(task, {}), metric) for task, metric in shown]
+        row += [_score(own[place][1], metric) for place, _, metric in shown]
         made.add_row(*row)
     return made
 

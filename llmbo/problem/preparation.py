@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
-from llmbo.config.objectives import known_limits, measured_limits
+from llmbo.config.objectives import measured_limits
 from llmbo.errors import ConfigError
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
@@ -21,16 +20,16 @@ from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measuremen
 from llmbo.problem.kept import digest, files_of
 from llmbo.problem.marginals import Marginals, measure_marginals
 from llmbo.problem.proxy import ProxyEvaluator, known_values
-from llmbo.problem.space import SearchSpace
+from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows
-from pruning.choices import Choices, read_items
+from pruning.choices import Choices
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
-from pruning.cost import Serving
 from pruning.exchanges import exchange_costs
 from pruning.importance import fisher, layer_scores, taylor
+from pruning.items import read_items
 from pruning.latency import Workload
 from pruning.refits import Fitted, fit
 from pruning.sensitivity import block_sensitivity
@@ -180,7 +179,7 @@ def prepared(
     """
     model = loaded.model
     _check_whole(config, loaded)
-    space = space_of(config, model)
+    space = space_of(config, anatomy_of(model))
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
         space = replace(space, extra_costs=target.costs())
@@ -310,19 +309,14 @@ def with_exchanges(
 
 def _check_whole(config: RunConfig, loaded: LoadedModel) -> None:
     """Refuse what runs models as a whole where layers are brought one at a time."""
-    measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF or name == "accuracy"]
-    wanted = ["--racing"] * config.racing + ["--text self"] * (config.text == "self") + measured
+    measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF]
+    whole = {"--racing": config.racing, "--text self": config.text == "self", "--items": bool(config.items)}
+    wanted = [flag for flag, asked in whole.items() if asked] + measured
     if wanted and not loaded.resident:
         raise ConfigError(
             f"{wanted[0]} runs the model as a whole, but its layers wait in the {'files' if loaded.offload == 'disk' else 'host'}: "
             "leave it out, or make room for --offload none."
         )
-
-
-def space_of(config: RunConfig, model: PreTrainedModel) -> SearchSpace:
-    """What a run searches, without costs that have to be measured."""
-    serving = Serving(config.context, config.serve_batch)
-    return SearchSpace(anatomy_of(model), config.min_share, config.neuron_step, serving, known_limits(config.limits))
 
 
 def _target(
@@ -340,11 +334,11 @@ def _target(
 
 def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Choices | None]:
     """Every other multiple-choice item for the search, the rest for the finished front."""
-    if not config.items:
+    if "accuracy" not in config.objectives:
         return None, None
-    items = read_items(Path(config.items))
+    items = [item for file in config.item_files for item in read_items(Path(file)).items]
     search, heldout = (
         Choices.of(part, loaded.tokenizer, max_positions(loaded.model)) for part in (items[::2], items[1::2])
     )
-    check_tokens(loaded.model, loaded.tokenizer, *search.tokens, *heldout.tokens)
+    check_tokens(loaded.model, loaded.tokenizer, *search.rows.tokens, *heldout.rows.tokens)
     return search, heldout

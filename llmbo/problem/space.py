@@ -11,7 +11,8 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
-from llmbo.config.objectives import OBJECTIVES
+from llmbo.config import RunConfig
+from llmbo.config.objectives import OBJECTIVES, known_limits
 from llmbo.errors import ConfigError
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.architecture import Architecture
@@ -159,3 +160,9 @@ def _default_step(intermediate_size: int) -> int:
     if step < HARDWARE_MULTIPLE:
         return max(1, round(step))
     return max(1, round(step / HARDWARE_MULTIPLE)) * HARDWARE_MULTIPLE
+
+
+def space_of(config: RunConfig, anatomy: Anatomy) -> SearchSpace:
+    """What a run searches, without costs that have to be measured."""
+    serving = Serving(config.context, config.serve_batch)
+    return SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmbo.report.schema import DataPart as DataPart
     from llmbo.report.schema import ElsewherePart as ElsewherePart
     from llmbo.report.schema import ImportancePart as ImportancePart
+    from llmbo.report.schema import ItemsPart as ItemsPart
     from llmbo.report.schema import ModelPart as ModelPart
     from llmbo.report.schema import Report as Report
     from llmbo.report.schema import SourcePart as SourcePart
@@ -26,6 +27,7 @@ _HOME = {
         "DataPart",
         "ElsewherePart",
         "ImportancePart",
+        "ItemsPart",
         "ModelPart",
         "Report",
         "SourcePart",

@@ -48,15 +48,18 @@ def build_report(
     heldout: Mapping[int, Mapping[str, float]],
     advisor: AdvisorPart | None = None,
     elsewhere: Mapping[int, Mapping[str, float]] = {},
+    judged: Mapping[str, Mapping[int | None, Mapping[str, Any]]] = {},
 ) -> Report:
     """Put stored trials into the report's shape.
 
     Args:
         facts: `run`, `model` and `data` as the report shows them, `dense` and `dense_heldout` values,
-            `importance` as a list of `ImportancePart` fields, and `elsewhere` as the report shows it, with `dense` values there.
+            `importance` as a list of `ImportancePart` fields, `item_files` as a list of `ItemsPart`, and `elsewhere` as the report
+            shows it, with `dense` values there.
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
         elsewhere: Values on text of another domain by trial number.
+        judged: `items` and `samples` of trials by number, and of the dense model (None).
     """
     another = dict(facts.get("elsewhere") or {})
     dense_elsewhere = another.pop("dense", None)
@@ -65,11 +68,16 @@ def build_report(
     gains = trial_gains(trials, quality, facts["dense"])
     trace = hypervolume_trace(outcomes(complete, objectives), ref_point(objectives))
     limits = parse_limits(facts["run"]["settings"].get("maximum", ()))
+
+    def seen(trial: int | None) -> dict[str, Any]:
+        return {kind: found.get(trial) for kind, found in judged.items()}
+
     return Report(
         run=facts["run"],
         model=facts["model"],
         data=facts["data"],
         elsewhere=ElsewherePart(**another) if another else None,
+        items=facts.get("item_files", []),
         space=SpacePart(
             dimensions=space.d,
             kv_group_levels=space.widths["attention"],
@@ -90,7 +98,9 @@ def build_report(
             ConstraintPart(name=name, unit=OBJECTIVES[name].unit, maximum=limit, known=OBJECTIVES[name].known)
             for name, limit in limits.items()
         ],
-        dense=_point(None, space.max_levels, space, facts["dense"], facts.get("dense_heldout"), dense_elsewhere),
+        dense=_point(
+            None, space.max_levels, space, facts["dense"], facts.get("dense_heldout"), dense_elsewhere, **seen(None)
+        ),
         trials=[
             TrialPart(
                 number=trial.number,
@@ -109,7 +119,15 @@ def build_report(
             for trial in trials
         ],
         front=[
-            _point(trial.number, trial.x, space, trial.values, heldout.get(trial.number), elsewhere.get(trial.number))
+            _point(
+                trial.number,
+                trial.x,
+                space,
+                trial.values,
+                heldout.get(trial.number),
+                elsewhere.get(trial.number),
+                **seen(trial.number),
+            )
             for trial in front_of(trials, objectives)
         ],
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
@@ -150,6 +168,7 @@ def _point(
     values: Mapping[str, float],
     heldout: Mapping[str, float] | None,
     elsewhere: Mapping[str, float] | None,
+    **seen: Any,
 ) -> FrontPoint:
     return FrontPoint(
         trial=trial,
@@ -157,4 +176,5 @@ def _point(
         objectives=Values.model_validate(values),
         heldout=Values.model_validate(heldout) if heldout else None,
         elsewhere=Values.model_validate(elsewhere) if elsewhere else None,
+        **seen,
     )

@@ -13,9 +13,10 @@ from importlib.metadata import version
 from typing import Any
 
 from llmbo.config.formats import FORMATS
+from llmbo.errors import printable
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
-from llmbo.report.table import elsewhere_name, front_rows
+from llmbo.report.table import elsewhere_name, front_rows, item_columns
 
 LIBRARY = "echarts.common.min.js"
 SCRIPTS = ("core.js", "charts.js", "trial.js", "sections.js", "main.js")  # in the order of what they use
@@ -38,7 +39,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     data = {
         **{key: value for key, value in together.items() if key != "traces"},
         "quality": quality_of(runs[0][1]["objectives"]),
-        "quantities": quantities(runs[0][1]["objectives"]),
+        "quantities": quantities(runs[0][1]["objectives"], item_columns(runs)),
         "runs": [
             {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
             | {"elsewhere": elsewhere_name(report)}
@@ -75,8 +76,8 @@ def _asset(name: str) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """JSON that may stand inside a script element: no `<`, hence no end tag and no comment."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    """JSON that may stand inside a script element: no `<`, hence no end tag and no comment. Nothing in it turns text round."""
+    return printable(json.dumps(data, ensure_ascii=False, separators=(",", ":"))).replace("<", "\\u003c")
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:

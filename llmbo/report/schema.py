@@ -178,10 +178,36 @@ class TrialPart(_Part):
     why: str = ""
 
 
+class ItemsPart(_Part):
+    """A file of `count` items, all of one `kind`."""
+
+    name: str
+    source: str
+    sha256: str
+    kind: Literal["multiple_choice", "last_word"]
+    count: int
+
+
+class ItemScores(_Part):
+    """What a model got right of a file of items, as lm-eval names it, with standard errors.
+
+    `acc` is the share of right answers: of multiple choice the likeliest choice, of last words that greedy decoding writes exactly them.
+    `acc_norm` takes the likeliest choice per character. `perplexity` is of whole continuations.
+    """
+
+    acc: float
+    acc_stderr: float
+    acc_norm: float | None = None
+    acc_norm_stderr: float | None = None
+    perplexity: float | None = None
+
+
 class FrontPoint(_Part):
     """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
 
     `elsewhere` is the same on text of another domain, which the report's `elsewhere` names.
+    `items`: scores by the name of each file of items. `samples`: greedy continuations by prompt; a few points have some. Both are
+    made after the search, and null where they were not.
     """
 
     trial: int | None
@@ -189,6 +215,8 @@ class FrontPoint(_Part):
     objectives: Values
     heldout: Values | None
     elsewhere: Values | None = None
+    items: dict[str, ItemScores] | None = None
+    samples: dict[str, str] | None = None
 
 
 class HypervolumePart(_Part):
@@ -217,6 +245,7 @@ class Report(_Part):
     model: ModelPart
     data: DataPart
     elsewhere: ElsewherePart | None = None
+    items: list[ItemsPart] = []
     space: SpacePart
     objectives: list[ObjectivePart]
     constraints: list[ConstraintPart] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbo.errors import printable
+from llmbo.report.quantities import item_values
 
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -20,12 +21,14 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     seen_there = [name for name in measured if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
     own = {text_name(report["data"]["source"]) for _, report in runs}
     on = f" on {own.pop()}" if others and len(own) == 1 else ""  # several runs may have texts of their own
+    items = item_columns(runs)
     headings = [
         *(["run"] if len(runs) > 1 else []),
         "trial",
         *(f"{name}{on}" if name in seen_there else name for name in quantities),
         *(f"held-out {name}{on}" if name in seen_there else f"held-out {name}" for name in measured),
         *(f"held-out {name} on {other}" for other in others for name in seen_there),
+        *items,
     ]
     rows = []
     for label, (_, report) in zip(labels, runs, strict=True):
@@ -38,7 +41,8 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
                 for other in others
                 for name in seen_there
             ]
-            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere])
+            asked = [_shown(item_values(point).get(name)) for name in items]
+            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere, *asked])
     return headings, rows
 
 
@@ -67,10 +71,10 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = ("number", "round", "origin", "state", "seconds", "gain", "failure", "why")
-    heldout = [f"heldout_{name}" for name in quantities]
+    heldout, items = [f"heldout_{name}" for name in quantities], item_columns(runs)
     there = [name for name in quantities if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
     elsewhere = ["elsewhere", *(f"elsewhere_{name}" for name in there)] if there else []
-    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, "architecture")
+    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, *items, "architecture")
     writer.writerow([_defused(cell) for cell in headings])
     for label, (_, report) in zip(labels, runs, strict=True):
         front = {point["trial"]: point for point in report["front"]}
@@ -84,9 +88,15 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 *(seen.get(name) for name in quantities),
                 *([elsewhere_name(report) if far else None] if there else []),
                 *(far.get(name) for name in there),
+                *(item_values(point).get(name) for name in items),
             ]
             writer.writerow([_defused(cell) for cell in (label, *cells, json.dumps(trial["architecture"]))])
     return out.getvalue()
+
+
+def item_columns(runs: Runs) -> list[str]:
+    """Names of what was asked of the fronts in files of items."""
+    return list(dict.fromkeys(name for _, report in runs for name in item_values(report["dense"])))
 
 
 def _defused(cell: object) -> object:

@@ -1,6 +1,6 @@
 """The composition root: checked config -> finished parts. The only place where a name becomes an object."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
+from llmbo.evaluation.items import read_item_files
 from llmbo.models.loading import LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
@@ -32,7 +33,7 @@ from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
 from pruning.calibration import TokenWindows
-from pruning.choices import read_items
+from pruning.items import ItemFile
 from pruning.text import check_chat, read_mix, read_text
 
 
@@ -42,6 +43,7 @@ class RunParts:
 
     Args:
         elsewhere: Windows of another domain to judge the front on as well.
+        items: The files of items that the settings name.
     """
 
     config: RunConfig
@@ -53,6 +55,13 @@ class RunParts:
     store: TrialStore
     advice: AdviceStore
     elsewhere: TokenWindows | None
+    loaded: LoadedModel
+    items: Sequence[ItemFile]
+
+    @property
+    def judged_by(self) -> Sequence[ItemFile]:
+        """The files that the finished front is judged on as a whole: none where the search counts accuracy, on half of them."""
+        return () if "accuracy" in self.config.objectives else self.items
 
 
 def build_proposer(
@@ -135,8 +144,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         read_mix(config.text)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
-    if config.items and len(read_items(Path(config.items))) < 2:
-        raise ConfigError(f"--items {config.items} holds one item, at least two are needed: half of them are held out.")
+    items = _items(config)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -158,8 +166,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
-            items = ({"items": found.get("items")} for found in (stored, facts))
-            if changes := changed_facts(stored, facts) + differences(*items):
+            digests = ({"items": found.get("items")} for found in (stored, facts))
+            if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
         method = Method.of(stored.get("recipe")) if stored else DEFAULT
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
@@ -195,7 +203,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 advice = AdviceStore(store, folder / FILE)
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
-                yield RunParts(config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere)
+                yield RunParts(
+                    config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere, loaded, items
+                )
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
@@ -214,6 +224,22 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
             "Raise --budget to go on, choose another --name, or start over with --fresh."
         )
     return facts
+
+
+def _items(config: RunConfig) -> tuple[ItemFile, ...]:
+    files = read_item_files(config.item_files)
+    if files and "accuracy" in config.objectives:
+        for file in files:
+            if file.kind != "multiple_choice":
+                raise ConfigError(
+                    f"--items {file.source} has last words, which no objective counts: leave it out, or accuracy out of --objectives "
+                    "to judge the finished front on it."
+                )
+        if sum(len(file.items) for file in files) < 2:
+            raise ConfigError(
+                f"--items {files[0].source} holds one item, at least two are needed: half of them are held out."
+            )
+    return files
 
 
 def _readable(config: RunConfig) -> bool:

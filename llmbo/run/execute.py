@@ -4,12 +4,14 @@ from typing import Any
 
 from llmbo.advisor.summary import summarise
 from llmbo.display.progress import Display
+from llmbo.evaluation.items import items_part
 from llmbo.problem.kept import hand_on
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
+from llmbo.run.judgement import judge, judgements
 from llmbo.run.records import digest_elsewhere
 from llmbo.search.loop import run_search
 from llmbo.types import Trial
@@ -36,6 +38,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
             with display.phase("another domain"):
                 measure_elsewhere(run)
         hand_on(run.problem.files, run.folder, run.problem.space.anatomy, display.note)
+        judge(run, display)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -87,10 +90,11 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         trials,
         run.objectives,
         run.problem.space,
-        {**facts, "run": part},
+        {**facts, "run": part, "item_files": [items_part(file) for file in run.items]},
         run.store.heldout(),
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
         run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
+        judgements(run),
     )
     write_report(report, run.folder)
     for text in report.warnings:

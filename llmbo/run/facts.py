@@ -50,8 +50,9 @@ def elsewhere_part(windows: TokenWindows) -> dict[str, Any]:
 
 
 def items_digest(config: RunConfig) -> str | None:
-    """Of the multiple-choice items as they are now; None without any."""
-    return hashlib.sha256(Path(config.items).expanduser().read_bytes()).hexdigest() if config.items else None
+    """Of the files of items as they are now; None without any."""
+    contents = [Path(file).expanduser().read_bytes() for file in config.item_files]
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
 
 
 def _model_part(loaded: LoadedModel, anatomy: Anatomy) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.kept import hand_on, own_files
-from llmbo.problem.preparation import Method, fitted, space_of
+from llmbo.problem.preparation import Method, fitted
+from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Report, TrialPart
@@ -124,7 +125,7 @@ class RebuildInputs:
         cls, report: Report, folder: Path, loaded: LoadedModel, windows: TokenWindows, phases: Phases
     ) -> "RebuildInputs":
         """What the run has kept of its ranking and refits; worked out again as it did where that is gone, and then kept."""
-        config, space = config_of(report), space_of(config_of(report), loaded.model)
+        config, space = config_of(report), space_of(config_of(report), anatomy_of(loaded.model))
         own = own_files(folder)
         with phases.phase("importance and refits", steps(space.num_layers)) as advance:
             found, files = fitted(

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAda
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
-from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ModelPart
+from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart
 from llmbo.types import Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
@@ -92,6 +92,11 @@ class _Attributes(_Record):
 
 _SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
 _PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
+# What the finished front is judged by beside windows of text, by the name of the report's field.
+JUDGEMENTS: dict[str, TypeAdapter[Any]] = {
+    "items": TypeAdapter(dict[str, ItemScores]),
+    "samples": TypeAdapter(dict[str, str]),
+}
 
 
 def check_settings(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -130,6 +135,21 @@ def heldout_of(attributes: Mapping[str, Any], digest: str = "") -> dict[int, Val
     """
     key = heldout_key(digest)
     return _fits(_HELDOUT, attributes.get(key, {}), key, strict=False)
+
+
+def judgement_key(kind: str, number: int | None) -> str:
+    """Name of the attribute that holds a judgement of a trial, or of the dense model."""
+    return f"{kind}:{'dense' if number is None else number}"
+
+
+def judgements_of(attributes: Mapping[str, Any], kind: str) -> dict[int | None, dict[str, Any]]:
+    """What is stored of a row of `JUDGEMENTS`, by trial number; None stands for the dense model."""
+    found: dict[int | None, dict[str, Any]] = {}
+    for key in (key for key in attributes if key.startswith(f"{kind}:")):
+        number = key.removeprefix(f"{kind}:")
+        _fits(JUDGEMENTS[kind], attributes[key], key)
+        found[None if number == "dense" else int(number)] = attributes[key]
+    return found
 
 
 def frozen_trials(study: optuna.Study) -> list[FrozenTrial]:

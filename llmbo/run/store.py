@@ -27,7 +27,18 @@ from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
 from llmbo.run.lease import Lease
-from llmbo.run.records import digest_elsewhere, frozen_trials, heldout_key, heldout_of, round_key, rounds_of, trial_of
+from llmbo.run.records import (
+    JUDGEMENTS,
+    digest_elsewhere,
+    frozen_trials,
+    heldout_key,
+    heldout_of,
+    judgement_key,
+    judgements_of,
+    round_key,
+    rounds_of,
+    trial_of,
+)
 from llmbo.types import Proposal, Trial
 from pruning.architecture import Architecture
 
@@ -186,6 +197,16 @@ class TrialStore:
         return heldout_of(self._study.user_attrs, digest)
 
     @_writes
+    def set_judgement(self, kind: str, number: int | None, found: Mapping[str, Any]) -> None:
+        """Keep what a row of `records.JUDGEMENTS` says of a trial, or of the dense model (None)."""
+        self._study.set_user_attr(judgement_key(kind, number), dict(found))
+
+    @uninterrupted()
+    def judgements(self, kind: str) -> dict[int | None, dict[str, Any]]:
+        """The same, by trial number."""
+        return judgements_of(self._study.user_attrs, kind)
+
+    @_writes
     def set_fact(self, key: str, value: Any) -> None:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})
@@ -209,6 +230,8 @@ class TrialStore:
     def _checked(self) -> Self:
         """Whatever it holds can be read: better said now than in the middle of a search."""
         self.trials(), self.rounds(), self.heldout(), self.heldout(digest_elsewhere(self.facts))
+        for kind in JUDGEMENTS:
+            self.judgements(kind)
         return self
 
     def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:

@@ -251,7 +251,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Llmbo:
-    """The command line in this process, in a working directory of its own. Keyword arguments become flags."""
+    """The command line in this process, in a working directory of its own. Keyword arguments become flags, of a list one for each."""
 
     folder: Path
     defaults: Mapping[str, object]
@@ -260,7 +260,8 @@ class Llmbo:
         words: list[str] = []
         for name, value in {**self.defaults, **flags}.items():
             flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [] if value is None else [flag, str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag] if one is True else [] if one is None else [flag, str(one)]
         return ["optimize", *words]
 
     def __call__(self, **flags: object) -> Result:

@@ -92,7 +92,7 @@ function drawFront(state) {
   if (MANY) {
     RUNS.forEach((run, index) => series.push({ ...line(run.label, complete.filter((entry) => entry.run === index), color(index), 1), z: 2 }));
     series.push(line("union front", complete, css("--text"), 2));
-  } else series.push(line("front, proxy windows", complete, css("--text"), 1.5));
+  } else series.push(line(x in itemsOf(RUNS[0].report.dense) || y in itemsOf(RUNS[0].report.dense) ? "front" : "front, proxy windows", complete, css("--text"), 1.5));
   const judged = tried.filter((entry) => typeof entry.heldout?.[y] === "number" && isQuality(y));
   if (judged.length) series.push({
     name: "front, held-out windows", type: "scatter", symbol: "path://M0,0 L10,10 M10,0 L0,10", symbolSize: 7, z: 5, color: css("--heldout"),

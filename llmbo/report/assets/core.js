@@ -27,7 +27,7 @@ const TRIALS = RUNS.flatMap((run, index) => {
     run: index,
     number,
     trial,
-    values: valuesOf(trial),
+    values: valuesOf(trial, number === "dense" ? dense : front.get(number)),
     heldout: (number === "dense" ? dense.heldout : front.get(number)?.heldout) ?? null,
     elsewhere: (number === "dense" ? dense.elsewhere : front.get(number)?.elsewhere) ?? null,
     onFront: front.has(number),
@@ -40,13 +40,20 @@ const OBJECTIVES = RUNS[0].report.objectives;
 const CONSTRAINTS = [...new Map(RUNS.flatMap((run) => run.report.constraints ?? []).map((bound) => [`${bound.name}:${bound.maximum}`, bound])).values()];
 const QUANTITIES = [...new Set(TRIALS.flatMap((entry) => Object.keys(entry.values ?? {})))];
 
-function valuesOf(trial) {
+function valuesOf(trial, point) {
   if (!trial.objectives) return null;
-  const numbers = Object.entries(trial.objectives).filter(([, value]) => typeof value === "number");
-  if (typeof trial.gain === "number") numbers.push(["gain", trial.gain]);
+  const numbers = Object.entries({ ...trial.objectives, gain: trial.gain, ...itemsOf(point) }).filter(([, value]) => typeof value === "number");
   return Object.fromEntries(numbers);
 }
 
+/** What a point of the front got right of each file of items: {"arc_easy acc_norm": 0.45}. */
+function itemsOf(point) {
+  return Object.fromEntries(Object.entries(point?.items ?? {}).flatMap(([file, scores]) =>
+    Object.entries(scores).filter(([metric]) => !metric.endsWith("_stderr")).map(([metric, value]) => [`${file} ${metric}`, value])));
+}
+
+/** The point of the front that an entry is; the dense model is one, too. */
+const pointOf = (entry) => (entry.number === "dense" ? RUNS[entry.run].report.dense : RUNS[entry.run].report.front.find((point) => point.trial === entry.number));
 const maximized = (name) => ABOUT.get(name)?.maximize ?? false;
 const unitOf = (name) => ABOUT.get(name)?.unit ?? "";
 const formatOf = (name) => ABOUT.get(name)?.format ?? "plain";

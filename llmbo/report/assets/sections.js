@@ -30,6 +30,27 @@ function drawRuns() {
     ...DATA.warnings.map((text) => el("p", { class: "warning" }, text)));
 }
 
+/** What a few points of the front write, the dense model first: people look before they read. */
+function drawSamples(state) {
+  const { dense, front } = current(state).report;
+  const run = BY_KEY.get(state.selected)?.run ?? 0;
+  const points = [dense, ...[...front].reverse()].filter((point) => Object.keys(point.samples ?? {}).length);
+  const prompts = [...new Set(points.flatMap((point) => Object.keys(point.samples)))];
+  const rows = points.map((point) => {
+    const entry = BY_KEY.get(`${run}:${point.trial ?? "dense"}`);
+    const name = el("button", { type: "button", class: "plain", onclick: () => update({ selected: entry.key }) }, entry.number === "dense" ? "dense model" : `trial ${entry.number}`);
+    const size = el("small", { class: "muted" }, ["params", "params_share"].filter((one) => one in entry.values).map((one) => format(one, entry.values[one])).join(" · "));
+    return el("tr", {}, el("th", { scope: "row" }, name, " ", size), ...prompts.map((prompt) => {
+      const written = String(point.samples[prompt] ?? "").trimEnd().replace(/\n\s*\n/g, "\n");
+      const text = /^\s*\n/.test(written) ? written.replace(/^\s*\n/, "") : written.trimStart(); // a new line keeps its indentation
+      return el("td", {}, el("span", { class: "prompt muted" }, prompt), text || el("span", { class: "muted" }, "(nothing)"));
+    }));
+  });
+  const heads = ["", ...prompts].map((prompt) => el("th", { scope: "col" }, prompt ? `“${prompt}”` : el("span", { class: "hidden" }, "model")));
+  return fill("samples", rows.length ? el("p", { class: "muted" }, "Greedy continuations of fixed prompts, written after the search, which saw none of them.") : null,
+    rows.length ? el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows)) : null);
+}
+
 /** Dark blue to yellow, monotone in lightness, readable in every common colour blindness (cividis, sampled). */
 const CIVIDIS = [[0, 32, 77], [0, 66, 107], [68, 88, 109], [104, 110, 115], [138, 134, 121], [176, 160, 113], [216, 188, 93], [255, 233, 69]];
 
@@ -146,8 +167,8 @@ function drawTrials(state) {
 }
 
 function drawRecipe(state) {
-  const { run, model, data, elsewhere, space, objectives } = current(state).report;
+  const { run, model, data, elsewhere, items, space, objectives } = current(state).report;
   const { seconds, peak_memory_bytes, ...rest } = run;
   const part = (title, value) => el("details", { open: title === "Run" }, el("summary", {}, title), anything(value, title));
-  fill("recipe", part("Run", rest), part("Model", model), part("Text", data), ...(elsewhere ? [part("Text of another domain", elsewhere)] : []), part("Space", space), part("Objectives", objectives));
+  fill("recipe", part("Run", rest), part("Model", model), part("Text", data), elsewhere ? part("Text of another domain", elsewhere) : null, items?.length ? part("Items", items) : null, part("Space", space), part("Objectives", objectives));
 }

@@ -14,6 +14,7 @@ function drawTrial(state) {
     ...broken(entry).map((text) => el("p", { class: "warning" }, `Breaks a constraint: ${text}`)),
     reason ? el("blockquote", {}, reason) : "",
     entry.values ? numbers(entry) : "",
+    itemScores(entry) ?? "",
     el("h4", {}, "What each layer keeps"),
     layersLegend(),
     layers(entry),
@@ -30,7 +31,8 @@ function announce(state) {
 
 function numbers(entry) {
   const dense = BY_KEY.get(`${entry.run}:dense`);
-  const names = QUANTITIES.filter((name) => name in entry.values);
+  const asked = itemsOf(pointOf(entry));
+  const names = QUANTITIES.filter((name) => name in entry.values && !(name in asked));
   // What windows of text say, by heading: of the run's own that nothing saw, and of another domain.
   const seen = [["held-out", entry.heldout], [`held-out, ${RUNS[entry.run].elsewhere}`, entry.elsewhere]].filter(([, values]) => values !== null);
   const rows = names.map((name) => {
@@ -42,6 +44,20 @@ function numbers(entry) {
     return cells;
   });
   return table(["", seen.length ? "proxy" : "value", ...seen.map(([heading]) => heading), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
+}
+
+/** A share with its standard error, of each file of items that the front was judged on; null without any. */
+function itemScores(entry) {
+  const dense = BY_KEY.get(`${entry.run}:dense`);
+  const error = (name) => {
+    const [, file, metric] = /^(.*) (\S+)$/s.exec(name);
+    const value = pointOf(entry).items[file][`${metric}_stderr`];
+    return typeof value === "number" ? ` ± ${(100 * value).toFixed(1)}` : "";
+  };
+  const written = (name) => format(name, entry.values[name]).replace(/ %$|$/, (unit) => error(name) + unit);
+  const rows = Object.entries(itemsOf(pointOf(entry))).filter(([, value]) => typeof value === "number")
+    .map(([name]) => [name, written(name), format(name, dense.values[name]), change(name, entry.values[name], dense.values[name])]);
+  return rows.length ? table(["items", "score", "dense", "change"], rows, `Items of ${nameOf(entry)}`) : null;
 }
 
 /** Quality changes by a difference, sizes by a percentage. */

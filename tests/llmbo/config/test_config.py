@@ -31,7 +31,6 @@ from llmbo.errors import ConfigError
         ({"objectives": ("kl", "speed")}, "'speed'"),
         ({"objectives": ("kl", "loss", "params"), "racing": True}, "--racing .* kl,loss,params"),
         ({"objectives": ("accuracy", "params")}, "--items FILE"),
-        ({"items": "x.jsonl"}, "--items x.jsonl"),
         ({"reference_point": (1.0,)}, "--reference-point"),
         ({"name": "a/b"}, "--name .* 'a/b'"),
         ({"name": ".."}, r"--name .* '\.\.'"),

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.evaluation.items import standard_error
 from llmbo.evaluation.tasks import ONE_TASK
 
 WIDE = {"COLUMNS": "200"}
@@ -103,6 +104,35 @@ def test_tasks_of_a_local_file_are_scored(model_folder: Path, exported: Path, ta
     for line in map(json.loads, file.read_text().splitlines()):
         assert line["tasks"]["follow"]["acc"] in (0, 0.25, 0.5, 0.75, 1) and line["recipe"] is None
     assert "follow acc" in result.output and "perplexity" not in result.output
+
+
+def test_files_of_items_are_scored_as_columns(model_folder: Path, exported: Path, tmp_path: Path) -> None:
+    """Both kinds, and as many items as --limit lets in; perplexity of a text only if one is named."""
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    rows = [{"context": f"w{n} w{n + 1}", "continuation": f" w{n + 2}"} for n in range(7)]
+    (tmp_path / "last.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "results.jsonl"
+    names = [word for name in ("quiz", "last") for word in ("--items", tmp_path / f"{name}.jsonl")]
+    result = evaluate(model_folder, exported, *names, "--limit", 5, "--json", file)
+    assert result.exit_code == 0, result.output
+    for line in map(json.loads, file.read_text().splitlines()):
+        quiz, last = line["items"]["quiz"], line["items"]["last"]
+        assert (quiz["kind"], quiz["count"], last["kind"], last["count"]) == ("multiple_choice", 5, "last_word", 5)
+        assert {quiz["acc"], quiz["acc_norm"], last["acc"]} <= {0, 0.2, 0.4, 0.6, 0.8, 1} and last["perplexity"] > 1
+        assert len(quiz["sha256"]) == 64 and line["recipe"] is None
+        assert f"{quiz['acc_norm']:.4f} ± {quiz['acc_norm_stderr']:.4f}" in result.output
+        assert f"{last['perplexity']:.4f}" in result.output
+    assert "Items: last, 5 last words of " in result.output and "loss" not in result.output
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (10, 10), (400, 1000)])
+def test_a_share_s_error_is_wilson_s(hits: int, count: int) -> None:
+    """Its interval at z = 1 holds the shares whose own binomial error reaches what was found; none or all is not certain."""
+    share, error = hits / count, standard_error(hits, count)
+    middle = (share + 1 / (2 * count)) / (1 + 1 / count)
+    for end in (middle - error, middle + error):
+        assert (share - end) ** 2 == pytest.approx(end * (1 - end) / count)
+    assert error > 0
 
 
 def by_hand(shots: int, chat: bool) -> list[tuple[str, str]]:
@@ -203,6 +233,7 @@ def test_prompts_that_cannot_be_made_are_refused(
         (("{model}", "--window", 32, "--json", "{tmp}/no/where.jsonl"), "--json"),
         (("{model}", "--tasks", "no_such_task"), "'no_such_task'"),
         (("{model}", "--tasks", " ,"), "--tasks ' ,'"),
+        (("{model}", "--items", "{tmp}/none.jsonl"), "Cannot read the items in '{tmp}/none.jsonl'"),
         (("{model}", "{tmp}", "--window", 32), "{tmp}"),  # the second of two is looked at before the first is measured
     ],
 )

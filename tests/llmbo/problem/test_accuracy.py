@@ -43,7 +43,9 @@ def test_a_search_maximises_accuracy(llmbo: Callable[..., Result], items: Path) 
     ("options", "expected"),
     [
         ({"objectives": "accuracy,params"}, "needs --items FILE"),
-        ({"items": "none.jsonl"}, "no use without the objective accuracy"),
+        ({"items": "none.jsonl"}, "Cannot read the items in 'none.jsonl'"),
+        ({"items": ["last.jsonl", "b/last.jsonl"]}, "its column would be called 'last', as that of last.jsonl: rename one"),
+        ({"objectives": "accuracy,params", "items": "last.jsonl"}, "--items last.jsonl has last words, which no objective counts"),
         ({"objectives": "accuracy,params", "items": "none.jsonl"}, "Cannot read the items in 'none.jsonl'"),
         ({"objectives": "accuracy,params", "items": "x.jsonl", "maximum": None, "max": "accuracy=0.5"}, "more accuracy is better"),
     ],
@@ -51,6 +53,9 @@ def test_a_search_maximises_accuracy(llmbo: Callable[..., Result], items: Path) 
 def test_items_that_do_not_fit_are_refused(
     llmbo: Callable[..., Result], options: dict[str, object], expected: str
 ) -> None:
+    for file in ("last.jsonl", "b/last.jsonl"):
+        (llmbo.folder / file).parent.mkdir(exist_ok=True)
+        (llmbo.folder / file).write_text('{"context": "w1 w2", "continuation": " w3"}')
     result = llmbo(**options)
     assert result.exit_code == 2 and expected in result.stderr
     assert not (llmbo.folder / "runs").exists()

@@ -395,6 +395,49 @@ def test_constraints_shade_what_they_forbid_and_mark_who_breaks_them(opened: Ope
         assert False not in walked
 
 
+def judged_report(text: str) -> dict[str, Any]:
+    """A report whose front was judged on items, and whose ends and dense model wrote `text`."""
+    report = made_up_report()
+    points = [report["dense"], *report["front"]]
+    for place, point in enumerate(points):
+        scores = {
+            "acc": 0.5,
+            "acc_stderr": 0.02,
+            "acc_norm": 0.6 - 0.01 * place,
+            "acc_norm_stderr": 0.018,
+            "perplexity": None,
+        }
+        point["items"] = {
+            "my quiz": scores,
+            "last": {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": None, "perplexity": 51.289},
+        }
+    for point in (points[0], points[1], points[-1]):
+        point["samples"] = {"The old man": text, "def f(x):": "\n    if x:\n\n\n        return " + "x" * 200}
+    return report
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_items_and_samples_are_shown_as_text(opened: Open, width: int) -> None:
+    report = judged_report(HOSTILE + "\u202etxt.exe\u2066\x9b31m")
+    smallest = report["front"][0]
+    with opened(report, width=width) as tab:
+        rows = tab.page.locator("#samples tbody tr").all_inner_texts()
+        assert [row.split()[0] for row in rows] == ["dense", "trial", "trial"] and f"trial {smallest['trial']}" in rows[
+            -1
+        ]
+        assert all(HOSTILE in row and "txt.exe" in row for row in rows) and "    if x:\n        return" in rows[0]
+        assert not set(tab.page.content()) & set("\u202e\u2066\x9b")
+        assert tab.page.evaluate("window.broken") is None
+        assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        tab.page.click(f"#samples button:has-text('trial {smallest['trial']}')")
+        assert tab.text("#trial h3") == f"trial {smallest['trial']}"
+        told = " ".join(tab.text("#trial").split())
+        assert "my quiz acc_norm 59.0 ± 1.8 % 60.0 % −1.0 %" in told and "last perplexity 51.29 51.29" in told
+        tab.page.select_option("#y-axis", "my quiz acc_norm")
+        drawn = "chart('front-chart').getOption().series.flatMap(s => s.data ?? []).filter(p => p.symbolSize).length"
+        assert tab.page.evaluate(drawn) == len(report["front"])
+
+
 @pytest.mark.parametrize("written", [True, False], ids=["counts in the report", "report of an earlier version"])
 def test_what_lost_its_race_is_on_no_front(opened: Open, written: bool) -> None:
     report = made_up_report()

@@ -1,0 +1,88 @@
+"""What the finished front is judged by beside windows of text: items that it gets right, and what it writes. The search sees none of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmbo.errors import printable
+from llmbo.evaluation.items import Exam
+from llmbo.models.loading import max_positions
+from llmbo.report import front_of
+from llmbo.run.assemble import RunParts
+from llmbo.types import Phases, Trial
+from pruning.continuations import continued
+
+PROMPTS = (  # a fact, a story, code
+    "The three largest cities in France are",
+    "The old man opened the box and found",
+    "def is_prime(n):",
+)
+NEW_TOKENS = 24
+SAMPLED = 6  # points of the front
+
+
+def judge(run: RunParts, phases: Phases) -> None:
+    """Ask the finished front, and the dense model, every item, and some of it for samples; skips what is stored."""
+    front, tokenizer = front_of(run.store.trials(), run.objectives), run.loaded.tokenizer
+    exams = cache(lambda: [Exam.of(file, run.loaded.model, tokenizer) for file in run.judged_by])
+    if run.judged_by:
+        _complete(run, phases, "items", front, lambda model: {exam.name: exam.taken_by(model) for exam in exams()})
+    if run.config.samples and run.loaded.resident:  # they are written by whole models
+        _complete(run, phases, "samples", spread(front, SAMPLED), lambda model: samples(model, tokenizer))
+
+
+def judgements(run: RunParts) -> dict[str, Mapping[int | None, Mapping[str, Any]]]:
+    """What is stored, as the report shows it: of samples those that belong to the front as it is now."""
+    shown = {None, *(trial.number for trial in spread(front_of(run.store.trials(), run.objectives), SAMPLED))}
+    found = run.store.judgements("samples")
+    return {"items": run.store.judgements("items"), "samples": {key: found[key] for key in shown & found.keys()}}
+
+
+def spread(front: Sequence[Trial], count: int) -> list[Trial]:
+    """About `count` trials of a front, smallest first: its ends, and what lies nearest to equal steps of size between them."""
+    if len(front) <= count:
+        return list(front)
+    sizes = [trial.values["params"] for trial in front]
+    wanted = [sizes[0] + (sizes[-1] - sizes[0]) * step / (count - 1) for step in range(1, count - 1)]
+    nearest = (min(range(len(front)), key=lambda place: abs(sizes[place] - size)) for size in wanted)
+    return [front[place] for place in sorted({0, *nearest, len(front) - 1})]
+
+
+def samples(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
+    """What `model` writes behind each prompt, as far as its positions reach, without what a terminal would obey."""
+    prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    count = max(0, min(NEW_TOKENS, max_positions(model) - max(map(len, prompts))))
+    texts = {}
+    for prompt, ids, new in zip(
+        PROMPTS, prompts, continued(model, prompts, count, tokenizer.eos_token_id), strict=True
+    ):
+        before, whole = (
+            tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for part in (ids, torch.cat([ids, new]))
+        )
+        texts[prompt] = printable(whole.removeprefix(before))  # decoded alone, a word would lose the space before it
+    return texts
+
+
+def _complete(
+    run: RunParts,
+    phases: Phases,
+    kind: str,
+    trials: Sequence[Trial],
+    of: Callable[[PreTrainedModel], Mapping[str, Any]],
+) -> None:
+    """Store what `of` says of the dense model and each trial that has nothing stored."""
+    space, stored = run.problem.space, run.store.judgements(kind)
+    wanted: dict[int | None, tuple[int, ...]] = {None: space.max_levels}
+    wanted |= {trial.number: trial.x for trial in trials}
+    missing = [number for number in wanted if number not in stored]
+    if missing:
+        with phases.phase(kind, len(missing)) as advance:
+            for done, number in enumerate(missing, 1):
+                with run.problem.supernet.active(space.decode(wanted[number])) as model:
+                    found = of(model)
+                run.store.set_judgement(kind, number, found)
+                advance(done)

@@ -261,6 +261,7 @@ def test_adapters_attach_train_and_merge(
 
 
 @ONE_FAMILY
+@pytest.mark.usefixtures("fresh_processes")
 def test_a_checked_export(model: PreTrainedModel, windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path) -> None:
     cut = pruned(model, "ABMB-")
     expected = logits(cut.model, windows)

@@ -19,11 +19,11 @@ from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, load_windows, prepared
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
-from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
+from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
-from llmbo.run.stored import differences, stored_run
+from llmbo.run.stored import stored_run
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of

@@ -1,7 +1,5 @@
 """Looking at a stored run from outside: whether it is there, how it was set up, how far it has come. Writes nothing."""
 
-import json
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -53,9 +51,3 @@ def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int
     """
     found = follow_run(url, name)
     return found and (found[0], found[1], sum(trial.seconds is not None for trial in found[2]))
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two settings, one line each. Compared as JSON, as they are stored."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

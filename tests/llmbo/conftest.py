@@ -1,6 +1,7 @@
 """A toy search problem whose quality is a formula, and a tiny llama on disk with a tokenizer and a text. Nothing is downloaded."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -23,7 +25,9 @@ from typing import Any
 
 import pytest
 import torch
+from alembic.util import pyfiles
 from click.testing import Result
+from sqlalchemy import Engine, event
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -173,6 +177,22 @@ def make_toy(make_space: Callable[..., SearchSpace]) -> Callable[..., Toy]:
         return Toy(space, Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1)))
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_databases() -> Iterator[None]:
+    """Tests kill processes, no machines: SQLite need not wait for the disk. And Optuna's twenty migrations are read from theirs once."""
+
+    def no_waiting(connection: object, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            with contextlib.suppress(sqlite3.Error):  # of a damaged file, which is for others to tell
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", no_waiting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfiles, "load_module_py", functools.cache(pyfiles.load_module_py))
+        yield
+    event.remove(Engine, "connect", no_waiting)
 
 
 @pytest.fixture(params=[(case, seed) for case in FAMILIES for seed in range(2)], ids=str)

@@ -5,6 +5,7 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 
 import copy
 import functools
+import gc
 import os
 import random
 import resource
@@ -108,6 +109,7 @@ for _name, _make in CONFIGS.items():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are too small to share
+    gc.freeze()  # a million objects of libraries are not looked through again and again for garbage: half a second each time
 
 
 def forked(body: Callable[[], object]) -> tuple[int, str]:

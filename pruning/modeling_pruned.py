@@ -6,6 +6,7 @@ names the blocks that are gone. `config.pruned_blocks` tells where a layer keeps
 """
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+# What stands in `config.json` for the activation function, by any of its names: no stock model can be built with it.
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+LOCK = "layers of unequal size: pass trust_remote_code=True"
 
 # Roles as checkpoints of the first version call them.
 LETTERS = {"q": "query", "k": "key", "v": "value", "n": "neuron", "H": "query_heads", "h": "kv_heads"}
@@ -55,7 +60,23 @@ def stand_ins(kind: str, places: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 class PrunedConfig:
-    """Mixin before a stock config, whose own sizes are those of the dense model."""
+    """Mixin before a stock config, whose own sizes are those of the dense model.
+
+    `config.json` names the stock `model_type`: with another one, transformers asks to run code before it loads even the tokenizer. A
+    stock model must not be built from it, so what only this class may read stands under `pruned_values`, and `LOCK` in its place.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        own = {**config_dict, **config_dict.get("pruned_values", {})}
+        own.pop("pruned_values", None)
+        return super().from_dict(own, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self: Any, use_diff: bool = True) -> str:
+        told = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        own = {name: getattr(self, name) for name in ACTIVATIONS if name in vars(self)}
+        told |= {"pruned_values": own | {"per_layer_config": told.pop("per_layer_config", None)}}
+        return json.dumps(told | dict.fromkeys(own, LOCK), indent=2, sort_keys=True) + "\n"
 
     def validate(self) -> None:
         with dense(self):
@@ -140,7 +161,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     if issubclass(stock, transformers.PreTrainedConfig):
         bases: tuple[Any, ...] = (PrunedConfig, stock)
-        own = {"model_type": f"pruned_{stock.model_type}", "_auto_class": "AutoConfig"}
+        own = {"_auto_class": "AutoConfig"}
     else:
         bases = (PrunedModel, stock)
         own = {

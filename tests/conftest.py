@@ -5,13 +5,19 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 
 import copy
 import functools
+import gc
+import os
 import random
 import resource
+import runpy
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,8 +39,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    dynamic_module_utils,
 )
 
+import pruning.export.verify
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.masks import PruningMask, Ranking
@@ -101,6 +109,60 @@ for _name, _make in CONFIGS.items():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are too small to share
+    gc.freeze()  # a million objects of libraries are not looked through again and again for garbage: half a second each time
+
+
+def forked(body: Callable[[], object]) -> tuple[int, str]:
+    """Run `body` in a fork of this process: where the start of a new one is not what is tested, its four seconds of imports are saved.
+
+    Returns:
+        Exit code, and what it wrote to its stderr.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(writing, 2)
+            code = int(body() or 0)  # type: ignore[call-overload]
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8", errors="replace") as said:
+        stderr = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stderr
+
+
+def _read_back(command: Sequence[str], *, env: Mapping[str, str], **options: Any) -> Any:
+    """`subprocess.run` for `pruning.export.verify`: a folder is read back in a fork that knows nothing of this project."""
+    _, _, program, *words = command
+    if not program.endswith("reload_hf.py"):
+        return subprocess.run(command, env=env, **options)
+
+    def body() -> None:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("pruning", "llmbo", "prompts", "transformers_modules"):
+                del sys.modules[name]
+        dynamic_module_utils.HF_MODULES_CACHE = env["HF_MODULES_CACHE"]
+        runpy.run_path(program)["main"](*words)
+
+    code, stderr = forked(body)
+    return subprocess.CompletedProcess(command, code, stderr=stderr)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_back_in_a_fork() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning.export.verify, "subprocess", SimpleNamespace(run=_read_back))
+        yield
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported is read back as it is for users, by a new Python, which takes four seconds to import what it needs."""
+    monkeypatch.setattr(pruning.export.verify, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants, get_session
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,10 +29,25 @@ SIZES = (
     "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "ffn_dim",
 )  # fmt: skip
 SHOWN = 3  # names in a line
+HUB_PATIENCE = 5.0  # seconds in which the hub has to answer anything at all
+ASKED_OFFLINE = constants.HF_HUB_OFFLINE
+
+
+def look_for_hub() -> None:
+    """Where the hub does not answer, let its clients keep to what is cached: each would try again for half a minute."""
+    if ASKED_OFFLINE:
+        return
+    constants.HF_HUB_OFFLINE = False  # it may be back
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # whatever the HTTP library of the day calls it
+        constants.HF_HUB_OFFLINE = True
 
 
 def check_no_adapter(name: str, source: str) -> None:
     """Raise ModelError for a PEFT adapter, alone or beside a model, which transformers would put on top unasked."""
+    if not Path(source).is_dir():
+        look_for_hub()
     try:
         file = find_adapter_config_file(source)
     except OSError:  # the hub is out of reach, which reading the config will say

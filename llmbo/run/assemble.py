@@ -23,11 +23,11 @@ from llmbo.problem.residence import placed
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
-from llmbo.run.facts import changed_facts, facts_of, importance_parts, items_digest
+from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
-from llmbo.run.stored import as_started, differences, stored_run
+from llmbo.run.stored import as_started, stored_run
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of

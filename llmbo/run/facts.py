@@ -1,6 +1,7 @@
 """What a run keeps of its model and text: enough to notice another one behind the same name, and to say so in the report."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,7 +13,6 @@ import torch
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel
 from llmbo.report import DataPart, ElsewherePart, ImportancePart, ModelPart, SourcePart, SplitPart
-from llmbo.run.stored import differences
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
@@ -27,6 +27,12 @@ def facts_of(loaded: LoadedModel, windows: TokenWindows) -> dict[str, Any]:
         "model": _model_part(loaded, anatomy_of(loaded.model)),
         "data": _data_part(windows),
     }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two settings, one line each. Compared as JSON, as they are stored."""
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def changed_facts(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

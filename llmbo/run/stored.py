@@ -1,7 +1,5 @@
 """Looking at a stored run from outside: whether it is there, how it was set up, how far it has come. Writes nothing."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
@@ -69,9 +67,3 @@ def as_started(config: RunConfig, url: str) -> RunConfig:
         if name not in found[0] and getattr(config, name) == default[name]
     }
     return replace(config, **older)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two settings, one line each. Compared as JSON, as they are stored."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

@@ -1,29 +1,38 @@
 """A toy search problem whose quality is a formula, and a tiny llama on disk with a tokenizer and a text. Nothing is downloaded."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import sqlite3
+import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alembic.util import pyfiles
 from click.testing import Result
+from sqlalchemy import Engine, event
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from llmbo.__main__ import main
 from llmbo.advisor.context import Context, Setting
 from llmbo.advisor.roles import Question
 from llmbo.advisor.store import AdviceStore, MemoryNotes
@@ -46,6 +55,7 @@ from pruning.shrinking import shrink
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
 TEXT_TOKENS = 1200
+TIMEOUT = 300.0  # seconds until a process has said what it is waited for, on a busy machine
 FAMILIES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3)]  # as `make_toy` takes them
 
 
@@ -184,6 +194,22 @@ def make_toy(make_space: Callable[..., SearchSpace]) -> Callable[..., Toy]:
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_databases() -> Iterator[None]:
+    """Tests kill processes, no machines: SQLite need not wait for the disk. And Optuna's twenty migrations are read from theirs once."""
+
+    def no_waiting(connection: object, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            with contextlib.suppress(sqlite3.Error):  # of a damaged file, which is for others to tell
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", no_waiting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyfiles, "load_module_py", functools.cache(pyfiles.load_module_py))
+        yield
+    event.remove(Engine, "connect", no_waiting)
+
+
 @pytest.fixture(params=[(case, seed) for case in FAMILIES for seed in range(2)], ids=str)
 def family(request: pytest.FixtureRequest, make_toy: Callable[..., Any]) -> ThresholdFamily:
     case, seed = request.param
@@ -309,6 +335,76 @@ def finished(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Callable[[Pat
     result = done(budget=18)
     assert result.exit_code == 0, result.output
     return done
+
+
+class Forked:
+    """`llmbo WORDS` in a process of its own that need not import anything: a fork of this one. That saves five seconds of a start.
+
+    Args:
+        ends: Descriptors to read from and write to in place of the files `out` and `err` in `folder`.
+    """
+
+    def __init__(
+        self, words: Sequence[str], folder: Path, ends: tuple[int, int, int] | None = None, **env: str
+    ) -> None:
+        number = len(list(folder.glob("*.out")))
+        self.out, self.err = (folder / f"{number}.{name}" for name in ("out", "err"))
+        self._read = 0
+        for path in (self.out, self.err):
+            path.touch()
+        self.process = get_context("fork").Process(target=self._body, args=(words, folder, ends, env))
+        self.process.start()
+
+    def _body(
+        self, words: Sequence[str], folder: Path, ends: tuple[int, int, int] | None, env: Mapping[str, str]
+    ) -> None:
+        os.setsid()
+        os.chdir(folder)
+        os.environ.update(env)
+        given = ends or (os.open(os.devnull, os.O_RDONLY), *(os.open(p, os.O_WRONLY) for p in (self.out, self.err)))
+        for descriptor, own in enumerate(given):
+            os.dup2(own, descriptor)
+        sys.stdout, sys.stderr = (
+            os.fdopen(n, "w", n - 2 or 1, "utf-8", closefd=False) for n in (1, 2)
+        )  # as Python has them
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
+        sys.argv = ["llmbo", *words]
+        main()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        os.kill(self.pid, signum)
+
+    def kill(self) -> int | None:
+        """Exit code, of a process that has ended or is made to."""
+        self.process.kill()
+        return self.wait()
+
+    def wait(self) -> int | None:
+        self.process.join(TIMEOUT)
+        return self.process.exitcode
+
+    def until(self, text: str, file: Path | None = None) -> None:
+        """Wait until it has written this, after what was waited for before."""
+        end = time.monotonic() + TIMEOUT
+        while (place := (file or self.out).read_text().find(text, self._read)) < 0:
+            assert self.running and time.monotonic() < end, f"it ended before '{text}': {self.err.read_text()}"
+            time.sleep(0.02)
+        self._read = place + len(text)
+
+
+@pytest.fixture
+def forked() -> type[Forked]:
+    return Forked
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +26,6 @@ from llmbo.cli.common import one_line_errors
 from llmbo.models import silence
 from llmbo.problem.preparation import Problem
 from llmbo.report import Report
-
-START_TIMEOUT = 120.0  # seconds until the first trial of a subprocess, on a busy machine
 
 
 def refused(result: Result) -> str:
@@ -339,26 +336,17 @@ def test_the_aliases_are_listed() -> None:
 
 
 @pytest.fixture
-def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
-    """Start `python -m llmbo optimize`, and return when its second trial is measured.
+def background(llmbo: Any, forked: Any) -> Callable[..., Any]:
+    """Start `llmbo optimize`, and return when its second trial is measured.
 
     The process is stopped there (SIGSTOP), so that no test races against its end: a signal sent to it is taken on SIGCONT.
     """
 
-    def start(**flags: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmbo", *llmbo.flags(**flags)],
-            cwd=llmbo.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
-        )  # fmt: skip
-        assert process.stderr is not None
-        end = time.monotonic() + START_TIMEOUT
-        for line in process.stderr:
-            if line.startswith("trial 2/"):
-                process.send_signal(signal.SIGSTOP)
-                return process
-            assert time.monotonic() < end, "the first trials took too long"
-        raise AssertionError(f"it ended with {process.wait()}: {line}")
+    def start(**flags: object) -> Any:
+        process = forked(llmbo.flags(**flags), llmbo.folder)
+        process.until("trial 2/", process.err)
+        process.send_signal(signal.SIGSTOP)
+        return process
 
     return start
 
@@ -366,11 +354,11 @@ def background(llmbo: Any) -> Callable[..., subprocess.Popen[str]]:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_reports_and_goes_on(
     llmbo: Any,
-    background: Callable[..., subprocess.Popen[str]],
+    background: Callable[..., Any],
     signum: signal.Signals,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    flags: dict[str, Any] = {"budget": 60, "strategy": "random", "batch": 10}
+    flags: dict[str, Any] = {"budget": 30, "strategy": "random", "batch": 10}
     process = background(**flags)
     try:
         if signum is signal.SIGINT:
@@ -381,30 +369,27 @@ def test_an_interrupted_run_reports_and_goes_on(
             assert elsewhere.files() == {}
         process.send_signal(signum)
         process.send_signal(signal.SIGCONT)
-        _, stderr = process.communicate(timeout=60)
+        code, stderr = process.wait(), process.err.read_text()
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == 130, stderr[-3000:]
+    assert code == 130, stderr[-3000:]
     assert "Traceback" not in stderr and "same command" in stderr
     data = llmbo.report()
     Report.model_validate(data)
     assert data["run"]["status"] == "interrupted"
     done = sum(trial["state"] == "complete" for trial in data["trials"])
-    assert 2 <= done == len(data["hypervolume"]["trace"]) < 60
+    assert 2 <= done == len(data["hypervolume"]["trace"]) < 30
     assert done >= len(data["trials"]) - 1  # at most the running one is open
     if signum is signal.SIGINT:
         assert llmbo(**flags).exit_code == 0
-        check_complete(llmbo.report(), 60)
+        check_complete(llmbo.report(), 30)
         kept = [trial["objectives"] for trial in llmbo.report()["trials"]][:done]
         assert kept == [trial["objectives"] for trial in data["trials"]][:done]
 
 
-def test_a_killed_run_goes_on(llmbo: Any, background: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_killed_run_goes_on(llmbo: Any, background: Callable[..., Any]) -> None:
     flags: dict[str, Any] = {"budget": 12, "batch": 3}
-    process = background(**flags)
-    process.kill()
-    process.communicate()
+    background(**flags).kill()
     assert llmbo(**flags).exit_code == 0
     resumed = search_part(llmbo.report())
     shutil.rmtree(llmbo.folder / "runs")
@@ -434,12 +419,14 @@ def test_a_fault_of_the_machine_names_the_command(llmbo: Any, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", [["--help"], ["models"]])
-def test_a_full_stdout_is_one_line(words: list[str]) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "llmbo", *words], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"error: llmbo {words[0]} cannot write its output (No space left on device).\n"
+def test_a_full_stdout_is_one_line(forked: Any, tmp_path: Path) -> None:
+    said = "error: llmbo {} cannot write its output (No space left on device).\n"
+    with open("/dev/full", "w") as full, open(tmp_path / "said", "w") as err:
+        command = [sys.executable, "-m", "llmbo", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (1, said.format("--help"))
+        assert forked(["models"], tmp_path, (full.fileno(), full.fileno(), err.fileno())).wait() == 1
+    assert (tmp_path / "said").read_text() == said.format("models")
 
 
 @pytest.mark.parametrize("begins", ["typer", "llmbo.cli.watch", "torch.nn"])

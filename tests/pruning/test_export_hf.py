@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import pruning.export.reload_hf
 from pruning.anatomy import Anatomy, anatomy_of
@@ -35,6 +37,7 @@ ONE_OF_EACH_KIND = pytest.mark.parametrize(
 )
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-tied"], indirect=True)
 Draw = Callable[..., Pruned]
+TEXT = "It's 12345 o'clock; the naïve café.\n\n\tx = y ** 2  # why?"
 
 
 @pytest.fixture
@@ -123,8 +126,12 @@ def test_padding_changes_nothing(
 def test_folders_load_in_a_process_that_cannot_import_us(
     build: Callable[[str], PreTrainedModel], windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path
 ) -> None:
-    """All families in one process, as `save_hf` does it for one. A plain `from_pretrained` must do for stock shapes."""
-    expected, stock = {}, set()
+    """All families in one process, as `save_hf` does it for one. A plain `from_pretrained` must do for stock shapes and all tokenizers."""
+    expected, ids, stock = {}, {}, set()
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    words.train_from_iterator([TEXT], trainer)
     for name in (
         "llama",
         "llama-tied",
@@ -138,10 +145,18 @@ def test_folders_load_in_a_process_that_cannot_import_us(
         "gpt2",
         "opt",
     ):
+        dense = build(name)
+        kind = TOKENIZER_MAPPING_NAMES.get(dense.config.model_type) or "TokenizersBackend"
+        dense.config.save_pretrained(tmp_path / name)  # the base model, as far as its tokenizer needs it
+        words.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         for pattern in ("MABBB", "UUU-U"):
-            cut = pruned(build(name), pattern)
+            cut = pruned(dense, pattern)
             made = rebuilt(cut.model, cut.anatomy, cut.architecture)
             made.save_pretrained(tmp_path / f"{name}{pattern}")
+            tokenizer.save_pretrained(tmp_path / f"{name}{pattern}")
+            ids[f"{name}{pattern}"] = tokenizer(TEXT)["input_ids"]
             stock |= {f"{name}{pattern}"} if is_stock(made) else set()
             padded(cut).save_pretrained(tmp_path / f"{name}{pattern}-padded")
             expected |= dict.fromkeys((f"{name}{pattern}", f"{name}{pattern}-padded"), logits(cut.model, windows))
@@ -149,7 +164,11 @@ def test_folders_load_in_a_process_that_cannot_import_us(
     program = (
         f"import runpy, sys; main = runpy.run_path({pruning.export.reload_hf.__file__!r})['main']\n"
         f"for name in sys.argv[2:]: main(sys.argv[1] + name, sys.argv[1] + 'asked', sys.argv[1] + name + '.out')\n"
-        "assert sys.modules['pruning'] is None and sys.modules['llmbo'] is None"
+        "assert sys.modules['pruning'] is None and sys.modules['llmbo'] is None\n"
+        "import builtins, json, transformers\n"
+        "builtins.input = sys.exit  # no question is asked\n"
+        f"for name, ids in json.loads({json.dumps(json.dumps(ids))}).items():\n"
+        f"    assert transformers.AutoTokenizer.from_pretrained(sys.argv[1] + name)({TEXT!r})['input_ids'] == ids, name"
     )
     subprocess.run([sys.executable, "-I", "-c", program, f"{tmp_path}/", *expected], check=True, capture_output=True)
     for name, value in expected.items():
@@ -159,11 +178,13 @@ def test_folders_load_in_a_process_that_cannot_import_us(
         assert ("auto_map" in told) == (name not in stock and not name.endswith("-padded"))
 
 
-@ONE_FAMILY
+@ONE_OF_EACH_KIND
 def test_unequal_layers_are_not_loaded_as_a_stock_model(model: PreTrainedModel, pruned: Draw, saved: Any) -> None:
     """Without the modelling file the missing weights would be random ones."""
-    with pytest.raises((ValueError, OSError), match=r"trust_remote_code|custom code"):
-        AutoModelForCausalLM.from_pretrained(saved(pruned(model, "MABBB")), trust_remote_code=False)
+    folder = saved(pruned(model, "MABBB"))
+    for trust in (False, None):
+        with pytest.raises(KeyError, match="trust_remote_code"):
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
 
 
 def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, pruned: Draw, saved: Any) -> None:
@@ -240,6 +261,7 @@ def test_adapters_attach_train_and_merge(
 
 
 @ONE_FAMILY
+@pytest.mark.usefixtures("fresh_processes")
 def test_a_checked_export(model: PreTrainedModel, windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path) -> None:
     cut = pruned(model, "ABMB-")
     expected = logits(cut.model, windows)

@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import chdir
@@ -176,23 +173,19 @@ def test_evaluations_are_shared_and_a_finished_comparison_costs_none(compared: C
     assert without_clocks(compared.result()) == without_clocks(expected)
 
 
-def test_a_killed_comparison_goes_on_and_loses_one_evaluation_at_most(compare: Compare, compared: Compare) -> None:
-    path = compare.write()
-    command = [sys.executable, "-m", "llmbo", "compare", str(path)]
-    process = subprocess.Popen(
-        command, cwd=compare.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )  # fmt: skip
+def test_a_killed_comparison_goes_on_and_loses_one_evaluation_at_most(
+    compare: Compare, compared: Compare, forked: Any
+) -> None:
+    process = forked(["compare", str(compare.write())], compare.folder)
     database = compare.folder / "comparisons" / "evaluations.db"
     try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
+        while time.monotonic() < deadline and process.running:
             if database.exists() and _rows(database) > 25:
                 break
             time.sleep(0.02)
     finally:
         process.kill()
-        process.wait()
     before = compare.count("evaluations")
     assert before > 25
     assert compare().exit_code == 0

@@ -1,13 +1,14 @@
 """What is seen of a run while it goes on: in any terminal, without colour, in pipes, by machines, from another terminal."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
-import subprocess
-import sys
+import struct
+import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
@@ -29,7 +30,6 @@ from llmbo.types import Trial, TrialState
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
 TIMEOUT = 300.0  # seconds until a subprocess has shown enough, on a busy machine
-SET_SIZE = "import fcntl, struct, termios; fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack('HHHH', 30, 100, 0, 0))"
 
 
 @pytest.fixture
@@ -114,14 +114,13 @@ def test_watching_a_finished_run_lists_its_trials(finished: Any) -> None:
         assert unknown.exit_code == 2 and "Did you mean 'tiny'?" in unknown.stderr
 
 
-def on_a_terminal(words: Sequence[str], folder: Path, until: Callable[[str], bool], **environment: str) -> str:
+def on_a_terminal(
+    forked: Any, words: Sequence[str], folder: Path, until: Callable[[str], bool], **environment: str
+) -> str:
     """What a command writes to a terminal of 100 x 30 characters, until it ends or has shown enough."""
     screen, terminal = pty.openpty()
-    code = f"{SET_SIZE}; from llmbo.cli import app; app({list(words)!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True,
-        env={**os.environ, "TERM": "xterm-256color", **environment}, start_new_session=True,
-    )  # fmt: skip
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    process = forked(words, folder, (terminal,) * 3, TERM="xterm-256color", **environment)
     os.close(terminal)
     seen, deadline = b"", time.monotonic() + TIMEOUT
     while time.monotonic() < deadline and not until(seen.decode(errors="replace")):
@@ -131,49 +130,38 @@ def on_a_terminal(words: Sequence[str], folder: Path, until: Callable[[str], boo
             except OSError:  # the command has ended
                 break
     process.kill()
-    process.wait()
     os.close(screen)
     return seen.decode(errors="replace")
 
 
-def test_a_run_on_a_terminal_is_drawn_live_and_can_be_watched(llmbo: Any) -> None:
+def test_a_run_on_a_terminal_is_drawn_live_and_can_be_watched(llmbo: Any, forked: Any) -> None:
     flags = llmbo.flags(budget=3, strategy="random")
-    seen = on_a_terminal(flags, llmbo.folder, lambda text: "Report:" in text, NO_COLOR="1")
+    seen = on_a_terminal(forked, flags, llmbo.folder, lambda text: "Report:" in text, NO_COLOR="1")
     assert "/3 trials" in seen and "●" in seen and "hypervolume" in seen and "Report:" in seen
     assert "\x1b[2A" in seen or "\x1b[1A" in seen  # redrawn in place
     assert not COLOR.search(seen)
-    watched = on_a_terminal(["watch", "tiny"], llmbo.folder, lambda text: "is complete" in text)
+    watched = on_a_terminal(forked, ["watch", "tiny"], llmbo.folder, lambda text: "is complete" in text)
     assert "3/3 trials" in watched and "●" in watched and "\x1b[?1049h" in watched and "\x1b[?1049l" in watched
 
 
-def test_watching_tells_a_killed_run_from_one_that_works(llmbo: Any) -> None:
+def test_watching_tells_a_killed_run_from_one_that_works(llmbo: Any, forked: Any) -> None:
     """A real process, killed in the middle: its watcher says so, and takes it back once somebody goes on with it."""
-    words = [sys.executable, "-m", "llmbo", *llmbo.flags(budget=400, strategy="random", quiet=True)]
-    watching = [sys.executable, "-m", "llmbo", "watch", "tiny", "--every", "0.2"]
-
-    def until(process: subprocess.Popen[str], text: str) -> None:
-        for line in process.stdout or ():
-            if text in line:
-                return
-        raise AssertionError(f"the watcher ended before '{text}'")
-
-    run = subprocess.Popen(words, cwd=llmbo.folder, start_new_session=True)
+    words = llmbo.flags(budget=400, strategy="random", quiet=True)
+    run = forked(words, llmbo.folder)
     watcher = None
     try:
         while not (llmbo.folder / "runs" / "tiny" / "study.db").exists():
-            assert run.poll() is None
+            assert run.running
             time.sleep(0.1)
-        watcher = subprocess.Popen(watching, cwd=llmbo.folder, stdout=subprocess.PIPE, text=True)
-        until(watcher, "4/400")
+        watcher = forked(["watch", "tiny", "--every", "0.2"], llmbo.folder)
+        watcher.until("4/400")
         run.kill()
-        run.wait()
-        until(watcher, "No process works on this run")
-        run = subprocess.Popen(words, cwd=llmbo.folder, start_new_session=True)
-        until(watcher, "/400")  # trials come again
+        watcher.until("No process works on this run")
+        run = forked(words, llmbo.folder)
+        watcher.until("/400")  # trials come again
     finally:
         for process in filter(None, (run, watcher)):
             process.kill()
-            process.wait()
 
 
 NOON = datetime(2026, 1, 1, 12)

@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,11 +60,22 @@ def test_aliases_are_described() -> None:
     assert all(name == alias.name and alias.licence and alias.title for name, alias in ALIASES.items())
 
 
-def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/nothing'.*hub") as caught:
-        find_prunable("nobody/nothing")
+@pytest.mark.parametrize("answers", ["nothing", "never"])
+def test_an_unreachable_hub_is_said_in_one_line_and_soon(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is there: its own clients try for a minute."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers == "never":
+            server.listen()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("llmbo.models.checks.HUB_PATIENCE", 0.2)
+        monkeypatch.setattr("llmbo.models.checks.ASKED_OFFLINE", False)
+        begin = time.monotonic()
+        with pytest.raises(ModelError, match=r"'nobody/nothing'.*hub") as caught:
+            find_prunable("nobody/nothing")
     one_line(caught.value)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize(

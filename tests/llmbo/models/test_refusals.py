@@ -381,7 +381,7 @@ def test_fp8_is_dequantised_and_says_so(
         (weights(lambda t: t.update({NARROW: torch.ones(8, 32)})), rf"of another shape: {NARROW}: 8 x 32, not 7 x 32"),
         (weights(lambda t: t[NARROW].fill_(torch.nan)), rf"NaN \({NARROW}\)"),
         (config(pruned_blocks=None), r"whole copy"),
-        (config(per_layer_config=None), r"whole copy"),
+        (config(pruned_values={}), r"whole copy"),
         (config(architectures=["Nothing"]), r"whole copy"),
         (config(architectures=[]), r"whole copy"),
     ],

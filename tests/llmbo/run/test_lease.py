@@ -230,24 +230,6 @@ def half_done(store: TrialStore, toy: Any) -> None:
                 store.finish(number, toy.evaluate(proposal.x), 0.5)
 
 
-def test_a_writer_that_lost_the_run_writes_nothing(
-    toy: Any, open_again: Open, make_store: Callable[..., TrialStore], tmp_path: Path, brisk: None
-) -> None:
-    with ExitStack() as stack:
-        late = stack.enter_context(owned(open_again(), tmp_path / "a"))
-        stale = make_store(open_again(), late)
-        half_done(stale, toy)
-        stack.enter_context(silenced(late))
-        owner = make_store(open_again(), stack.enter_context(owned(open_again(), tmp_path / "b")))
-        before = whole(owner)
-        for name, write in WRITES.items():
-            with pytest.raises(StorageError, match=rf"process {os.getpid()} on .* is kept") as caught:
-                write(stale, toy)
-            assert "\n" not in str(caught.value) and whole(owner) == before, name
-        owner.finish(2, toy.evaluate(owner.trials()[2].x), 0.5)
-        assert owner.trials()[2].complete and stale.trials() == owner.trials()
-
-
 @contextmanager
 def silenced(lease: Lease) -> Iterator[None]:
     """Its process is suspended on another machine: no sign of life and no lock to be seen."""
@@ -262,41 +244,64 @@ def silenced(lease: Lease) -> Iterator[None]:
         storage.set_trial_user_attr = live  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("kind", ["round", "start", "finish", "fail"])
-def test_a_write_on_its_way_when_the_run_was_lost_moves_no_values(
-    toy: Any, open_again: Open, make_store: Callable[..., TrialStore], tmp_path: Path, brisk: None, kind: str
-) -> None:
-    """Suspended between the question and the write: no storage can prevent that one, and nothing depends on it."""
+@pytest.fixture
+def lost(
+    toy: Any, open_again: Open, make_store: Callable[..., TrialStore], tmp_path: Path, brisk: None
+) -> Iterator[tuple[TrialStore, TrialStore, Lease]]:
+    """A half done run: the store of who lost it, and the store and the lease of who has it now."""
     with ExitStack() as stack:
         late = stack.enter_context(owned(open_again(), tmp_path / "a"))
         stale = make_store(open_again(), late)
         half_done(stale, toy)
         stack.enter_context(silenced(late))
         lease = stack.enter_context(owned(open_again(), tmp_path / "b"))
-        owner = make_store(open_again(), lease)
-        meanwhile: dict[str, tuple[str, Callable[[], None]]] = {
-            "round": (
-                "set_user_attr",
-                lambda: owner.add_round([Proposal(x, "owner") for x in toy.random_points(2, 2)]),
-            ),
-            "start": ("add_trial", lambda: owner.start(3, 1, owner.rounds()[1][1])),
-        }
-        if kind in meanwhile:
-            name, work = meanwhile[kind]
-            write = getattr(stale._study, name)
-            setattr(stale._study, name, lambda *arguments: (work(), write(*arguments)))
-        stale.check = lambda: None  # type: ignore[method-assign]
-        WRITES[kind](stale, toy)
-        again = make_store(open_again(), lease)
-        for number, proposal in enumerate(p for proposals in again.rounds() for p in proposals):
-            if number >= len(again.trials()) or again.trials()[number].state is TrialState.RUNNING:
-                again.start(number, number // 2, proposal)
-                again.finish(number, toy.evaluate(proposal.x), 0.5)
-        rounds, trials = again.rounds(), again.trials()
-        assert [p.origin for p in rounds[-1]] == (["owner"] * 2 if kind == "round" else ["threshold"] * 2)
-        assert [trial.x for trial in trials] == [p.x for proposals in rounds for p in proposals]
-        assert all(trial.values == toy.evaluate(trial.x) for trial in trials if trial.complete)
-        assert [t.number for t in trials if not t.complete] == ([2] if kind == "fail" else [])
+        yield stale, make_store(open_again(), lease), lease
+
+
+def test_a_writer_that_lost_the_run_writes_nothing(toy: Any, lost: tuple[TrialStore, TrialStore, Lease]) -> None:
+    stale, owner, _ = lost
+    before = whole(owner)
+    for name, write in WRITES.items():
+        with pytest.raises(StorageError, match=rf"process {os.getpid()} on .* is kept") as caught:
+            write(stale, toy)
+        assert "\n" not in str(caught.value) and whole(owner) == before, name
+    owner.finish(2, toy.evaluate(owner.trials()[2].x), 0.5)
+    assert owner.trials()[2].complete and stale.trials() == owner.trials()
+
+
+@pytest.mark.parametrize("kind", ["round", "start", "finish", "fail"])
+def test_a_write_on_its_way_when_the_run_was_lost_moves_no_values(
+    toy: Any,
+    open_again: Open,
+    make_store: Callable[..., TrialStore],
+    lost: tuple[TrialStore, TrialStore, Lease],
+    kind: str,
+) -> None:
+    """Suspended between the question and the write: no storage can prevent that one, and nothing depends on it."""
+    stale, owner, lease = lost
+    meanwhile: dict[str, tuple[str, Callable[[], None]]] = {
+        "round": (
+            "set_user_attr",
+            lambda: owner.add_round([Proposal(x, "owner") for x in toy.random_points(2, 2)]),
+        ),
+        "start": ("add_trial", lambda: owner.start(3, 1, owner.rounds()[1][1])),
+    }
+    if kind in meanwhile:
+        name, work = meanwhile[kind]
+        write = getattr(stale._study, name)
+        setattr(stale._study, name, lambda *arguments: (work(), write(*arguments)))
+    stale.check = lambda: None  # type: ignore[method-assign]
+    WRITES[kind](stale, toy)
+    again = make_store(open_again(), lease)
+    for number, proposal in enumerate(p for proposals in again.rounds() for p in proposals):
+        if number >= len(again.trials()) or again.trials()[number].state is TrialState.RUNNING:
+            again.start(number, number // 2, proposal)
+            again.finish(number, toy.evaluate(proposal.x), 0.5)
+    rounds, trials = again.rounds(), again.trials()
+    assert [p.origin for p in rounds[-1]] == (["owner"] * 2 if kind == "round" else ["threshold"] * 2)
+    assert [trial.x for trial in trials] == [p.x for proposals in rounds for p in proposals]
+    assert all(trial.values == toy.evaluate(trial.x) for trial in trials if trial.complete)
+    assert [t.number for t in trials if not t.complete] == ([2] if kind == "fail" else [])
 
 
 def test_a_search_that_was_suspended_ends_and_its_successor_finishes_it(

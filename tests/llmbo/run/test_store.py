@@ -13,8 +13,9 @@ from sqlalchemy.exc import OperationalError
 
 from llmbo.errors import StorageError
 from llmbo.run.database import delete_run, explained, open_storage
+from llmbo.run.facts import differences
 from llmbo.run.store import TrialStore
-from llmbo.run.stored import differences, stored_run
+from llmbo.run.stored import stored_run
 from llmbo.types import Proposal, Source, TrialState
 
 SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None, "maximum": ()}

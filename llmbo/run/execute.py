@@ -1,5 +1,6 @@
 """A run from the first candidate to the written report: search, judge the front on held-out windows, report."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmbo.advisor.summary import summarise
@@ -52,14 +53,10 @@ def measure_heldout(run: RunParts) -> None:
     missing = _unmeasured(run)
     if not missing and "dense_heldout" in run.store.facts:
         return
-    evaluator = run.problem.heldout()
-
-    def measure(x: tuple[int, ...]) -> dict[str, float]:
-        return {**evaluator.evaluate([x])[0], **run.problem.deployed(x)}
-
-    run.store.set_fact("dense_heldout", measure(run.problem.space.max_levels))
-    for trial in missing:
-        run.store.set_heldout(trial.number, measure(trial.x))
+    evaluator, top = run.problem.heldout(), run.problem.space.max_levels
+    run.store.set_fact("dense_heldout", {**evaluator.evaluate([top])[0], **run.problem.deployed(top)})
+    for trial, values in _measured(missing, evaluator):
+        run.store.set_heldout(trial.number, {**values, **run.problem.deployed(trial.x)})
 
 
 def measure_elsewhere(run: RunParts) -> None:
@@ -70,9 +67,17 @@ def measure_elsewhere(run: RunParts) -> None:
     if not missing and digest_elsewhere(run.store.facts) == part["digest"]:
         return
     evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
-    run.store.set_fact("elsewhere", {**part, "dense": evaluator.evaluate(run.problem.space.max_levels)})
-    for trial in missing:
-        run.store.set_heldout(trial.number, evaluator.evaluate(trial.x), part["digest"])
+    [dense] = evaluator.evaluate([run.problem.space.max_levels])
+    run.store.set_fact("elsewhere", {**part, "dense": dense})
+    for trial, values in _measured(missing, evaluator):
+        run.store.set_heldout(trial.number, values, part["digest"])
+
+
+def _measured(trials: Sequence[Trial], evaluator: ProxyEvaluator) -> Iterator[tuple[Trial, dict[str, float]]]:
+    """Each trial with what it measures, as many at a time as the evaluator likes."""
+    for first in range(0, len(trials), evaluator.at_once):
+        batch = trials[first : first + evaluator.at_once]
+        yield from zip(batch, evaluator.evaluate([trial.x for trial in batch]), strict=True)
 
 
 def _unmeasured(run: RunParts, digest: str = "") -> list[Trial]:

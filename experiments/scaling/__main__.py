@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from llmbo.config import RunConfig
-from llmbo.problem.residence import GB, Machine
+from llmbo.problem.residence import Machine
 from llmbo.run.duration import Rates
 from llmbo.run.plan import plan_of
 from pruning.compensation import factor_values
@@ -46,6 +46,7 @@ DEVICES = (
     Device("80 GB (H100 SXM)", 80e9, 989e12, 67e12, 3.3e12, 50e9, 3.0),
     Device("24 GB (RTX 4090)", 24e9, 165e12, 82.6e12, 1.0e12, 25e9, 0.5),
 )
+GB = 1e9
 HOST = 512e9  # bytes of memory beside the device
 
 

@@ -18,7 +18,11 @@ from pruning.compensation import solved_values
 from pruning.footprint import Footprint, Workload, footprint, layer_parameters
 
 SMALLEST_WINDOW = 64  # that is worth proposing
-GB = 1e9
+
+
+def readable(size: float) -> str:
+    """Bytes, as they are told."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,13 @@ def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine
     last = found[-1]
     if last.needed <= last.limit:
         raise ConfigError(
-            f"'{config.model}' needs {last.host / GB:.1f} GB of the host's memory, {machine.host / GB:.1f} GB are free: "
+            f"'{config.model}' needs {readable(last.host)} of the host's memory, {readable(machine.host)} are free: "
             f"{_remedy(config, anatomy, itemsize, machine)}."
         )
     where = "with all layers on it" if last.offload == "none" else "even one layer at a time"
     allowed = "--memory allows" if last.limit < machine.free else "are free"
     raise ConfigError(
-        f"'{config.model}' needs {last.needed / GB:.1f} GB on {machine.device} {where}, {last.limit / GB:.1f} GB {allowed}: "
+        f"'{config.model}' needs {readable(last.needed)} on {machine.device} {where}, {readable(last.limit)} {allowed}: "
         f"{_remedy(config, anatomy, itemsize, machine)}."
     )
 
@@ -165,4 +169,4 @@ def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine
     least = min(residences(changes[0][1], anatomy, itemsize, machine), key=lambda residence: residence.needed)
     if least.needed <= machine.free and least.host <= machine.host:
         return f"--memory {-(-least.needed // 10**6)}MB fits"
-    return f"nothing below {least.needed / GB:.1f} GB would do, so take a smaller model or another --device"
+    return f"nothing below {readable(least.needed)} would do, so take a smaller model or another --device"

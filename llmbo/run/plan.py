@@ -21,7 +21,15 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
-from llmbo.problem.residence import GB, Machine, Residence, choose_residence, refit_bytes, residence_of, workload_of
+from llmbo.problem.residence import (
+    Machine,
+    Residence,
+    choose_residence,
+    readable,
+    refit_bytes,
+    residence_of,
+    workload_of,
+)
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
 from llmbo.run.duration import Rates, seconds_by_phase
@@ -111,9 +119,9 @@ class Plan:
         yield "", f"{a.num_hidden_layers} layers of {a.num_key_value_heads} KV groups and {a.intermediate_size} neurons"
         files = "no weights here, sizes from the config"
         if self.stored:
-            files = f"{_size(self.stored.bytes)} in {_some(self.stored.files, 'file')}"
+            files = f"{readable(self.stored.bytes)} in {_some(self.stored.files, 'file')}"
             files += "" if self.stored.here else ", to be downloaded"
-        yield "", f"weights {_size(self.parameters * itemsize)}; {files}"
+        yield "", f"weights {readable(self.parameters * itemsize)}; {files}"
         points = a.num_hidden_layers * sum(math.log10(number) for number in self.levels.values())
         yield (
             "shapes",
@@ -123,13 +131,16 @@ class Plan:
         smallest = self.parameters - (1 - share) * self.block_parameters
         yield "", f"smallest legal {share:.1%} of the layers, {_count(smallest)} parameters"
         limit = self.residences["none"].limit
-        yield "memory", f"{_size(limit)} may be taken on {self.device}"
+        yield "memory", f"{readable(limit)} may be taken on {self.device}"
         for offload, residence in self.residences.items():
             mark = "  <- chosen" if residence == self.chosen else ""
-            host = f", {_size(residence.host)} on the host" if residence.host and not self.machine.shared else ""
-            yield "", f"{WAITING[offload]}: peak {_size(residence.needed)} ({residence.footprint.largest}){host}{mark}"
+            host = f", {readable(residence.host)} on the host" if residence.host and not self.machine.shared else ""
+            yield (
+                "",
+                f"{WAITING[offload]}: peak {readable(residence.needed)} ({residence.footprint.largest}){host}{mark}",
+            )
         for index, (name, disk) in enumerate(self.disk.items()):
-            told = f"{WRITTEN[name]} {_size(disk.needed)}; {_size(disk.free)} free in {disk.place}"
+            told = f"{WRITTEN[name]} {readable(disk.needed)}; {readable(disk.free)} free in {disk.place}"
             yield "" if index else "disk", told
         search, heldout = self.seconds["search"], self.seconds["held-out windows"]
         total = sum(self.seconds.values())
@@ -256,7 +267,7 @@ def _missing(name: str, disk: Disk, spare: int) -> str:
         "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
     }.get(name, "free some")
     said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
-    return f"{said}: {_size(disk.needed)} are needed, {_size(disk.free)} are free; {remedy}."
+    return f"{said}: {readable(disk.needed)} are needed, {readable(disk.free)} are free; {remedy}."
 
 
 def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
@@ -277,10 +288,6 @@ def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
 
 def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _size(size: float) -> str:
-    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:.1f} MB"
 
 
 def _some(number: int, what: str) -> str:

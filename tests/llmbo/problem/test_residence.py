@@ -100,11 +100,11 @@ def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: A
     """Neither setting changes a result: a run goes on with its layers in files. What fits nowhere leaves it as it was."""
     shutil.copytree(finished.folder, llmbo.folder, dirs_exist_ok=True)
     before = llmbo.files()
-    refused = llmbo(budget=19, memory="1KB")
+    refused = llmbo(budget=19, memory="1KB", heldout_text="python")
     said = refused.stderr.splitlines()[-1]
     assert refused.exit_code == 2 and said.startswith("error: ") and "--memory allows: --memory" in said
     assert llmbo.files() == before
-    result = llmbo(budget=19, offload="disk", memory="1GB")
+    result = llmbo(budget=19, offload="disk", memory="1GB", heldout_text="python")
     assert result.exit_code == 0, result.output
     old, new = finished.report(), llmbo.report()
     assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import LlamaConfig
 
+from llmbo.models import loading
 from llmbo.models.placement import choose_device, choose_dtype
 
 NAME = "meta"  # torch knows this device everywhere and has no kernels of its own for it
@@ -87,6 +88,9 @@ class Generator(torch.Generator):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(torch, "Generator", Generator)
+    # transformers leaves alone what is to lie on this device
+    read = loading._read
+    monkeypatch.setattr(loading, "_read", lambda found, dtype, device: read(found, dtype, "cpu").to(device))
     # what wraps a tensor made in inference mode cannot leave it
     monkeypatch.setattr(torch.inference_mode, "__enter__", lambda self: torch.no_grad.__enter__(self))
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *error: torch.no_grad.__exit__(self, *error))

@@ -20,9 +20,10 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import load_model
 from llmbo.models.stored import anatomy_of_config, stored_weights
-from llmbo.problem.preparation import load_windows, prepared
+from llmbo.problem.preparation import prepared
 from llmbo.problem.residence import Machine
 from llmbo.problem.space import SearchSpace
+from llmbo.problem.texts import load_windows
 from llmbo.run.duration import Rates, Work, seconds_by_phase
 from llmbo.run.plan import Plan, plan_of
 from pruning.anatomy import anatomy_of

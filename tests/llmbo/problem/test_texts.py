@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import llmbo
 from llmbo.cli import app
 from llmbo.comparison import problems
 from llmbo.comparison.config import ProblemConfig
@@ -168,6 +169,10 @@ def test_tables_name_the_text_of_each_column(finished: Any) -> None:
     headings = [str(column.header) for column in summary(report).columns]
     assert "\nkl\nwords.txt" in headings and "held-out\nkl\nwords.txt" in headings
     assert headings[-2:] == ["held-out\nkl\npython", "held-out\nloss\npython"]
+    run = llmbo.load_run(finished.folder / "runs" / "tiny")
+    judged = [(point.trial, point.elsewhere and point.elsewhere["kl"]) for point in (*run.front, run.dense)]
+    assert judged == [(p.trial, p.elsewhere and p.elsewhere.kl) for p in (*report.front, report.dense)]
+    assert all(point.elsewhere is None for point in run.trials if report.point_of(point.trial or 0) is None)
     long = report.data.model_copy(update={"source": "text:/a/wikitext2-validation-part.txt"})
     for told in (report, report.model_copy(update={"data": long})):
         Console(file=(screen := io.StringIO()), width=80).print(summary(told, rows=100))
@@ -214,6 +219,7 @@ def test_a_chat_is_a_setting_of_the_run_and_of_its_recovery(
     report = llmbo.report()
     assert report["data"]["chat"] and report["run"]["settings"]["chat"] and report["data"]["available_tokens"] > 1200
     assert report["data"]["sha256"] == report["elsewhere"]["sha256"] == read_text(f"text:{text_file}").sha256
+    assert report["elsewhere"]["available_tokens"] == report["data"]["available_tokens"]  # it is a chat there too
     changed = llmbo(budget=4, model=chatting, heldout_text=f"text:{text_file}")
     assert changed.exit_code == 2 and "chat: True -> False" in changed.stderr
     small = cut_by(report, exported, chatting)

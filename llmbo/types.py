@@ -140,10 +140,15 @@ class Proposer(Protocol):
 
 
 class Evaluator(Protocol):
-    """Measures a candidate."""
+    """Measures candidates."""
 
-    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
-        """Every quantity that is known or measured about the candidate, by objective name."""
+    @property
+    def at_once(self) -> int:
+        """How many candidates it likes to be given together: more than one where that is cheaper."""
+        ...
+
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+        """Every quantity that is known or measured about each candidate, by objective name."""
         ...
 
 

@@ -40,12 +40,12 @@ def main() -> None:
         smallest = min(point.objectives.params_share for point in report.front)
         uniform = []
         for level in range(top[-1], 0, -1):
-            uniform.append(heldout.evaluate((*top[:layers], *[level] * layers)))
+            uniform += heldout.evaluate([(*top[:layers], *[level] * layers)])
             if uniform[-1]["params_share"] < smallest:
                 break
         uniform.reverse()  # smallest first, as interpolation wants it
         kept = [architecture_of(find_trial(report, point.trial)) for point in report.front]
-        front = [heldout.evaluate(problem.space.encode(architecture)) for architecture in kept]
+        front = heldout.evaluate([problem.space.encode(architecture) for architecture in kept])
     shares = np.array([values["params_share"] for values in uniform])
     losses = np.array([values["loss"] for values in uniform])
     print("trial  share   held-out loss   uniform of that size   gain (nats)")

@@ -58,7 +58,7 @@ def main() -> None:
 
         @cache
         def judge(x: tuple[int, ...], origin: str) -> Evaluation:
-            return Evaluation(other.evaluate(x), 0.0)
+            return Evaluation(other.evaluate([x])[0], 0.0)
 
         dense = judge(problem.space.max_levels, "dense").values
         judged = judged_objectives(dense, problem.search.smallest, config.margin)

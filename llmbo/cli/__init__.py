@@ -7,6 +7,7 @@ import typer
 from llmbo import __version__
 from llmbo.cli import common
 from llmbo.cli.advise import advise
+from llmbo.cli.cache import cache
 from llmbo.cli.common import OneLineGroup, say
 from llmbo.cli.compare import compare
 from llmbo.cli.evaluate import evaluate
@@ -39,5 +40,5 @@ def main(
     common.running = f"llmbo {context.invoked_subcommand}"
 
 
-for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models):
+for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models, cache):
     app.command()(command)

@@ -179,7 +179,7 @@ def _stored(
         found = store.evaluation(key, digest)
         if found is None:
             start = clock()
-            values = evaluator.evaluate(x)
+            [values] = evaluator.evaluate([x])
             found = Evaluation(values, clock() - start)
             store.add_evaluation(key, digest, x, origin, found)
         return found
@@ -189,7 +189,7 @@ def _stored(
 
 def _check(measure: Measure, evaluator: Evaluator, x: tuple[int, ...], store: EvaluationStore, key: str) -> None:
     """Refuse stored evaluations that other code, or another machine, has made."""
-    stored, now = measure(x, "threshold").values, evaluator.evaluate(x)
+    stored, now = measure(x, "threshold").values, evaluator.evaluate([x])[0]
     if not math.isclose(stored["loss"], now["loss"], rel_tol=CHECK_TOLERANCE):
         raise StorageError(
             f"The cache holds loss {stored['loss']:.4f} of an architecture whose loss is {now['loss']:.4f} here: it was filled by "

@@ -51,7 +51,7 @@ def measure_marginals(
     start = clock()
     low, high = float(family.shares[0]), float(family.shares[-1])
     x = family.at(low + (high - low) * operating_point)
-    base = [evaluator.evaluate(x)[quality] for evaluator in evaluators]
+    base = [evaluator.evaluate([x])[0][quality] for evaluator in evaluators]
     costs: list[float | None] = []
     spreads: list[float] = []
     for dimension, level in enumerate(x):
@@ -59,7 +59,7 @@ def measure_marginals(
             costs.append(None)
             continue
         less = (*x[:dimension], level - 1, *x[dimension + 1 :])
-        differences = [e.evaluate(less)[quality] - before for e, before in zip(evaluators, base, strict=True)]
+        differences = [e.evaluate([less])[0][quality] - before for e, before in zip(evaluators, base, strict=True)]
         costs.append(statistics.fmean(differences))
         if len(differences) > 1:
             spreads.append(statistics.variance(differences) / len(differences))

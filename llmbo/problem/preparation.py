@@ -215,7 +215,7 @@ def prepared(
             family = with_exchanges(threshold_family, supernet, some, sensitivity, keep, advance, method, phases.note)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
-            dense = proxy.evaluate(space.max_levels)
+            [dense] = proxy.evaluate([space.max_levels])
             check_finite(loaded.name, loaded.dtype, dense["loss"])
         families = {
             "family": family,

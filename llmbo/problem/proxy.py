@@ -1,7 +1,7 @@
 """Candidate -> measurements on proxy windows."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from llmbo.problem.space import SearchSpace
 from pruning.choices import Choices, accuracy
 from pruning.likelihood import DenseDistribution, window_qualities
 from pruning.supernet import Supernet
+
+TOGETHER = 16  # candidates; their hidden states of 3072 tokens of an 8B model are 0.4 GB on the host
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,23 @@ class ProxyEvaluator:
         """An evaluator on `windows`; takes one dense forward pass."""
         return cls(space, supernet, windows, supernet.distribution(windows), choices)
 
-    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
-        """`kl`, `loss` (nats/token), `perplexity`, `accuracy` if there are items, and every known cost."""
-        with self.supernet.active(self.space.decode(x)) as model:
-            found = self.measure(model, 0, len(self.windows))
-            extra = {} if self.choices is None else {"accuracy": accuracy(model, self.choices)}
-        return {**self.values(x, {name: float(part.mean()) for name, part in found.items()}), **extra}
+    @property
+    def at_once(self) -> int:
+        """One where the model stays on its device; where layers are brought, each serves so many candidates."""
+        return 1 if self.supernet.resident else TOGETHER
+
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+        """`kl`, `loss` (nats/token), `perplexity`, `accuracy` if there are items, and every known cost of each candidate."""
+        architectures = [self.space.decode(x) for x in batch]
+        found = [part.mean() for part in self.supernet.qualities(architectures, self.windows, self.dense)]
+        measured = [
+            self.values(x, {"kl": own.kl or 0.0, "loss": own.loss}) for x, own in zip(batch, found, strict=True)
+        ]
+        if self.choices is not None:
+            for values, architecture in zip(measured, architectures, strict=True):
+                with self.supernet.active(architecture) as model:
+                    values["accuracy"] = accuracy(model, self.choices)
+        return measured
 
     def measure(self, model: PreTrainedModel, first: int, last: int) -> dict[str, Tensor]:
         """`kl` and `loss` of a candidate on each of some windows, `last - first` each."""

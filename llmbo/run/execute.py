@@ -46,7 +46,7 @@ def measure_heldout(run: RunParts) -> None:
     evaluator = run.problem.heldout()
 
     def measure(x: tuple[int, ...]) -> dict[str, float]:
-        return {**evaluator.evaluate(x), **run.problem.deployed(x)}
+        return {**evaluator.evaluate([x])[0], **run.problem.deployed(x)}
 
     run.store.set_fact("dense_heldout", measure(run.problem.space.max_levels))
     for trial in missing:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from llmbo.errors import EvaluationError, out_of_memory
@@ -41,39 +41,54 @@ def run_search(
                 return
             store.add_round(proposals)
             rounds = store.rounds()
-        for offset, proposal in enumerate(rounds[round_number][: budget - first]):
-            _evaluate(evaluator, store, first + offset, round_number, proposal, observer, clock)
+        numbered = list(enumerate(rounds[round_number][: budget - first], first))
+        trials = store.trials()
+        left = [(n, p) for n, p in numbered if n >= len(trials) or trials[n].state is TrialState.RUNNING]
+        for place in range(0, len(left), evaluator.at_once):
+            _evaluate(evaluator, store, round_number, left[place : place + evaluator.at_once], observer, clock)
         first += len(rounds[round_number])
 
 
 def _evaluate(
     evaluator: Evaluator,
     store: Store,
-    number: int,
     round_number: int,
-    proposal: Proposal,
+    batch: Sequence[tuple[int, Proposal]],
     observer: Observer,
     clock: Callable[[], float],
 ) -> None:
-    """Evaluate one stored proposal unless an earlier process already has."""
-    trials = store.trials()
-    if number < len(trials) and trials[number].state is not TrialState.RUNNING:
-        return
-    observer.on_trial_start(proposal, number)
-    store.start(number, round_number, proposal)
+    """Evaluate stored proposals, numbered, together; one by one where memory does not do for all."""
+    for number, proposal in batch:
+        observer.on_trial_start(proposal, number)
+        store.start(number, round_number, proposal)
     start = clock()
+    measured: list[dict[str, float]] | None = None
     try:
-        values = evaluator.evaluate(proposal.x)
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        failure = f"{bad[0]} is {values[bad[0]]}" if bad else None
+        measured = evaluator.evaluate([proposal.x for _, proposal in batch])
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        failure = "out of memory"
-    if failure is None:
-        store.finish(number, values, clock() - start)
+    if measured is None and len(batch) > 1:
+        for one in batch:
+            _evaluate(evaluator, store, round_number, [one], observer, clock)
+        return
+    seconds = (clock() - start) / len(batch)
+    for (number, _), values in zip(batch, measured or [None], strict=True):
+        _finish(store, number, values, seconds, observer)
+
+
+def _finish(store: Store, number: int, values: dict[str, float] | None, seconds: float, observer: Observer) -> None:
+    """Store what a trial has measured, or that it failed.
+
+    Args:
+        values: None when memory did not do.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)] if values else []
+    failure = "out of memory" if values is None else f"{bad[0]} is {values[bad[0]]}" if bad else None
+    if values is not None and failure is None:
+        store.finish(number, values, seconds)
     else:
-        store.fail(number, failure, clock() - start)
+        store.fail(number, failure or "", seconds)
     trials = store.trials()
     observer.on_trial_end(trials[number], trials)
     last = trials[max(0, number + 1 - MAX_CONSECUTIVE_FAILURES) : number + 1]

@@ -71,8 +71,16 @@ class RacingEvaluator:
     trials: Callable[[], Sequence[Trial]]
     _seen: dict[tuple[int, ...], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
-    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+    @property
+    def at_once(self) -> int:
+        """One: each may be the next one's rival."""
+        return 1
+
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
         """As `ProxyEvaluator`. A race that was lost also has the `tokens` it took and the standard `error` of its estimate."""
+        return [self._race(x) for x in batch]
+
+    def _race(self, x: tuple[int, ...]) -> dict[str, float]:
         name = next(objective.name for objective in self.objectives if not objective.known)
         n = len(self.proxy.windows)
         rival = self._rival(x, name)

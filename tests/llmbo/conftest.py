@@ -50,6 +50,17 @@ FAMILIES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3
 
 
 @dataclass(frozen=True)
+class ToyEvaluator:
+    """Implements `types.Evaluator`."""
+
+    toy: "Toy"
+    at_once: int = 1
+
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+        return [self.toy.evaluate(x) for x in batch]
+
+
+@dataclass(frozen=True)
 class Toy:
     """A search problem without a model: quality is a smooth function of x, 0 for the dense model and worse for every unit removed.
 
@@ -96,7 +107,7 @@ class Toy:
         return [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
 
     def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
-        """Implements `types.Evaluator`."""
+        """Every quantity of a candidate."""
         missing = [1 - level / most for level, most in zip(x, self.space.max_levels, strict=True)]
         neighbours = sum(a * b for a, b in itertools.pairwise(missing))
         kl = (
@@ -105,6 +116,10 @@ class Toy:
             / self.space.d
         )
         return {"kl": kl, "loss": 3 + kl, "perplexity": math.exp(3 + kl), **known_values(self.space, x)}
+
+    @property
+    def evaluator(self) -> "ToyEvaluator":
+        return ToyEvaluator(self)
 
     def trial(self, number: int, proposal: Proposal, round: int = 0, state: TrialState = TrialState.COMPLETE) -> Trial:
         values = self.evaluate(proposal.x) if state is TrialState.COMPLETE else {}

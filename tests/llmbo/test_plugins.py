@@ -208,7 +208,7 @@ def test_a_fault_while_proposing_loses_nothing(
 ) -> None:
     def search(name: str, **options: object) -> list[tuple[int, ...]]:
         proposer = strategy_of("guest").build(toy, toy.objectives, options)
-        run_search(proposer, toy, open_store(name), 12, 4, 0, Silent())
+        run_search(proposer, toy.evaluator, open_store(name), 12, 4, 0, Silent())
         return [trial.x for trial in open_store(name).trials()]
 
     with pytest.raises(StrategyError, match=told) as caught:

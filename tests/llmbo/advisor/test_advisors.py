@@ -85,7 +85,7 @@ def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSessi
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
         setting = Setting(toy.family, toy.objectives, toy.dense, None, level, 60)
-        probe = None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy], "kl", 0.1)
+        probe = None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy.evaluator], "kl", 0.1)
         return AdvisorSession(advisor, advice, setting, hooks, 1, probe)
 
     return make
@@ -237,7 +237,7 @@ def story(store: TrialStore) -> str:
 
 def run(toy: Any, session: AdvisorSession, store: TrialStore, budget: int) -> None:
     ticks = iter(range(10**6))
-    run_search(advised(toy, session), toy, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
+    run_search(advised(toy, session), toy.evaluator, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
 
 
 @pytest.mark.parametrize("name", ["heuristic", "openai"])
@@ -344,7 +344,7 @@ def test_the_summary_adds_up(
 
 
 def test_marginals_are_what_one_level_less_costs(toy: Any) -> None:
-    found = measure_marginals(toy.family, [toy, toy], "kl", 0.5)
+    found = measure_marginals(toy.family, [toy.evaluator] * 2, "kl", 0.5)
     before = toy.evaluate(found.x)["kl"]
     for index, cost in enumerate(found.cost):
         less = tuple(level - (place == index) for place, level in enumerate(found.x))

@@ -115,12 +115,12 @@ def test_expansions_foretell_what_a_level_changes_and_slopes_alone_do_not(opened
     assert found is not None
     rows: list[tuple[int, float, float, float]] = []
     for number, (x, slopes, _) in enumerate(opened.orders()):
-        here = evaluator.evaluate(x)["kl"]
+        here = evaluator.evaluate([x])[0]["kl"]
         for block, column in itertools.product(range(space.d), ONE_LEVEL):
             there = (*x[:block], x[block] + STEPS[column], *x[block + 1 :])
             if 0 <= there[block] <= space.max_levels[block]:
                 foretold = found.changes_at(torch.tensor([there], dtype=torch.float64))[0, number]
-                change = evaluator.evaluate(there)["kl"] - here
+                change = evaluator.evaluate([there])[0]["kl"] - here
                 rows.append((STEPS[column], change, float(foretold), float(slopes[block, column])))
     step, change, foretold, slope = torch.tensor(rows, dtype=torch.float64).T
     assert (foretold - change).square().mean() < 0.5 * (slope - change).square().mean()

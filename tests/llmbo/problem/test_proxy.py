@@ -31,7 +31,7 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
     ]
     with Supernet(model, ranking) as supernet:
         evaluator = ProxyEvaluator.on(windows, space, supernet)
-        found = [evaluator.evaluate(x) for x in candidates]
+        found = evaluator.evaluate(candidates)
     for x, values, target in zip(candidates, found, expected, strict=True):
         assert target.kl is not None
         assert values["loss"] == pytest.approx(target.loss, abs=1e-4) and values["kl"] == pytest.approx(

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -307,11 +307,13 @@ def test_a_search_that_was_suspended_ends_and_its_successor_finishes_it(
     inside, refusal = context.Event(), context.Queue()
 
     class Slow:
-        def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+        at_once = 1
+
+        def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
             if len(store.trials()) == 5:
                 inside.set()
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return toy.evaluate(x)
+            return [toy.evaluate(x) for x in batch]
 
     def search(store: TrialStore, evaluator: Any) -> None:
         run_search(Random(toy), evaluator, store, BUDGET, 2, 0, Quiet())
@@ -335,7 +337,7 @@ def test_a_search_that_was_suspended_ends_and_its_successor_finishes_it(
         assert f"taken over by process {os.getpid()} on {socket.gethostname()}" in refusal.get(timeout=TIMEOUT)
         process.join(TIMEOUT)
         assert process.exitcode == 0 and len(store.trials()) == 5
-        search(store, toy)
+        search(store, toy.evaluator)
         trials = store.trials()
         assert [trial.x for trial in trials] == [p.x for proposals in store.rounds() for p in proposals][:BUDGET]
         assert all(trial.values == toy.evaluate(trial.x) for trial in trials) and len(trials) == BUDGET

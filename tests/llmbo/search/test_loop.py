@@ -43,9 +43,13 @@ class Scripted:
 
     toy: Any
     script: dict[int, BaseException | dict[str, float]] = field(default_factory=dict)
+    at_once: int = 1
     calls: int = 0
 
-    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+        return [self.measure(x) for x in batch]
+
+    def measure(self, x: tuple[int, ...]) -> dict[str, float]:
         step = self.script.get(self.calls)
         self.calls += 1
         if isinstance(step, BaseException):
@@ -89,13 +93,13 @@ def test_exactly_the_budget_is_evaluated_in_order(
 
 def test_a_round_is_stored_before_any_of_it_is_evaluated(toy: Any, open_store: Callable[..., TrialStore]) -> None:
     class Watching(Scripted):
-        def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
+        def measure(self, x: tuple[int, ...]) -> dict[str, float]:
             store = open_store()
             assert x == store.rounds()[self.calls // 3][self.calls % 3].x
             assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * self.calls + [
                 TrialState.RUNNING
             ]
-            return super().evaluate(x)
+            return super().measure(x)
 
     run_search(RandomProposer(toy.space), Watching(toy), open_store(), 6, 3, 0, Log())
 
@@ -205,3 +209,19 @@ def test_nothing_left_to_propose_ends_the_run(make_toy: Callable[..., Any], tmp_
     store = TrialStore.create(f"sqlite:///{tmp_path / 'study.db'}", "run", toy.space, toy.objectives, {}, {})
     run_search(ThresholdProposer(toy.family, toy.objectives, toy.dense), Scripted(toy), store, 1000, 4, 0, Log())
     assert 0 < len(store.trials()) == len(toy.family.path) - 1
+
+
+def test_candidates_measured_together_are_the_same_trials(toy: Any, open_store: Callable[..., TrialStore]) -> None:
+    run_search(RandomProposer(toy.space), Scripted(toy), open_store("alone"), 11, 4, 0, Log())
+    run_search(RandomProposer(toy.space), Scripted(toy, at_once=3), open_store("together"), 11, 4, 0, Log())
+    assert story(open_store("together")) == story(open_store("alone"))
+
+
+def test_what_does_not_fit_into_memory_together_is_measured_alone(
+    toy: Any, open_store: Callable[..., TrialStore]
+) -> None:
+    full = MemoryError()
+    script = {0: full, 2: full}  # the first time of all four together, then the second of them alone
+    run_search(RandomProposer(toy.space), Scripted(toy, script, at_once=4), open_store(), 4, 4, 0, Log())
+    states = [trial.state for trial in open_store().trials()]
+    assert states == [TrialState.COMPLETE, TrialState.FAILED, TrialState.COMPLETE, TrialState.COMPLETE]

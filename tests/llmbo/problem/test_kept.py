@@ -1,0 +1,80 @@
+"""Preparations on disk: found by what they are made from, listed, cleared; runs keep what they need of them."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmbo.cli import app
+from llmbo.problem.kept import kept
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def trials(llmbo: Any) -> Any:
+    """(name, flags) -> what a run of four trials measures."""
+
+    def run(name: str, **flags: object) -> list[tuple[Any, Any]]:
+        done = llmbo(name=name, budget=4, **flags)
+        assert done.exit_code == 0, done.output
+        return [(trial["architecture"], trial["objectives"]) for trial in llmbo.report(name)["trials"]]
+
+    return run
+
+
+def test_a_second_run_of_a_model_and_text_prepares_nothing_and_finds_the_same(
+    trials: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trials("one")
+    for measured in (
+        "pruning.refits.collect_statistics",
+        *map("llmbo.problem.preparation.{}".format, ("block_sensitivity", "exchange_costs")),
+    ):
+        monkeypatch.setattr(measured, None)
+    assert trials("two") == first
+    assert len(kept()) == 1 and kept()[0].bytes > 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{"calibration_tokens": 192}, {"seed": 1}, {"no_compensation": True}, {"neuron_step": 4}], ids=str
+)
+def test_another_text_grid_or_method_is_another_preparation(
+    trials: Any, prepared: Path, change: dict[str, object]
+) -> None:
+    trials("one")
+    trials("two", **change)
+    assert len(kept()) == 2
+
+
+def test_it_is_listed_and_cleared_and_the_run_still_exports(
+    trials: Any, llmbo: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*words: object) -> str:
+        with contextlib.chdir(llmbo.folder):
+            done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    trials("one")
+    assert "128 tokens" in said("cache") and "in 1 preparations" in said("cache")
+    assert "MB removed" in said("cache", "--clear") and not kept()
+    with monkeypatch.context() as patch:
+        patch.setattr("pruning.refits.collect_statistics", None)
+        said("export", "one", "--trial", 1, "--format", "hf", "--out", "small")
+    shutil.rmtree(llmbo.folder / "runs" / "one" / "prepared")  # even that can be made again, and is kept then
+    said("export", "one", "--trial", 1, "--format", "hf", "--out", "again")
+    small, again = ((llmbo.folder / name / "model.safetensors").read_bytes() for name in ("small", "again"))
+    assert small == again and len(kept()) == 1 and any((llmbo.folder / "runs" / "one" / "prepared").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_else(trials: Any, prepared: Path) -> None:
+    prepared.write_text("a file, not a folder")
+    assert len(trials("one")) == 4

@@ -37,21 +37,23 @@ class Ridge:
     """How strongly refits are drawn to the dense columns.
 
     Args:
-        share: Of each column's E[z^2]; None for C / tokens, which is how much a least-squares fit of C columns errs on other text
+        share: Of each column's E[z^2]; None for `times` C / tokens, which is how much a least-squares fit of C columns errs on other text
             beyond what it shows on its own. On SmolLM2 the best share falls as 1 / tokens; one that is chosen on held-out rows is three
             to five times too large, since what a block shrinks adds up over blocks and what it errs by chance does not.
         per_column: Of the mean over columns if not: what runs of the first version had.
         biases: Fit biases too, where the projection has one: runs of the first version left them.
+        times: See `share`.
     """
 
     share: float | None = None
     per_column: bool = True
     biases: bool = True
+    times: float = 1.0
 
     def of(self, gram: Tensor, tokens: int) -> Tensor:
         """The diagonal of D for `C x C` second moments over so many tokens, `C`."""
         diagonal = gram.diagonal()
-        share = len(gram) / tokens if self.share is None else self.share
+        share = self.times * len(gram) / tokens if self.share is None else self.share
         ridge = share * (diagonal if self.per_column else diagonal.mean().expand_as(diagonal))
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
 

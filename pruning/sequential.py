@@ -31,7 +31,8 @@ from pruning.statistics import add_lower, mirror_lower
 from pruning.supernet import Supernet
 from pruning.walk import Walk
 
-SEQUENTIAL_RIDGE = Ridge(0.3)
+# On SmolLM2 at 0.65 of the blocks best between 0.3 and 0.6 on 16,384 tokens; 0.1 does on four times as many.
+SEQUENTIAL_RIDGE = Ridge(times=8)
 
 
 class SequentialRefits:

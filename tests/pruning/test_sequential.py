@@ -50,8 +50,7 @@ def architecture(anatomy: Anatomy) -> Architecture:
 class Seen:
     """What passes a block of a running model: `z`, the output projection's result `y`, the layer's input and output, all `tokens x`."""
 
-    def __init__(self, model: PreTrainedModel, index: int, block: Block, text: Tensor) -> None:
-        layer = anatomy_of(model).layers_of(model)[index]
+    def __init__(self, model: PreTrainedModel, layer: nn.Module, block: Block, text: Tensor) -> None:
         output = block.output_of(layer)
         seen: dict[str, Tensor] = {}
 
@@ -98,10 +97,10 @@ def test_every_block_is_the_least_squares_fit_at_the_pruned_models_inputs(
     blocks = narrowed(architecture, anatomy)
     assert len(blocks) == 6
     for index, block, units in blocks:
-        dense = Seen(supernet.model, index, block, text)
+        layer = anatomy.layers_of(supernet.model)[index]
+        dense = Seen(supernet.model, layer, block, text)
         with supernet.using(refits).active(architecture) as model:
-            position = sum(architecture.keeps_layer(layer) for layer in range(index))
-            pruned = Seen(model, position, block, text)
+            pruned = Seen(model, layer, block, text)
         target = dense.y if block.places.post_norm else dense.before + dense.y - pruned.before
         output = supernet.output_of(index, block)
         anchor, z = matrix_of(output)[:, : units * block.columns_per_unit].detach().T, pruned.z

@@ -5,7 +5,8 @@ all: V = argmin E|W z - V z_K|^2 + |(V - W_K) D^1/2|^2. With G = E[z zT], D a di
 
     V^T = M_KK^-1 (M W^T)_K          (equal to W_K plus a correction for what was removed)
 
-(optimal brain surgeon's update for a whole set, arXiv:2208.11580; no bias, so that stock configs still fit.)
+(optimal brain surgeon's update for a whole set, arXiv:2208.11580). Where the projection has a bias it is fitted too, as the column of
+an input that is 1 everywhere, which is always kept and has no ridge; elsewhere there is none, so that stock configs still fit.
 Sort columns by the ranking, and the kept set of *every* width is a prefix. Then one Cholesky factor M = L L^T serves all
 widths: L_KK is a leading block of L, and L_KK^-1 applied to a prefix is a prefix of L^-1 applied to all. A width costs
 one triangular solve, a few milliseconds at SmolLM2's size.
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Block, BlockKind, Sizes
 from pruning.masks import Ranking
-from pruning.projection import matrix_of
+from pruning.projection import Projection, matrix_of
 from pruning.statistics import Statistics
 
 CACHE_BYTES = 2 << 30
@@ -36,25 +37,29 @@ class Ridge:
     """How strongly refits are drawn to the dense columns.
 
     Args:
-        share: Of each column's E[z^2]; None for C / tokens, which is how much a least-squares fit of C columns errs on other text
+        share: Of each column's E[z^2]; None for `times` C / tokens, which is how much a least-squares fit of C columns errs on other text
             beyond what it shows on its own. On SmolLM2 the best share falls as 1 / tokens; one that is chosen on held-out rows is three
             to five times too large, since what a block shrinks adds up over blocks and what it errs by chance does not.
         per_column: Of the mean over columns if not: what runs of the first version had.
+        biases: Fit biases too, where the projection has one: runs of the first version left them.
+        times: See `share`.
     """
 
     share: float | None = None
     per_column: bool = True
+    biases: bool = True
+    times: float = 1.0
 
     def of(self, gram: Tensor, tokens: int) -> Tensor:
         """The diagonal of D for `C x C` second moments over so many tokens, `C`."""
         diagonal = gram.diagonal()
-        share = len(gram) / tokens if self.share is None else self.share
+        share = self.times * len(gram) / tokens if self.share is None else self.share
         ridge = share * (diagonal if self.per_column else diagonal.mean().expand_as(diagonal))
         return ridge.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 RIDGE = Ridge()
-FIRST_RIDGE = Ridge(0.03, per_column=False)
+FIRST_RIDGE = Ridge(0.03, per_column=False, biases=False)
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,15 @@ class Factor:
 
     lower: Tensor  # C x C, L
     rhs: Tensor  # C x hidden_size, L^-1 (G W^T + D W^T) = L^T W^T
+    biased: bool = False  # the first column is the bias
 
     @classmethod
-    def of(cls, gram: Tensor, weight: Tensor, order: Tensor, ridge: Ridge, tokens: int) -> "Factor":
+    def of(cls, gram: Tensor, mean: Tensor, output: Projection, order: Tensor, ridge: Ridge, tokens: int) -> "Factor":
         """Factor the second moments of a projection's inputs.
 
         Args:
             gram: `C x C`, G.
-            weight: `hidden_size x C`, W.
+            mean: `C`, E[z].
             order: `C` columns, best first.
             tokens: Over which the moments were taken.
         """
@@ -81,13 +87,19 @@ class Factor:
         # factor, the ridge bounds the condition number by C / share; bfloat16 weights round at 1.7e-3.
         matrix = gram[order][:, order]
         matrix.diagonal().add_(ridge.of(matrix, tokens))
+        dense, biased = matrix_of(output).detach()[:, order].T.float(), False
+        if output.bias is not None and ridge.biases:
+            row = torch.cat([mean.new_ones(1), mean[order]])[None]
+            matrix = torch.cat([row, torch.cat([row[:, 1:].T, matrix], dim=1)])
+            dense, biased = torch.cat([output.bias.detach()[None].float(), dense]), True
         lower = torch.linalg.cholesky(matrix)
-        return cls(lower, lower.T @ weight[:, order].T.float())
+        return cls(lower, lower.T @ dense, biased)
 
-    def solve(self, columns: int) -> Tensor:
-        """The refitted `hidden_size x columns` weight, float32."""
-        triangle = self.lower[:columns, :columns].T
-        return torch.linalg.solve_triangular(triangle, self.rhs[:columns], upper=True).T
+    def solve(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """The refitted `hidden_size x columns` weight, float32, and the `hidden_size` bias where that was fitted too."""
+        rows = columns + self.biased
+        solution = torch.linalg.solve_triangular(self.lower[:rows, :rows].T, self.rhs[:rows], upper=True).T
+        return (solution[:, 1:], solution[:, 0]) if self.biased else (solution, None)
 
 
 class Refits(Protocol):
@@ -100,6 +112,10 @@ class Refits(Protocol):
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x (units * columns_per_unit)` weight of a block that keeps its best `units`, on the model's device."""
+        ...
+
+    def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
+        """The `hidden_size` bias that goes with it; None where the dense one, if any, stays."""
         ...
 
 
@@ -128,31 +144,36 @@ class CompensationTable:
         self.anatomy: Anatomy = statistics.anatomy
         self.ranking = ranking
         self._dtype = model.dtype
-        self._cache: OrderedDict[tuple[BlockKind, int, int], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[BlockKind, int, int], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._factors: dict[BlockKind, list[Factor]] = {}
         layers = self.anatomy.layers_of(model)
         for block in self.anatomy.blocks:
-            grams = statistics.blocks[block.kind].gram
+            sums, tokens = statistics.blocks[block.kind], statistics.num_tokens
             factors = []
-            for index in range(len(layers)):
-                gram = grams.pop(index) / statistics.num_tokens
+            for index, layer in enumerate(layers):
+                gram, mean = sums.gram.pop(index) / tokens, sums.total[index] / tokens
                 order = block.columns_of(ranking.of(block.kind)[index]).to(gram.device)
-                factors.append(
-                    Factor.of(
-                        gram, matrix_of(block.output_of(layers[index])).detach(), order, ridge, statistics.num_tokens
-                    )
-                )
+                factors.append(Factor.of(gram, mean, block.output_of(layer), order, ridge, tokens))
             self._factors[block.kind] = factors
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking."""
+        return self._solved(layer, block, units)[0]
+
+    def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
+        """The `hidden_size` bias that goes with it; None where the dense one, if any, stays."""
+        return self._solved(layer, block, units)[1]
+
+    def _solved(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
         key = (block.kind, layer, units)
         if key not in self._cache:
+            weight, bias = self._factors[block.kind][layer].solve(units * block.columns_per_unit)
             self._cache[key] = (
-                self._factors[block.kind][layer].solve(units * block.columns_per_unit).to(self._dtype).contiguous()
+                weight.to(self._dtype).contiguous(),
+                None if bias is None else bias.to(self._dtype).contiguous(),
             )
-            while sum(weight.nbytes for weight in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
+            while sum(weight.nbytes for weight, _ in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
@@ -161,7 +182,7 @@ class CompensationTable:
     def num_values(self) -> tuple[int, int]:
         """Values in the refitted weights that are kept, and in the factors."""
         factors = [part for each in self._factors.values() for factor in each for part in (factor.lower, factor.rhs)]
-        return sum(weight.numel() for weight in self._cache.values()), sum(part.numel() for part in factors)
+        return sum(weight.numel() for weight, _ in self._cache.values()), sum(part.numel() for part in factors)
 
     def fill(self, widths: dict[BlockKind, list[int]]) -> None:
         """Solve every listed width of every layer now, so that no candidate waits for it."""

@@ -18,7 +18,6 @@ from pruning.compensation import RIDGE, Factor, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.importance import activation, order_of
 from pruning.masks import Ranking
-from pruning.projection import matrix_of
 from pruning.statistics import Statistics, collect_statistics, steps
 from pruning.tensor_files import TensorFiles
 from pruning.walk import device_of
@@ -52,7 +51,7 @@ class GridRefits:
         self.ranking = ranking
         self._files = files
         self._device = torch.device(device)
-        self._cache: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached = 0
 
@@ -62,6 +61,17 @@ class GridRefits:
         Raises:
             InvalidArchitecture: The width is not on the grid.
         """
+        return self._of(layer, block, units)[0]
+
+    def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
+        """The `hidden_size` bias that goes with it; None where the dense one, if any, stays.
+
+        Raises:
+            InvalidArchitecture: As `weight`.
+        """
+        return self._of(layer, block, units)[1]
+
+    def _of(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
         key = layer, _key(block.kind, units)
         if key not in self._cache:
             kept = self._files.get(layer_name(layer)) or {}
@@ -70,11 +80,11 @@ class GridRefits:
                 raise InvalidArchitecture(
                     f"Layer {layer} has no refit for {units} units of {block.kind}: expected one of {known}."
                 )
-            found = kept[key[1]].to(self._device, non_blocking=True)
-            self._cached += found.nbytes
+            weight, bias = kept[key[1]].to(self._device, non_blocking=True), kept.get(f"bias.{key[1]}")
+            self._cached += weight.nbytes
             while self._cached > self._cache_bytes and self._cache:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
-            self._cache[key] = found
+                self._cached -= self._cache.popitem(last=False)[1][0].nbytes
+            self._cache[key] = weight, None if bias is None else bias.to(self._device, non_blocking=True)
         self._cache.move_to_end(key)
         return self._cache[key]
 
@@ -146,14 +156,17 @@ def _solved(
         sums = statistics.blocks[block.kind]
         order = order_of(statistics, block, index)
         solved[f"order.{block.kind}"] = order.int()
-        weight = matrix_of(block.output_of(layer)).detach()
+        output = block.output_of(layer)
         gram = sums.gram.pop(index).div_(statistics.num_tokens)
-        factor = Factor.of(gram, weight, block.columns_of(order), ridge, statistics.num_tokens)
+        mean = sums.total[index] / statistics.num_tokens
+        factor = Factor.of(gram, mean, output, block.columns_of(order), ridge, statistics.num_tokens)
         del gram
         for units in widths[block.kind]:
             if 0 < units < block.units:
-                refit = factor.solve(units * block.columns_per_unit).to(weight.dtype)
-                solved[_key(block.kind, units)] = refit.cpu().contiguous()
+                weight, bias = factor.solve(units * block.columns_per_unit)
+                solved[_key(block.kind, units)] = weight.to(output.weight).cpu().contiguous()
+                if bias is not None:
+                    solved[f"bias.{_key(block.kind, units)}"] = bias.to(output.weight).cpu().contiguous()
     return solved
 
 

@@ -75,16 +75,18 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         resize(projection, matrix_of(projection).detach()[kept], None if bias is None else bias.detach()[kept])
     output = block.output_of(layer)
     columns = block.columns_of(units).to(output.weight.device)
-    weight = (
-        matrix_of(output).detach()[:, columns] if compensation is None else _refitted(index, block, units, compensation)
-    )
-    resize(output, weight.to(output.weight), None if output.bias is None else output.bias.detach())
+    weight: Tensor = matrix_of(output).detach()[:, columns]
+    bias: Tensor | None = None if output.bias is None else output.bias.detach()
+    if compensation is not None:
+        weight, refitted = _refitted(index, block, units, compensation)
+        bias = bias if refitted is None else refitted.to(output.weight)
+    resize(output, weight.to(output.weight), bias)
     for name, value in block.attributes_at(layer, len(units)).items():
         setattr(block.module_of(layer), name, value)
 
 
-def _refitted(index: int, block: Block, units: Tensor, compensation: Refits) -> Tensor:
-    """The repaired output weight with its columns in the order of `units`."""
+def _refitted(index: int, block: Block, units: Tensor, compensation: Refits) -> tuple[Tensor, Tensor | None]:
+    """The repaired output weight with its columns in the order of `units`, and the bias that goes with it."""
     ranked = compensation.ranking.of(block.kind)[index][: len(units)]
     ascending = ranked.argsort()
     if not torch.equal(ranked[ascending], units):
@@ -92,4 +94,4 @@ def _refitted(index: int, block: Block, units: Tensor, compensation: Refits) -> 
             f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table."
         )
     weight = compensation.weight(index, block, len(units))
-    return weight[:, block.columns_of(ascending).to(weight.device)]
+    return weight[:, block.columns_of(ascending).to(weight.device)], compensation.bias(index, block, len(units))

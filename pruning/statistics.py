@@ -163,7 +163,7 @@ def collect_statistics(
                 _add_norms(statistics, index, layer)
                 for block in statistics.blocks.values():
                     if index in block.gram:
-                        _mirror_lower(block.gram[index])
+                        mirror_lower(block.gram[index])
                 if on_sums:
                     on_sums(statistics, index, layer)
             if on_layer:
@@ -212,7 +212,7 @@ def _sum_listener(sums: BlockStatistics, block: Block, index: int) -> Callable[.
             z.float().square().sum(0)
         )  # not the matrix's diagonal: equal with and without one, bit for bit
         if index in sums.gram:
-            _add_lower(sums.gram[index], z)
+            add_lower(sums.gram[index], z)
 
     return listen
 
@@ -265,9 +265,9 @@ def _score_listeners(
 
 
 @torch.no_grad()
-def _add_lower(gram: Tensor, tokens: Tensor) -> None:
+def add_lower(gram: Tensor, tokens: Tensor) -> None:
     """Add zT z to the lower half of `gram`, and to some more: nearly half the work is saved, as it is symmetric."""
-    tokens = tokens.float()
+    tokens = tokens.to(gram.dtype)
     for first in range(0, len(gram), GRAM_BLOCK):
         block = slice(first, first + GRAM_BLOCK)
         gram[first:, block].addmm_(tokens[:, first:].T, tokens[:, block])
@@ -285,7 +285,8 @@ def _add_norms(statistics: Statistics, index: int, layer: nn.Module) -> None:
                 sums.magnitude[index] += norms[part].view(block.units, -1).sum(-1)
 
 
-def _mirror_lower(gram: Tensor) -> None:
+def mirror_lower(gram: Tensor) -> None:
+    """Complete what `add_lower` has summed."""
     gram.tril_().add_(gram.tril(-1).T)
 
 

@@ -84,6 +84,10 @@ class Supernet:
     ) -> None:
         self._reorder_all(inverse=True)
 
+    def using(self, compensation: Refits | None) -> "Supernet":
+        """The same supernet with other refits, for as long as this one is open."""
+        return Supernet(self.model, self.ranking, compensation, self.resident)
+
     def qualities(
         self,
         architectures: Sequence[Architecture],
@@ -165,6 +169,13 @@ class Supernet:
             return self.compensation.weight(index, block, units)
         return matrix_of(self.output_of(index, block))[:, : units * block.columns_per_unit]
 
+    def output_bias(self, index: int, block: Block, units: int) -> Tensor | None:
+        """The `hidden_size` bias that goes with it, None where the projection has none."""
+        refitted = None
+        if self.compensation is not None and units < block.units:
+            refitted = self.compensation.bias(index, block, units)
+        return self.output_of(index, block).bias if refitted is None else refitted
+
     def update(self, index: int, block: Block, z: Tensor, units: int) -> Tensor:
         """What a block of layer `index` would add to the residual stream at this width: its closing norm included, nothing at 0.
 
@@ -179,7 +190,8 @@ class Supernet:
         if not units:  # bias and norm leave with the block
             return z.new_zeros(*z.shape[:-1], self.anatomy.hidden_size)
         output, norm = self.output_of(index, block), self._updates[block.kind, index]
-        y = F.linear(z[..., : units * block.columns_per_unit], self.output_weight(index, block, units), output.bias)
+        weight, bias = self.output_weight(index, block, units), self.output_bias(index, block, units)
+        y = F.linear(z[..., : units * block.columns_per_unit], weight, bias)
         return y if norm is output else norm.forward(y)
 
     @contextmanager
@@ -221,7 +233,7 @@ class Supernet:
             _swap(module, name, value, stack)
         for name, rows in block.inputs.items():
             _swap(module, name, _prefix(getattr(module, name), rows, units), stack)
-        narrow = Narrow([self.output_weight(index, block, units)], [block.output_of(layer).bias])
+        narrow = Narrow([self.output_weight(index, block, units)], [self.output_bias(index, block, units)])
         _swap(module, block.places.output, narrow, stack)
 
     def _reorder_all(self, inverse: bool) -> None:

@@ -1,6 +1,7 @@
 """The refitted weight of every width is the closed-form least-squares one, however the cache behaves.
 
-W: dense output weight, columns sorted by the ranking.   K, D: kept and removed columns.   G: E[z zT], columns alike.
+W: dense output weight, columns sorted by the ranking.   K, D: kept and removed columns.   G: E[z zT], columns alike. A bias is the
+first column of W, kept whatever leaves; its z is 1.
 """
 
 import gc
@@ -32,6 +33,13 @@ class Projection(NamedTuple):
     weight: Tensor  # hidden_size x C
     gram: Tensor  # C x C
     damping: Tensor  # C
+    biased: bool
+
+    def refitted(self, table: CompensationTable, units: int) -> Tensor:
+        """`hidden_size x K` of the table's."""
+        weight, bias = (of(self.layer, self.block, units) for of in (table.weight, table.bias))
+        assert weight is not None and (bias is not None) == self.biased
+        return weight if bias is None else torch.cat([bias[:, None], weight], dim=1)
 
     def error(self, refitted: Tensor) -> float:
         """E|W z - V z_K|^2 of a `hidden_size x K` weight V."""
@@ -75,7 +83,13 @@ def projections(
             weight = matrix_of(block.output_of(layer)).detach().clone()
             diagonal = gram.diagonal()[order]
             damping = ridge.share * (diagonal if ridge.per_column else diagonal.mean().expand(len(order)))
-            found.append(Projection(index, block, weight[:, order], gram[order][:, order], damping))
+            weight, gram, bias = weight[:, order], gram[order][:, order], block.output_of(layer).bias
+            if bias is not None:
+                mean = (statistics.blocks[block.kind].total[index].double() / statistics.num_tokens)[order]
+                gram = torch.cat([torch.cat([mean.new_ones(1), mean])[None], torch.cat([mean[:, None], gram], 1)])
+                weight = torch.cat([bias.detach()[:, None], weight], dim=1)
+                damping = torch.cat([damping.new_zeros(1), damping])
+            found.append(Projection(index, block, weight, gram, damping, bias is not None))
     return found
 
 
@@ -93,11 +107,11 @@ def every_width(projections: list[Projection]) -> Iterator[tuple[Projection, int
 @RIDGES
 def test_every_width_is_the_closed_form(table: CompensationTable, projections: list[Projection]) -> None:
     for projection, units in every_width(projections):
-        kept = units * projection.block.columns_per_unit
+        kept = projection.biased + units * projection.block.columns_per_unit
         gram, weight = projection.gram, projection.weight
         system = gram[:kept, :kept] + projection.damping[:kept].clamp_min(1e-30).diag()
         expected = weight[:, :kept] + weight[:, kept:] @ torch.linalg.solve(system, gram[:kept, kept:]).T
-        found = table.weight(projection.layer, projection.block, units)
+        found = projection.refitted(table, units)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # factors are float32
         if units == projection.block.units:
             torch.testing.assert_close(found, weight, rtol=0, atol=1e-4)
@@ -107,7 +121,7 @@ def test_a_refit_never_hurts_and_is_the_optimum(table: CompensationTable, projec
     rng = torch.Generator().manual_seed(0)
     helped = []
     for projection, units in every_width(projections):
-        refitted = table.weight(projection.layer, projection.block, units)
+        refitted = projection.refitted(table, units)
         plain = projection.weight[:, : refitted.shape[1]]
         best, slack = projection.regularised_error(refitted), 1e-6 * projection.error(plain[:, :0])
         assert best <= projection.error(plain) + slack  # without refit the ridge costs nothing
@@ -123,7 +137,7 @@ def test_the_error_falls_with_width(table: CompensationTable, projections: list[
     for projection in projections:
         errors = []
         for units in range(1, projection.block.units + 1):
-            refitted = table.weight(projection.layer, projection.block, units)
+            refitted = projection.refitted(table, units)
             removed = projection.weight[:, refitted.shape[1] :]
             lost = projection.damping[refitted.shape[1] :] * removed.square()
             errors.append(projection.regularised_error(refitted) + float(lost.sum()))
@@ -140,7 +154,7 @@ def test_more_ridge_stays_nearer_to_the_dense_columns(
     ridges = (0.001, 0.03, 1.0, 1e6)
     tables = [CompensationTable(model, collect_statistics(model, windows), ranking, Ridge(ridge)) for ridge in ridges]
     for projection, units in every_width(projections):
-        dense = projection.weight[:, : units * projection.block.columns_per_unit]
+        dense = projection.weight[:, projection.biased :][:, : units * projection.block.columns_per_unit]
         moved = [float((t.weight(projection.layer, projection.block, units) - dense).norm()) for t in tables]
         assert all(stiff <= loose + 1e-4 for loose, stiff in pairwise(moved))
         assert moved[-1] < 1e-3
@@ -240,7 +254,8 @@ def test_columns_of_a_group_are_its_heads(anatomy: Anatomy) -> None:
 def test_the_tables_size_follows_from_the_models(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Callable[[Anatomy, int], Ranking]
 ) -> None:
-    table = CompensationTable(model, collect_statistics(model, windows), random_ranking(anatomy, 0))
+    ridge = Ridge(biases=False)  # a bias is one more column of a factor, which the sizes do not tell
+    table = CompensationTable(model, collect_statistics(model, windows), random_ranking(anatomy, 0), ridge)
     widths: dict[BlockKind, list[int]] = {"attention": [1], "mlp": [5, 11, 24]}
     table.fill({"attention": [1], "mlp": [5, 11]})
     assert table.num_values == (solved_values(anatomy, widths), factor_values(anatomy))

@@ -154,5 +154,5 @@ def test_the_cache_on_the_device_is_bounded_and_invisible(
             for units in (5, 11):
                 found = small.weight(layer, anatomy.mlp, units)
                 assert torch.equal(found, expected.refits.weight(layer, anatomy.mlp, units))
-                assert sum(weight.nbytes for weight in small._cache.values()) <= small._cache_bytes
+                assert sum(weight.nbytes for weight, _ in small._cache.values()) <= small._cache_bytes
     assert 1 < len(small._cache) < 10

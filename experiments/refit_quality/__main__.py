@@ -1,0 +1,157 @@
+"""What better refits gain: KL from the dense model on text that no part of the pipeline saw, three steps apart, same architectures.
+
+    python -m experiments.refit_quality --text text:path/to/wikitext2-valid.txt
+    python -m experiments.refit_quality --show
+
+Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean), the same with today's ridge, with four times the tokens,
+and in sequence on those. A seed deals out the windows that calibrate and those that judge. Architectures are members of the allocation
+path that a run on the built-in text prepares. Every figure is stored as soon as it is known, and what is stored is not measured anew.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.quiet import Quiet
+from llmbo.comparison.problems import undo_spacing
+from llmbo.comparison.statistics import band
+from llmbo.config import RunConfig
+from llmbo.models.aliases import cache_dir
+from llmbo.models.loading import LoadedModel, load_model, silence_libraries
+from llmbo.problem.preparation import load_windows, prepared
+from pruning.anatomy import BLOCK_KINDS
+from pruning.architecture import Architecture
+from pruning.calibration import Text, TokenWindows, cut_windows, read_text
+from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
+from pruning.refits import fit
+from pruning.sequential import sequential_refit
+from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
+
+SHARES = (0.8, 0.65, 0.5)
+WINDOW = 256
+TOKENS = 16_384
+STEPS: dict[str, tuple[int, Ridge]] = {  # tokens of the ranking and the refits, ridge of the table
+    "first version": (TOKENS, FIRST_RIDGE),
+    "ridge": (TOKENS, RIDGE),
+    "tokens": (4 * TOKENS, RIDGE),
+    "sequence": (4 * TOKENS, RIDGE),
+}
+OUT = Path(__file__).with_name("smollm2.json")
+
+
+def main() -> None:
+    silence_libraries()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
+    parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
+    options = parser.parse_args()
+    stored: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.show:
+        measure(options, stored)
+    show(stored)
+
+
+def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
+    """Fill `stored`, and its file after each figure."""
+    start = time.monotonic()
+    loaded = load_model(options.model)
+    text = read_text(options.text)
+    text = Text(text.source, undo_spacing(text.content))
+    facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
+    if stored.setdefault("facts", facts) != facts:
+        raise SystemExit(f"'{options.out}' holds figures of {stored['facts']}, not of {facts}: give another --out.")
+
+    def keep() -> None:
+        options.out.write_text(json.dumps(stored, indent=1) + "\n")
+
+    if "architectures" not in stored:
+        stored["architectures"] = {f"{share}": one.to_dict() for share, one in path_members(options.model, loaded)}
+        keep()
+    architectures = {name: Architecture.from_dict(one) for name, one in stored["architectures"].items()}
+    figures: dict[str, Any] = stored.setdefault("figures", {})
+    for seed in range(options.seeds):
+        counts = {"calibration": 4 * TOKENS // WINDOW, "proxy": 0, "heldout": options.judged}
+        windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
+        for step in options.steps.split(","):
+            missing = {s: one for s, one in architectures.items() if f"{seed}/{s}/{step}" not in figures}
+            if not missing or time.monotonic() - start > 60 * options.minutes:
+                continue
+            folder = cache_dir() / "refit_quality" / f"{loaded.fingerprint}-{text.sha256[:8]}-{seed}"
+            with opened(step, loaded, windows, architectures, folder) as supernet:
+                dense = supernet.distribution(windows.heldout)
+                for share, architecture in missing.items():
+                    if time.monotonic() - start > 60 * options.minutes:
+                        break
+                    before, used = time.monotonic(), supernet
+                    if step == "sequence":
+                        used = supernet.using(sequential_refit(supernet, architecture, windows.calibration))
+                    seconds = time.monotonic() - before
+                    quality = used.quality(architecture, windows.heldout, dense)
+                    figures[f"{seed}/{share}/{step}"] = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds}
+                    keep()
+                    print(f"seed {seed}, share {share}, {step}: KL {quality.kl:.4f} ({seconds:.0f} s)", flush=True)
+
+
+def path_members(model: str, loaded: LoadedModel) -> Iterator[tuple[float, Architecture]]:
+    """Share -> the allocation path's member there, as a run of the first version's size prepares it."""
+    config = RunConfig(model=model, calibration_tokens=TOKENS)
+    with prepared(config, loaded, load_windows(config, loaded), Quiet()) as problem:
+        for share in SHARES:
+            yield share, problem.space.decode(problem.family.at(share))
+
+
+@contextmanager
+def opened(
+    step: str, loaded: LoadedModel, windows: TokenWindows, architectures: dict[str, Architecture], folder: Path
+) -> Iterator[Supernet]:
+    """The supernet with a step's ranking and table, which are kept in a folder."""
+    tokens, ridge = STEPS[step]
+    widths = {kind: sorted({w for one in architectures.values() for w in one.units(kind)}) for kind in BLOCK_KINDS}
+    files = TensorFiles(folder / f"{tokens}-{ridge.share}")
+    fitted = fit(loaded.model, windows.calibration[: tokens // WINDOW], widths, files, ridge, scored=0)
+    with Supernet(loaded.model, fitted.ranking, fitted.refits) as supernet:
+        yield supernet
+
+
+def show(stored: dict[str, Any]) -> None:
+    """A row for each share: means over seeds, and each step's ratio to the first with its Student-t interval over seeds."""
+    figures = stored.get("figures", {})
+    print("| share | seeds | " + " | ".join(STEPS) + " |\n|" + "---|" * (2 + len(STEPS)))
+    for share in stored.get("architectures", {}):
+        rows = [[figures.get(f"{seed}/{share}/{step}") for step in STEPS] for seed in range(stored_seeds(figures))]
+        whole = [[cell["kl"] for cell in row] for row in rows if all(row)]
+        if whole:
+            cells = [cell(whole, column) for column in range(len(STEPS))]
+            print(f"| {share} | {len(whole)} | " + " | ".join(cells) + " |")
+
+
+def stored_seeds(figures: dict[str, Any]) -> int:
+    """How many seeds have a figure, counted from 0."""
+    return 1 + max((int(key.split("/")[0]) for key in figures), default=-1)
+
+
+def cell(kls: list[list[float]], column: int) -> str:
+    """Mean KL, and its ratio to the first column's."""
+    mean = sum(row[column] for row in kls) / len(kls)
+    if column == 0:
+        return f"{mean:.3f}"
+    ratio = band([row[column] / row[0] for row in kls])
+    interval = "" if ratio.low is None or ratio.high is None else f" [{ratio.low:.3f}, {ratio.high:.3f}]"
+    return f"{mean:.3f}, x {ratio.mean:.3f}{interval}"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ class Method:
     @property
     def recipe(self) -> dict[str, Any]:
         """What a trial's weights depend on, to be stored with the run."""
-        return {"ridge": self.ridge.share, "ridge_per_column": self.ridge.per_column}
+        return {"ridge": asdict(self.ridge)}
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
         """The method of a run that has stored this; None for one of the first version."""
-        return cls(ridge=Ridge(recipe["ridge"], recipe["ridge_per_column"]) if recipe else FIRST_RIDGE)
+        return cls(ridge=Ridge(**recipe["ridge"]) if recipe else FIRST_RIDGE)
 
 
 DEFAULT = Method()

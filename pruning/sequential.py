@@ -16,11 +16,12 @@ column of an input that is 1 everywhere, without ridge. Fitting at the pruned mo
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pruning.anatomy import Anatomy, Block, BlockKind
+from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind
 from pruning.architecture import Architecture
 from pruning.compensation import Ridge
 from pruning.errors import InvalidArchitecture
@@ -29,6 +30,7 @@ from pruning.masks import Ranking
 from pruning.projection import matrix_of
 from pruning.statistics import add_lower, mirror_lower
 from pruning.supernet import Supernet
+from pruning.tensor_files import Tensors
 from pruning.walk import Walk
 
 # On SmolLM2 at 0.65 of the blocks best between 0.3 and 0.6 on 16,384 tokens; 0.1 does on four times as many.
@@ -44,6 +46,26 @@ class SequentialRefits:
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
         self._fitted: dict[tuple[BlockKind, int], tuple[Tensor, Tensor | None]] = {}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it by name, the order of units included."""
+        tensors = {f"order.{kind}": self.ranking.of(kind) for kind in BLOCK_KINDS}
+        for (kind, layer), (weight, bias) in self._fitted.items():
+            tensors[f"{kind}.{layer}"] = weight
+            if bias is not None:
+                tensors[f"bias.{kind}.{layer}"] = bias
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors, device: torch.device | str) -> Self:
+        """What `to_tensors` gave, its weights brought to `device`."""
+        refits = cls(Ranking(tensors["order.attention"].cpu(), tensors["order.mlp"].cpu()))
+        for kind in BLOCK_KINDS:
+            for name in (name for name in tensors if name.startswith(f"{kind}.")):
+                bias = tensors.get(f"bias.{name}")
+                fitted = tensors[name].to(device), None if bias is None else bias.to(device)
+                refits._fitted[kind, int(name.removeprefix(f"{kind}."))] = fitted
+        return refits
 
     def put(self, layer: int, block: Block, weight: Tensor, bias: Tensor | None) -> None:
         """Set a block's `hidden_size x columns` weight and `hidden_size` bias."""

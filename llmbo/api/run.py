@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.config import RunConfig
+from llmbo.config.objectives import QUANTITIES
 from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
@@ -16,7 +17,7 @@ from llmbo.models.loading import LoadedModel
 from llmbo.models.silence import libraries_silenced
 from llmbo.report.notebook import run_html
 from llmbo.report.schema import FrontPoint, Report, TrialPart, Values
-from llmbo.run.rebuild import RebuildInputs, find_trial, load_base
+from llmbo.run.rebuild import RebuildInputs, find_trial, load_base, refit_of
 from pruning.architecture import Architecture
 from pruning.export.verify import Check
 
@@ -37,6 +38,7 @@ class Point:
         elsewhere: As `heldout`, on the text of another domain that `run.report.elsewhere` names.
         items: Scores by the name of each file of items that the front was judged on, see `llmbo.report.schema.ItemScores`.
         samples: Greedy continuations by prompt; a few points of the front have some.
+        refitted: `objectives`, `heldout` and `elsewhere` with refits in sequence, for points that were refitted.
     """
 
     trial: int | None
@@ -49,6 +51,7 @@ class Point:
     elsewhere: Mapping[str, float] | None = None
     items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: Mapping[str, str] = field(default_factory=dict)
+    refitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Run:
@@ -100,8 +103,9 @@ class Run:
 
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
-        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, scores with their file's
-        name before theirs, and the widths kept by each layer.
+        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, those of refits in sequence
+        with `refitted_objectives_`, `refitted_heldout_` and so on, scores with their file's name before theirs, and the widths kept by
+        each layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -120,6 +124,12 @@ class Run:
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
                 **{f"elsewhere_{name}": value for name, value in (point.elsewhere or {}).items()},
+                **{
+                    f"refitted_{part}_{name}": value
+                    for part, values in point.refitted.items()
+                    for name, value in values.items()
+                    if QUANTITIES[name].measured
+                },
                 **{f"{file}_{name}": value for file, scores in point.items.items() for name, value in scores.items()},
                 **point.architecture.to_dict(),
             }
@@ -132,17 +142,24 @@ class Run:
         """The base model's, which is that of every trial."""
         return self._rebuilt().loaded.tokenizer
 
-    def model(self, trial: int) -> PreTrainedModel:
+    def model(self, trial: int, refit: str = "") -> PreTrainedModel:
         """The model of a trial, cut for real: an ordinary module in the run's dtype, on the run's device, with `generate`.
 
-        Takes as long as the run's own ranking and refitting the first time, and seconds after that.
+        Takes seconds where the run has kept its ranking and refits.
+
+        Args:
+            refit: "table" for the run's own refits, "sequential" for those of this trial alone, which take minutes if they are not there.
+                By default sequential where the run has measured that, else the table's.
 
         Raises:
-            ConfigError: There is no such trial, or it was not measured.
+            ConfigError: There is no such trial, or it was not measured, or the run's text is too short to refit in sequence.
             ModelError: The base model or the text is not the one that the run had.
         """
         found = find_trial(self.report, trial)
-        return self._rebuilt().model(found)
+        refit = refit_of(self.report, found, refit)
+        inputs = self._rebuilt()
+        with libraries_silenced(), build_display(self._show, 0, self.name) as display:
+            return inputs.model(found, display, refit)
 
     def _rebuilt(self) -> RebuildInputs:
         if self._inputs is None:
@@ -152,7 +169,13 @@ class Run:
         return self._inputs
 
     def export(
-        self, trial: int, out: str | Path, format: str = "hf", dtype: str = "", max_shard_size: str = "5GB"
+        self,
+        trial: int,
+        out: str | Path,
+        format: str = "hf",
+        dtype: str = "",
+        max_shard_size: str = "5GB",
+        refit: str = "",
     ) -> Check:
         """Write a trial's model as a folder that loads where people deploy, as `llmbo export` does.
 
@@ -160,6 +183,7 @@ class Run:
             out: Folder to make; it must be empty or not exist.
             format: hf, gguf or padded.
             dtype: By default the run's own, and f16 in a GGUF file.
+            refit: As in `model`.
 
         Returns:
             How what was written was checked before the folder appeared, and how far its logits were off.
@@ -167,10 +191,9 @@ class Run:
         Raises:
             LlmboError, PruningError: One line for the user; nothing is left in `out`.
         """
-        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size)
-        command = call_text(
-            "export", {"trial": trial, "format": format, "out": str(out)}, f"llmbo.load_run({str(self.folder)!r})"
-        )
+        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size, refit)
+        arguments = {"trial": trial, "format": format, "out": str(out)} | ({"refit": refit} if refit else {})
+        command = call_text("export", arguments, f"llmbo.load_run({str(self.folder)!r})")
         with libraries_silenced(), build_display(self._show, 0, self.name) as display:
             return export(request, command, display, self._base)
 
@@ -222,4 +245,5 @@ def _judged(values: Values | None) -> dict[str, float] | None:
 def _seen(point: FrontPoint | None) -> dict[str, Any]:
     scores = (point.items if point else None) or {}
     items = {file: found.model_dump(exclude_none=True) for file, found in scores.items()}
-    return {"items": items, "samples": (point.samples if point else None) or {}}
+    refitted = point.refitted.model_dump(exclude_none=True) if point and point.refitted else {}
+    return {"items": items, "samples": (point.samples if point else None) or {}, "refitted": refitted}

@@ -37,6 +37,7 @@ def optimize(
     latency_target: str = RunConfig.latency_target,
     items: str | Sequence[str] = RunConfig.items,
     samples: bool = RunConfig.samples,
+    refit_front: int = RunConfig.refit_front,
     racing: bool = RunConfig.racing,
     compensation: bool = RunConfig.compensation,
     text: str = RunConfig.text,
@@ -82,7 +83,7 @@ def optimize(
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, racing,
+        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, refit_front, racing,
             compensation, text, chat, heldout_text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window,
             dtype, device, memory, offload, name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every,
             advisor_max_calls, advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline,

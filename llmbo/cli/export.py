@@ -31,6 +31,13 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
     dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")] = "5GB",
+    refit: Annotated[
+        str,
+        typer.Option(
+            help="sequential: refitted for this trial alone, in minutes if the run has not; table: as the search measured it. By default "
+            "sequential where the run has it."
+        ),
+    ] = "",
     model: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="Device to rebuild on; by default the run's.")] = None,
 ) -> None:
@@ -49,7 +56,7 @@ def export(
         from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size)
+        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit)
         with Display(Console(stderr=True), 0) as display:
             check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -57,7 +64,7 @@ def export(
     assert values is not None
     say(
         f"{out}: {values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
-        f"Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
+        f"Refits: {request.refit}. Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
     if warning := caveat(request.format):
         say(warning)

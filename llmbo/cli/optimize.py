@@ -56,6 +56,12 @@ def optimize(
     samples: Annotated[
         bool, typer.Option(help="Let some of the finished front continue three prompts, for the page.")
     ] = True,
+    refit_front: Annotated[
+        int,
+        typer.Option(
+            help="Points of the finished front that are refitted in sequence, minutes each; see export --refit."
+        ),
+    ] = 0,
     racing: Annotated[
         bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
     ] = False,

@@ -26,7 +26,7 @@ from llmbo.errors import ConfigError, first_fault, unknown
 MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
-    "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples",
+    "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples", "refit_front",
 )  # fmt: skip
 EARLIER: dict[str, Any] = {
     "chat": False,
@@ -53,6 +53,7 @@ class RunConfig:
         items: JSONL file of items, or several. The finished front is judged on them; with the objective `accuracy` they must be multiple
             choice, and one half is for the search, the other for the judgement.
         samples: Let some of the finished front continue three prompts, for people to read.
+        refit_front: So many points of the finished front are refitted in sequence, each for itself, and measured again.
         racing: Stop candidates whose first windows say that the front dominates them.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
         chat: Put the text through the tokenizer's chat template.
@@ -89,6 +90,7 @@ class RunConfig:
     latency_target: str = "auto"
     items: str | tuple[str, ...] = ""
     samples: bool = True
+    refit_front: Annotated[int, Within(0, MOST)] = 0
     racing: bool = False
     compensation: bool = True
     text: str = "builtin"

@@ -12,14 +12,14 @@ from llmbo.deploy.request import ExportRequest
 from llmbo.errors import printable
 from llmbo.models.aliases import ALIASES
 from llmbo.models.loading import LoadedModel
-from llmbo.report.schema import ModelPart, Report, TrialPart
+from llmbo.report.schema import ModelPart, Refitted, Report, TrialPart
+from llmbo.run.rebuild import Cut
 from pruning.masks import PruningMask
 
 
-def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
+def details(request: ExportRequest, cut: Cut, command: str) -> str:
     """`llmbo.json`."""
     report, trial = request.report, request.trial
-    point = report.point_of(trial.number)
     content: dict[str, Any] = {
         "format": request.format.name,
         "dtype": request.dtype,
@@ -27,11 +27,10 @@ def details(request: ExportRequest, mask: PruningMask, command: str) -> str:
         "trial": trial.number,
         "base_model": report.model.model_dump(),
         "architecture": trial.architecture.model_dump(),
-        "architecture_digest": mask.architecture.digest,
-        "mask_digest": mask_digest(mask),
-        "objectives": trial.objectives.model_dump() if trial.objectives else None,
-        "heldout": point.heldout.model_dump() if point and point.heldout else None,
-        "elsewhere": point.elsewhere.model_dump() if point and point.elsewhere else None,
+        "architecture_digest": cut.mask.architecture.digest,
+        "mask_digest": mask_digest(cut.mask),
+        "refit": cut.refit,
+        **cut.measured.model_dump(),
         "text": report.data.model_dump(),
         "elsewhere_text": report.elsewhere.model_dump() if report.elsewhere else None,
         "settings": report.run.settings,
@@ -47,15 +46,14 @@ def mask_digest(mask: PruningMask) -> str:
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
 
 
-def model_card(request: ExportRequest, licence: str, load: str, command: str) -> str:
+def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, command: str) -> str:
     """`README.md`, with the header that the Hugging Face hub reads.
 
     Args:
         load: How to load the result, as `Format.load` has it.
     """
     report, trial = request.report, request.trial
-    values = trial.objectives
-    assert values is not None  # only finished trials are exported
+    values = cut.measured.objectives
     base = report.model
     header = ["---", f"base_model: {base.name}", f"license: {licence}", "library_name: transformers"]
     header += ["pipeline_tag: text-generation", "tags: [pruned, llmbo]", "---"]
@@ -77,9 +75,9 @@ def model_card(request: ExportRequest, licence: str, load: str, command: str) ->
             *([f"**{warning}**", ""] if warning else []),
             "## Measured",
             "",
-            _quality_table(report, trial),
+            _quality_table(report, cut.measured),
             "",
-            _recipe(report),
+            _recipe(report, cut.refit),
             "",
             "## Architecture",
             "",
@@ -108,15 +106,20 @@ def licence_of(loaded: LoadedModel) -> str:
     return "unknown"
 
 
-def _quality_table(report: Report, trial: TrialPart) -> str:
-    point, another = report.point_of(trial.number), report.elsewhere.source if report.elsewhere else ""
-    heldout, elsewhere = (point.heldout, point.elsewhere) if point else (None, None)
+_REPAIRED = {
+    "sequential": "Output projections were refitted in sequence, for this model alone (`--refit sequential`).",
+    "table": "Output projections were refitted at the dense model's inputs (`--refit table`).",
+}
+
+
+def _quality_table(report: Report, measured: Refitted) -> str:
+    another = report.elsewhere.source if report.elsewhere else ""
     rows = [
-        ("this model, proxy", trial.objectives),
+        ("this model, proxy", measured.objectives),
         ("dense model, proxy", report.dense.objectives),
-        ("this model, held-out", heldout),
+        ("this model, held-out", measured.heldout),
         ("dense model, held-out", report.dense.heldout),
-        (f"this model, {another}", elsewhere),
+        (f"this model, {another}", measured.elsewhere),
         (f"dense model, {another}", report.dense.elsewhere),
     ]
     lines = ["| | kl | loss | perplexity |", "|---|---|---|---|"]
@@ -124,12 +127,13 @@ def _quality_table(report: Report, trial: TrialPart) -> str:
     return "\n".join(lines)
 
 
-def _recipe(report: Report) -> str:
+def _recipe(report: Report, refit: str) -> str:
     data = report.data
     how = f"{' with BOS' if data.bos else ''}{' in the chat template' if data.chat else ''}"
     return (
         f"Nats per token over windows of {data.window} tokens{how} of the text {data.source}, where no other is named. "
-        "The search saw the proxy windows; nothing saw the held-out windows. `kl` is from the dense model's distribution."
+        "The search saw the proxy windows; nothing saw the held-out windows. `kl` is from the dense model's distribution. "
+        f"{_REPAIRED[refit] if refit == 'sequential' or report.run.settings.get('compensation', True) else ''}"
     )
 
 

@@ -40,8 +40,8 @@ def export(
     loaded, windows = load_base(request.report, phases, model, device)
     resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
     inputs = RebuildInputs.of(request.report, request.folder, loaded, windows, phases)
-    with phases.phase("cutting"):
-        small, mask = inputs.cut(request.trial)
+    cut = inputs.cut(request.trial, phases, request.refit)
+    small = cut.model
     nn.Module.to(small, "cpu")
     if request.dtype in DTYPES:  # others are the writer's own
         cast(small, DTYPES[request.dtype])
@@ -49,8 +49,10 @@ def export(
     pruned = Pruned(small, anatomy, architecture, loaded.tokenizer)
     stock = not format.load_unequal or is_stock(rebuilt(small, anatomy, architecture))
     files = {
-        "README.md": model_card(request, licence_of(loaded), format.load if stock else format.load_unequal, command),
-        "llmbo.json": details(request, mask, command),
+        "README.md": model_card(
+            request, cut, licence_of(loaded), format.load if stock else format.load_unequal, command
+        ),
+        "llmbo.json": details(request, cut, command),
     }
     with phases.phase("writing and reading back"):
         check: Check = resolve_name(format.save)(pruned, request.out, files, **request.options)
@@ -66,5 +68,5 @@ def exported_beside(out: Path, run: str, trial: int, command: str, phases: Phase
     """
     with folder_beside(out) as temporary:
         folder = temporary / "pruned"
-        export(ExportRequest.of(run, trial, "hf", folder), command, phases)
+        export(ExportRequest.of(run, trial, "hf", folder, refit="table"), command, phases)
         yield folder

@@ -11,7 +11,7 @@ from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError
 from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
-from llmbo.run.rebuild import architecture_of, find_trial, read_run
+from llmbo.run.rebuild import architecture_of, find_trial, read_run, refit_of
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
 
@@ -25,6 +25,7 @@ class ExportRequest:
         dtype: A key of `format.dtypes`.
         out: Folder to make.
         max_shard_size: Of the largest safetensors file in bytes, for formats that have some.
+        refit: As `llmbo.run.rebuild.refit_of` names it.
     """
 
     report: Report
@@ -34,10 +35,18 @@ class ExportRequest:
     dtype: str
     out: Path
     max_shard_size: int
+    refit: str
 
     @classmethod
     def of(
-        cls, run: str, trial: int, format: str, out: Path, dtype: str = "", max_shard_size: str = "5GB"
+        cls,
+        run: str,
+        trial: int,
+        format: str,
+        out: Path,
+        dtype: str = "",
+        max_shard_size: str = "5GB",
+        refit: str = "",
     ) -> "ExportRequest":
         """Check a request against the stored run, the format and the disk. Writes nothing.
 
@@ -46,6 +55,7 @@ class ExportRequest:
             format: A name in `FORMATS`.
             dtype: One of the format's choices; empty takes its default.
             max_shard_size: In bytes, or in KB, MB, GB or TB (powers of ten).
+            refit: "sequential" or "table"; empty takes sequential where the run has measured the trial so.
 
         Raises:
             ConfigError, StorageError, PruningError: One line for the user.
@@ -60,7 +70,8 @@ class ExportRequest:
         if dtype not in row.choices:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
         dtype = report.run.dtype if dtype == "auto" else dtype
-        request = cls(report, folder, find_trial(report, trial), row, dtype, out, shard_size)
+        found = find_trial(report, trial)
+        request = cls(report, folder, found, row, dtype, out, shard_size, refit_of(report, found, refit))
         if row.check_type:
             resolve_name(row.check_type)(report.model.model_type, request.architecture)
         check_out(out)

@@ -9,6 +9,7 @@ from llmbo.advisor.parts import AdvisorPart
 from llmbo.display.dashboard import volume
 from llmbo.problem.objectives import Objective
 from llmbo.report import Report
+from llmbo.report.schema import FrontPoint
 from llmbo.report.table import text_name
 from llmbo.types import Trial
 
@@ -37,6 +38,9 @@ def summary(report: Report, rows: int = 12) -> Table:
     for seen, text in (("", own), ("held-out", own), *([("held-out", other)] if other else [])):
         for name in ("kl", "loss"):  # long names are folded, for all columns to fit
             table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
+    refitted = any(point.refitted for point in report.front)
+    if refitted:
+        table.add_column(f"refitted\nheld-out kl\n{own}", justify="right")
     items = [(file.name, "acc_norm" if file.kind == "multiple_choice" else "acc") for file in report.items]
     asked = items if report.dense.items else []
     for file, metric in asked:
@@ -58,9 +62,14 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
             *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),
+            *([_refitted_kl(point)] if refitted else []),
             *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in asked),
         )
     return table
+
+
+def _refitted_kl(point: FrontPoint) -> str:
+    return f"{point.refitted.heldout.kl:.3f}" if point.refitted and point.refitted.heldout else "-"
 
 
 def advice_line(part: AdvisorPart) -> str:

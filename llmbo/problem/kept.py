@@ -61,9 +61,9 @@ def files_of(
     return TensorFiles(folder, tell)
 
 
-def own_files(run: Path) -> TensorFiles:
+def own_files(run: Path, tell: Callable[[str], None] = lambda line: None) -> TensorFiles:
     """What a run has kept of its preparation."""
-    return TensorFiles(run / OWN)
+    return TensorFiles(run / OWN, tell)
 
 
 def hand_on(files: TensorFiles, run: Path, anatomy: Anatomy, tell: Callable[[str], None]) -> None:

@@ -202,12 +202,20 @@ class ItemScores(_Part):
     perplexity: float | None = None
 
 
+class Refitted(_Part):
+    """What a trial measures with its output projections refitted in sequence, for it alone: on the same windows as without."""
+
+    objectives: Values
+    heldout: Values | None = None
+    elsewhere: Values | None = None
+
+
 class FrontPoint(_Part):
     """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
 
     `elsewhere` is the same on text of another domain, which the report's `elsewhere` names.
     `items`: scores by the name of each file of items. `samples`: greedy continuations by prompt; a few points have some. Both are
-    made after the search, and null where they were not.
+    made after the search, and null where they were not. `refitted`: some points are measured with refits in sequence, too.
     """
 
     trial: int | None
@@ -217,6 +225,7 @@ class FrontPoint(_Part):
     elsewhere: Values | None = None
     items: dict[str, ItemScores] | None = None
     samples: dict[str, str] | None = None
+    refitted: Refitted | None = None
 
 
 class HypervolumePart(_Part):

@@ -10,6 +10,7 @@ from typing import Any
 from llmbo.errors import printable
 from llmbo.report.quantities import item_values
 
+REFITTED = ("objectives", "heldout", "elsewhere")
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -21,13 +22,14 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     seen_there = [name for name in measured if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
     own = {text_name(report["data"]["source"]) for _, report in runs}
     on = f" on {own.pop()}" if others and len(own) == 1 else ""  # several runs may have texts of their own
-    items = item_columns(runs)
+    items, refitted = item_columns(runs), [name for name in measured if _was_refitted(runs, name)]
     headings = [
         *(["run"] if len(runs) > 1 else []),
         "trial",
         *(f"{name}{on}" if name in seen_there else name for name in quantities),
         *(f"held-out {name}{on}" if name in seen_there else f"held-out {name}" for name in measured),
         *(f"held-out {name} on {other}" for other in others for name in seen_there),
+        *(f"refitted held-out {name}{on if name in seen_there else ''}" for name in refitted),
         *items,
     ]
     rows = []
@@ -42,7 +44,8 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
                 for name in seen_there
             ]
             asked = [_shown(item_values(point).get(name)) for name in items]
-            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere, *asked])
+            again = [_shown(_refitted(point, "heldout").get(name)) for name in refitted]
+            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere, *again, *asked])
     return headings, rows
 
 
@@ -74,7 +77,9 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     heldout, items = [f"heldout_{name}" for name in quantities], item_columns(runs)
     there = [name for name in quantities if any(_elsewhere(report["dense"], name) is not None for _, report in runs)]
     elsewhere = ["elsewhere", *(f"elsewhere_{name}" for name in there)] if there else []
-    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, *items, "architecture")
+    refitted = [name for name in quantities if _was_refitted(runs, name)]
+    again = [f"refitted_{part}_{name}" for part in REFITTED for name in refitted]
+    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, *again, *items, "architecture")
     writer.writerow([_defused(cell) for cell in headings])
     for label, (_, report) in zip(labels, runs, strict=True):
         front = {point["trial"]: point for point in report["front"]}
@@ -88,6 +93,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 *(seen.get(name) for name in quantities),
                 *([elsewhere_name(report) if far else None] if there else []),
                 *(far.get(name) for name in there),
+                *(_refitted(point, part).get(name) for part in REFITTED for name in refitted),
                 *(item_values(point).get(name) for name in items),
             ]
             writer.writerow([_defused(cell) for cell in (label, *cells, json.dumps(trial["architecture"]))])
@@ -127,6 +133,17 @@ def _elsewhere(point: Mapping[str, Any], name: str) -> float | None:
     """The value on text of another domain."""
     value: float | None = (point.get("elsewhere") or {}).get(name)
     return value
+
+
+def _refitted(point: Mapping[str, Any], part: str) -> Mapping[str, float]:
+    """What a point measures with refits in sequence, on windows named in `REFITTED`."""
+    return (point.get("refitted") or {}).get(part) or {}
+
+
+def _was_refitted(runs: Runs, name: str) -> bool:
+    """Whether refits in sequence changed `name` anywhere: they change no cost."""
+    points = [point for _, report in runs for point in report["front"] if point.get("refitted")]
+    return any(point["objectives"].get(name) != _refitted(point, "objectives").get(name) for point in points)
 
 
 def _shown(value: float | None) -> str:

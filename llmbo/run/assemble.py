@@ -20,6 +20,7 @@ from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import DEFAULT, Method, Problem, prepared
 from llmbo.problem.residence import placed
+from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
@@ -32,6 +33,7 @@ from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
+from pruning.anatomy import sizes_of
 from pruning.calibration import TokenWindows
 from pruning.items import ItemFile
 from pruning.text import check_chat, read_mix, read_text
@@ -137,7 +139,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
-        _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
+        model_config = base.model.config if isinstance(base, LoadedModel) else base.config
+        _check_window(config, model_config)
+        check_refit_front(config, sizes_of(model_config))
         if config.chat:
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
@@ -218,10 +222,11 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
     reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)
-    if finished >= config.budget and reported:
+    refitted = reported and last["settings"].get("refit_front", 0) >= config.refit_front
+    if finished >= config.budget and refitted:
         raise ConfigError(
             f"The run '{config.name}' has already spent its budget: {finished} of {config.budget} trials are done. "
-            "Raise --budget to go on, choose another --name, or start over with --fresh."
+            "Raise --budget or --refit-front to go on, choose another --name, or start over with --fresh."
         )
     return facts
 

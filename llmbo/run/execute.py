@@ -14,6 +14,7 @@ from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
 from llmbo.run.judgement import judge, judgements
 from llmbo.run.records import digest_elsewhere
+from llmbo.run.refit_front import refit_front, refitted
 from llmbo.search.loop import run_search
 from llmbo.types import Trial
 
@@ -40,6 +41,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
                 measure_elsewhere(run)
         hand_on(run.problem.files, run.folder, run.problem.space.anatomy, display.note)
         judge(run, display)
+        refit_front(run, display)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -99,7 +101,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         run.store.heldout(),
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
         run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
-        judgements(run),
+        {**judgements(run), "refitted": refitted(run)},
     )
     write_report(report, run.folder)
     for text in report.warnings:
@@ -120,7 +122,7 @@ def _run_part(
         "name": config.name,
         "command": command,
         "status": status,
-        "settings": {"budget": config.budget, **config.settings()},
+        "settings": {"budget": config.budget, "refit_front": config.refit_front, **config.settings()},
         "seed": config.seed,
         "device": facts["device"],
         "dtype": facts["dtype"],

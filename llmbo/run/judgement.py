@@ -42,13 +42,13 @@ def judgements(run: RunParts) -> dict[str, Mapping[int | None, Mapping[str, Any]
 
 
 def spread(front: Sequence[Trial], count: int) -> list[Trial]:
-    """About `count` trials of a front, smallest first: its ends, and what lies nearest to equal steps of size between them."""
+    """At most `count` trials of a front, smallest first: its ends, and what lies nearest to equal steps of size between them."""
     if len(front) <= count:
         return list(front)
     sizes = [trial.values["params"] for trial in front]
     wanted = [sizes[0] + (sizes[-1] - sizes[0]) * step / (count - 1) for step in range(1, count - 1)]
     nearest = (min(range(len(front)), key=lambda place: abs(sizes[place] - size)) for size in wanted)
-    return [front[place] for place in sorted({0, *nearest, len(front) - 1})]
+    return [front[place] for place in sorted({0, *nearest, len(front) - 1})[:count]]
 
 
 def samples(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:

@@ -30,6 +30,7 @@ from llmbo.problem.residence import (
     residence_of,
     workload_of,
 )
+from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
 from llmbo.run.duration import Rates, seconds_by_phase
@@ -186,6 +187,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize
     anatomy = anatomy_of_config(found)
+    check_refit_front(config, anatomy)
     serving = Serving(config.context, config.serve_batch)
     space = SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
     machine = machine or Machine.of(device)

@@ -1,33 +1,39 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
-from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
+from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.kept import hand_on, own_files
 from llmbo.problem.preparation import Method, fitted
+from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
-from llmbo.report.schema import Report, TrialPart
+from llmbo.report.schema import Refitted, Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
 from llmbo.types import Phases
-from pruning.anatomy import anatomy_of
+from pruning.anatomy import Sizes, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
 from pruning.compensation import Refits
 from pruning.export.rebuild import rebuilt
 from pruning.likelihood import quality
 from pruning.masks import PruningMask, Ranking
-from pruning.refits import STATISTICS
+from pruning.refits import STATISTICS, names_of
+from pruning.sequential import SequentialRefits
 from pruning.shrinking import shrink
 from pruning.statistics import steps
+from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
 
+REFITS = ("sequential", "table")
 LOSS_TOLERANCE = 0.02  # nats between the run's proxy loss of a trial and that of the rebuilt model
 
 
@@ -67,6 +73,35 @@ def find_trial(report: Report, number: int) -> TrialPart:
 
 def architecture_of(trial: TrialPart) -> Architecture:
     return Architecture.from_dict(trial.architecture.model_dump())
+
+
+def column_of(report: Report, trial: TrialPart, refit: str) -> Refitted | None:
+    """What a finished trial measures with these refits; None where the run did not measure that."""
+    point = report.point_of(trial.number)
+    if refit == "sequential":
+        return point.refitted if point else None
+    assert trial.objectives is not None
+    return Refitted(
+        objectives=trial.objectives,
+        heldout=point.heldout if point else None,
+        elsewhere=point.elsewhere if point else None,
+    )
+
+
+def refit_of(report: Report, trial: TrialPart, asked: str = "") -> str:
+    """Which refits a trial is cut with: a name in `REFITS`. Empty takes those in sequence where the run has them, else its table's.
+
+    Raises:
+        ConfigError: There are no such refits, or the run's text is too short for them.
+    """
+    if asked and asked not in REFITS:
+        raise ConfigError(unknown("--refit", asked, REFITS))
+    there = column_of(report, trial, "sequential") is not None
+    if asked == "sequential" and not there:
+        sizes = Sizes(**{part.name: getattr(report.model, part.name) for part in fields(Sizes)})
+        remedy = "Take --refit table, or search with more --calibration-tokens."
+        check_enough("--refit sequential", report.data.calibration.tokens, sizes, remedy)
+    return asked or ("sequential" if there else "table")
 
 
 def config_of(report: Report) -> RunConfig:
@@ -111,14 +146,31 @@ def load_base(
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A trial's model in the run's dtype, which of the dense model's units it keeps, and what it measures, by name of its refits."""
+
+    model: PreTrainedModel
+    mask: PruningMask
+    refit: str
+    measured: Refitted
+
+
+@dataclass(frozen=True)
 class RebuildInputs:
-    """What every trial of a run is cut from: the base model, its units ranked and its repairs worked out."""
+    """What every trial of a run is cut from: the base model, its units ranked and its repairs worked out.
+
+    Args:
+        files: What the run has kept.
+        kept: Ranking and refits are from there.
+    """
 
     report: Report
     loaded: LoadedModel
     windows: TokenWindows
     ranking: Ranking
     refits: Refits | None
+    files: TensorFiles
+    kept: bool
 
     @classmethod
     def of(
@@ -126,7 +178,9 @@ class RebuildInputs:
     ) -> "RebuildInputs":
         """What the run has kept of its ranking and refits; worked out again as it did where that is gone, and then kept."""
         config, space = config_of(report), space_of(config_of(report), anatomy_of(loaded.model))
-        own = own_files(folder)
+        own = own_files(folder, phases.note)
+        names = names_of(space.anatomy) if config.compensation else [STATISTICS]
+        kept = all(own.get(name) is not None for name in names)
         with phases.phase("importance and refits", steps(space.num_layers)) as advance:
             found, files = fitted(
                 loaded,
@@ -140,30 +194,54 @@ class RebuildInputs:
             )
         if files is not own:
             hand_on(files, folder, space.anatomy, phases.note)
-        return cls(report, loaded, windows, found.ranking, found.refits)
+        return cls(report, loaded, windows, found.ranking, found.refits, own, kept)
 
-    def cut(self, trial: TrialPart) -> tuple[PreTrainedModel, PruningMask]:
-        """The trial's model, in the run's dtype.
+    def cut(self, trial: TrialPart, phases: Phases, refit: str = "table") -> Cut:
+        """The trial's model with these refits.
 
         Raises:
-            ModelError: It does not measure what the run measured.
+            ModelError: It does not measure what the run measured. Not looked at where all it is cut from was kept.
         """
-        mask = PruningMask.from_architecture(architecture_of(trial), self.ranking)
-        small = shrink(self.loaded.model, mask, self.refits)
-        measured = quality(small, self.windows.proxy).loss
-        assert trial.objectives is not None  # only finished trials are found
-        expected = trial.objectives.loss
-        if not abs(measured - expected) <= LOSS_TOLERANCE:
-            raise ModelError(
-                f"The rebuilt model's proxy loss is {measured:.3f} where the run measured {expected:.3f}: other versions of "
-                f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
-            )
-        return small, mask
+        refits, ranking, column, kept = self.refits, self.ranking, column_of(self.report, trial, "table"), self.kept
+        if refit == "sequential":
+            refits, column, kept = self._in_sequence(trial, phases)
+            ranking = refits.ranking
+        assert column is not None  # only finished trials are found
+        mask = PruningMask.from_architecture(architecture_of(trial), ranking)
+        with phases.phase("cutting"):
+            small = shrink(self.loaded.model, mask, refits)
+            measured = expected = column.objectives.loss
+            if not kept:
+                measured = quality(small, self.windows.proxy).loss
+            if not abs(measured - expected) <= LOSS_TOLERANCE:
+                raise ModelError(
+                    f"The rebuilt model's proxy loss is {measured:.3f} where the run measured {expected:.3f}: other versions of "
+                    f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
+                )
+        return Cut(small, mask, refit, column)
 
-    def model(self, trial: TrialPart) -> PreTrainedModel:
+    def _in_sequence(self, trial: TrialPart, phases: Phases) -> tuple[SequentialRefits, Refitted, bool]:
+        """The trial's refits in sequence, what it measures with them, and whether that need not be looked at again."""
+        column, architecture = column_of(self.report, trial, "sequential"), architecture_of(trial)
+        found = kept_refits(self.files, trial.number, architecture, self.loaded.model.device)
+        if found and column:
+            return found, column, True
+        with Supernet(self.loaded.model, self.ranking, None, self.loaded.resident) as supernet:
+            with phases.phase(PHASE, supernet.anatomy.num_hidden_layers) as advance:
+                refits = sequential(self.files, trial.number, supernet, architecture, self.windows.calibration, advance)
+            if column:
+                return refits, column, False
+            proxy = self.windows.proxy
+            own = supernet.using(refits).quality(architecture, proxy, supernet.distribution(proxy))
+        assert trial.objectives is not None
+        changed = {"kl": own.kl, "loss": own.loss, "perplexity": math.exp(min(own.loss, 700.0))}
+        changed |= dict.fromkeys(("accuracy", "error", "tokens"))
+        return refits, Refitted(objectives=trial.objectives.model_copy(update=changed)), True
+
+    def model(self, trial: TrialPart, phases: Phases, refit: str = "table") -> PreTrainedModel:
         """The trial's model with its own config, where the base model is: `generate` and `save_pretrained` work.
 
         It shares nothing with the base model, which stays as it is.
         """
-        small, _ = self.cut(trial)
-        return rebuilt(small, anatomy_of(self.loaded.model), architecture_of(trial))
+        cut = self.cut(trial, phases, refit)
+        return rebuilt(cut.model, anatomy_of(self.loaded.model), architecture_of(trial))

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAda
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
-from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart
+from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart, Refitted
 from llmbo.types import Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
@@ -47,6 +47,12 @@ class _Report(_Record):
     settings: dict[str, Any]
     seconds: Values
     peak_memory_bytes: int
+
+
+class _Refitted(Refitted):
+    """`digest`: of the windows of another text."""
+
+    digest: str
 
 
 class _Elsewhere(ElsewherePart):
@@ -92,10 +98,11 @@ class _Attributes(_Record):
 
 _SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
 _PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
-# What the finished front is judged by beside windows of text, by the name of the report's field.
+# What the finished front is judged by after its held-out windows, by the name of the report's field.
 JUDGEMENTS: dict[str, TypeAdapter[Any]] = {
     "items": TypeAdapter(dict[str, ItemScores]),
     "samples": TypeAdapter(dict[str, str]),
+    "refitted": TypeAdapter(_Refitted),
 }
 
 

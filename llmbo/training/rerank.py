@@ -178,8 +178,8 @@ def rerank(
         dense = dense_distribution(loaded.model, held.heldout)
     for trial in missing:
         work = folder / "rerank" / f"trial-{trial.number}"
+        small = inputs.cut(trial, phases).model
         with phases.phase(f"trial {trial.number}", plan.steps) as advance:
-            small, _ = inputs.cut(trial)
             check_disk(work, checkpoint_bytes(small, plan))
             nn.Module.to(small, dtype=torch.float32)  # small steps vanish in bfloat16
             before = _values(small, held.heldout, dense)

@@ -45,6 +45,8 @@ NOT_RUN = {
     "llmbo evaluate llama exports/llama-54 --tasks arc_easy": "needs the hub's data sets",
     "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/problem/test_hardware.py does that",
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/problem/test_accuracy.py brings one",
+    "llmbo optimize --model llama --budget 60 --refit-front": "tests/llmbo/run/test_refit_front.py does that",
+    "llmbo export runs/llama --trial 37 --format hf --refit": "tests/llmbo/run/test_refit_front.py does that",
     "llmbo optimize --model llama --items": "needs files of items; tests/llmbo/run/test_judgement.py brings some",
     "llmbo evaluate llama exports/llama-54 --items": "needs files of items; tests/llmbo/evaluation/test_evaluation.py brings some",
     "llmbo optimize --model llama --budget 60 --advisor replay:": "needs a recording; tests/llmbo/advisor/test_advisors.py makes one",

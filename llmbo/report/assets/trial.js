@@ -33,8 +33,13 @@ function numbers(entry) {
   const dense = BY_KEY.get(`${entry.run}:dense`);
   const asked = itemsOf(pointOf(entry));
   const names = QUANTITIES.filter((name) => name in entry.values && !(name in asked));
-  // What windows of text say, by heading: of the run's own that nothing saw, and of another domain.
-  const seen = [["held-out", entry.heldout], [`held-out, ${RUNS[entry.run].elsewhere}`, entry.elsewhere]].filter(([, values]) => values !== null);
+  // What windows of text say, by heading: of the run's own that nothing saw, and of another domain; the same with refits in sequence.
+  const refitted = pointOf(entry)?.refitted;
+  const another = RUNS[entry.run].elsewhere;
+  const seen = [
+    ["held-out", entry.heldout], [`held-out, ${another}`, entry.elsewhere], ["refitted: proxy", refitted?.objectives],
+    ["refitted: held-out", refitted?.heldout], [`refitted: held-out, ${another}`, refitted?.elsewhere],
+  ].filter(([, values]) => values);
   const rows = names.map((name) => {
     const [now, before] = [entry.values[name], dense.values[name]];
     const unit = withUnit(name, now) === format(name, now) ? "" : unitOf(name);

@@ -139,6 +139,7 @@ def test_what_the_run_did_not_measure(export: Export, finished: Any, tmp_path: P
     path.write_text(json.dumps(data | {"model": data["model"] | {"model_type": "opt"}}))
     assert "no architecture for 'opt' models" in refused(export("tiny", trial=3, **flags | {"format": "gguf"}))
     data["trials"][3]["objectives"]["loss"] += 1
+    shutil.rmtree(path.parent / "prepared")  # what was kept is not measured again
     path.write_text(json.dumps(data))
     assert "rebuilt model's proxy loss is" in refused(export("tiny", trial=3, **flags))
     path.write_text(json.dumps(data | {"front": None}))

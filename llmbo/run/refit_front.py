@@ -1,0 +1,61 @@
+"""Some points of the finished front, refitted in sequence and measured once more, in columns of their own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from llmbo.problem.kept import own_files
+from llmbo.problem.proxy import ProxyEvaluator
+from llmbo.problem.sequence import PHASE, sequential
+from llmbo.report import front_of
+from llmbo.run.assemble import RunParts
+from llmbo.run.judgement import spread
+from llmbo.run.records import digest_elsewhere
+from llmbo.types import Phases
+
+KIND = "refitted"
+
+
+def refit_front(run: RunParts, phases: Phases) -> None:
+    """Refit as many points as the settings ask for, spread over the front by size; skips what is stored."""
+    problem, digest = run.problem, digest_elsewhere(run.store.facts)
+    chosen = spread(front_of(run.store.trials(), run.objectives), run.config.refit_front)
+    stored = run.store.judgements(KIND)
+    missing = [trial for trial in chosen if stored.get(trial.number, {}).get("digest") != digest]
+    if not missing:
+        return
+    space, files, layers = problem.space, own_files(run.folder, phases.note), problem.space.num_layers
+    evaluators = {"objectives": problem.proxy, "heldout": problem.heldout()}
+    if run.elsewhere is not None:
+        evaluators["elsewhere"] = ProxyEvaluator.on(run.elsewhere.heldout, space, problem.supernet)
+    with phases.phase(PHASE, len(missing) * layers) as advance:
+        for place, trial in enumerate(missing):
+            refits = sequential(
+                files,
+                trial.number,
+                problem.supernet,
+                space.decode(trial.x),
+                problem.windows.calibration,
+                partial(_beyond, advance, place * layers),
+            )
+            supernet = problem.supernet.using(refits)
+            found = {
+                name: replace(evaluator, supernet=supernet).evaluate([trial.x])[0]
+                for name, evaluator in evaluators.items()
+            }
+            run.store.set_judgement(KIND, trial.number, {**found, "digest": digest})
+
+
+def refitted(run: RunParts) -> dict[int | None, Mapping[str, Any]]:
+    """What is stored, as the report shows it: of another text only what its windows as they are now say."""
+    digest = digest_elsewhere(run.store.facts)
+    return {
+        number: {name: found[name] for name in ("objectives", "heldout", "elsewhere") if name in found}
+        | ({} if found["digest"] == digest else {"elsewhere": None})
+        for number, found in run.store.judgements(KIND).items()
+    }
+
+
+def _beyond(advance: Callable[[int], None], before: int, done: int) -> None:
+    advance(before + done)

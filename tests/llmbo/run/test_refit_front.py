@@ -1,0 +1,192 @@
+"""Points of the finished front are refitted in sequence: once, in columns of their own, which exports can be cut for."""
+
+import json
+import shutil
+import signal
+from contextlib import chdir
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+import llmbo
+from llmbo.cli import app
+from llmbo.config import RunConfig
+from llmbo.models.loading import load_model
+from llmbo.problem import sequence
+from llmbo.problem.sequence import least_tokens
+from llmbo.problem.texts import load_windows
+from llmbo.report.schema import Report
+from llmbo.run.rebuild import architecture_of, find_trial
+from pruning.export import load_pruned
+from pruning.likelihood import quality
+from pruning.sequential import SequentialRefits, sequential_refit
+
+TOKENS = 192  # the tiny llama's output projections have up to 32 columns
+KEPT = "prepared/sequential_*.safetensors"
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every refit in sequence that begins its number; the one whose number is put in first is interrupted."""
+    begun: list[int] = []
+
+    def counted(*words: Any, **options: Any) -> SequentialRefits:
+        begun.append(len(begun))
+        if begun[0] == -len(begun):
+            raise KeyboardInterrupt
+        return sequential_refit(*words, **options)
+
+    monkeypatch.setattr(sequence, "sequential_refit", counted)
+    return begun
+
+
+@pytest.fixture(scope="module")
+def refitted(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Any) -> Any:
+    """A finished run with three refitted points, of one go. Read it only."""
+    made = make_llmbo(tmp_path_factory.mktemp("refitted"))
+    made = replace(made, defaults={**made.defaults, "calibration_tokens": TOKENS, "budget": 8, "no_samples": True})
+    done = made(heldout_text="python", refit_front=3)
+    assert done.exit_code == 0, done.output
+    assert "refitted" in done.stdout and "refits in sequence: " in done.stderr
+    return made
+
+
+def points(report: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The refitted ones by trial."""
+    return {point["trial"]: point["refitted"] for point in report["front"] if point["refitted"]}
+
+
+def export(folder: Path, trial: int, out: Path, *words: str) -> Result:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with chdir(folder):
+            flags = ["--trial", str(trial), "--format", "hf", "--out", str(out), *words]
+            return CliRunner().invoke(app, ["export", "tiny", *flags])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_it_goes_on_where_it_was_stopped_and_measures_what_one_go_does(
+    refitted: Any, tmp_path: Path, fits: list[int]
+) -> None:
+    run = replace(refitted, folder=tmp_path)
+    assert run(heldout_text="python").exit_code == 0 and not points(run.report())
+    plain = run.report()
+    spent = run(heldout_text="python")
+    assert spent.exit_code == 2 and "Raise --budget or --refit-front" in spent.stderr
+
+    fits.append(-3)  # the second
+    stopped = run(heldout_text="python", refit_front=2)
+    assert stopped.exit_code == 130 and len(fits) == 3, stopped.output
+    assert len(points(run.report())) == 1 and run.report()["run"]["status"] == "interrupted"
+    fits[0] = 0
+    assert run(heldout_text="python", refit_front=2).exit_code == 0 and len(fits) == 4
+    front = [point["trial"] for point in plain["front"]]
+    assert list(points(run.report())) == [front[0], front[-1]]
+    assert run(heldout_text="python", refit_front=3).exit_code == 0 and len(fits) == 5
+    assert run(heldout_text="python", refit_front=3).exit_code == 2 and len(fits) == 5
+
+    whole, report = refitted.report(), run.report()
+    assert points(report) == points(whole) and len(points(whole)) == 3 < len(front)
+    assert [{**point, "refitted": None} for point in report["front"]] == plain["front"]
+    for trial, found in points(report).items():
+        point = next(point for point in report["front"] if point["trial"] == trial)
+        for part in ("objectives", "heldout", "elsewhere"):
+            assert found[part]["params"] == point[part]["params"] and found[part]["kl"] != point[part]["kl"]
+
+
+def test_an_exports_logits_measure_the_column_that_it_names(refitted: Any, tmp_path: Path) -> None:
+    shutil.copytree(refitted.folder / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    report = refitted.report()
+    config = RunConfig.from_settings(report["run"]["settings"], name="tiny")
+    windows = load_windows(config, load_model(config.model, "float32", "cpu"))
+    point = report["front"][0]
+    expected = {"": ("sequential", point["refitted"]), "table": ("table", point)}
+    for asked, (name, column) in expected.items():
+        out = tmp_path / name
+        done = export(tmp_path, point["trial"], out, *(["--refit", asked] if asked else []))
+        assert done.exit_code == 0 and f"Refits: {name}." in done.stdout, done.output
+        model, told = load_pruned(out), json.loads((out / "llmbo.json").read_text())
+        assert told["refit"] == name and told["heldout"] == column["heldout"]
+        assert told["objectives"] == column["objectives"] and told["elsewhere"] == column["elsewhere"]
+        assert quality(model, windows.proxy).loss == pytest.approx(column["objectives"]["loss"], abs=1e-4)
+        assert quality(model, windows.heldout).loss == pytest.approx(column["heldout"]["loss"], abs=1e-4)
+        card = (out / "README.md").read_text()
+        assert f"--refit {name}" in card and f"{column['heldout']['loss']:.3f}" in card
+
+    # Worked out on demand, once, and the same as what the run works out for itself.
+    other = next(entry["trial"] for entry in report["front"] if not entry["refitted"])
+    run = llmbo.load_run(tmp_path / "runs" / "tiny", show="nothing")
+    assert run._rebuilt().kept
+    before = len(list(run.folder.glob(KEPT)))
+    model = run.model(other, refit="sequential")
+    assert len(list(run.folder.glob(KEPT))) == before + 1
+    done = export(tmp_path, other, tmp_path / "demanded", "--refit", "sequential")
+    assert done.exit_code == 0 and len(list(run.folder.glob(KEPT))) == before + 1, done.output
+    told = json.loads((tmp_path / "demanded" / "llmbo.json").read_text())
+    assert told["objectives"]["loss"] == pytest.approx(quality(model, windows.proxy).loss, abs=1e-5)
+    assert told["heldout"] is None and told["objectives"]["kl"] != run.report.trials[other].objectives.kl
+    text = torch.tensor([[1, 5, 9, 3]])
+    logits = {refit: run.model(other, refit)(text).logits for refit in ("", "table", "sequential")}
+    assert torch.equal(logits[""], logits["table"]) and torch.equal(logits["sequential"], model(text).logits)
+
+    # Weights that were lost are fitted again, and must measure what the run did.
+    shutil.rmtree(run.folder / "prepared")
+    path = run.folder / "report.json"
+    again = llmbo.load_run(run.folder, show="nothing").model(point["trial"])
+    assert quality(again, windows.proxy).loss == pytest.approx(point["refitted"]["objectives"]["loss"], abs=1e-4)
+    shutil.rmtree(run.folder / "prepared")
+    report["front"][0]["refitted"]["objectives"]["loss"] += 1
+    path.write_text(json.dumps(report))
+    wrong = export(tmp_path, point["trial"], tmp_path / "wrong")
+    assert wrong.exit_code == 2 and "rebuilt model's proxy loss is" in wrong.stderr
+
+
+def test_tables_have_columns_of_their_own(refitted: Any, tmp_path: Path) -> None:
+    with chdir(refitted.folder):
+        for format in ("csv", "md"):
+            out = str(tmp_path / format)
+            assert CliRunner().invoke(app, ["report", "tiny", "--format", format, "--out", out]).exit_code == 0
+    head, *rows = (line.split("|") for line in (tmp_path / "md").read_text().splitlines())
+    at = next(place for place, name in enumerate(head) if name.strip().startswith("refitted held-out kl"))
+    report = refitted.report()
+    shown = {row[1].strip(): row[at].strip() for row in rows[1:]}
+    for point in report["front"]:
+        expected = f"{point['refitted']['heldout']['kl']:.4g}" if point["refitted"] else "–"
+        assert shown[str(point["trial"])] == expected
+    heading = (tmp_path / "csv").read_text().splitlines()[0].split(",")
+    assert {f"refitted_{part}_kl" for part in ("objectives", "heldout", "elsewhere")} <= set(heading)
+    assert "refitted_heldout_params" not in heading
+    frame = llmbo.load_run(refitted.folder / "runs" / "tiny", show="nothing").to_dataframe()
+    assert frame["refitted_heldout_kl"].notna().sum() == 3 and "refitted_heldout_params" not in frame
+
+
+def test_too_little_text_is_refused_before_anything_is_loaded(finished: Any, refitted: Any, tmp_path: Path) -> None:
+    report = Report.model_validate(finished.report())  # 128 tokens
+    assert not any(point.refitted for point in report.front)
+    front = report.front[0].trial
+    assert front is not None and architecture_of(find_trial(report, front))
+    for asked in ("sequential", "best"):
+        said = export(finished.folder, front, tmp_path / "out", "--refit", asked)
+        assert said.exit_code == 2 and not (tmp_path / "out").exists()
+        expected = "needs at least 160 calibration tokens.*there are 128" if asked == "sequential" else "sequential"
+        import re
+
+        assert re.search(expected, said.stderr.replace("\n", " ")), said.stderr
+    run = replace(refitted, folder=tmp_path)
+    for flags in ({}, {"plan": True}):
+        said = run(refit_front=1, calibration_tokens=128, **flags)
+        assert said.exit_code == 2 and "--refit-front needs at least 160 calibration tokens" in said.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_least_text_of_the_demos_model() -> None:
+    class Sizes:
+        intermediate_size, num_attention_heads, head_dim = 1536, 9, 64
+
+    assert least_tokens(Sizes()) <= 8192  # type: ignore[arg-type]

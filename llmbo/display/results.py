@@ -35,12 +35,14 @@ def summary(report: Report, rows: int = 12) -> Table:
     own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
     for heading in ("trial", "params", "share"):
         table.add_column(f"\n\n{heading}", justify="right")
-    for seen, text in (("", own), ("held-out", own), *([("held-out", other)] if other else [])):
-        for name in ("kl", "loss"):  # long names are folded, for all columns to fit
-            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
     refitted = any(point.refitted for point in report.front)
+    both = ("kl", "loss")
+    far = ("kl",) if refitted else both  # for all columns to fit; long names are folded
+    for seen, text, names in (("", own, both), ("held-out", own, both), *([("held-out", other, far)] if other else [])):
+        for name in names:
+            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
     if refitted:
-        table.add_column(f"refitted\nheld-out kl\n{own}", justify="right")
+        table.add_column(f"refitted\nheld-out kl\n{own}", justify="right", overflow="fold", max_width=11)
     items = [(file.name, "acc_norm" if file.kind == "multiple_choice" else "acc") for file in report.items]
     asked = items if report.dense.items else []
     for file, metric in asked:
@@ -61,7 +63,7 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.loss:.3f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
-            *(f"{value:.3f}" for value in ((point.elsewhere.kl, point.elsewhere.loss) if point.elsewhere else ())),
+            *(f"{getattr(point.elsewhere, name):.3f}" for name in far if point.elsewhere),
             *([_refitted_kl(point)] if refitted else []),
             *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in asked),
         )

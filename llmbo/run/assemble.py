@@ -14,7 +14,9 @@ from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import read_item_files
-from llmbo.models.loading import LoadedModel, find_prunable, load_model, load_tokenizer
+from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
+from llmbo.models.placement import choose_device, choose_dtype
+from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
@@ -28,11 +30,14 @@ from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import as_started, stored_run
+from llmbo.run.tokens import settled
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
+from pruning.anatomy import anatomy_of
 from pruning.calibration import TokenWindows
+from pruning.errors import NotEnoughText
 from pruning.items import ItemFile
 from pruning.text import check_chat, read_mix, read_text
 
@@ -144,6 +149,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         read_mix(config.text)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
+    open_ended = not config.calibration_tokens
+    config = _settled(config, base)
     items = _items(config)
     pulse: Pulse | None = None
     with locked(folder):
@@ -162,7 +169,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             )
             for note in loaded.notes:
                 phases.note(note)
-            windows = load_windows(config, loaded)
+            config, windows = _windows(config, loaded, open_ended)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
@@ -206,6 +213,26 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 yield RunParts(
                     config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere, loaded, items
                 )
+
+
+def _settled(config: RunConfig, base: Found | LoadedModel) -> RunConfig:
+    """With a number of calibration tokens."""
+    if isinstance(base, LoadedModel):
+        return settled(config, anatomy_of(base.model), base.dtype, base.device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, base.config.get_text_config())
+    return settled(config, anatomy_of_config(base), dtype, device)
+
+
+def _windows(config: RunConfig, loaded: LoadedModel, open_ended: bool) -> tuple[RunConfig, TokenWindows]:
+    """The run's windows, with fewer calibration tokens where the text is short and nobody asked for so many."""
+    while True:
+        try:
+            return config, load_windows(config, loaded)
+        except NotEnoughText:
+            if not open_ended or config.calibration_tokens < 2 * config.window:
+                raise
+            config = replace(config, calibration_tokens=config.calibration_tokens // 2)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

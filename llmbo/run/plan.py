@@ -33,6 +33,7 @@ from llmbo.problem.residence import (
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
 from llmbo.run.duration import Rates, seconds_by_phase
+from llmbo.run.tokens import settled
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.cost import Serving, dense_block_parameters
 
@@ -189,6 +190,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     serving = Serving(config.context, config.serve_batch)
     space = SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
     machine = machine or Machine.of(device)
+    config = settled(config, anatomy, dtype, device, rates)
     rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
     chosen, refused = None, ""
     try:

@@ -73,7 +73,8 @@ def _evaluate(
             _evaluate(evaluator, store, round_number, [one], observer, clock)
         return
     seconds = (clock() - start) / len(batch)
-    for (number, _), values in zip(batch, measured or [None], strict=True):
+    found: Sequence[dict[str, float] | None] = measured if measured is not None else [None]
+    for (number, _), values in zip(batch, found, strict=True):
         _finish(store, number, values, seconds, observer)
 
 

@@ -85,7 +85,9 @@ def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSessi
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
         setting = Setting(toy.family, toy.objectives, toy.dense, None, level, 60)
-        probe = None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy.evaluator], "kl", 0.1)
+        probe = (
+            None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy.evaluator], "kl", 0.1)
+        )
         return AdvisorSession(advisor, advice, setting, hooks, 1, probe)
 
     return make

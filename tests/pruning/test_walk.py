@@ -1,0 +1,127 @@
+"""A model that is brought to its device layer by layer computes what one that stays there does, and is not written to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning.anatomy import Anatomy, BlockKind
+from pruning.architecture import Architecture
+from pruning.exchanges import exchange_costs
+from pruning.likelihood import Head, dense_distribution, frozen, last_hidden, loss_gradient
+from pruning.masks import Ranking
+from pruning.refits import fit
+from pruning.sensitivity import block_sensitivity
+from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
+from pruning.walk import Walk
+
+Draw = Callable[[Anatomy, int], Ranking]
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+WIDTHS: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 5, 11, 24]}
+
+
+def test_a_walk_there_and_back_is_a_pass_of_the_whole_model(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    layers = list(anatomy.layers_of(model))
+    with frozen(model):
+        batches = windows.split(2)  # the last one is smaller
+        walk = Walk(model, batches, keep=len(batches))
+        for index, layer in enumerate(layers):
+            walk.forward(index, layer)
+        gradients = []
+        for place, batch in enumerate(batches):
+            with torch.no_grad():
+                torch.testing.assert_close(walk.last_hidden(place)[1], last_hidden(model, batch), **CLOSE)
+            gradients.append(walk.last_gradient(place, lambda read: loss_gradient(read, Head.of(model), batch)))  # noqa: B023
+        for index, layer in reversed(list(enumerate(layers))):
+            walk.backward(index, layer, gradients)
+        for batch, found in zip(batches, gradients, strict=True):
+            seen: list[Tensor] = []
+            handle = layers[0].register_forward_pre_hook(
+                lambda module, args: seen.append(args[0])  # noqa: B023
+            )
+            with torch.enable_grad():
+                hidden = last_hidden(model, batch, leaf=True)
+                seen[0].retain_grad()
+                hidden.backward(loss_gradient(hidden, Head.of(model), batch))
+            handle.remove()
+            torch.testing.assert_close(found, seen[0].grad, **CLOSE)
+
+
+def some(anatomy: Anatomy) -> list[Architecture]:
+    """The dense model, a narrow one, and one with dropped blocks and a dropped layer."""
+    layers = anatomy.num_hidden_layers
+    return [
+        Architecture.full(anatomy),
+        Architecture((1,) * layers, (11,) * layers),
+        Architecture((0, 1, 0, *(1,) * (layers - 3)), (5, 0, 0, *(24,) * (layers - 3))),
+    ]
+
+
+def test_what_is_brought_layer_by_layer_measures_as_what_stays(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+) -> None:
+    fitted = fit(model, windows, WIDTHS, TensorFiles(None), scored=0)
+    dense = dense_distribution(model, windows)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    found = []
+    for resident in (False, True):
+        with Supernet(model, fitted.ranking, fitted.refits, resident=resident) as supernet:
+            draw = torch.Generator().manual_seed(0)
+            architecture, tried = some(anatomy)[1], {
+                "attention": torch.tensor([[1, 2]] * anatomy.num_hidden_layers),
+                "mlp": torch.tensor([[5, 24]] * anatomy.num_hidden_layers),
+            }  # fmt: skip
+            qualities = supernet.qualities(some(anatomy), windows, dense, batch_size=2)
+            parts: dict[str, Any] = {
+                "loss": torch.stack([own.loss for own in qualities]),
+                "kl": torch.stack([own.kl for own in qualities if own.kl is not None]),
+                "dense": supernet.distribution(windows).top_logprobs,
+                "sensitivity": block_sensitivity(supernet, windows, WIDTHS, draw),
+                "exchanges": exchange_costs(supernet, architecture, tried, windows, dense, draw),  # type: ignore[arg-type]
+            }
+        if not resident:
+            for name, p in model.named_parameters():
+                assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1])
+        found.append(parts)
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, **CLOSE)
+    assert found[0]["kl"][0].abs().max() < 1e-6 < found[0]["kl"][1:].min()
+
+
+@pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+def test_it_refuses_to_run_as_a_whole(model: PreTrainedModel, anatomy: Anatomy, random_ranking: Draw) -> None:
+    with (
+        Supernet(model, random_ranking(anatomy, 0), resident=False) as supernet,
+        pytest.raises(ValueError, match="layer by layer"),
+        supernet.active(some(anatomy)[1]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+def test_each_layer_is_brought_once_for_all_candidates(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought: list[int] = []
+    layer = Supernet.layer
+    monkeypatch.setattr(Supernet, "layer", lambda self, index: (brought.append(index), layer(self, index))[1])
+    with Supernet(model, random_ranking(anatomy, 0), resident=False) as supernet:
+        supernet.qualities(some(anatomy), windows, batch_size=2)
+    assert brought == list(range(anatomy.num_hidden_layers))
+
+
+@pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+def test_units_are_sorted_in_copies_as_mapped_weights_must_stay_clean(
+    model: PreTrainedModel, anatomy: Anatomy, random_ranking: Draw
+) -> None:
+    layer = anatomy.layers_of(model)[3]
+    waiting = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    with Supernet(model, random_ranking(anatomy, 0), resident=False) as supernet, supernet.layer(3) as brought:
+        assert not {p.data_ptr() for p in brought.parameters()} & set(waiting.values())
+    assert {name: p.data_ptr() for name, p in layer.named_parameters()} == waiting

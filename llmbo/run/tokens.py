@@ -9,7 +9,7 @@ from llmbo.problem.space import space_of
 from llmbo.run.duration import Rates, seconds_by_phase
 from pruning.anatomy import Anatomy
 
-CHOICES = (131072, 65536, 32768, 16384, 8192)  # beyond the first nothing is gained, below the last refits fit noise
+CHOICES = (65536, 32768, 16384, 8192)  # beyond the first little is gained, below the last refits fit noise
 SECONDS = 90.0  # that ranking and refits may take
 PHASE = "importance and refits"
 

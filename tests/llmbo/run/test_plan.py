@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,13 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
 
 
 def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None:
-    base = planned("8B").seconds
-    assert planned("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
+    plan = partial(planned, calibration_tokens=16384)
+    base = plan("8B").seconds
+    assert plan("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
     first = "importance and refits"
     assert planned("8B", calibration_tokens=65536).seconds[first] > 1.5 * base[first]
-    assert planned("8B", compensation=False).seconds[first] < base[first]
-    waiting = planned("8B", offload="cpu").seconds
+    assert plan("8B", compensation=False).seconds[first] < base[first]
+    waiting = plan("8B", offload="cpu").seconds
     walk = 2 * 6.98e9 / RATES.link + 3 * 6.98e9 / RATES.passes  # type: ignore[operator]
     # A walk for each round of four.
     assert waiting["search"] - base["search"] == pytest.approx(15 * walk, rel=0.01)

@@ -93,7 +93,8 @@ def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
 
 def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:
     """What it takes to let the layers wait there."""
-    refits = refit_bytes(config, anatomy, itemsize)
+    # On a CPU those that were kept are views of mapped files, which the kernel may drop.
+    refits = None if not config.compensation else 0 if machine.shared else refit_bytes(config, anatomy, itemsize)
     found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
     layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
     host = found.host + (layers if offload == "cpu" else 0)

@@ -21,6 +21,7 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
+from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
     Machine,
     Residence,
@@ -249,7 +250,7 @@ def _disk(
     export = max(row.bytes_on_disk(next(iter(row.dtypes)), parameters, parameters) for row in FORMATS.values())
     found = {} if stored is None or stored.here else {"download": Disk.at(Path(HF_HUB_CACHE), stored.bytes)}
     if refits:
-        found["refits"] = Disk.at(cache_dir(), refits)
+        found["refits"] = Disk.at(prepared_dir(), refits)
     found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
     found["export"] = Disk.at(Path("exports"), export)
     return found

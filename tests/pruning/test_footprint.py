@@ -64,7 +64,9 @@ def test_depth_costs_the_device_nothing_where_layers_wait(anatomy: Anatomy) -> N
 def test_without_refits_there_is_no_gram_matrix(anatomy: Anatomy) -> None:
     wide = replace(anatomy, mlp=replace(anatomy.mlp, units=10_000))
     assert footprint(wide, 2, LOAD, False, MANY).largest == "refits"
-    assert footprint(wide, 2, LOAD, False, MANY).peak - footprint(wide, 2, LOAD, False, refits=None).peak > 4 * 10_000**2
+    assert (
+        footprint(wide, 2, LOAD, False, MANY).peak - footprint(wide, 2, LOAD, False, refits=None).peak > 4 * 10_000**2
+    )
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

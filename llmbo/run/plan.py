@@ -267,7 +267,7 @@ def _missing(name: str, disk: Disk, spare: int) -> str:
     remedy = {
         "download": "set HF_HUB_CACHE to a larger disk",
         "copy": "set LLMBO_CACHE to a larger disk",
-        "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
+        "refits": "set LLMBO_PREPARED to a larger disk, or take a larger --neuron-step",
     }.get(name, "free some")
     said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
     return f"{said}: {readable(disk.needed)} are needed, {readable(disk.free)} are free; {remedy}."

@@ -21,6 +21,7 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
+from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
     Machine,
     Residence,
@@ -51,8 +52,16 @@ class Disk:
 
     @classmethod
     def at(cls, place: Path, needed: int) -> "Disk":
-        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
-        return cls(place, needed, shutil.disk_usage(there).free)
+        return cls(place, needed, shutil.disk_usage(_standing(place)).free)
+
+    def shares(self, other: "Disk") -> bool:
+        """Whether both places are on one file system."""
+        return _standing(self.place).stat().st_dev == _standing(other.place).stat().st_dev
+
+
+def _standing(place: Path) -> Path:
+    """The folder that is there already, of `place` and those above it."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -247,8 +256,10 @@ def _disk(
     export = max(row.bytes_on_disk(next(iter(row.dtypes)), parameters, parameters) for row in FORMATS.values())
     found = {} if stored is None or stored.here else {"download": Disk.at(Path(HF_HUB_CACHE), stored.bytes)}
     if refits:
-        found["refits"] = Disk.at(cache_dir(), refits)
+        found["refits"] = Disk.at(prepared_dir(), refits)
     found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
+    if refits and not found["refits"].shares(found["run"]):
+        found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials + refits)  # a copy where files cannot be linked
     found["export"] = Disk.at(Path("exports"), export)
     return found
 
@@ -264,7 +275,7 @@ def _missing(name: str, disk: Disk, spare: int) -> str:
     remedy = {
         "download": "set HF_HUB_CACHE to a larger disk",
         "copy": "set LLMBO_CACHE to a larger disk",
-        "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
+        "refits": "set LLMBO_PREPARED to a larger disk, or take a larger --neuron-step",
     }.get(name, "free some")
     said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
     return f"{said}: {readable(disk.needed)} are needed, {readable(disk.free)} are free; {remedy}."

@@ -13,7 +13,7 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
-from llmbo.evaluation.items import read_item_files
+from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
@@ -49,6 +49,7 @@ class RunParts:
     Args:
         elsewhere: Windows of another domain to judge the front on as well.
         items: The files of items that the settings name.
+        exams: Those that the finished front is judged on as a whole: none where the search counts accuracy, on half of them.
     """
 
     config: RunConfig
@@ -62,11 +63,7 @@ class RunParts:
     elsewhere: TokenWindows | None
     loaded: LoadedModel
     items: Sequence[ItemFile]
-
-    @property
-    def judged_by(self) -> Sequence[ItemFile]:
-        """The files that the finished front is judged on as a whole: none where the search counts accuracy, on half of them."""
-        return () if "accuracy" in self.config.objectives else self.items
+    exams: Sequence[Exam]
 
 
 def build_proposer(
@@ -169,6 +166,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             )
             for note in loaded.notes:
                 phases.note(note)
+            judged_by = () if "accuracy" in config.objectives else items
+            exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
             config, windows = _windows(config, loaded, open_ended)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         elsewhere = load_elsewhere(config, loaded, facts["data"])
@@ -211,7 +210,18 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
                 yield RunParts(
-                    config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere, loaded, items
+                    config,
+                    folder,
+                    problem,
+                    objectives,
+                    proposer,
+                    evaluator,
+                    store,
+                    advice,
+                    elsewhere,
+                    loaded,
+                    items,
+                    exams,
                 )
 
 

@@ -53,8 +53,16 @@ class Disk:
 
     @classmethod
     def at(cls, place: Path, needed: int) -> "Disk":
-        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
-        return cls(place, needed, shutil.disk_usage(there).free)
+        return cls(place, needed, shutil.disk_usage(_standing(place)).free)
+
+    def shares(self, other: "Disk") -> bool:
+        """Whether both places are on one file system."""
+        return _standing(self.place).stat().st_dev == _standing(other.place).stat().st_dev
+
+
+def _standing(place: Path) -> Path:
+    """The folder that is there already, of `place` and those above it."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,8 @@ def _disk(
     if refits:
         found["refits"] = Disk.at(prepared_dir(), refits)
     found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
+    if refits and not found["refits"].shares(found["run"]):
+        found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials + refits)  # a copy where files cannot be linked
     found["export"] = Disk.at(Path("exports"), export)
     return found
 

@@ -236,6 +236,8 @@ class TestALoadedModel:
             (lambda given: given.pop("tokenizer"), r"tokenizer=AutoTokenizer\.from_pretrained"),
             (lambda given: given.update(dtype="bfloat16"), "dtype='bfloat16', but the loaded model is in float32"),
             (lambda given: given.update(device="cuda"), "device='cuda', but the loaded model is in cpu"),
+            (lambda given: given.update(offload="disk"), "offload='disk' says where llmbo loads a model, but this one is loaded"),
+            (lambda given: given.update(memory="1GB"), "memory='1GB' says where llmbo loads a model, but this one is loaded"),
             (lambda given: given.update(model=given["model"].double()), "is in float64: expected one of float32"),
             (lambda given: given.update(model=LlamaModel(LlamaConfig(**SMALL))), "no language-model head"),
             (lambda given: given.update(model=T5ForConditionalGeneration(T5Config(num_layers=1, vocab_size=9))), "encoder-decoder"),

@@ -68,7 +68,12 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
         (Machine("cuda", 10**10, 10**9), {}),
         (Machine("cpu", 9 * 10**9, 9 * 10**9), {"memory": "1GB"}),
         (Machine("cpu", 10**9, 10**9), {}),
-    ]
+        (Machine("cuda", 8 * 10**9, 10**12), {"window": 8192, "offload": "none", "proxy_tokens": 8192, "heldout_tokens": 8192}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "offload": "none"}),
+        (Machine("cuda", 18 * 10**9, PLENTY), {"racing": True}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "racing": True}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "text": "self", "offload": "none"}),
+    ]  # fmt: skip
     said = []
     for machine, settings in cases:
         config = replace(CONFIG, **settings)
@@ -76,16 +81,19 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
             choose_residence(config, anatomy, 2, machine)
         message = str(caught.value)
         assert "\n" not in message and "'big' needs" in message and "GB" in message
-        change = re.search(r"--(offload|window|calibration-tokens|memory) (\w+) fits", message)
-        said.append(change[1] if change else "nothing")
-        if change:
-            value: Any = int(change[2]) if change[2].isdigit() else change[2]
-            choose_residence(
-                replace(config, **{"offload": "auto", change[1].replace("-", "_"): value}), anatomy, 2, machine
-            )
+        changes = dict(re.findall(r"--([a-z-]+) (\w+)(?= .*fits)", message.rpartition(": ")[2]))
+        said.append(" ".join(changes) or "nothing")
+        if changes:
+            named: dict[str, Any] = {
+                name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in changes.items()
+            }
+            choose_residence(replace(config, **named), anatomy, 2, machine)
         else:
-            assert "smaller model" in message
-    assert said == ["memory", "offload", "window", "calibration-tokens", "memory", "nothing"]
+            assert "smaller model" in message or "runs the model as a whole" in message
+    assert said == [
+        *("memory", "offload", "window", "calibration-tokens", "memory", "nothing"),
+        *("offload window", "offload memory", "nothing", "memory", "offload memory"),
+    ]
 
 
 def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from experiments.gpu_check.__main__ import check
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
@@ -117,3 +119,16 @@ def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: A
     old, new = finished.report(), llmbo.report()
     assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]
     assert not {"offload", "memory"} & {*new["run"]["settings"]}
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_what_a_large_model_takes_is_measured_by_a_script_that_runs_anywhere(
+    model_folder: Path, tmp_path: Path, offload: str
+) -> None:
+    options = Namespace(
+        model=model_folder, tokens=128, proxy_tokens=64, window=16, candidates=2, memory="1GB", offload=offload, device="cpu",
+    )  # fmt: skip
+    found = check(options, tmp_path)
+    assert found["layers wait"] == offload and found["tokens"] == 128
+    assert 0 <= found["peak of candidates, GB"] <= found["peak by the formula, GB"] + 0.001 < 0.01
+    assert all(value > 0 for name, value in found.items() if "seconds" in name)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from pruning.errors import UnreadableItems
 from pruning.likelihood import CHUNK, Head, last_hidden, log_normaliser
 
 TOKENS = 4096  # in a batch, padding included
@@ -31,13 +32,20 @@ class Rows:
         """Tokenise pairs of a context and what follows it, together, as the tokenizer does by itself, BOS included.
 
         Space at the context's end counts as the continuation's. What is longer than `max_length` loses its start.
+
+        Raises:
+            UnreadableItems: A text has less than two tokens.
         """
         tokens, scored = [], []
         for context, continuation in pairs:
             ids = tokenizer(context + continuation)["input_ids"]
             before = len(tokenizer(context.rstrip())["input_ids"])
             own = max(1, len(ids) - before)  # a tokenizer may join the continuation's start with the context's end
-            scored.append(min(own, max_length - 1))
+            if len(ids) < 2:
+                raise UnreadableItems(
+                    f"The item '{context}{continuation}' is a single token: nothing is there to tell it from."
+                )
+            scored.append(min(own, max_length - 1, len(ids) - 1))
             tokens.append(torch.tensor(ids[-max_length:]))
         return cls(tokens, scored)
 

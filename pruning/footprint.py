@@ -77,25 +77,26 @@ def layer_parameters(anatomy: Anatomy) -> int:
     return sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
 
 
-def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: bool, refits: int) -> Footprint:
+def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: bool, refits: int | None) -> Footprint:
     """What preparation and search need at their peaks.
 
     Args:
         itemsize: Bytes of a value in the model's dtype.
         resident: All layers stay on the device; otherwise one is there at a time, and hidden states wait on the host.
-        refits: Bytes of those of all widths; 0 where there are none, and no Gram matrices for them.
+        refits: Bytes of them that the device may keep, beside a layer's own; None where there are none, and no Gram matrices for them.
     """
     layer, hidden = layer_parameters(anatomy) * itemsize, anatomy.hidden_size
     columns = [block.columns for block in anatomy.blocks]
     widest, batch = max(columns), workload.batch_tokens
     forward, backward = activations(anatomy, itemsize, batch)
-    cached = max(itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits else 0
-    grams = SINGLE * sum(width**2 for width in columns) if refits else 0
+    fitted = refits is not None
+    cached = max(itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits is not None else 0
+    grams = SINGLE * sum(width**2 for width in columns) * fitted
     logits = min(CHUNK, batch) * anatomy.vocab_size * (itemsize + 3 * SINGLE)  # softmax, and a gradient by it
     largest = max(block.units * rows.per_unit for block in anatomy.blocks for rows in block.inputs.values()) * hidden
     phases = {
         "ranking": max(grams + SINGLE * batch * widest + forward, backward, logits),
-        "refits": 3 * SINGLE * widest**2 + (2 * SINGLE + itemsize) * widest * hidden if refits else 0,
+        "refits": (3 * SINGLE * widest**2 + (2 * SINGLE + itemsize) * widest * hidden) * fitted,
         "sensitivity": backward + cached,
         "reordering": itemsize * largest if resident else layer,
         "candidates": forward + logits + cached,

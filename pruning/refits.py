@@ -8,6 +8,7 @@ one that was finished never takes place again.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def fit(
     Args:
         windows: `num_windows x length` token ids.
         widths: Units by kind to refit to; what is dense or dropped needs no refit. None for no refits at all.
-        files: Empty, or with what the same call has left there: the caller sees to that.
+        files: Empty, or with what the same call has left there: the caller sees to that. What has other shapes is made anew.
         scored: As for `collect_statistics`.
         on_layer: Called with the number of layers done, out of `steps(...)`.
     """
@@ -115,13 +116,17 @@ def fit(
     layers = range(anatomy.num_hidden_layers)
 
     def missing(index: int) -> bool:
-        return widths is not None and files.get(layer_name(index)) is None
+        if widths is None:
+            return False
+        kept = files.get(layer_name(index), _expected(anatomy, anatomy.layers_of(model)[index], widths, ridge))
+        return kept is None or not all(_is_order(kept[f"order.{kind}"]) for kind in BLOCK_KINDS)
 
     def solve(statistics: Statistics, index: int, layer: nn.Module) -> None:
         if widths is not None and missing(index):
             files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge))
 
-    stored = files.get(STATISTICS)
+    nothing = Statistics.empty(model, windows, len(windows) if scored is None else scored)
+    stored = files.get(STATISTICS, nothing.to_tensors())
     if stored is not None and not any(map(missing, layers)):
         statistics = Statistics.from_tensors(anatomy, stored, device)
         if on_layer:
@@ -168,6 +173,27 @@ def _solved(
                 if bias is not None:
                     solved[f"bias.{_key(block.kind, units)}"] = bias.to(output.weight).cpu().contiguous()
     return solved
+
+
+def _expected(
+    anatomy: Anatomy, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge
+) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of what `_solved` gives, on the meta device."""
+    expected: dict[str, Tensor] = {}
+    for block in anatomy.blocks:
+        output = block.output_of(layer)
+        empty = partial(torch.empty, dtype=output.weight.dtype, device="meta")
+        expected[f"order.{block.kind}"] = torch.empty(block.units, dtype=torch.int32, device="meta")
+        for units in widths[block.kind]:
+            if 0 < units < block.units:
+                expected[_key(block.kind, units)] = empty(anatomy.hidden_size, units * block.columns_per_unit)
+                if output.bias is not None and ridge.biases:
+                    expected[f"bias.{_key(block.kind, units)}"] = empty(anatomy.hidden_size)
+    return expected
+
+
+def _is_order(units: Tensor) -> bool:
+    return torch.equal(units.sort().values, torch.arange(len(units), dtype=units.dtype))
 
 
 def _ranking_of(files: TensorFiles, anatomy: Anatomy) -> Ranking:

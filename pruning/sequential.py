@@ -108,8 +108,8 @@ def sequential_refit(
 ) -> SequentialRefits:
     """Fit one sub-network of an open supernet, whatever refits that one has.
 
-    Memory: a layer and a batch's activations, as in `pruning.walk.Walk`; the hidden states of all windows five times, where a walk
-    keeps them; of one block at a time G, its factor and V, in float32. Time: about three and a half forward passes and the moments.
+    Memory: a layer and a batch's activations, as in `pruning.walk.Walk`; the hidden states of all windows six times and z of one block,
+    where a walk keeps them; of one block at a time G, its factor and V, in float32. Time: two to three forward passes and the moments.
 
     Args:
         windows: `num_windows x length` token ids.
@@ -129,16 +129,21 @@ def sequential_refit(
                 for block in narrow:  # until it is fitted, a block has its own columns
                     output, units = supernet.output_of(index, block), architecture.units(block.kind)[index]
                     refits.put(index, block, matrix_of(output)[:, : units * block.columns_per_unit], output.bias)
+                inputs: list[tuple[Tensor, Tensor]] = []
                 for block in narrow:
                     units = architecture.units(block.kind)[index]
                     own_columns = refits.weight(index, block, units), refits.bias(index, block, units)
                     attention = anatomy.attention if block.kind == "mlp" and architecture.kv_groups[index] else None
                     with own.narrowed(index, architecture):
-                        refit = _refit(
+                        weight, bias, inputs = _refit(
                             pruned, index, layer, block, attention, goals.pop(block.kind), *own_columns, ridge
                         )
-                    refits.put(index, block, *refit)
-                if architecture.keeps_layer(index):
+                    refits.put(index, block, weight, bias)
+                if anatomy.mlp in narrow:  # the last to add to the stream, whose inputs are known
+                    for batch, (stream, z) in enumerate(inputs):
+                        update = own.update(index, anatomy.mlp, z.to(weight.device), architecture.neurons[index])
+                        pruned.hidden[batch] = stream + update.view_as(stream).to(stream.device)
+                elif architecture.keeps_layer(index):
                     with own.narrowed(index, architecture):
                         pruned.forward(index, layer)
             if on_layer:
@@ -183,8 +188,8 @@ def _refit(
     weight: Tensor,
     bias: Tensor | None,
     ridge: Ridge,
-) -> tuple[Tensor, Tensor | None]:
-    """The solution for one block of a narrowed layer.
+) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """The solution for one block of a narrowed layer; and, batch by batch, the stream before the block and its z.
 
     Args:
         walk: Of the pruned stream, before the layer.
@@ -200,6 +205,7 @@ def _refit(
     affine = affine.to(torch.promote_types(weight.dtype, torch.float32))
     gram, cross, tokens = affine.new_zeros(2 * affine.shape[1:]), torch.zeros_like(affine.T), 0
     added: list[Tensor] = []
+    inputs = []
     with ExitStack() as stack:
         stack.callback(block.output_of(layer).register_forward_pre_hook(reach).remove)
         if attention is not None:
@@ -210,11 +216,11 @@ def _refit(
                 walk.through(index, layer, hidden)
             except _Reached as reached:
                 z = reached.z.reshape(-1, weight.shape[1])
+            stream = hidden + added.pop().view_as(hidden).to(hidden.device) if added else hidden
+            inputs.append((stream, z.to(hidden.device)))
             target = goal.to(affine).view(len(z), -1)
             if not block.places.post_norm:
-                for stream in (hidden, *added):
-                    target = target - stream.to(affine).view_as(target)
-            added.clear()
+                target = target - stream.to(affine).view_as(target)
             if bias is not None:
                 z = torch.cat([z.new_ones(len(z), 1), z], dim=1)
             add_lower(gram, z)
@@ -229,6 +235,6 @@ def _refit(
         cross.div_(tokens).addcmul_(damping[:, None], affine.T), torch.linalg.cholesky(gram)
     )
     solution = solution.T.to(weight.dtype)
-    return (
-        (solution.contiguous(), None) if bias is None else (solution[:, 1:].contiguous(), solution[:, 0].contiguous())
-    )
+    if bias is None:
+        return solution.contiguous(), None, inputs
+    return solution[:, 1:].contiguous(), solution[:, 0].contiguous(), inputs

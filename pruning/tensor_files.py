@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,18 +21,33 @@ class TensorFiles:
     Memory: what the disk did not take. What it did is mapped, so the kernel may drop it.
 
     Args:
-        folder: Made when the first set is kept; None keeps all in memory.
+        folder: Made when the first set is kept, and anew should it be removed; None keeps all in memory.
         tell: Is told once, in a line, that the disk takes no more.
+        begin: Called with the folder whenever it has been made.
     """
 
-    def __init__(self, folder: Path | None, tell: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        tell: Callable[[str], None] = lambda line: None,
+        begin: Callable[[Path], object] = lambda folder: None,
+    ) -> None:
         self.folder = folder
         self._tell = tell
+        self._begin = begin
         self._memory: dict[str, Tensors] = {}
         self._open: dict[str, Tensors] = {}
 
-    def get(self, name: str) -> Tensors | None:
-        """A set on the CPU, read when its tensors are asked for; None if there is none."""
+    def get(self, name: str, like: Tensors | None = None) -> Tensors | None:
+        """A set on the CPU, read when its tensors are asked for; None if there is none.
+
+        Args:
+            like: Tensors (on the meta device will do) with the names, shapes and dtypes that the set must have to count as there.
+        """
+        found = self._found(name)
+        return found if found is None or like is None or _described(found) == _described(like) else None
+
+    def _found(self, name: str) -> Tensors | None:
         if name in self._memory:
             return self._memory[name]
         if name not in self._open:
@@ -62,9 +78,9 @@ class TensorFiles:
         self._memory[name] = tensors
         return tensors
 
-    def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The set that is there, or what `compute` gives, which is kept."""
-        found = self.get(name)
+    def once(self, name: str, compute: Callable[[], Tensors], like: Tensors | None = None) -> Tensors:
+        """The set that is there, see `get`, or what `compute` gives, which is kept."""
+        found = self.get(name, like)
         return self.put(name, compute()) if found is None else found
 
     def hand_on(self, folder: Path, names: Iterable[str]) -> None:
@@ -77,7 +93,7 @@ class TensorFiles:
         there = TensorFiles(folder)
         for name in names:
             found = self.get(name)
-            if found is None or there._path(name).exists():
+            if found is None or there.get(name) is not None:
                 continue
             if name in self._open:
                 with contextlib.suppress(OSError):
@@ -91,7 +107,9 @@ class TensorFiles:
 
     def _write(self, name: str, tensors: Tensors) -> None:
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._begin(path.parent)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=".partial", delete=False) as file:
             temporary = Path(file.name)
         try:
@@ -100,6 +118,10 @@ class TensorFiles:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _described(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 class _Mapped(Mapping[str, Tensor]):

@@ -73,15 +73,17 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
     if stored.setdefault("facts", facts) != facts:
         raise SystemExit(f"'{options.out}' holds figures of {stored['facts']}, not of {facts}: give another --out.")
+    figures: dict[str, Any] = stored.setdefault("figures", {})
 
-    def keep() -> None:
+    def keep() -> None:  # beside other processes that do the same
+        if options.out.exists():
+            figures.update(json.loads(options.out.read_text()).get("figures", {}) | figures)
         options.out.write_text(json.dumps(stored, indent=1) + "\n")
 
     if "architectures" not in stored:
         stored["architectures"] = {f"{share}": one.to_dict() for share, one in path_members(options.model, loaded)}
         keep()
     architectures = {name: Architecture.from_dict(one) for name, one in stored["architectures"].items()}
-    figures: dict[str, Any] = stored.setdefault("figures", {})
     for seed in range(options.seeds):
         counts = {"calibration": 4 * TOKENS // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)

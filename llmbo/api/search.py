@@ -102,7 +102,7 @@ def optimize(
     given = None
     if not isinstance(model, str):
         given = adopt_model(model, tokenizer)
-        _check_placed(given, dtype, device)
+        _check_placed(given, dtype, device, offload, memory)
         settings |= {"model": given.name, "dtype": given.dtype, "device": given.device}
     elif tokenizer is not None:
         raise ConfigError(f"tokenizer= belongs to a loaded model: '{model}' brings its own, so leave it out.")
@@ -167,12 +167,17 @@ def _stored(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _check_placed(given: LoadedModel, dtype: str, device: str) -> None:
+def _check_placed(given: LoadedModel, dtype: str, device: str, offload: str, memory: str) -> None:
     for setting, wanted, found in (("dtype", dtype, given.dtype), ("device", device, given.device)):
         if wanted not in ("auto", found):
             raise ConfigError(
                 f"{setting}='{wanted}', but the loaded model is in {found}: leave {setting} out, or move the model."
             )
+    if memory or offload in ("cpu", "disk"):
+        setting = f"memory='{memory}'" if memory else f"offload='{offload}'"
+        raise ConfigError(
+            f"{setting} says where llmbo loads a model, but this one is loaded: give its name, or leave it out."
+        )
 
 
 @contextmanager

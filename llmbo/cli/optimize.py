@@ -84,7 +84,10 @@ def optimize(
     neuron_step: Annotated[
         int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")
     ] = 0,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens for importance and compensation.")] = 16384,
+    calibration_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute or two."),
+    ] = 0,
     proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 1536,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,

@@ -188,6 +188,7 @@ def _problem(table: dict[str, Any]) -> ProblemConfig:
         table["model"] = "recorded"
     if "model" not in table:
         raise ConfigError('The problem names no model: add e.g. model = "llama", or recorded = "problem-r-surrogate".')
+    table.setdefault("calibration_tokens", 16384)  # a comparison does not depend on how fast the machine is
     run = _typed(RunConfig, table, "key of the problem", table.keys())
     if run.items and "accuracy" not in run.objectives:
         raise ConfigError("items is of no use in a comparison without the objective accuracy: add it to objectives.")

@@ -60,7 +60,8 @@ class RunConfig:
         heldout_text: Text of another domain that the finished front is judged on as well, or `none`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
-        calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text.
+        calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
+            machine gets through in a minute or two (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
         memory: Most that may be taken on the device, e.g. `24GB`; empty for what is free there.
         offload: Where the decoder layers wait: "none" (on the device), "cpu" (in the host's memory), "disk" (mapped files), or
@@ -98,7 +99,7 @@ class RunConfig:
     heldout_text: str = "python"
     min_share: Annotated[float, Within(0, 1, apart=True)] = 0.4
     neuron_step: Annotated[int, Within(0, MOST)] = 0
-    calibration_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 16384
+    calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536
     window: Annotated[int, Within(8, MOST)] = 256
@@ -124,7 +125,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         for flag in ("calibration_tokens", "proxy_tokens", "heldout_tokens"):
-            if getattr(self, flag) < self.window:
+            if getattr(self, flag) < self.window and (flag, getattr(self, flag)) != ("calibration_tokens", 0):
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} must be at least one window ({self.window}), got {getattr(self, flag)}."
                 )

@@ -104,13 +104,13 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
     source = resolve(name)
     folder = Path(source)
     local = folder.is_dir()
-    with _told(name, source, "the config.json of "):
+    with told(name, source, "the config.json of "):
         check_no_adapter(name, source)
         entries = (
             json.loads((folder / "config.json").read_bytes()) if local else PretrainedConfig.get_config_dict(source)[0]
         )
         check_entries(name, entries)
-    with _told(name, source):
+    with told(name, source):
         own = local_class(folder) if local else None
         quantisation = dequantised(name, source, entries)
         config_class: Any = own.config_class if own else AutoConfig
@@ -143,7 +143,7 @@ def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: It is missing, damaged or empty.
     """
-    with _told(found.name, found.source, "the tokenizer of "):
+    with told(found.name, found.source, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(
             found.source, config=found.config, trust_remote_code=found.trust_remote_code
         )
@@ -259,7 +259,7 @@ def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Che
 
 def _read(found: Found, dtype: torch.dtype | str, device: str, folder: Path | None = None) -> PreTrainedModel:
     """From its own place or a copy's, tensor by tensor to the device: none lies on the host as well."""
-    with _told(found.name, found.source):
+    with told(found.name, found.source):
         model, info = found.loader.from_pretrained(
             folder or found.source,
             config=found.config,
@@ -299,7 +299,7 @@ def _mapped(
 
 
 @contextlib.contextmanager
-def _told(name: str, source: str, part: str = "") -> Iterator[None]:
+def told(name: str, source: str, part: str = "") -> Iterator[None]:
     """Whatever libraries make of a strange file becomes one line."""
     try:
         yield

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM
 
 from llmbo.errors import ModelError
-from llmbo.models.loading import Found
+from llmbo.models.loading import Found, told
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.errors import UnsupportedModel
 
@@ -35,13 +35,14 @@ def anatomy_of_config(found: Found) -> Anatomy:
     """Of the model that this config makes; nothing is allocated.
 
     Raises:
-        ModelError: It cannot be pruned.
+        ModelError: It cannot be built, or pruned.
     """
-    try:
-        with torch.device("meta"):
-            return anatomy_of(AutoModelForCausalLM.from_config(found.config, trust_remote_code=False))
-    except UnsupportedModel as error:
-        raise ModelError(f"Cannot prune '{found.name}'. {error}") from error
+    with told(found.name, found.source):
+        try:
+            with torch.device("meta"):
+                return anatomy_of(AutoModelForCausalLM.from_config(found.config, trust_remote_code=False))
+        except UnsupportedModel as error:
+            raise ModelError(f"Cannot prune '{found.name}'. {error}") from error
 
 
 def stored_weights(source: str) -> StoredWeights | None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from llmbo.errors import first_line
 from llmbo.models.aliases import cache_dir
@@ -43,6 +45,7 @@ def files_of(
     """The files of the preparation of a model on `num_windows x length` token ids, as `pruning.refits.fit` is asked for it."""
     made_from = {
         "model": loaded.fingerprint,
+        "weights": _checksum(loaded.model),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
         "windows": list(windows.shape),
         "scored": scored,
@@ -54,11 +57,23 @@ def files_of(
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = prepared_dir() / key
+
+    def begin(folder: Path) -> None:
+        (folder / MADE_FROM).write_text(json.dumps({"name": loaded.name, **made_from}, indent=1))
+
     with contextlib.suppress(OSError):  # whoever writes the tensors will say so
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MADE_FROM).write_text(json.dumps({"name": loaded.name, **made_from}, indent=1))
+        begin(folder)
         os.utime(folder)
-    return TensorFiles(folder, tell)
+    return TensorFiles(folder, tell, begin)
+
+
+def _checksum(model: PreTrainedModel) -> str:
+    """Of all weights, about a second per gigabyte: a fingerprint takes samples, and a model may be changed in place."""
+    total = 0
+    for weight in model.state_dict().values():
+        total = zlib.crc32(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
 
 
 def own_files(run: Path, tell: Callable[[str], None] = lambda line: None) -> TensorFiles:
@@ -111,7 +126,7 @@ def kept() -> list[Kept]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             made_from = json.loads((folder / MADE_FROM).read_bytes())
             tokens = int(made_from["windows"][0]) * int(made_from["windows"][1])
-            size = sum(path.stat().st_size for path in folder.iterdir())
+            size = _size(folder)
             found.append(
                 Kept(folder, str(made_from["name"]), str(made_from["dtype"]), tokens, size, folder.stat().st_mtime)
             )
@@ -123,6 +138,14 @@ def clear() -> int:
     freed = 0
     for folder in prepared_dir().glob("*/"):
         if (folder / MADE_FROM).exists():
-            freed += sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
+            freed += _size(folder)
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.cleared")))  # a run may be writing into it
     return freed
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a run is writing into it
+            size += path.stat().st_size
+    return size

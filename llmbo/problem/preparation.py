@@ -11,7 +11,6 @@ import torch
 
 from llmbo.config import RunConfig
 from llmbo.config.objectives import measured_limits
-from llmbo.errors import ConfigError
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
@@ -27,7 +26,7 @@ from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
-from pruning.exchanges import exchange_costs
+from pruning.exchanges import ORDERS, exchange_costs
 from pruning.importance import fisher, layer_scores, taylor
 from pruning.items import read_items
 from pruning.latency import Workload
@@ -79,7 +78,7 @@ class Method:
 DEFAULT = Method()
 Tensors = Mapping[Any, torch.Tensor]
 Measure = Callable[[torch.Generator], Tensors]
-Keep = Callable[[str, Measure], Tensors]  # a part's name, and how to measure it
+Keep = Callable[[str, Tensors, Measure], Tensors]  # a part's name, what has its shapes, and how to measure it
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,6 @@ def prepared(
         profiles: Tables of the run that is continued, measured on the device where the model will run.
     """
     model = loaded.model
-    _check_whole(config, loaded)
     space = space_of(config, anatomy_of(model))
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
@@ -198,8 +196,9 @@ def prepared(
         some = calibration[: max(1, enough)]
         keep = partial(_stage, files, device_of(model), len(some), config.seed)
         with phases.phase("allocation", steps(space.num_layers)) as advance:
+            measure = partial(block_sensitivity, supernet, some, space.widths, on_layer=advance)
             sensitivity = keep(
-                "sensitivity", lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance)
+                "sensitivity", _empty({kind: (space.num_layers, len(w)) for kind, w in space.widths.items()}), measure
             )
             costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
         threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)
@@ -231,13 +230,19 @@ def prepared(
         )
 
 
-def _stage(files: TensorFiles, device: torch.device, windows: int, seed: int, name: str, measure: Measure) -> Tensors:
+def _stage(
+    files: TensorFiles, device: torch.device, windows: int, seed: int, name: str, like: Tensors, measure: Measure
+) -> Tensors:
     """A part of a preparation, from its files or measured now.
 
     Tokens are drawn anew for each part: what was taken from the files changes nothing that comes after it.
     """
     drawn = torch.Generator(device).manual_seed(seed)
-    return files.once(f"{name}_{windows}_{seed}", lambda: measure(drawn))
+    return files.once(f"{name}_{windows}_{seed}", lambda: measure(drawn), like)
+
+
+def _empty(shapes: Mapping[BlockKind, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {kind: torch.empty(shape, device="meta") for kind, shape in shapes.items()}
 
 
 def with_exchanges(
@@ -276,18 +281,23 @@ def with_exchanges(
             found = supernet.quality(architecture, windows[:half], dense().rows(0, half))
             return {"kl": torch.tensor(found.kl, dtype=torch.float64)}
 
-        return float(keep(f"kl_{digest(architecture.to_dict())}", measure)["kl"])
+        return float(
+            keep(f"kl_{digest(architecture.to_dict())}", {"kl": torch.empty((), dtype=torch.float64)}, measure)["kl"]
+        )
 
-    def costs_at(x: tuple[int, ...], before: int, drawn: torch.Generator) -> Tensors:
+    def costs_at(
+        x: tuple[int, ...], tried: Mapping[BlockKind, torch.Tensor], before: int, drawn: torch.Generator
+    ) -> Tensors:
         def advance(done: int) -> None:
             on_layer(before + done)
 
-        tried = space.neighbouring_widths(x, STEPS)
         return exchange_costs(supernet, space.decode(x), tried, windows, dense(), drawn, on_layer=advance)
 
     for index, x in enumerate(anchors):
-        measure = partial(costs_at, x, index * steps(space.num_layers))
-        costs = keep(f"exchange_{digest(space.decode(x).to_dict(), STEPS)}", measure)
+        tried = space.neighbouring_widths(x, STEPS)
+        measure = partial(costs_at, x, tried, index * steps(space.num_layers))
+        like = _empty({kind: (*units.shape, ORDERS) for kind, units in tried.items()})
+        costs = keep(f"exchange_{digest(space.decode(x).to_dict(), STEPS)}", like, measure)
         first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
         exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
         plain = torch.tensor(x, dtype=torch.float64)
@@ -305,18 +315,6 @@ def with_exchanges(
         measured.append(first + second)
     corrected = exchanged_family(family, anchors, exchanges)
     return replace(corrected, expansions=expansions(space, sound, measured, sensitivity))
-
-
-def _check_whole(config: RunConfig, loaded: LoadedModel) -> None:
-    """Refuse what runs models as a whole where layers are brought one at a time."""
-    measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF]
-    whole = {"--racing": config.racing, "--text self": config.text == "self", "--items": bool(config.items)}
-    wanted = [flag for flag, asked in whole.items() if asked] + measured
-    if wanted and not loaded.resident:
-        raise ConfigError(
-            f"{wanted[0]} runs the model as a whole, but its layers wait in the {'files' if loaded.offload == 'disk' else 'host'}: "
-            "leave it out, or make room for --offload none."
-        )
 
 
 def _target(

@@ -11,6 +11,7 @@ from llmbo.errors import ConfigError
 from llmbo.models.loading import Found
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
+from llmbo.problem.hardware import KIND_OF
 from llmbo.problem.preparation import DEFAULT
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import Anatomy
@@ -93,7 +94,8 @@ def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
 
 def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:
     """What it takes to let the layers wait there."""
-    refits = refit_bytes(config, anatomy, itemsize)
+    # On a CPU those that were kept are views of mapped files, which the kernel may drop.
+    refits = None if not config.compensation else 0 if machine.shared else refit_bytes(config, anatomy, itemsize)
     found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
     layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
     host = found.host + (layers if offload == "cpu" else 0)
@@ -113,11 +115,17 @@ def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine
     """The first of `residences` that fits the device, `--memory` and the host.
 
     Raises:
-        ConfigError: None does; what is missing, and what would fit.
+        ConfigError: None does, or the settings need the whole model where it does not fit; what is missing, and what would fit.
     """
     found = list(residences(config, anatomy, itemsize, machine))
     for residence in found:
         if residence.fits:
+            if not _usable(config, residence):
+                waiting = "files" if residence.offload == "disk" else "host"
+                raise ConfigError(
+                    f"{_whole(config)[0]} runs the model as a whole, but its layers wait in the {waiting}: "
+                    "leave it out, or make room for --offload none."
+                )
             return residence
     last = found[-1]
     if last.needed <= last.limit:
@@ -153,20 +161,37 @@ def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[st
     return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
 
 
+def _whole(config: RunConfig) -> list[str]:
+    """What of the settings runs models as a whole, which cannot be where layers are brought one at a time."""
+    measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF]
+    asked = {"--racing": config.racing, "--text self": config.text == "self", "--items": bool(config.items)}
+    return [flag for flag, wanted in asked.items() if wanted] + measured
+
+
+def _usable(config: RunConfig, residence: Residence) -> bool:
+    return residence.fits and (residence.offload == "none" or not _whole(config))
+
+
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
     """The smallest change that would fit: of where layers wait, of the window, of the tokens, or of the memory."""
-    changes = [("--offload auto", replace(config, offload="auto"))]
+    auto, also = replace(config, offload="auto"), "" if config.offload == "auto" else "--offload auto "
+    changes = [("--offload auto", auto)]
     window = config.window // 2
     while window >= SMALLEST_WINDOW:
-        changes.append((f"--window {window}", replace(config, offload="auto", window=window)))
+        changes.append((f"{also}--window {window}", replace(auto, window=window)))
         window //= 2
     fewer = max(config.window, DEFAULT.scored_tokens // 4)
     if fewer < config.calibration_tokens:
-        changes.append((f"--calibration-tokens {fewer}", replace(config, offload="auto", calibration_tokens=fewer)))
+        changes.append((f"{also}--calibration-tokens {fewer}", replace(auto, calibration_tokens=fewer)))
     for named, changed in changes:
-        if any(residence.fits for residence in residences(changed, anatomy, itemsize, machine)):
+        if any(_usable(config, residence) for residence in residences(changed, anatomy, itemsize, machine)):
             return f"{named} fits"
-    least = min(residences(changes[0][1], anatomy, itemsize, machine), key=lambda residence: residence.needed)
+    possible = [
+        one
+        for one in residences(auto, anatomy, itemsize, machine)
+        if _usable(config, replace(one, limit=one.needed, host_limit=one.host))
+    ]
+    least = min(possible, key=lambda residence: residence.needed)
     if least.needed <= machine.free and least.host <= machine.host:
-        return f"--memory {-(-least.needed // 10**6)}MB fits"
+        return f"{also}--memory {-(-least.needed // 10**6)}MB fits"
     return f"nothing below {readable(least.needed)} would do, so take a smaller model or another --device"

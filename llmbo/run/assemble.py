@@ -13,8 +13,10 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import EARLIER, RunConfig
 from llmbo.errors import ConfigError, DamagedError, StorageError
-from llmbo.evaluation.items import read_item_files
-from llmbo.models.loading import LoadedModel, find_prunable, load_model, load_tokenizer
+from llmbo.evaluation.items import Exam, read_item_files
+from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
+from llmbo.models.placement import choose_device, choose_dtype
+from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
@@ -29,12 +31,14 @@ from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import as_started, stored_run
+from llmbo.run.tokens import settled
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
 from llmbo.search.strategies import strategy_of
 from llmbo.types import Evaluator, Phases, Proposer
-from pruning.anatomy import sizes_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.calibration import TokenWindows
+from pruning.errors import NotEnoughText
 from pruning.items import ItemFile
 from pruning.text import check_chat, read_mix, read_text
 
@@ -46,6 +50,7 @@ class RunParts:
     Args:
         elsewhere: Windows of another domain to judge the front on as well.
         items: The files of items that the settings name.
+        exams: Those that the finished front is judged on as a whole: none where the search counts accuracy, on half of them.
     """
 
     config: RunConfig
@@ -59,11 +64,7 @@ class RunParts:
     elsewhere: TokenWindows | None
     loaded: LoadedModel
     items: Sequence[ItemFile]
-
-    @property
-    def judged_by(self) -> Sequence[ItemFile]:
-        """The files that the finished front is judged on as a whole: none where the search counts accuracy, on half of them."""
-        return () if "accuracy" in self.config.objectives else self.items
+    exams: Sequence[Exam]
 
 
 def build_proposer(
@@ -139,15 +140,17 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
-        model_config = base.model.config if isinstance(base, LoadedModel) else base.config
-        _check_window(config, model_config)
-        check_refit_front(config, sizes_of(model_config))
+        _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
         if config.chat:
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
+    open_ended = not config.calibration_tokens
+    anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
+    config = _settled(config, base, anatomy)
+    check_refit_front(config, anatomy)
     items = _items(config)
     pulse: Pulse | None = None
     with locked(folder):
@@ -166,7 +169,10 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             )
             for note in loaded.notes:
                 phases.note(note)
-            windows = load_windows(config, loaded)
+            judged_by = () if "accuracy" in config.objectives else items
+            exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
+            config, windows = _windows(config, loaded, open_ended)
+            check_refit_front(config, anatomy)  # of a short text there may be fewer
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
@@ -208,8 +214,39 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
                 yield RunParts(
-                    config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere, loaded, items
+                    config,
+                    folder,
+                    problem,
+                    objectives,
+                    proposer,
+                    evaluator,
+                    store,
+                    advice,
+                    elsewhere,
+                    loaded,
+                    items,
+                    exams,
                 )
+
+
+def _settled(config: RunConfig, base: Found | LoadedModel, anatomy: Anatomy) -> RunConfig:
+    """With a number of calibration tokens."""
+    if isinstance(base, LoadedModel):
+        return settled(config, anatomy, base.dtype, base.device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, base.config.get_text_config())
+    return settled(config, anatomy, dtype, device)
+
+
+def _windows(config: RunConfig, loaded: LoadedModel, open_ended: bool) -> tuple[RunConfig, TokenWindows]:
+    """The run's windows, with fewer calibration tokens where the text is short and nobody asked for so many."""
+    while True:
+        try:
+            return config, load_windows(config, loaded)
+        except NotEnoughText:
+            if not open_ended or config.calibration_tokens < 2 * config.window:
+                raise
+            config = replace(config, calibration_tokens=config.calibration_tokens // 2)
 
 
 def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:

@@ -1,14 +1,12 @@
 """What the finished front is judged by beside windows of text: items that it gets right, and what it writes. The search sees none of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from llmbo.errors import printable
-from llmbo.evaluation.items import Exam
 from llmbo.models.loading import max_positions
 from llmbo.report import front_of
 from llmbo.run.assemble import RunParts
@@ -27,9 +25,8 @@ SAMPLED = 6  # points of the front
 def judge(run: RunParts, phases: Phases) -> None:
     """Ask the finished front, and the dense model, every item, and some of it for samples; skips what is stored."""
     front, tokenizer = front_of(run.store.trials(), run.objectives), run.loaded.tokenizer
-    exams = cache(lambda: [Exam.of(file, run.loaded.model, tokenizer) for file in run.judged_by])
-    if run.judged_by:
-        _complete(run, phases, "items", front, lambda model: {exam.name: exam.taken_by(model) for exam in exams()})
+    if run.exams:
+        _complete(run, phases, "items", front, lambda model: {exam.name: exam.taken_by(model) for exam in run.exams})
     if run.config.samples and run.loaded.resident:  # they are written by whole models
         _complete(run, phases, "samples", spread(front, SAMPLED), lambda model: samples(model, tokenizer))
 
@@ -52,12 +49,19 @@ def spread(front: Sequence[Trial], count: int) -> list[Trial]:
 
 
 def samples(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
-    """What `model` writes behind each prompt, as far as its positions reach, without what a terminal would obey."""
-    prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    count = max(0, min(NEW_TOKENS, max_positions(model) - max(map(len, prompts))))
+    """What `model` writes behind each prompt, as far as its positions reach, without what a terminal would obey.
+
+    A prompt that has no tokens, or no room behind it, has no text.
+    """
+    tokens = {prompt: torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}
+    tokens = {prompt: ids for prompt, ids in tokens.items() if 0 < len(ids) < max_positions(model)}
+    if not tokens:
+        return {}
+    prompts = list(tokens.values())
+    count = min(NEW_TOKENS, max_positions(model) - max(map(len, prompts)))
     texts = {}
-    for prompt, ids, new in zip(
-        PROMPTS, prompts, continued(model, prompts, count, tokenizer.eos_token_id), strict=True
+    for (prompt, ids), new in zip(
+        tokens.items(), continued(model, prompts, count, tokenizer.eos_token_id), strict=True
     ):
         before, whole = (
             tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -21,6 +21,7 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
+from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
     Machine,
     Residence,
@@ -34,6 +35,7 @@ from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
 from llmbo.run.duration import Rates, seconds_by_phase
+from llmbo.run.tokens import settled
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.cost import Serving, dense_block_parameters
 
@@ -52,8 +54,16 @@ class Disk:
 
     @classmethod
     def at(cls, place: Path, needed: int) -> "Disk":
-        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
-        return cls(place, needed, shutil.disk_usage(there).free)
+        return cls(place, needed, shutil.disk_usage(_standing(place)).free)
+
+    def shares(self, other: "Disk") -> bool:
+        """Whether both places are on one file system."""
+        return _standing(self.place).stat().st_dev == _standing(other.place).stat().st_dev
+
+
+def _standing(place: Path) -> Path:
+    """The folder that is there already, of `place` and those above it."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -187,10 +197,11 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize
     anatomy = anatomy_of_config(found)
-    check_refit_front(config, anatomy)
     serving = Serving(config.context, config.serve_batch)
     space = SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
     machine = machine or Machine.of(device)
+    config = settled(config, anatomy, dtype, device, rates)
+    check_refit_front(config, anatomy)
     rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
     chosen, refused = None, ""
     try:
@@ -249,8 +260,10 @@ def _disk(
     export = max(row.bytes_on_disk(next(iter(row.dtypes)), parameters, parameters) for row in FORMATS.values())
     found = {} if stored is None or stored.here else {"download": Disk.at(Path(HF_HUB_CACHE), stored.bytes)}
     if refits:
-        found["refits"] = Disk.at(cache_dir(), refits)
+        found["refits"] = Disk.at(prepared_dir(), refits)
     found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials)
+    if refits and not found["refits"].shares(found["run"]):
+        found["run"] = Disk.at(RUNS / config.name, PAGE_BYTES + trials + refits)  # a copy where files cannot be linked
     found["export"] = Disk.at(Path("exports"), export)
     return found
 
@@ -266,7 +279,7 @@ def _missing(name: str, disk: Disk, spare: int) -> str:
     remedy = {
         "download": "set HF_HUB_CACHE to a larger disk",
         "copy": "set LLMBO_CACHE to a larger disk",
-        "refits": "set LLMBO_CACHE to a larger disk, or take a larger --neuron-step",
+        "refits": "set LLMBO_PREPARED to a larger disk, or take a larger --neuron-step",
     }.get(name, "free some")
     said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
     return f"{said}: {readable(disk.needed)} are needed, {readable(disk.free)} are free; {remedy}."

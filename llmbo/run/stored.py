@@ -56,7 +56,7 @@ def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int
 
 
 def as_started(config: RunConfig, url: str) -> RunConfig:
-    """The config of a stored run that is older than some settings: what was left at its default is as the run had it."""
+    """The config of a stored run where this one leaves it open: in settings that the run is older than, and in its number of tokens."""
     found = stored_run(url, config.name)
     if found is None:
         return config
@@ -66,4 +66,6 @@ def as_started(config: RunConfig, url: str) -> RunConfig:
         for name, value in EARLIER.items()
         if name not in found[0] and getattr(config, name) == default[name]
     }
+    if not config.calibration_tokens:
+        older["calibration_tokens"] = found[0].get("calibration_tokens", 0)
     return replace(config, **older)

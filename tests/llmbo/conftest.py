@@ -164,6 +164,7 @@ def tiny_config(layers: int = 4, neurons: int = 24) -> LlamaConfig:
     )  # fmt: skip
 
 
+@functools.cache
 def _anatomy(layers: int, neurons: int) -> Anatomy:
     return anatomy_of(AutoModelForCausalLM.from_config(tiny_config(layers, neurons)))
 

@@ -5,7 +5,6 @@ import copy
 import inspect
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -83,17 +82,16 @@ def test_every_setting_of_the_command_line_is_a_typed_keyword() -> None:
             assert parameters[name].default == item.default, name
 
 
-def test_a_run_is_the_command_lines_run(run: llmbo.Run, place: Path) -> None:
+def test_a_run_is_the_command_lines_run(run: llmbo.Run, place: Path, forked: Any) -> None:
     """Same trials, same values, same report but for how it was started."""
     words = [
         "optimize", "--model", "tiny", "--name", "typed", "--budget", "14", "--text", "text:words.txt", "--window", "16", "--max",
         "params_share=0.95", "--calibration-tokens", "128", "--proxy-tokens", "64", "--heldout-tokens", "64", "--dtype", "float32",
         "--device", "cpu", "--quiet", "--heldout-text", "none",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "llmbo", *words], capture_output=True, text=True, check=True, cwd=place
-    )
-    assert done.stdout.startswith("Report: runs/typed/report.json")
+    typing = forked(words, place)
+    assert typing.wait() == 0, typing.err.read_text()
+    assert typing.out.read_text().startswith("Report: runs/typed/report.json")
     ours, typed = (
         json.loads(Path(f"runs/{name}/report.json").read_text(encoding="utf-8")) for name in ("tiny", "typed")
     )
@@ -238,6 +236,8 @@ class TestALoadedModel:
             (lambda given: given.pop("tokenizer"), r"tokenizer=AutoTokenizer\.from_pretrained"),
             (lambda given: given.update(dtype="bfloat16"), "dtype='bfloat16', but the loaded model is in float32"),
             (lambda given: given.update(device="cuda"), "device='cuda', but the loaded model is in cpu"),
+            (lambda given: given.update(offload="disk"), "offload='disk' says where llmbo loads a model, but this one is loaded"),
+            (lambda given: given.update(memory="1GB"), "memory='1GB' says where llmbo loads a model, but this one is loaded"),
             (lambda given: given.update(model=given["model"].double()), "is in float64: expected one of float32"),
             (lambda given: given.update(model=LlamaModel(LlamaConfig(**SMALL))), "no language-model head"),
             (lambda given: given.update(model=T5ForConditionalGeneration(T5Config(num_layers=1, vocab_size=9))), "encoder-decoder"),

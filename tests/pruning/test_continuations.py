@@ -11,6 +11,7 @@ from pruning import continuations
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.continuations import Rows, continued, score
+from pruning.errors import UnreadableItems
 from pruning.masks import PruningMask, Ranking
 from pruning.shrinking import shrink
 from pruning.supernet import Supernet
@@ -21,6 +22,18 @@ class Letters:
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [1, *(2 + ord(letter) % 90 for letter in text.replace("ab", "c"))]}
+
+
+def test_what_nothing_precedes_is_not_scored() -> None:
+    """Without BOS, and with a context that has no tokens, the first token is what the others are told from."""
+
+    def bare(text: str) -> dict[str, list[int]]:
+        return {"input_ids": Letters()(text.strip("\0"))["input_ids"][1:]}
+
+    rows = Rows.of([("\0", "xyz"), ("xy", "z")], bare, 9)  # type: ignore[arg-type]
+    assert rows.scored == [2, 1] and all(rows.place(row).start > 0 for row in range(2))
+    with pytest.raises(UnreadableItems, match="is a single token"):
+        Rows.of([("\0", "x")], bare, 9)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ def test_on_trained_models_expansions_tell_sign_and_size_of_the_true_change(
         every = {kind: torch.tensor([row] * anatomy.num_hidden_layers) for kind, row in some.items()}
         losses = true_changes(supernet, Architecture.full(anatomy), every, windows, dense)
     spearman, ratios = compare({kind: orders.sum(-1) for kind, orders in found.items()}, changes)
-    assert spearman > 0.85 and (ratios > 0).float().mean() > 0.8
+    assert spearman > 0.8 and (ratios > 0).float().mean() > 0.8
     assert 0.2 < ratios.median() < 2 and ratios.abs().max() < 3
     spearman, ratios = compare(sensitivity, losses)
     assert spearman > 0.9 and 0.03 < ratios.min() and ratios.max() < 2

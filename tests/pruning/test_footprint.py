@@ -1,15 +1,21 @@
 """Bytes by arithmetic are at least what torch hands out, and not much more."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pruning.anatomy import Anatomy, anatomy_of
-from pruning.footprint import Workload, activations, footprint, layer_parameters
+from pruning.anatomy import Anatomy, BlockKind, anatomy_of
+from pruning.architecture import Architecture
+from pruning.footprint import BATCH, Workload, activations, footprint, layer_parameters
 from pruning.likelihood import frozen
 from pruning.memory import _Allocations
+from pruning.refits import fit
+from pruning.sensitivity import block_sensitivity
+from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
 
 MANY = 10**5  # bytes of refits
 LOAD = Workload(tokens=4096, scored_tokens=2048, window=64)
@@ -64,10 +70,42 @@ def test_depth_costs_the_device_nothing_where_layers_wait(anatomy: Anatomy) -> N
 def test_without_refits_there_is_no_gram_matrix(anatomy: Anatomy) -> None:
     wide = replace(anatomy, mlp=replace(anatomy.mlp, units=10_000))
     assert footprint(wide, 2, LOAD, False, MANY).largest == "refits"
-    assert footprint(wide, 2, LOAD, False, MANY).peak - footprint(wide, 2, LOAD, False, refits=0).peak > 4 * 10_000**2
+    assert (
+        footprint(wide, 2, LOAD, False, MANY).peak - footprint(wide, 2, LOAD, False, refits=None).peak > 4 * 10_000**2
+    )
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_smaller_windows_take_no_more(anatomy: Anatomy) -> None:
     peaks = [footprint(anatomy, 4, replace(LOAD, window=window), False, MANY).peak for window in (16, 32, 64, 2048)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_more_would_show(
+    resident: bool, tmp_path: Path
+) -> None:
+    """Every allocation is counted, while a model whose Gram matrices outweigh all else is fitted, priced and searched."""
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 16, "vocab_size": 200}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        ).eval()
+    anatomy, windows = anatomy_of(model), torch.arange(1024).view(32, 32) % 200
+    widths: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 256, 512, 768, 1024]}
+    load = Workload(windows.numel(), 8 * 32, 32)
+    found = footprint(anatomy, 4, load, resident, refits=0)
+    # On a CPU all is one memory, and the weights are there before.
+    most = found.peak + found.host - found.weights + (0 if resident else layer_parameters(anatomy) * 4)
+    gram = 4 * 1024**2
+    with _Allocations(torch.device("cpu")) as fitting:
+        fitted = fit(model, windows, widths, TensorFiles(tmp_path), scored=8, batch_size=BATCH)
+    assert most - gram < fitting.peak <= most
+    with Supernet(model, fitted.ranking, fitted.refits, resident) as supernet:
+        with _Allocations(torch.device("cpu")) as pricing:
+            block_sensitivity(supernet, windows[:8], widths, torch.Generator().manual_seed(0))
+        with _Allocations(torch.device("cpu")) as searching:
+            supernet.quality(Architecture((1,) * 6, (512,) * 6), windows)
+    assert pricing.peak <= most - found.phases["refits"] + found.phases["sensitivity"]
+    assert searching.peak <= most - found.phases["refits"] + found.phases["candidates"]

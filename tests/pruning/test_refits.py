@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -106,6 +107,45 @@ def test_a_damaged_file_is_made_anew(model: PreTrainedModel, anatomy: Anatomy, w
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(path.read_bytes()[:-7])
         assert_same(fitted(model, windows, tmp_path), expected, anatomy)
+
+
+def _reordered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: part * (not key.startswith("order")) for key, part in tensors.items()}
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, change) for name in (layer_name(2), "statistics") for change in (
+            lambda tensors: {key: part[:-1].clone() for key, part in tensors.items()},
+            lambda tensors: {key: part.half() for key, part in tensors.items()},
+            lambda tensors: dict(list(tensors.items())[1:]),
+        )),
+        (layer_name(2), _reordered),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_what_this_call_leaves_is_made_anew(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    windows: Tensor,
+    tmp_path: Path,
+    name: str,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    """Of other shapes, numbers or names, or with orders that are none."""
+    expected = fitted(model, windows, None)
+    fitted(model, windows, tmp_path)
+    save_file(change(load_file(tmp_path / f"{name}.safetensors")), tmp_path / f"{name}.safetensors")
+    assert_same(fitted(model, windows, tmp_path), expected, anatomy)
+
+
+def test_what_every_family_leaves_is_taken_up_again(
+    family_model: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        fitted(family_model, windows, tmp_path)
+        monkeypatch.setattr("pruning.refits.collect_statistics", None)
 
 
 @ONE_FAMILY

@@ -104,7 +104,7 @@ def test_every_block_is_the_least_squares_fit_at_the_pruned_models_inputs(
         target = dense.y if block.places.post_norm else dense.before + dense.y - pruned.before
         output = supernet.output_of(index, block)
         anchor, z = matrix_of(output)[:, : units * block.columns_per_unit].detach().T, pruned.z
-        damping = (RIDGE.share * z.square().mean(0) * len(z)).sqrt()  # type: ignore[operator]
+        damping = (RIDGE.share * z.square().mean(0) * len(z)).sqrt().clamp_min(1e-6)  # type: ignore[operator]  # ReLU leaves units dead
         if output.bias is not None:
             anchor = torch.cat([output.bias.detach()[None], anchor])
             z, damping = torch.cat([torch.ones(len(z), 1), z], dim=1), torch.cat([torch.zeros(1), damping])

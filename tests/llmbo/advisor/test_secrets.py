@@ -68,9 +68,11 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 def readings(text: str) -> Iterator[str]:
-    """The text with ever more escapes resolved."""
-    for _ in range(8):
+    """The text with ever more escapes resolved, until there are none."""
+    before = None
+    while text != before:
         yield text
+        before = text
         text = re.sub(r"\\U([0-9a-fA-F]{8})", lambda m: chr(int(m[1], 16) % 0x110000), text)
         text = re.sub(r"\\(?:u|u\{|x)([0-9a-fA-F]{2,4})\}?", lambda m: chr(int(m[1], 16)), text)
         text = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.problem.kept import kept
+from llmbo.models.loading import load_model
+from llmbo.problem.kept import clear, files_of, kept
+from pruning.compensation import RIDGE
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def trials(llmbo: Any) -> Any:
     """(name, flags) -> what a run of four trials measures."""
 
     def run(name: str, **flags: object) -> list[tuple[Any, Any]]:
-        done = llmbo(name=name, budget=4, **flags)
+        done = llmbo(name=name, **{"budget": 4, **flags})
         assert done.exit_code == 0, done.output
         return [(trial["architecture"], trial["objectives"]) for trial in llmbo.report(name)["trials"]]
 
@@ -73,6 +77,48 @@ def test_it_is_listed_and_cleared_and_the_run_still_exports(
     said("export", "one", "--trial", 1, "--format", "hf", "--out", "again")
     small, again = ((llmbo.folder / name / "model.safetensors").read_bytes() for name in ("small", "again"))
     assert small == again and len(kept()) == 1 and any((llmbo.folder / "runs" / "one" / "prepared").iterdir())
+
+
+def test_what_is_cleared_under_a_run_is_made_again_and_listed(
+    trials: Any, llmbo: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, saved = trials("one"), []
+
+    def clearing(tensors: Any, path: Path) -> None:
+        saved.append(clear() if len(saved) in (0, 3, 5) else 0)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(2, "No such file or directory")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pruning.tensor_files.save_file", clearing)
+        assert trials("two", calibration_tokens=192) and len(saved) > 5
+    assert trials("two", calibration_tokens=192, budget=5)
+    assert clear() and not list(prepared.iterdir()) and trials("three") == plain
+
+
+def test_a_file_of_other_shapes_is_made_anew(trials: Any, prepared: Path) -> None:
+    first = trials("one")
+    for number, name in enumerate(("sensitivity", "exchange", "kl")):
+        path = next(prepared.glob(f"*/{name}_*"))
+        save_file({"kl": torch.zeros(3)}, path)
+        assert trials(f"again{number}") == first
+
+
+def test_a_model_that_was_changed_in_place_is_another(model_folder: Path) -> None:
+    """Also where the fingerprint, which takes samples, does not see it."""
+    loaded, windows = load_model(str(model_folder), "float32", "cpu"), torch.ones(2, 16, dtype=torch.long)
+
+    def folder() -> Path | None:
+        return files_of(loaded, windows, None, RIDGE, 2, print).folder
+
+    with torch.no_grad():
+        before, weight = folder(), loaded.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+        assert folder() == before
+        weight[3, 5] += 1e-3
+        assert folder() != before
+        weight.copy_(weight.flip(0))
+        assert folder() != before
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_else(trials: Any, prepared: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from experiments.gpu_check.__main__ import check
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
@@ -68,7 +70,12 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
         (Machine("cuda", 10**10, 10**9), {}),
         (Machine("cpu", 9 * 10**9, 9 * 10**9), {"memory": "1GB"}),
         (Machine("cpu", 10**9, 10**9), {}),
-    ]
+        (Machine("cuda", 8 * 10**9, 10**12), {"window": 8192, "offload": "none", "proxy_tokens": 8192, "heldout_tokens": 8192}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "offload": "none"}),
+        (Machine("cuda", 18 * 10**9, PLENTY), {"racing": True}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "racing": True}),
+        (Machine("cuda", PLENTY, PLENTY), {"memory": "3GB", "text": "self", "offload": "none"}),
+    ]  # fmt: skip
     said = []
     for machine, settings in cases:
         config = replace(CONFIG, **settings)
@@ -76,16 +83,19 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
             choose_residence(config, anatomy, 2, machine)
         message = str(caught.value)
         assert "\n" not in message and "'big' needs" in message and "GB" in message
-        change = re.search(r"--(offload|window|calibration-tokens|memory) (\w+) fits", message)
-        said.append(change[1] if change else "nothing")
-        if change:
-            value: Any = int(change[2]) if change[2].isdigit() else change[2]
-            choose_residence(
-                replace(config, **{"offload": "auto", change[1].replace("-", "_"): value}), anatomy, 2, machine
-            )
+        changes = dict(re.findall(r"--([a-z-]+) (\w+)(?= .*fits)", message.rpartition(": ")[2]))
+        said.append(" ".join(changes) or "nothing")
+        if changes:
+            named: dict[str, Any] = {
+                name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in changes.items()
+            }
+            choose_residence(replace(config, **named), anatomy, 2, machine)
         else:
-            assert "smaller model" in message
-    assert said == ["memory", "offload", "window", "calibration-tokens", "memory", "nothing"]
+            assert "smaller model" in message or "runs the model as a whole" in message
+    assert said == [
+        *("memory", "offload", "window", "calibration-tokens", "memory", "nothing"),
+        *("offload window", "offload memory", "nothing", "memory", "offload memory"),
+    ]
 
 
 def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
@@ -109,3 +119,16 @@ def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: A
     old, new = finished.report(), llmbo.report()
     assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]
     assert not {"offload", "memory"} & {*new["run"]["settings"]}
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_what_a_large_model_takes_is_measured_by_a_script_that_runs_anywhere(
+    model_folder: Path, tmp_path: Path, offload: str
+) -> None:
+    options = Namespace(
+        model=model_folder, tokens=128, proxy_tokens=64, window=16, candidates=2, memory="1GB", offload=offload, device="cpu",
+    )  # fmt: skip
+    found = check(options, tmp_path)
+    assert found["layers wait"] == offload and found["tokens"] == 128
+    assert 0 <= found["peak of candidates, GB"] <= found["peak by the formula, GB"] + 0.001 < 0.01
+    assert all(value > 0 for name, value in found.items() if "seconds" in name)

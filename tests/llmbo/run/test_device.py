@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import LlamaConfig
 
 from llmbo.models import loading
+from llmbo.models.loading import find_prunable
 from llmbo.models.placement import choose_device, choose_dtype
+from llmbo.models.stored import anatomy_of_config
 
 NAME = "meta"  # torch knows this device everywhere and has no kernels of its own for it
 
@@ -86,7 +89,12 @@ class Generator(torch.Generator):
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> str:
+def device(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> str:
+    anatomy = anatomy_of_config(
+        find_prunable(str(model_folder))
+    )  # made where the stub would take the model for its own
+    for room in ("problem.residence", "run.assemble"):
+        monkeypatch.setattr(f"llmbo.{room}.anatomy_of_config", lambda found: anatomy)
     monkeypatch.setattr(torch, "Generator", Generator)
     # transformers leaves alone what is to lie on this device
     read = loading._read

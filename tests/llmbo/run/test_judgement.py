@@ -13,6 +13,7 @@ import torch
 from click.testing import Result
 
 import llmbo
+from llmbo.errors import ModelError
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.run import judgement
 from llmbo.run.judgement import NEW_TOKENS, PROMPTS, samples, spread
@@ -123,3 +124,16 @@ def test_what_models_write_is_tame(finished: Any) -> None:
     texts = samples(model, Hostile())
     assert list(texts) == list(PROMPTS) and all(text == "a]0;t31m\n" * 6 for text in texts.values())
     assert not [c for text in texts.values() for c in text if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
+    model.config.max_position_embeddings = 3  # no room behind any prompt
+    assert samples(model, Hostile()) == {}
+
+
+def test_items_that_cannot_be_asked_are_refused_before_the_search(
+    llmbo: Callable[..., Result], files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strange(*words: object) -> None:
+        raise ModelError("Not these.")
+
+    monkeypatch.setattr(Exam, "of", strange)
+    refused = llmbo(items=files)
+    assert refused.exit_code == 2 and "Not these." in refused.stderr and not list(llmbo.folder.rglob("study.db"))

@@ -35,7 +35,7 @@ def test_it_goes_on_with_a_resident_model_and_back(llmbo: Any) -> None:
     assert [trial["state"] for trial in llmbo.report()["trials"]] == ["complete"] * 8
 
 
-@pytest.mark.parametrize("flags", [{"racing": True}, {"objectives": "kl,decode_latency"}], ids=str)
+@pytest.mark.parametrize("flags", [{"racing": True}, {"objectives": "kl,decode_latency"}, {"text": "self"}], ids=str)
 def test_what_runs_models_as_a_whole_is_refused(llmbo: Any, flags: dict[str, object]) -> None:
     done = llmbo(offload="disk", **flags)
     assert done.exit_code == 2 and "runs the model as a whole" in done.output and "--offload none" in done.output

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None
     assert planned("70B", memory="10GB").refused.endswith("MB fits.")
     assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit no disk here
     assert "--neuron-step" in crowded.refused and crowded.chosen is not None
+    assert "--racing runs the model as a whole" in planned("70B", racing=True).refused
+
+
+def test_refits_are_counted_where_they_go(
+    planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run's folder as well, where that is on another disk."""
+    monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / "prepared"))
+    monkeypatch.setattr("llmbo.run.plan.Disk.shares", lambda disk, other: True)
+    linked = planned("8B").disk
+    monkeypatch.setattr("llmbo.run.plan.Disk.shares", lambda disk, other: False)
+    assert linked["refits"].place == tmp_path / "prepared"
+    assert planned("8B").disk["run"].needed == linked["run"].needed + linked["refits"].needed
 
 
 def test_advice_costs_no_more_than_its_caps(planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +130,10 @@ def test_the_command_says_it_in_a_screen_and_writes_nothing(llmbo: Any) -> None:
     )
     with pytest.raises(ConfigError, match="budgets"):
         face.plan("tiny", budgets=3)
+    strange = shutil.copytree(llmbo.defaults["model"], llmbo.folder / "strange") / "config.json"
+    strange.write_text(json.dumps(json.loads(strange.read_text()) | {"dtype": "int7"}))
+    refused = llmbo(plan=True, model="strange")
+    assert refused.exit_code == 2 and "error: Cannot load 'strange': " in refused.stderr
 
 
 def test_stored_weights_are_counted_by_files_or_by_the_index(model_folder: Path, tmp_path: Path) -> None:
@@ -201,12 +219,13 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
 
 
 def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None:
-    base = planned("8B").seconds
-    assert planned("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
+    plan = partial(planned, calibration_tokens=16384)
+    base = plan("8B").seconds
+    assert plan("8B", budget=120, batch=8).seconds["search"] > 1.5 * base["search"]
     first = "importance and refits"
     assert planned("8B", calibration_tokens=65536).seconds[first] > 1.5 * base[first]
-    assert planned("8B", compensation=False).seconds[first] < base[first]
-    waiting = planned("8B", offload="cpu").seconds
+    assert plan("8B", compensation=False).seconds[first] < base[first]
+    waiting = plan("8B", offload="cpu").seconds
     walk = 2 * 6.98e9 / RATES.link + 3 * 6.98e9 / RATES.passes  # type: ignore[operator]
     # A walk for each round of four.
     assert waiting["search"] - base["search"] == pytest.approx(15 * walk, rel=0.01)

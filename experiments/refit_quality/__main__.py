@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="by commas")
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
     parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
         counts = {"calibration": 4 * TOKENS // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
         for step in options.steps.split(","):
-            missing = {s: one for s, one in architectures.items() if f"{seed}/{s}/{step}" not in figures}
+            missing = {s: architectures[s] for s in options.shares.split(",") if f"{seed}/{s}/{step}" not in figures}
             if not missing or time.monotonic() - start > 60 * options.minutes:
                 continue
             folder = cache_dir() / "refit_quality" / f"{loaded.fingerprint}-{text.sha256[:8]}-{seed}"

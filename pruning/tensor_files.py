@@ -38,14 +38,17 @@ class TensorFiles:
         self._memory: dict[str, Tensors] = {}
         self._open: dict[str, Tensors] = {}
 
-    def get(self, name: str, like: Tensors | None = None) -> Tensors | None:
+    def get(self, name: str, like: Tensors | None = None, finite: bool = False) -> Tensors | None:
         """A set on the CPU, read when its tensors are asked for; None if there is none.
 
         Args:
             like: Tensors (on the meta device will do) with the names, shapes and dtypes that the set must have to count as there.
+            finite: It must hold no NaN or infinite number either, for which it is read.
         """
         found = self._found(name)
-        return found if found is None or like is None or _described(found) == _described(like) else None
+        if found is None or (like is not None and _described(found) != _described(like)):
+            return None
+        return None if finite and not all(bool(part.isfinite().all()) for part in found.values()) else found
 
     def _found(self, name: str) -> Tensors | None:
         if name in self._memory:
@@ -80,7 +83,7 @@ class TensorFiles:
 
     def once(self, name: str, compute: Callable[[], Tensors], like: Tensors | None = None) -> Tensors:
         """The set that is there, see `get`, or what `compute` gives, which is kept."""
-        found = self.get(name, like)
+        found = self.get(name, like, finite=True)
         return self.put(name, compute()) if found is None else found
 
     def hand_on(self, folder: Path, names: Iterable[str]) -> None:
@@ -95,7 +98,7 @@ class TensorFiles:
             found = self.get(name)
             if found is None or there.get(name) is not None:
                 continue
-            if name in self._open:
+            if name in self._open and self.folder is not None:
                 with contextlib.suppress(OSError):
                     os.link(self._path(name), there._path(name))
                     continue

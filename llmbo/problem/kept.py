@@ -31,7 +31,7 @@ OWN = "prepared"  # in the run's folder
 
 def prepared_dir() -> Path:
     """Where preparations are kept: `LLMBO_PREPARED`, or the folder `prepared` of the model cache."""
-    return Path(os.environ.get("LLMBO_PREPARED") or cache_dir() / "prepared")
+    return Path(os.environ.get("LLMBO_PREPARED") or cache_dir() / "prepared").expanduser()
 
 
 def files_of(

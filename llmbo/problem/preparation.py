@@ -196,9 +196,11 @@ def prepared(
         some = calibration[: max(1, enough)]
         keep = partial(_stage, files, device_of(model), len(some), config.seed)
         with phases.phase("allocation", steps(space.num_layers)) as advance:
-            measure = partial(block_sensitivity, supernet, some, space.widths, on_layer=advance)
+            like = _empty({kind: (space.num_layers, len(w)) for kind, w in space.widths.items()})
             sensitivity = keep(
-                "sensitivity", _empty({kind: (space.num_layers, len(w)) for kind, w in space.widths.items()}), measure
+                "sensitivity",
+                like,
+                lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
         threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)

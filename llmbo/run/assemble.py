@@ -134,14 +134,14 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
-        _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
+        check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
         if config.chat:
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
-    items = _items(config)
+    items = item_files(config)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -236,7 +236,8 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     return facts
 
 
-def _items(config: RunConfig) -> tuple[ItemFile, ...]:
+def item_files(config: RunConfig) -> tuple[ItemFile, ...]:
+    """Those that the settings name; raises ConfigError for what they cannot be asked for."""
     files = read_item_files(config.item_files)
     if files and "accuracy" in config.objectives:
         for file in files:
@@ -259,7 +260,8 @@ def _readable(config: RunConfig) -> bool:
     return False
 
 
-def _check_window(config: RunConfig, model: PretrainedConfig) -> None:
+def check_window(config: RunConfig, model: PretrainedConfig) -> None:
+    """Raise ConfigError if the model cannot take a whole window."""
     positions = getattr(model, "max_position_embeddings", config.window)
     if config.window > positions:
         raise ConfigError(

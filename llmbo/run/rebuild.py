@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault
 from llmbo.models.loading import LoadedModel, load_model
-from llmbo.problem.kept import hand_on, own_files
+from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.preparation import Method, fitted
 from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows
@@ -156,7 +156,8 @@ class RebuildInputs:
         if not abs(measured - expected) <= LOSS_TOLERANCE:
             raise ModelError(
                 f"The rebuilt model's proxy loss is {measured:.3f} where the run measured {expected:.3f}: other versions of "
-                f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
+                f"the libraries or another device than the run's ({self.report.run.device}) rank units differently, or what the run's "
+                f"folder '{OWN}' keeps is damaged, and made anew once that folder is removed."
             )
         return small, mask
 

@@ -153,13 +153,19 @@ def fitted(
         calibration: `num_windows x length` token ids.
         files: Where they may be already; by default where all runs keep theirs.
         compensation: Whether there are refits at all.
+
+    Raises:
+        ModelError: The model computes NaN or infinite numbers.
     """
     scored = max(1, method.scored_tokens // calibration.shape[1])
     widths = space.widths if compensation else None
     if files is None:
         files = files_of(loaded, calibration, widths, method.ridge, scored, tell)
-    found = fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer)
-    return found, files
+    try:
+        return fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer), files
+    except torch.linalg.LinAlgError:  # the ridge sees to it that whatever is finite can be factored
+        check_finite(loaded.name, loaded.dtype, torch.nan)
+        raise
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_a_run_that_is_cleared_under_goes_on_and_keeps_its_own(
         return plain(files, name, tensors)
 
     def save(tensors: Any, path: Path) -> None:
-        cleared.append(clear() if len(cleared) == 6 else 0)
+        cleared.append(clear() if len(cleared) == 5 else 0)
         save_file(tensors, path)
 
     monkeypatch.setattr(TensorFiles, "put", put)

@@ -90,8 +90,9 @@ def test_what_a_refusal_proposes_is_taken(anatomy: Anatomy) -> None:
             choose_residence(replace(config, **named), anatomy, 2, machine)
         else:
             assert "smaller model" in message or "leave it out" in message
+    half = residence_of(CONFIG, anatomy, 2, Machine("cuda", PLENTY, PLENTY), "disk").needed
     with pytest.raises(ConfigError, match="--dtype bfloat16 fits"):
-        choose_residence(CONFIG, anatomy, 4, Machine("cuda", 3 * 10**9, PLENTY))
+        choose_residence(CONFIG, anatomy, 4, Machine("cuda", half, PLENTY))
     assert said == [
         *("memory", "offload", "window", "calibration-tokens", "memory", "nothing"),
         *("offload window", "offload memory", "nothing", "memory", "offload memory"),

@@ -163,7 +163,7 @@ def fitted(
         files = files_of(loaded, calibration, widths, method.ridge, scored, tell)
     try:
         return fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer), files
-    except torch.linalg.LinAlgError:  # the ridge sees to it that whatever is finite can be factored
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise
 

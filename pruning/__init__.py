@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pruning.cost import Cost as Cost
     from pruning.cost import Serving as Serving
     from pruning.cost import cost_of as cost_of
+    from pruning.errors import DamagedTensors as DamagedTensors
     from pruning.errors import ExportFailed as ExportFailed
     from pruning.errors import InvalidArchitecture as InvalidArchitecture
     from pruning.errors import InvalidFamily as InvalidFamily
@@ -74,6 +75,7 @@ _HOME = {
     "compensation": ("CompensationTable",),
     "cost": ("Cost", "Serving", "cost_of"),
     "errors": (
+        "DamagedTensors",
         "ExportFailed",
         "InvalidArchitecture",
         "InvalidFamily",

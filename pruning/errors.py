@@ -33,6 +33,10 @@ class UnreadableItems(PruningError):
     """The file of multiple-choice items does not exist, or a line of it is no item."""
 
 
+class DamagedTensors(PruningError):
+    """A file of tensors that was kept does not hold what was written into it."""
+
+
 class UnsupportedExport(PruningError):
     """The file format, or what reads it, has no place for this architecture, tokenizer or dtype."""
 

@@ -126,7 +126,7 @@ def fit(
             files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge))
 
     nothing = Statistics.empty(model, windows, len(windows) if scored is None else scored)
-    stored = files.get(STATISTICS, nothing.to_tensors())
+    stored = files.get(STATISTICS, nothing.to_tensors(), finite=True)
     if stored is not None and not any(map(missing, layers)):
         statistics = Statistics.from_tensors(anatomy, stored, device)
         if on_layer:

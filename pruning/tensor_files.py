@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -10,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pruning.errors import DamagedTensors
 
 Tensors = Mapping[str, Tensor]
 SUFFIX = ".safetensors"
@@ -24,6 +27,7 @@ class TensorFiles:
         folder: Made when the first set is kept, and anew should it be removed; None keeps all in memory.
         tell: Is told once, in a line, that the disk takes no more.
         begin: Called with the folder whenever it has been made.
+        checked: Read every tensor against the checksum that it was written with.
     """
 
     def __init__(
@@ -31,21 +35,26 @@ class TensorFiles:
         folder: Path | None,
         tell: Callable[[str], None] = lambda line: None,
         begin: Callable[[Path], object] = lambda folder: None,
+        checked: bool = False,
     ) -> None:
+        self._checked = checked
         self.folder = folder
         self._tell = tell
         self._begin = begin
         self._memory: dict[str, Tensors] = {}
         self._open: dict[str, Tensors] = {}
 
-    def get(self, name: str, like: Tensors | None = None) -> Tensors | None:
+    def get(self, name: str, like: Tensors | None = None, finite: bool = False) -> Tensors | None:
         """A set on the CPU, read when its tensors are asked for; None if there is none.
 
         Args:
             like: Tensors (on the meta device will do) with the names, shapes and dtypes that the set must have to count as there.
+            finite: It must hold no NaN or infinite number either, for which it is read.
         """
         found = self._found(name)
-        return found if found is None or like is None or _described(found) == _described(like) else None
+        if found is None or (like is not None and _described(found) != _described(like)):
+            return None
+        return None if finite and not all(bool(part.isfinite().all()) for part in found.values()) else found
 
     def _found(self, name: str) -> Tensors | None:
         if name in self._memory:
@@ -54,7 +63,7 @@ class TensorFiles:
             if self.folder is None:
                 return None
             try:
-                self._open[name] = _Mapped(self._path(name))
+                self._open[name] = _Mapped(self._path(name), self._checked)
             except (OSError, SafetensorError):
                 return None
         return self._open[name]
@@ -80,7 +89,7 @@ class TensorFiles:
 
     def once(self, name: str, compute: Callable[[], Tensors], like: Tensors | None = None) -> Tensors:
         """The set that is there, see `get`, or what `compute` gives, which is kept."""
-        found = self.get(name, like)
+        found = self.get(name, like, finite=True)
         return self.put(name, compute()) if found is None else found
 
     def hand_on(self, folder: Path, names: Iterable[str]) -> None:
@@ -95,7 +104,7 @@ class TensorFiles:
             found = self.get(name)
             if found is None or there.get(name) is not None:
                 continue
-            if name in self._open:
+            if name in self._open and self.folder is not None:
                 with contextlib.suppress(OSError):
                     os.link(self._path(name), there._path(name))
                     continue
@@ -113,7 +122,7 @@ class TensorFiles:
         with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=".partial", delete=False) as file:
             temporary = Path(file.name)
         try:
-            save_file(dict(tensors), temporary)
+            save_file(dict(tensors), temporary, {key: _checksum(tensor) for key, tensor in tensors.items()})
             temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:
@@ -124,17 +133,26 @@ def _described(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
+
+
 class _Mapped(Mapping[str, Tensor]):
     """A safetensors file as a mapping whose values are views of the mapped file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checked: bool) -> None:
+        self._path = path
         self._file = safe_open(path, "pt")
         self._names = list(self._file.keys())
+        self._sums = self._file.metadata() if checked else None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        if self._sums is not None and self._sums.get(name) != _checksum(tensor):
+            raise DamagedTensors(f"The file '{self._path}' is damaged: remove it, and it is made anew.")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -40,7 +40,7 @@ ALIASES = {
 
 def cache_dir() -> Path:
     """Where converted models are kept: `LLMBO_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get("LLMBO_CACHE") or user_cache_path("llmbo"))
+    return Path(os.environ.get("LLMBO_CACHE") or user_cache_path("llmbo")).expanduser()
 
 
 def resolve(name: str) -> str:

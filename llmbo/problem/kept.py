@@ -31,7 +31,7 @@ OWN = "prepared"  # in the run's folder
 
 def prepared_dir() -> Path:
     """Where preparations are kept: `LLMBO_PREPARED`, or the folder `prepared` of the model cache."""
-    return Path(os.environ.get("LLMBO_PREPARED") or cache_dir() / "prepared")
+    return Path(os.environ.get("LLMBO_PREPARED") or cache_dir() / "prepared").expanduser()
 
 
 def files_of(
@@ -77,8 +77,8 @@ def _checksum(model: PreTrainedModel) -> str:
 
 
 def own_files(run: Path, tell: Callable[[str], None] = lambda line: None) -> TensorFiles:
-    """What a run has kept of its preparation."""
-    return TensorFiles(run / OWN, tell)
+    """What a run has kept of its preparation. Nothing is measured of what is cut from it, so it is read with care."""
+    return TensorFiles(run / OWN, tell, checked=True)
 
 
 def hand_on(files: TensorFiles, run: Path, anatomy: Anatomy, tell: Callable[[str], None]) -> None:

@@ -153,13 +153,19 @@ def fitted(
         calibration: `num_windows x length` token ids.
         files: Where they may be already; by default where all runs keep theirs.
         compensation: Whether there are refits at all.
+
+    Raises:
+        ModelError: The model computes NaN or infinite numbers.
     """
     scored = max(1, method.scored_tokens // calibration.shape[1])
     widths = space.widths if compensation else None
     if files is None:
         files = files_of(loaded, calibration, widths, method.ridge, scored, tell)
-    found = fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer)
-    return found, files
+    try:
+        return fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer), files
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
+        check_finite(loaded.name, loaded.dtype, torch.nan)
+        raise
 
 
 @contextmanager
@@ -196,9 +202,11 @@ def prepared(
         some = calibration[: max(1, enough)]
         keep = partial(_stage, files, device_of(model), len(some), config.seed)
         with phases.phase("allocation", steps(space.num_layers)) as advance:
-            measure = partial(block_sensitivity, supernet, some, space.widths, on_layer=advance)
+            like = _empty({kind: (space.num_layers, len(w)) for kind, w in space.widths.items()})
             sensitivity = keep(
-                "sensitivity", _empty({kind: (space.num_layers, len(w)) for kind, w in space.widths.items()}), measure
+                "sensitivity",
+                like,
+                lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
         threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)

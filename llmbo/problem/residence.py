@@ -173,18 +173,20 @@ def _usable(config: RunConfig, residence: Residence) -> bool:
 
 
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
-    """The smallest change that would fit: of where layers wait, of the window, of the tokens, or of the memory."""
+    """The smallest change that would fit: of where layers wait, of the dtype, of the window, of the tokens, or of the memory."""
     auto, also = replace(config, offload="auto"), "" if config.offload == "auto" else "--offload auto "
-    changes = [("--offload auto", auto)]
+    changes = [("--offload auto", auto, itemsize)]
+    if itemsize > 2:
+        changes.append((f"{also}--dtype bfloat16", replace(auto, dtype="bfloat16"), 2))
     window = config.window // 2
     while window >= SMALLEST_WINDOW:
-        changes.append((f"{also}--window {window}", replace(auto, window=window)))
+        changes.append((f"{also}--window {window}", replace(auto, window=window), itemsize))
         window //= 2
     fewer = max(config.window, DEFAULT.scored_tokens // 4)
     if fewer < config.calibration_tokens:
-        changes.append((f"{also}--calibration-tokens {fewer}", replace(auto, calibration_tokens=fewer)))
-    for named, changed in changes:
-        if any(_usable(config, residence) for residence in residences(changed, anatomy, itemsize, machine)):
+        changes.append((f"{also}--calibration-tokens {fewer}", replace(auto, calibration_tokens=fewer), itemsize))
+    for named, changed, size in changes:
+        if any(_usable(config, residence) for residence in residences(changed, anatomy, size, machine)):
             return f"{named} fits"
     possible = [
         one

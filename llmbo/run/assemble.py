@@ -140,7 +140,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
-        _check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
+        check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
         if config.chat:
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
@@ -151,7 +151,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
     config = _settled(config, base, anatomy)
     check_refit_front(config, anatomy)
-    items = _items(config)
+    items = item_files(config)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -268,7 +268,8 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     return facts
 
 
-def _items(config: RunConfig) -> tuple[ItemFile, ...]:
+def item_files(config: RunConfig) -> tuple[ItemFile, ...]:
+    """Those that the settings name; raises ConfigError for what they cannot be asked for."""
     files = read_item_files(config.item_files)
     if files and "accuracy" in config.objectives:
         for file in files:
@@ -291,7 +292,8 @@ def _readable(config: RunConfig) -> bool:
     return False
 
 
-def _check_window(config: RunConfig, model: PretrainedConfig) -> None:
+def check_window(config: RunConfig, model: PretrainedConfig) -> None:
+    """Raise ConfigError if the model cannot take a whole window."""
     positions = getattr(model, "max_position_embeddings", config.window)
     if config.window > positions:
         raise ConfigError(

@@ -34,10 +34,12 @@ from llmbo.problem.residence import (
 from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.space import SearchSpace
 from llmbo.report.files import RUNS
+from llmbo.run.assemble import check_window, item_files
 from llmbo.run.duration import Rates, seconds_by_phase
 from llmbo.run.tokens import settled
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.cost import Serving, dense_block_parameters
+from pruning.text import read_mix
 
 HEADERS = 0.05  # of a file, so much may be something else than weights
 PAGE_BYTES = 1_000_000  # the report's page, with its script, and pictures
@@ -193,6 +195,11 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     """
     check_advisor(config, RUNS / config.name)
     found = find_prunable(config.model)
+    check_window(config, found.config)
+    for text in (config.text, config.heldout_text):
+        if "text:" in text and "hf:" not in text:  # others would be downloaded, or take their time
+            read_mix(text)
+    item_files(config)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize

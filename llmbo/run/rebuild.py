@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, load_model
-from llmbo.problem.kept import hand_on, own_files
+from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.preparation import Method, fitted
 from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
@@ -216,7 +216,8 @@ class RebuildInputs:
             if not abs(measured - expected) <= LOSS_TOLERANCE:
                 raise ModelError(
                     f"The rebuilt model's proxy loss is {measured:.3f} where the run measured {expected:.3f}: other versions of "
-                    f"the libraries or another device than the run's ({self.report.run.device}) rank units differently."
+                    f"the libraries or another device than the run's ({self.report.run.device}) rank units differently, or what the run's "
+                    f"folder '{OWN}' keeps is damaged, and made anew once that folder is removed."
                 )
         return Cut(small, mask, refit, column)
 

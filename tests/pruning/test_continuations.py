@@ -30,10 +30,10 @@ def test_what_nothing_precedes_is_not_scored() -> None:
     def bare(text: str) -> dict[str, list[int]]:
         return {"input_ids": Letters()(text.strip("\0"))["input_ids"][1:]}
 
-    rows = Rows.of([("\0", "xyz"), ("xy", "z")], bare, 9)  # type: ignore[arg-type]
+    rows = Rows.of([("\0", "xyz"), ("xy", "z")], bare, 9)
     assert rows.scored == [2, 1] and all(rows.place(row).start > 0 for row in range(2))
     with pytest.raises(UnreadableItems, match="is a single token"):
-        Rows.of([("\0", "x")], bare, 9)  # type: ignore[arg-type]
+        Rows.of([("\0", "x")], bare, 9)
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.models.loading import load_model
 from llmbo.problem.kept import clear, files_of, kept
 from pruning.compensation import RIDGE
+from pruning.tensor_files import TensorFiles
 
 
 @pytest.fixture
@@ -73,36 +74,54 @@ def test_it_is_listed_and_cleared_and_the_run_still_exports(
     with monkeypatch.context() as patch:
         patch.setattr("pruning.refits.collect_statistics", None)
         said("export", "one", "--trial", 1, "--format", "hf", "--out", "small")
+    path = llmbo.folder / "runs" / "one" / "prepared" / "layer_001.safetensors"
+    whole = path.read_bytes()
+    path.unlink()  # another file than the cache's
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    with contextlib.chdir(llmbo.folder):
+        words = ("export", "one", "--trial", "1", "--format", "hf", "--out", "damaged")
+        done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "layer_001.safetensors' is damaged: remove it" in done.output
     shutil.rmtree(llmbo.folder / "runs" / "one" / "prepared")  # even that can be made again, and is kept then
     said("export", "one", "--trial", 1, "--format", "hf", "--out", "again")
     small, again = ((llmbo.folder / name / "model.safetensors").read_bytes() for name in ("small", "again"))
     assert small == again and len(kept()) == 1 and any((llmbo.folder / "runs" / "one" / "prepared").iterdir())
 
 
-def test_what_is_cleared_under_a_run_is_made_again_and_listed(
-    trials: Any, llmbo: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("within", [False, True], ids=["between files", "within a file"])
+def test_a_run_that_is_cleared_under_goes_on_and_keeps_its_own(
+    trials: Any, llmbo: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch, within: bool
 ) -> None:
-    plain, saved = trials("one"), []
+    """Between two files the folder is made anew, and listed; within one, memory takes the rest."""
+    cleared: list[int] = []
 
-    def clearing(tensors: Any, path: Path) -> None:
-        saved.append(clear() if len(saved) in (0, 3, 5) else 0)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(2, "No such file or directory")
+    def put(files: TensorFiles, name: str, tensors: Any, plain: Any = TensorFiles.put) -> Any:
+        cleared.append(0 if within else clear())
+        return plain(files, name, tensors)
+
+    def save(tensors: Any, path: Path) -> None:
+        cleared.append(clear() if len(cleared) == 5 else 0)
         save_file(tensors, path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("pruning.tensor_files.save_file", clearing)
-        assert trials("two", calibration_tokens=192) and len(saved) > 5
-    assert trials("two", calibration_tokens=192, budget=5)
-    assert clear() and not list(prepared.iterdir()) and trials("three") == plain
+    monkeypatch.setattr(TensorFiles, "put", put)
+    if within:
+        monkeypatch.setattr("pruning.tensor_files.save_file", save)
+    trials("one")
+    assert sum(cleared) and len(kept()) == (not within)
+    assert len(list((llmbo.folder / "runs" / "one" / "prepared").glob("*.safetensors"))) == 5
+    clear()
+    assert not list(prepared.iterdir())
 
 
-def test_a_file_of_other_shapes_is_made_anew(trials: Any, prepared: Path) -> None:
+def test_a_file_that_is_not_what_a_stage_leaves_is_made_anew(trials: Any, prepared: Path) -> None:
     first = trials("one")
-    for number, name in enumerate(("sensitivity", "exchange", "kl")):
-        path = next(prepared.glob(f"*/{name}_*"))
-        save_file({"kl": torch.zeros(3)}, path)
-        assert trials(f"again{number}") == first
+    for name, change in (("sensitivity", torch.nan), ("exchange", torch.inf), ("kl", None)):
+        for path in prepared.glob(f"*/{name}_*"):
+            old = load_file(path)
+            save_file(
+                {"a": torch.zeros(3)} if change is None else {key: part * change for key, part in old.items()}, path
+            )
+    assert trials("two") == first
 
 
 def test_a_model_that_was_changed_in_place_is_another(model_folder: Path) -> None:

@@ -38,8 +38,14 @@ class Opened:
     sensitivity: dict[BlockKind, Tensor]
 
     def moved(self, method: object = DEFAULT) -> ThresholdFamily:
-        def measured(name: str, measure: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
-            return measure(torch.Generator().manual_seed(0))
+        def measured(
+            name: str, like: dict[str, Tensor], measure: Callable[[torch.Generator], dict[str, Tensor]]
+        ) -> dict[str, Tensor]:
+            found = measure(torch.Generator().manual_seed(0))
+            assert {key: (p.shape, p.dtype) for key, p in found.items()} == {
+                key: (p.shape, p.dtype) for key, p in like.items()
+            }
+            return found
 
         parts = self.problem.threshold_family, self.problem.supernet, self.windows, self.sensitivity, measured
         return with_exchanges(*parts, lambda done: None, method)

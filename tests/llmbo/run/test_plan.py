@@ -132,8 +132,14 @@ def test_the_command_says_it_in_a_screen_and_writes_nothing(llmbo: Any) -> None:
         face.plan("tiny", budgets=3)
     strange = shutil.copytree(llmbo.defaults["model"], llmbo.folder / "strange") / "config.json"
     strange.write_text(json.dumps(json.loads(strange.read_text()) | {"dtype": "int7"}))
-    refused = llmbo(plan=True, model="strange")
-    assert refused.exit_code == 2 and "error: Cannot load 'strange': " in refused.stderr
+    for flags, says in (
+        ({"model": "strange"}, "Cannot load 'strange': "),
+        ({"window": 65, "calibration_tokens": 650, "proxy_tokens": 65, "heldout_tokens": 65}, "longer than the 64 positions"),
+        ({"items": "none.jsonl"}, "Cannot read the items in 'none.jsonl'"),
+        ({"text": "text:none.txt"}, "none.txt"),
+    ):  # fmt: skip
+        refused = llmbo(plan=True, **flags)
+        assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and says in refused.stderr
 
 
 def test_stored_weights_are_counted_by_files_or_by_the_index(model_folder: Path, tmp_path: Path) -> None:

@@ -71,16 +71,14 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         return
     for projection, rows in block.inputs_of(layer):
         kept = rows.of(units).to(projection.weight.device)
-        own = projection.bias
-        resize(projection, matrix_of(projection).detach()[kept], None if own is None else own.detach()[kept])
+        bias = projection.bias
+        resize(projection, matrix_of(projection).detach()[kept], None if bias is None else bias.detach()[kept])
     output = block.output_of(layer)
     columns = block.columns_of(units).to(output.weight.device)
-    weight: Tensor = matrix_of(output).detach()[:, columns]
-    bias: Tensor | None = None if output.bias is None else output.bias.detach()
-    if compensation is not None:
-        weight, refitted = _refitted(index, block, units, compensation)
-        bias = bias if refitted is None else refitted.to(output.weight)
-    resize(output, weight.to(output.weight), bias)
+    own = None if output.bias is None else output.bias.detach()
+    dense = matrix_of(output).detach()[:, columns]
+    weight, refitted = (dense, None) if compensation is None else _refitted(index, block, units, compensation)
+    resize(output, weight.to(output.weight), own if refitted is None else refitted.to(output.weight))
     for name, value in block.attributes_at(layer, len(units)).items():
         setattr(block.module_of(layer), name, value)
 

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="by commas")
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
     parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
         counts = {"calibration": 4 * TOKENS // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
         for step in options.steps.split(","):
-            missing = {s: one for s, one in architectures.items() if f"{seed}/{s}/{step}" not in figures}
+            missing = {s: architectures[s] for s in options.shares.split(",") if f"{seed}/{s}/{step}" not in figures}
             if not missing or time.monotonic() - start > 60 * options.minutes:
                 continue
             folder = cache_dir() / "refit_quality" / f"{loaded.fingerprint}-{text.sha256[:8]}-{seed}"
@@ -130,29 +131,23 @@ def opened(
 
 def show(stored: dict[str, Any]) -> None:
     """A row for each share: means over seeds, and each step's ratio to the first with its Student-t interval over seeds."""
-    figures = stored.get("figures", {})
-    print("| share | seeds | " + " | ".join(STEPS) + " |\n|" + "---|" * (2 + len(STEPS)))
+    print("| share | " + " | ".join(STEPS) + " |\n|" + "---|" * (1 + len(STEPS)))
     for share in stored.get("architectures", {}):
-        rows = [[figures.get(f"{seed}/{share}/{step}") for step in STEPS] for seed in range(stored_seeds(figures))]
-        whole = [[cell["kl"] for cell in row] for row in rows if all(row)]
-        if whole:
-            cells = [cell(whole, column) for column in range(len(STEPS))]
-            print(f"| {share} | {len(whole)} | " + " | ".join(cells) + " |")
+        print(f"| {share} | " + " | ".join(cell(stored.get("figures", {}), share, step) for step in STEPS) + " |")
 
 
-def stored_seeds(figures: dict[str, Any]) -> int:
-    """How many seeds have a figure, counted from 0."""
-    return 1 + max((int(key.split("/")[0]) for key in figures), default=-1)
-
-
-def cell(kls: list[list[float]], column: int) -> str:
-    """Mean KL, and its ratio to the first column's."""
-    mean = sum(row[column] for row in kls) / len(kls)
-    if column == 0:
-        return f"{mean:.3f}"
-    ratio = band([row[column] / row[0] for row in kls])
-    interval = "" if ratio.low is None or ratio.high is None else f" [{ratio.low:.3f}, {ratio.high:.3f}]"
-    return f"{mean:.3f}, x {ratio.mean:.3f}{interval}"
+def cell(figures: dict[str, Any], share: str, step: str) -> str:
+    """Mean KL over the seeds that know it, and its ratio to the first step's."""
+    first, found = (
+        {key.split("/")[0]: one["kl"] for key, one in figures.items() if key.split("/")[1:] == [share, name]}
+        for name in (next(iter(STEPS)), step)
+    )
+    both = sorted(first.keys() & found.keys())
+    if not both:
+        return "-"
+    mean, ratio = sum(found[seed] for seed in both) / len(both), band([found[seed] / first[seed] for seed in both])
+    interval = "one seed" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
+    return f"{mean:.3f}" if first == found else f"{mean:.3f}: {ratio.mean:.3f} ({interval})"
 
 
 if __name__ == "__main__":

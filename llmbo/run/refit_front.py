@@ -15,6 +15,7 @@ from llmbo.run.records import digest_elsewhere
 from llmbo.types import Phases
 
 KIND = "refitted"
+MEASURED: tuple[str, ...] = ("objectives", "heldout", "elsewhere")
 
 
 def refit_front(run: RunParts, phases: Phases) -> None:
@@ -51,7 +52,7 @@ def refitted(run: RunParts) -> dict[int | None, Mapping[str, Any]]:
     """What is stored, as the report shows it: of another text only what its windows as they are now say."""
     digest = digest_elsewhere(run.store.facts)
     return {
-        number: {name: found[name] for name in ("objectives", "heldout", "elsewhere") if name in found}
+        number: {name: found[name] for name in MEASURED if name in found}
         | ({} if found["digest"] == digest else {"elsewhere": None})
         for number, found in run.store.judgements(KIND).items()
     }

@@ -75,7 +75,8 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
     front = [
         {"trial": one["number"], "architecture": one["architecture"], "objectives": one["objectives"],
          "heldout": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.1, "loss": one["objectives"]["loss"] + 0.01},
-         "elsewhere": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.7}}
+         "elsewhere": {**one["objectives"], "kl": one["objectives"]["kl"] * 1.7},
+         "refitted": {part: {**one["objectives"], "kl": one["objectives"]["kl"] * 0.83} for part in ("objectives", "heldout")}}
         for one, (x, y) in zip(made, axes, strict=True)
         if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in axes)
     ]  # fmt: skip
@@ -199,6 +200,8 @@ def test_it_shows_the_front_and_a_trial_of_it(opened: Open) -> None:
         assert f"{point['objectives']['kl']:.4g}" in tab.text("#trial")
         assert f"{point['heldout']['kl']:.4g}" in tab.text("#trial")
         assert "held-out, python" in tab.text("#trial") and f"{point['elsewhere']['kl']:.4g}" in tab.text("#trial")
+        assert "refitted: held-out" in tab.text("#trial") and "refitted: held-out, python" not in tab.text("#trial")
+        assert f"{point['refitted']['heldout']['kl']:.4g}" in tab.text("#trial")
         assert "python (made up)" in tab.text(".facts")
 
 

@@ -99,9 +99,9 @@ def test_a_run_that_is_cleared_under_goes_on_and_keeps_its_own(
         cleared.append(0 if within else clear())
         return plain(files, name, tensors)
 
-    def save(tensors: Any, path: Path) -> None:
+    def save(tensors: Any, path: Path, *metadata: object) -> None:
         cleared.append(clear() if len(cleared) == 5 else 0)
-        save_file(tensors, path)
+        save_file(tensors, path, *metadata)
 
     monkeypatch.setattr(TensorFiles, "put", put)
     if within:

@@ -31,6 +31,7 @@ NEEDED = {
     "report": ["./nowhere"],
     "compare": ["./nowhere.toml"],
     "models": [],
+    "cache": [],
 }
 # Numbers inside words: (command, option) -> how one is written.
 WRITTEN = {

@@ -71,8 +71,8 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         return
     for projection, rows in block.inputs_of(layer):
         kept = rows.of(units).to(projection.weight.device)
-        bias = projection.bias
-        resize(projection, matrix_of(projection).detach()[kept], None if bias is None else bias.detach()[kept])
+        own = projection.bias
+        resize(projection, matrix_of(projection).detach()[kept], None if own is None else own.detach()[kept])
     output = block.output_of(layer)
     columns = block.columns_of(units).to(output.weight.device)
     own = None if output.bias is None else output.bias.detach()

@@ -75,10 +75,10 @@ def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation
         resize(projection, matrix_of(projection).detach()[kept], None if own is None else own.detach()[kept])
     output = block.output_of(layer)
     columns = block.columns_of(units).to(output.weight.device)
-    own = None if output.bias is None else output.bias.detach()
+    bias = None if output.bias is None else output.bias.detach()
     dense = matrix_of(output).detach()[:, columns]
     weight, refitted = (dense, None) if compensation is None else _refitted(index, block, units, compensation)
-    resize(output, weight.to(output.weight), own if refitted is None else refitted.to(output.weight))
+    resize(output, weight.to(output.weight), bias if refitted is None else refitted.to(output.weight))
     for name, value in block.attributes_at(layer, len(units)).items():
         setattr(block.module_of(layer), name, value)
 

@@ -134,7 +134,7 @@ def _described(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())):08x}"
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 class _Mapped(Mapping[str, Tensor]):

@@ -202,11 +202,12 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 if fresh:
                     delete_run(url, config.name)
                     (folder / FILE).unlink(missing_ok=True)
-                    forget(folder)
                 elif _continued(config, url) != stored:
                     raise StorageError(
                         f"Another process has worked on the run '{config.name}' while this one started: run the same command again."
                     )
+                if not stored:  # what another run of this name has kept is not its own
+                    forget(folder)
                 store = TrialStore.create(
                     pulse.storage, config.name, problem.space, objectives, config.settings(), facts, lease
                 )

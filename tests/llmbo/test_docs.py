@@ -294,7 +294,7 @@ def test_the_notebook_runs(workplace: Path) -> None:
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
     assert sum("data:image/png;base64," in html for html in shown) == 2  # `run`, and the run that was opened
-    assert any("importance: " in html and "search: " in html for html in shown)  # progress, drawn in place
+    assert any("importance and refits: " in html and "search: " in html for html in shown)  # progress, drawn in place
     assert Path("exports/notebook/config.json").is_file()
 
 

@@ -134,7 +134,7 @@ def test_a_model_card_is_as_tame(hostile: Path, tmp_path: Path) -> None:
     from llmbo.deploy.request import ExportRequest
 
     report = Report.model_validate_json((hostile / "report.json").read_text(encoding="utf-8"))
-    request = ExportRequest(report, report.trials[0], FORMATS["hf"], "float32", tmp_path / "out", "5GB")
+    request = ExportRequest(report, hostile, report.trials[0], FORMATS["hf"], "float32", tmp_path / "out", 5, "table")
     card = model_card(request, HOSTILE, "load {path}", HOSTILE)
     assert "evil" in card and obeyed(card) == []
 

@@ -97,7 +97,7 @@ def test_json_logs_are_one_object_per_line(llmbo: Any) -> None:
     assert [event["values"]["kl"] for event in ended] == [trial["objectives"]["kl"] for trial in trials]
     assert ended[-1]["hypervolume"] == llmbo.report()["hypervolume"]["final"] and ended[-1]["budget"] == 3
     phases = {event["phase"] for event in events if event["event"] == "phase_ended"}
-    assert phases == set(llmbo.report()["run"]["seconds"]) >= {"importance", "search", "held-out windows"}
+    assert phases == set(llmbo.report()["run"]["seconds"]) >= {"importance and refits", "search", "held-out windows"}
     assert llmbo(budget=4, strategy="random", json_logs=True, quiet=True).exit_code == 2
 
 

@@ -5,6 +5,7 @@ The faults are injected: into what single blocks are said to change, and into me
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ from llmbo.types import Proposal, Proposer, Source, Trial
 
 AT_ANCHOR, IN_SEARCH = "Width exchanges at share", "Width exchanges have broken the allocation path"
 FLAGS = {"budget": 14, "min_share": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults are planted in what would be taken from an earlier preparation."""
+    monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / "prepared"))
 
 
 def broken(family: ThresholdFamily, *anything: object) -> ThresholdFamily:

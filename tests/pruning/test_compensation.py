@@ -300,3 +300,9 @@ def test_float32_factors_refit_like_float64_ones_however_ill_conditioned(ridge: 
         expected = torch.linalg.solve((gram + damping.diag())[:kept, :kept], right.T).T
         found = table.weight(0, anatomy.mlp, kept).double()
         assert sent(found - expected, kept) < 1e-5 * sent(expected, kept)
+
+
+def test_the_ridge_is_columns_by_tokens_of_each_columns_energy() -> None:
+    gram = torch.tensor([[4.0, 1.0], [1.0, 0.5]])
+    assert Ridge().of(gram, 100).tolist() == pytest.approx([2 / 100 * 4, 2 / 100 * 0.5])
+    assert Ridge(times=8).of(gram, 400).tolist() == pytest.approx([8 * 2 / 400 * 4, 8 * 2 / 400 * 0.5])

@@ -20,7 +20,7 @@ from llmbo.search.soundness import SoundPath, on_sound_path
 from llmbo.types import Proposal, Proposer, Source, Trial
 
 AT_ANCHOR, IN_SEARCH = "Width exchanges at share", "Width exchanges have broken the allocation path"
-FLAGS = {"budget": 14, "min_share": 0.2}
+FLAGS = {"budget": 14, "min_share": 0.3}
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +63,13 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
 
     monkeypatch.setattr(preparation, "exchange_costs", wrong)
     monkeypatch.setattr(preparation, "exchanged_family", watched)
-    done = llmbo(**FLAGS | {"budget": 1})
+    done = llmbo(**FLAGS | {"budget": 1, "min_share": 0.2})
     assert done.exit_code == 0, done.output
     ((exchanges, moved, plain),) = made
     assert done.output.count(AT_ANCHOR) == 3 and not torch.stack(exchanges).any()
     assert torch.equal(moved.path, plain.path)
     monkeypatch.setattr(preparation, "LOSS_OF_EXCHANGES", float("inf"))
-    assert AT_ANCHOR not in llmbo(name="unguarded", **FLAGS | {"budget": 1}).output
+    assert AT_ANCHOR not in llmbo(name="unguarded", **FLAGS | {"budget": 1, "min_share": 0.2}).output
     assert torch.stack(made[1][0]).any(-1).all() and not torch.equal(made[1][1].path, plain.path)
 
 

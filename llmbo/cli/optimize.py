@@ -86,7 +86,7 @@ def optimize(
     ] = 0,
     calibration_tokens: Annotated[
         int,
-        typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute or two."),
+        typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),
     ] = 0,
     proxy_tokens: Annotated[int, typer.Option(help="Tokens that every candidate is measured on.")] = 3072,
     heldout_tokens: Annotated[int, typer.Option(help="Tokens that only the finished front is measured on.")] = 1536,

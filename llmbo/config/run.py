@@ -61,7 +61,7 @@ class RunConfig:
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
-            machine gets through in a minute or two (`llmbo.run.tokens`), which is then a setting of the run.
+            machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
         memory: Most that may be taken on the device, e.g. `24GB`; empty for what is free there.
         offload: Where the decoder layers wait: "none" (on the device), "cpu" (in the host's memory), "disk" (mapped files), or

@@ -37,8 +37,8 @@ def summary(report: Report, rows: int = 12) -> Table:
         table.add_column(f"\n\n{heading}", justify="right")
     refitted = any(point.refitted for point in report.front)
     both = ("kl", "loss")
-    far = ("kl",) if refitted else both  # for all columns to fit; long names are folded
-    for seen, text, names in (("", own, both), ("held-out", own, both), *([("held-out", other, far)] if other else [])):
+    far = [("held-out", other, ("kl",))] if other else []  # for all columns to fit; long names are folded
+    for seen, text, names in (("", own, both), ("held-out", own, both), *far):
         for name in names:
             table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
     if refitted:
@@ -48,11 +48,9 @@ def summary(report: Report, rows: int = 12) -> Table:
     for file, metric in asked:
         table.add_column(f"\n{metric}\n{file}", justify="right", overflow="fold", max_width=8)
     count = len(report.front)
-    shown = (
-        sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
-        if count > rows
-        else range(count)
-    )
+    spread = sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
+    judged = [place for place, point in enumerate(report.front) if point.elsewhere]
+    shown = range(count) if count <= rows else judged or spread
     for label, point in [*((str(report.front[i].trial), report.front[i]) for i in shown), ("dense", report.dense)]:
         values, heldout = point.objectives, point.heldout
         table.add_row(
@@ -63,7 +61,7 @@ def summary(report: Report, rows: int = 12) -> Table:
             f"{values.loss:.3f}",
             f"{heldout.kl:.3f}" if heldout else "-",
             f"{heldout.loss:.3f}" if heldout else "-",
-            *(f"{getattr(point.elsewhere, name):.3f}" for name in far if point.elsewhere),
+            *([f"{point.elsewhere.kl:.3f}" if point.elsewhere else "-"] if other else []),
             *([_refitted_kl(point)] if refitted else []),
             *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in asked),
         )

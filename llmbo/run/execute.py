@@ -12,11 +12,13 @@ from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
-from llmbo.run.judgement import judge, judgements
+from llmbo.run.judgement import judge, judgements, spread
 from llmbo.run.records import digest_elsewhere
 from llmbo.run.refit_front import refit_front, refitted
 from llmbo.search.loop import run_search
 from llmbo.types import Trial
+
+ELSEWHERE = 12  # models of the front that are judged on another text as well: so many a table shows
 
 
 def execute(run: RunParts, display: Display, command: str) -> None:
@@ -62,10 +64,10 @@ def measure_heldout(run: RunParts) -> None:
 
 
 def measure_elsewhere(run: RunParts) -> None:
-    """The same on windows of another text. Should that text have changed since, all is measured anew."""
+    """The same of a dozen models of the front on windows of another text. Should that text have changed since, all is measured anew."""
     assert run.elsewhere is not None
     part = elsewhere_part(run.elsewhere)
-    missing = _unmeasured(run, part["digest"])
+    missing = _unmeasured(run, part["digest"], ELSEWHERE)
     if not missing and digest_elsewhere(run.store.facts) == part["digest"]:
         return
     evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
@@ -82,10 +84,10 @@ def _measured(trials: Sequence[Trial], evaluator: ProxyEvaluator) -> Iterator[tu
         yield from zip(batch, evaluator.evaluate([trial.x for trial in batch]), strict=True)
 
 
-def _unmeasured(run: RunParts, digest: str = "") -> list[Trial]:
-    """Trials of the front without held-out values."""
-    stored = run.store.heldout(digest)
-    return [trial for trial in front_of(run.store.trials(), run.objectives) if trial.number not in stored]
+def _unmeasured(run: RunParts, digest: str = "", most: int | None = None) -> list[Trial]:
+    """Trials of the front, or `most` of them spread over it, without held-out values."""
+    stored, front = run.store.heldout(digest), front_of(run.store.trials(), run.objectives)
+    return [trial for trial in (spread(front, most) if most else front) if trial.number not in stored]
 
 
 def _write(run: RunParts, display: Display, command: str, status: str) -> None:

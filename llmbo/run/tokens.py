@@ -1,4 +1,4 @@
-"""How many tokens refits are fitted on where nobody says: as many as this machine gets through in a minute or two."""
+"""How many tokens refits are fitted on where nobody says: as many as this machine gets through in a minute."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from llmbo.run.duration import Rates, seconds_by_phase
 from pruning.anatomy import Anatomy
 
 CHOICES = (65536, 32768, 16384, 8192)  # beyond the first little is gained, below the last refits fit noise
-SECONDS = 90.0  # that ranking and refits may take
+SECONDS = 60.0  # that ranking and refits may take
 PHASE = "importance and refits"
 
 

@@ -57,7 +57,7 @@ class RunConfig:
         racing: Stop candidates whose first windows say that the front dominates them.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
         chat: Put the text through the tokenizer's chat template.
-        heldout_text: Text of another domain that the finished front is judged on as well, or `none`.
+        heldout_text: Text of another domain that a dozen models of the finished front are judged on as well, or `none`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this

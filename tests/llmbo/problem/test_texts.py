@@ -179,7 +179,7 @@ def test_tables_name_the_text_of_each_column(finished: Any) -> None:
         shown = screen.getvalue()
         assert max(map(len, shown.splitlines())) <= 80
         for point in (told.dense, *told.front):
-            assert point.elsewhere is not None and f"{point.elsewhere.loss:.3f}" in shown
+            assert point.elsewhere is not None and f"{point.elsewhere.kl:.3f}" in shown
     lines = invoke(finished.folder, "report", "tiny", "--format", "md").stdout.splitlines()
     columns = [cell.strip() for cell in lines[0].split("|")]
     assert {"kl on words.txt", "held-out kl on words.txt", "held-out kl on python", "params"} <= {*columns}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind, anatomy_of
-from pruning.compensation import RIDGE, Factor, Ridge
+from pruning.compensation import CACHE_BYTES, RIDGE, Factor, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.importance import activation, order_of
 from pruning.masks import Ranking
@@ -23,7 +23,6 @@ from pruning.statistics import Statistics, collect_statistics, steps
 from pruning.tensor_files import TensorFiles
 from pruning.walk import device_of
 
-CACHE_BYTES = 2 << 30
 STATISTICS = "statistics"
 
 

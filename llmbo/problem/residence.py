@@ -13,7 +13,7 @@ from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.hardware import KIND_OF
 from llmbo.problem.preparation import DEFAULT
-from llmbo.problem.space import SearchSpace
+from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
 from pruning.compensation import solved_values
 from pruning.footprint import Footprint, Workload, footprint, layer_parameters
@@ -88,8 +88,7 @@ def workload_of(config: RunConfig) -> Workload:
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
     """Of all widths of the grid, in the model's dtype."""
-    widths = SearchSpace(anatomy, config.min_share, config.neuron_step).widths
-    return solved_values(anatomy, widths) * itemsize * config.compensation
+    return solved_values(anatomy, space_of(config, anatomy).widths) * itemsize * config.compensation
 
 
 def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:

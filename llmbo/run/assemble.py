@@ -232,6 +232,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
 
 def _settled(config: RunConfig, base: Found | LoadedModel, anatomy: Anatomy) -> RunConfig:
     """With a number of calibration tokens."""
+    if config.calibration_tokens:  # nothing to measure
+        return config
     if isinstance(base, LoadedModel):
         return settled(config, anatomy, base.dtype, base.device)
     device = choose_device(config.device)

@@ -15,7 +15,6 @@ from llmbo.advisor.render import token_limit
 from llmbo.config import RunConfig
 from llmbo.config.advisor import parse_spec
 from llmbo.config.formats import FORMATS
-from llmbo.config.objectives import known_limits
 from llmbo.errors import ConfigError
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable
@@ -32,13 +31,13 @@ from llmbo.problem.residence import (
     workload_of,
 )
 from llmbo.problem.sequence import check_refit_front
-from llmbo.problem.space import SearchSpace
+from llmbo.problem.space import SearchSpace, space_of
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import check_window, item_files
 from llmbo.run.duration import Rates, seconds_by_phase
 from llmbo.run.tokens import settled
 from pruning.anatomy import Anatomy, BlockKind
-from pruning.cost import Serving, dense_block_parameters
+from pruning.cost import dense_block_parameters
 from pruning.text import read_mix
 
 HEADERS = 0.05  # of a file, so much may be something else than weights
@@ -204,8 +203,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize
     anatomy = anatomy_of_config(found)
-    serving = Serving(config.context, config.serve_batch)
-    space = SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
+    space = space_of(config, anatomy)
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)
     check_refit_front(config, anatomy)

@@ -112,6 +112,11 @@ def _one_thread() -> None:
     gc.freeze()  # a million objects of libraries are not looked through again and again for garbage: half a second each time
 
 
+# A fork's first `set_num_threads` throws away the thread pool it inherited, and two threads that do so at once (weights are read
+# by several) can find none: "Invalid thread pool!", once in thousands of forks. So it is done before there are threads.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 def forked(body: Callable[[], object]) -> tuple[int, str]:
     """Run `body` in a fork of this process: where the start of a new one is not what is tested, its four seconds of imports are saved.
 

@@ -1,7 +1,7 @@
 """Cut a pretrained decoder: score its units, choose widths, refit what is left, save the smaller model.
 
     statistics = collect_statistics(model, windows)
-    ranking = activation(statistics).ranking()
+    ranking = surgeon_ranking(model, statistics)
     table = CompensationTable(model, statistics, ranking)
     full = Architecture.full(anatomy_of(model))
     architecture = Architecture(full.kv_groups, tuple(width // 2 for width in full.neurons))
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from pruning.statistics import Statistics as Statistics
     from pruning.statistics import collect_statistics as collect_statistics
     from pruning.supernet import Supernet as Supernet
+    from pruning.surgeon import surgeon_ranking as surgeon_ranking
     from pruning.text import read_mix as read_mix
     from pruning.text import read_text as read_text
 
@@ -105,6 +106,7 @@ _HOME = {
     "shrinking": ("shrink",),
     "statistics": ("Statistics", "collect_statistics"),
     "supernet": ("Supernet",),
+    "surgeon": ("surgeon_ranking",),
     "text": ("read_mix", "read_text"),
 }
 __all__ = [name for names in _HOME.values() for name in names]

@@ -6,8 +6,9 @@ On the device lie, all the time, embeddings, head and norms, and either all deco
 states of all windows too. On top comes the phase that needs most:
 
     ranking       the Gram matrices of one layer, one batch's inputs of it in float32, 4 N C, and that batch's activations
-    refits        the Gram matrix, the same with its columns sorted, and its Cholesky factor, 12 C^2; the right-hand side and a width's
-                  solution in float32 and in the model's dtype, (8 + i) C h
+    refits        the Gram matrix and, of what the order of units is found by, the inverse before and after some have gone and two pieces
+                  of `AT_ONCE`, (12 + 8 / 32) C^2; or the Gram matrix sorted and its Cholesky factor, which is less; the right-hand side
+                  and a width's solution in float32 and in the model's dtype, (8 + i) C h
     sensitivity   a batch's activations with their graph, and refits
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
     candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pruning.anatomy import Anatomy
 from pruning.compensation import CACHE_BYTES
 from pruning.likelihood import CHUNK
+from pruning.surgeon import AT_ONCE
 
 BATCH = 4  # windows
 SINGLE = 4  # bytes of a float32
@@ -96,7 +98,10 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
     largest = max(block.units * rows.per_unit for block in anatomy.blocks for rows in block.inputs.values()) * hidden
     phases = {
         "ranking": max(grams + SINGLE * batch * widest + forward, backward, logits),
-        "refits": (3 * SINGLE * widest**2 + (2 * SINGLE + itemsize) * widest * hidden) * fitted,
+        "refits": (
+            3 * SINGLE * widest**2 + 2 * SINGLE * widest**2 // AT_ONCE + (2 * SINGLE + itemsize) * widest * hidden
+        )
+        * fitted,
         "sensitivity": backward + cached,
         "reordering": itemsize * largest if resident else layer,
         "candidates": forward + logits + cached,

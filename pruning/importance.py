@@ -55,9 +55,9 @@ def fisher(statistics: Statistics) -> Importance:
 
 
 def activation(statistics: Statistics) -> Importance:
-    """Mean energy a unit sends into the residual stream, E[z^2] |W column|^2: the best ranking *within* a layer under refit.
+    """Mean energy a unit sends into the residual stream, E[z^2] |W column|^2: the order of units where nothing is refitted.
 
-    Wanda's |W| |x| (arXiv:2306.11695) summed over structures.
+    Wanda's |W| |x| (arXiv:2306.11695) summed over structures. What it does not see is what a refit makes up for: see `pruning.surgeon`.
     """
     return _column_scores(statistics, lambda block: block.square / statistics.num_tokens)
 

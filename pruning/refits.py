@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,14 @@ from pruning.errors import InvalidArchitecture
 from pruning.importance import activation, order_of
 from pruning.masks import Ranking
 from pruning.statistics import Statistics, collect_statistics, steps
+from pruning.surgeon import surgeon_order
 from pruning.tensor_files import TensorFiles
 from pruning.walk import device_of
 
 STATISTICS = "statistics"
+Order = Literal[
+    "surgeon", "activation"
+]  # of a block's units: `pruning.surgeon.surgeon_order`, `pruning.importance.activation`
 
 
 @dataclass(frozen=True)
@@ -95,19 +100,22 @@ def fit(
     widths: Mapping[BlockKind, Sequence[int]] | None,
     files: TensorFiles,
     ridge: Ridge = RIDGE,
+    order: Order = "surgeon",
     scored: int | None = None,
     batch_size: int = 2,
     on_layer: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Walk through the dense model, or take what an earlier walk has left in `files`.
 
-    Memory on the device, beyond what `pruning.walk.Walk` says: one layer's Gram matrices, then its factor (both `C x C` float32, C
-    the columns of its output projection), and one weight at a time. On the host: nothing, unless the disk is full.
+    Memory on the device, beyond what `pruning.walk.Walk` says: one layer's Gram matrices (`C x C` float32, C the columns of its output
+    projection), twice as much for the order of its units, then its factor, and one weight at a time. On the host: nothing, unless the
+    disk is full.
 
     Args:
         windows: `num_windows x length` token ids.
         widths: Units by kind to refit to; what is dense or dropped needs no refit. None for no refits at all.
         files: Empty, or with what the same call has left there: the caller sees to that. What has other shapes is made anew.
+        order: Of the units, which all widths keep prefixes of. Without refits it is always "activation": the other presumes them.
         scored: As for `collect_statistics`.
         on_layer: Called with the number of layers done, out of `steps(...)`.
     """
@@ -122,7 +130,7 @@ def fit(
 
     def solve(statistics: Statistics, index: int, layer: nn.Module) -> None:
         if widths is not None and missing(index):
-            files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge))
+            files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge, order))
 
     nothing = Statistics.empty(model, windows, len(windows) if scored is None else scored)
     stored = files.get(STATISTICS, nothing.to_tensors(), finite=True)
@@ -152,18 +160,27 @@ def _key(kind: BlockKind, units: int) -> str:
 
 
 def _solved(
-    statistics: Statistics, index: int, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge
+    statistics: Statistics,
+    index: int,
+    layer: nn.Module,
+    widths: Mapping[BlockKind, Sequence[int]],
+    ridge: Ridge,
+    order: Order,
 ) -> dict[str, Tensor]:
     """The refits of a layer that is on the device, and the order of units that they follow; its Gram matrices are gone then."""
     solved: dict[str, Tensor] = {}
     for block in statistics.anatomy.blocks:
-        sums = statistics.blocks[block.kind]
-        order = order_of(statistics, block, index)
-        solved[f"order.{block.kind}"] = order.int()
+        sums, tokens = statistics.blocks[block.kind], statistics.num_tokens
         output = block.output_of(layer)
-        gram = sums.gram.pop(index).div_(statistics.num_tokens)
-        mean = sums.total[index] / statistics.num_tokens
-        factor = Factor.of(gram, mean, output, block.columns_of(order), ridge, statistics.num_tokens)
+        gram = sums.gram.pop(index).div_(tokens)
+        mean = sums.total[index] / tokens
+        best = (
+            surgeon_order(gram, mean, output, block, ridge, tokens)
+            if order == "surgeon"
+            else order_of(statistics, block, index)
+        )
+        solved[f"order.{block.kind}"] = best.int()
+        factor = Factor.of(gram, mean, output, block.columns_of(best), ridge, tokens)
         del gram
         for units in widths[block.kind]:
             if 0 < units < block.units:

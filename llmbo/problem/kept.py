@@ -22,7 +22,7 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.compensation import Ridge
-from pruning.refits import names_of
+from pruning.refits import Order, names_of
 from pruning.tensor_files import TensorFiles
 
 MADE_FROM = "made_from.json"
@@ -39,6 +39,7 @@ def files_of(
     windows: torch.Tensor,
     widths: Mapping[BlockKind, Sequence[int]] | None,
     ridge: Ridge,
+    order: Order,
     scored: int,
     tell: Callable[[str], None],
 ) -> TensorFiles:
@@ -51,6 +52,7 @@ def files_of(
         "scored": scored,
         "widths": {kind: list(units) for kind, units in (widths or {}).items()},
         "ridge": asdict(ridge),
+        "order": order,
         "dtype": loaded.dtype,
         "device": torch.device(loaded.device).type,
         "versions": {package: version(package) for package in ("llmbo", "torch", "transformers")},

@@ -30,7 +30,7 @@ from pruning.exchanges import ORDERS, exchange_costs
 from pruning.importance import fisher, layer_scores, taylor
 from pruning.items import read_items
 from pruning.latency import Workload
-from pruning.refits import Fitted, fit
+from pruning.refits import Fitted, Order, fit
 from pruning.sensitivity import block_sensitivity
 from pruning.statistics import steps
 from pruning.supernet import Supernet
@@ -51,6 +51,7 @@ class Method:
         scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
         allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
         ridge: Of the refits, see `pruning.compensation`.
+        order: Of a block's units, see `pruning.refits.fit`.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model: beyond these
             nothing is gained.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
@@ -60,6 +61,7 @@ class Method:
     scored_tokens: int = 8192
     allocation_tokens: int = 2048
     ridge: Ridge = RIDGE
+    order: Order = "surgeon"
     anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
     second_order: float = 1.5
     operating_point: float = 0.35
@@ -67,12 +69,13 @@ class Method:
     @property
     def recipe(self) -> dict[str, Any]:
         """What a trial's weights depend on, to be stored with the run."""
-        return {"ridge": asdict(self.ridge)}
+        return {"ridge": asdict(self.ridge), "order": self.order}
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
-        """The method of a run that has stored this; None for one of the first version."""
-        return cls(ridge=Ridge(**recipe["ridge"]) if recipe else FIRST_RIDGE)
+        """The method of a run that has stored this; None for one of the first version. Where it names no order, there was but one."""
+        recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
+        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"))
 
 
 DEFAULT = Method()
@@ -160,9 +163,11 @@ def fitted(
     scored = max(1, method.scored_tokens // calibration.shape[1])
     widths = space.widths if compensation else None
     if files is None:
-        files = files_of(loaded, calibration, widths, method.ridge, scored, tell)
+        files = files_of(loaded, calibration, widths, method.ridge, method.order, scored, tell)
     try:
-        return fit(loaded.model, calibration, widths, files, method.ridge, scored, on_layer=on_layer), files
+        return fit(
+            loaded.model, calibration, widths, files, method.ridge, method.order, scored, on_layer=on_layer
+        ), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise

@@ -101,7 +101,10 @@ def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_mor
     gram = 4 * 1024**2
     with _Allocations(torch.device("cpu")) as fitting:
         fitted = fit(model, windows, widths, TensorFiles(tmp_path), scored=8, batch_size=BATCH)
-    assert most - gram < fitting.peak <= most
+    mapped = (
+        5 * (tmp_path / "layer_000.safetensors").stat().st_size
+    )  # into memory from the disk: torch counts that, too
+    assert most - gram < fitting.peak - mapped <= most
     with Supernet(model, fitted.ranking, fitted.refits, resident) as supernet:
         with _Allocations(torch.device("cpu")) as pricing:
             block_sensitivity(supernet, windows[:8], widths, torch.Generator().manual_seed(0))

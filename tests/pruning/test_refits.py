@@ -13,8 +13,9 @@ from pruning.anatomy import Anatomy, BlockKind
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.errors import InvalidArchitecture
 from pruning.importance import METHODS, activation
-from pruning.refits import Fitted, fit, layer_name
+from pruning.refits import Fitted, Order, fit, layer_name
 from pruning.statistics import collect_statistics
+from pruning.surgeon import surgeon_ranking
 from pruning.tensor_files import TensorFiles
 
 WIDTHS: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 5, 11, 24]}
@@ -38,12 +39,14 @@ def assert_same(found: Fitted, expected: Fitted, anatomy: Anatomy) -> None:
         assert torch.equal(method(found.statistics).layers, method(expected.statistics).layers)
 
 
+@pytest.mark.parametrize("order", ["surgeon", "activation"])
 def test_refits_are_those_of_the_table_that_holds_everything(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, order: Order
 ) -> None:
-    found = fitted(model, windows, None)
+    found = fitted(model, windows, None, order=order)
     statistics = collect_statistics(model, windows, scored=2)
-    table = CompensationTable(model, statistics, activation(statistics).ranking(), RIDGE)
+    ranking = surgeon_ranking(model, statistics) if order == "surgeon" else activation(statistics).ranking()
+    table = CompensationTable(model, statistics, ranking, RIDGE)
     for block in anatomy.blocks:
         assert torch.equal(found.ranking.of(block.kind), table.ranking.of(block.kind))
         for layer in range(anatomy.num_hidden_layers):
@@ -52,6 +55,15 @@ def test_refits_are_those_of_the_table_that_holds_everything(
                 torch.testing.assert_close(
                     found.refits.weight(layer, block, units), table.weight(layer, block, units), rtol=0, atol=1e-6
                 )
+
+
+@ONE_FAMILY
+def test_without_refits_units_come_by_energy(model: PreTrainedModel, anatomy: Anatomy, windows: Tensor) -> None:
+    """Nothing then makes up for what is removed."""
+    found = fit(model, windows, None, TensorFiles(None))
+    expected = activation(found.statistics).ranking()
+    assert found.refits is None
+    assert all(torch.equal(found.ranking.of(block.kind), expected.of(block.kind)) for block in anatomy.blocks)
 
 
 @ONE_FAMILY
@@ -96,7 +108,8 @@ def test_a_stopped_walk_goes_on_at_the_layer_it_was_in(
     cholesky = torch.linalg.cholesky
     monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (factored.append(1), cholesky(matrix))[1])
     assert_same(fitted(model, windows, tmp_path), fitted(model, windows, None), anatomy)
-    assert len(factored) == 2 * (5 - min(stop, 5)) + 2 * 5  # the second fit, in memory, does all of it
+    # For the order and for the refits of each block; the second fit, in memory, does all of it.
+    assert len(factored) == 2 * 2 * (5 - min(stop, 5)) + 2 * 2 * 5
     assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in there.items())
 
 

@@ -129,7 +129,7 @@ def test_a_model_that_was_changed_in_place_is_another(model_folder: Path) -> Non
     loaded, windows = load_model(str(model_folder), "float32", "cpu"), torch.ones(2, 16, dtype=torch.long)
 
     def folder() -> Path | None:
-        return files_of(loaded, windows, None, RIDGE, 2, print).folder
+        return files_of(loaded, windows, None, RIDGE, "surgeon", 2, print).folder
 
     with torch.no_grad():
         before, weight = folder(), loaded.model.get_parameter("model.layers.1.mlp.down_proj.weight")

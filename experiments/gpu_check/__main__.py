@@ -29,7 +29,6 @@ from llmbo.problem.residence import Machine, choose_residence
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.run.duration import Rates
 from pruning.architecture import Architecture
-from pruning.compensation import RIDGE
 from pruning.cost import cost_of
 from pruning.memory import _Allocations
 from pruning.refits import fit
@@ -123,7 +122,7 @@ def _measured(
     batch = 8 if device.type == "cuda" else 2
 
     def prepare() -> Supernet:
-        fitted = fit(loaded.model, calibration, space.widths, TensorFiles(folder), RIDGE, scored, batch)
+        fitted = fit(loaded.model, calibration, space.widths, TensorFiles(folder), scored=scored, batch_size=batch)
         return Supernet(loaded.model, fitted.ranking, fitted.refits, loaded.resident)
 
     supernet, preparation = _taken(device, prepare)

@@ -51,6 +51,7 @@ CORE: dict[str, tuple[str, ...]] = {
     "pruning/shrinking.py": ("pruning/test_shrink.py",),
     "pruning/statistics.py": ("pruning/test_importance.py", "pruning/test_compensation.py"),
     "pruning/supernet.py": ("pruning/test_supernet.py", "pruning/test_exchanges.py"),
+    "pruning/surgeon.py": ("pruning/test_surgeon.py", "pruning/test_refits.py"),
 }  # fmt: skip
 
 # Cosmic Ray's operators that leave code which still runs: `>>` between floats or a type's `|` says nothing about tests.

@@ -1,11 +1,12 @@
-"""What better refits gain: KL from the dense model on text that no part of the pipeline saw, three steps apart, same architectures.
+"""What better refits gain: KL from the dense model on text that no part of the pipeline saw, four steps apart, same architectures.
 
     python -m experiments.refit_quality --text text:path/to/wikitext2-valid.txt
     python -m experiments.refit_quality --show
 
-Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean), the same with today's ridge, with four times the tokens,
-and in sequence on those. A seed deals out the windows that calibrate and those that judge. Architectures are members of the allocation
-path that a run on the built-in text prepares. Every figure is stored as soon as it is known, and what is stored is not measured anew.
+Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean, units by activation energy), the same with today's ridge,
+with today's order of units (`pruning.surgeon`), with four times the tokens, and in sequence on those. A seed deals out the windows that
+calibrate and those that judge. Architectures are members of the allocation path that a run on the built-in text prepares. Every figure
+is stored as soon as it is known, and what is stored is not measured anew, unless its step has another order of units now.
 """
 
 import argparse
@@ -23,25 +24,30 @@ from llmbo.comparison.problems import undo_spacing
 from llmbo.comparison.statistics import band
 from llmbo.config import RunConfig
 from llmbo.models.aliases import cache_dir
-from llmbo.models.loading import LoadedModel, load_model, silence_libraries
-from llmbo.problem.preparation import load_windows, prepared
+from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.silence import silence_libraries
+from llmbo.problem.preparation import prepared
+from llmbo.problem.texts import load_windows
 from pruning.anatomy import BLOCK_KINDS
 from pruning.architecture import Architecture
-from pruning.calibration import Text, TokenWindows, cut_windows, read_text
+from pruning.calibration import TokenWindows, cut_windows
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
-from pruning.refits import fit
+from pruning.refits import Order, fit
 from pruning.sequential import sequential_refit
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
+from pruning.text import Text, read_text
 
 SHARES = (0.8, 0.65, 0.5)
 WINDOW = 256
 TOKENS = 16_384
-STEPS: dict[str, tuple[int, Ridge]] = {  # tokens of the ranking and the refits, ridge of the table
-    "first version": (TOKENS, FIRST_RIDGE),
-    "ridge": (TOKENS, RIDGE),
-    "tokens": (4 * TOKENS, RIDGE),
-    "sequence": (4 * TOKENS, RIDGE),
+# Tokens of the ranking and the refits, ridge of the table, order of the units.
+STEPS: dict[str, tuple[int, Ridge, Order]] = {
+    "first version": (TOKENS, FIRST_RIDGE, "activation"),
+    "ridge": (TOKENS, RIDGE, "activation"),
+    "order": (TOKENS, RIDGE, "surgeon"),
+    "tokens": (4 * TOKENS, RIDGE, "surgeon"),
+    "sequence": (4 * TOKENS, RIDGE, "surgeon"),
 }
 OUT = Path(__file__).with_name("smollm2.json")
 
@@ -59,10 +65,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
     options = parser.parse_args()
-    stored: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    stored = read(options.out)
     if not options.show:
         measure(options, stored)
     show(stored)
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What is stored, without figures of a step that now has another order of units: those that name none are by energy."""
+    stored: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+
+    def stands(key: str, figure: dict[str, Any]) -> bool:
+        return bool(figure.get("order", "activation") == STEPS[key.split("/")[2]][2])
+
+    return stored | {"figures": {key: one for key, one in stored.get("figures", {}).items() if stands(key, one)}}
 
 
 def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
@@ -74,11 +90,10 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
     if stored.setdefault("facts", facts) != facts:
         raise SystemExit(f"'{options.out}' holds figures of {stored['facts']}, not of {facts}: give another --out.")
-    figures: dict[str, Any] = stored.setdefault("figures", {})
+    figures: dict[str, Any] = stored["figures"]
 
     def keep() -> None:  # beside other processes that do the same
-        if options.out.exists():
-            figures.update(json.loads(options.out.read_text()).get("figures", {}) | figures)
+        figures.update(read(options.out)["figures"] | figures)
         options.out.write_text(json.dumps(stored, indent=1) + "\n")
 
     if "architectures" not in stored:
@@ -103,14 +118,15 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
                         used = supernet.using(sequential_refit(supernet, architecture, windows.calibration))
                     seconds = time.monotonic() - before
                     quality = used.quality(architecture, windows.heldout, dense)
-                    figures[f"{seed}/{share}/{step}"] = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds}
+                    figure = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds, "order": STEPS[step][2]}
+                    figures[f"{seed}/{share}/{step}"] = figure
                     keep()
                     print(f"seed {seed}, share {share}, {step}: KL {quality.kl:.4f} ({seconds:.0f} s)", flush=True)
 
 
 def path_members(model: str, loaded: LoadedModel) -> Iterator[tuple[float, Architecture]]:
     """Share -> the allocation path's member there, as a run of the first version's size prepares it."""
-    config = RunConfig(model=model, calibration_tokens=TOKENS)
+    config = RunConfig(model=model, window=WINDOW, calibration_tokens=TOKENS)
     with prepared(config, loaded, load_windows(config, loaded), Quiet()) as problem:
         for share in SHARES:
             yield share, problem.space.decode(problem.family.at(share))
@@ -121,10 +137,10 @@ def opened(
     step: str, loaded: LoadedModel, windows: TokenWindows, architectures: dict[str, Architecture], folder: Path
 ) -> Iterator[Supernet]:
     """The supernet with a step's ranking and table, which are kept in a folder."""
-    tokens, ridge = STEPS[step]
+    tokens, ridge, order = STEPS[step]
     widths = {kind: sorted({w for one in architectures.values() for w in one.units(kind)}) for kind in BLOCK_KINDS}
-    files = TensorFiles(folder / f"{tokens}-{ridge.share}")
-    fitted = fit(loaded.model, windows.calibration[: tokens // WINDOW], widths, files, ridge, scored=0)
+    files = TensorFiles(folder / f"{tokens}-{ridge.share}-{order}")
+    fitted = fit(loaded.model, windows.calibration[: tokens // WINDOW], widths, files, ridge, order, scored=0)
     with Supernet(loaded.model, fitted.ranking, fitted.refits) as supernet:
         yield supernet
 
@@ -133,7 +149,7 @@ def show(stored: dict[str, Any]) -> None:
     """A row for each share: means over seeds, and each step's ratio to the first with its Student-t interval over seeds."""
     print("| share | " + " | ".join(STEPS) + " |\n|" + "---|" * (1 + len(STEPS)))
     for share in stored.get("architectures", {}):
-        print(f"| {share} | " + " | ".join(cell(stored.get("figures", {}), share, step) for step in STEPS) + " |")
+        print(f"| {share} | " + " | ".join(cell(stored["figures"], share, step) for step in STEPS) + " |")
 
 
 def cell(figures: dict[str, Any], share: str, step: str) -> str:

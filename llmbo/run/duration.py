@@ -21,6 +21,7 @@ from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
 from pruning.anatomy import Anatomy, Sizes
 from pruning.footprint import layer_parameters
+from pruning.surgeon import AT_ONCE
 
 MOST_MEASURED = 4096  # rows of a matrix whose product is timed
 REPEATS = 6
@@ -189,7 +190,8 @@ def seconds_by_phase(
     for kind, width in columns.items():
         solved = sum(n**2 for n in tried[kind][1:-1]) * a.hidden_size
         square = CHOLESKY * width**3 / 3 + 2 * width**2 * a.hidden_size
-        solving += Work(single=square + TRIANGULAR * solved) * a.num_hidden_layers
+        order = (CHOLESKY + 4) * width**3 / 3 + width**2 * a.hidden_size  # an inverse, and what is left of it as units go
+        solving += Work(single=square + order + TRIANGULAR * solved, passes=AT_ONCE * width**2) * a.num_hidden_layers
 
     sensitivity = on.forward(allocation) + on.backward(allocation) + on.head(allocation, 2, GRADIENT)
     sensitivity += on.updates(allocation, sum(map(sum, tried.values())), sum(map(len, tried.values())))

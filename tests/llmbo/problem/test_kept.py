@@ -1,7 +1,9 @@
 """Preparations on disk: found by what they are made from, listed, cleared; runs keep what they need of them."""
 
 import contextlib
+import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.models.loading import load_model
-from llmbo.problem.kept import clear, files_of, kept
-from pruning.compensation import RIDGE
+from llmbo.problem.kept import MADE_FROM, clear, files_of, kept
+from llmbo.problem.preparation import DEFAULT, Method
+from pruning.compensation import FIRST_RIDGE, RIDGE
 from pruning.tensor_files import TensorFiles
 
 
@@ -57,6 +60,22 @@ def test_another_text_grid_or_method_is_another_preparation(
     trials("one")
     trials("two", **change)
     assert len(kept()) == 2
+
+
+def test_a_run_whose_recipe_names_no_order_goes_on_by_energy(
+    trials: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no other then. A new run of the same model and text prepares anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr("llmbo.run.assemble.DEFAULT", replace(DEFAULT, order="activation"))
+        patch.setattr(Method, "recipe", property(lambda method: {"ridge": asdict(method.ridge)}))
+        first = trials("old")
+    assert trials("old", budget=6)[:4] == first
+    assert [json.loads((one.folder / MADE_FROM).read_bytes())["order"] for one in kept()] == ["activation"]
+    trials("new")
+    assert {json.loads((one.folder / MADE_FROM).read_bytes())["order"] for one in kept()} == {"activation", "surgeon"}
+    assert Method.of(DEFAULT.recipe) == DEFAULT
+    assert Method.of(None) == Method(ridge=FIRST_RIDGE, order="activation")
 
 
 def test_it_is_listed_and_cleared_and_the_run_still_exports(

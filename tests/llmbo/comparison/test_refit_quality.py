@@ -1,0 +1,52 @@
+"""The benchmark of the refits runs from end to end, goes on where it was, and takes figures of another order of units for none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.refit_quality import __main__ as benchmark
+
+
+def test_every_step_is_measured_once_and_what_another_order_gave_is_measured_anew(
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def figures(*words: str) -> dict[str, dict[str, float | str]]:
+        monkeypatch.setattr(sys, "argv", ["refit_quality", *flags, *words])
+        benchmark.main()
+        return json.loads(out.read_text())["figures"]  # type: ignore[no-any-return]
+
+    out = tmp_path / "figures.json"
+    flags = ["--model", f"{model_folder}", "--text", f"text:{text_file}", "--out", f"{out}", "--seeds", "2"]
+    flags += ["--shares", "0.8,0.65", "--judged", "4"]
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
+    monkeypatch.setattr(benchmark, "WINDOW", 16)
+    monkeypatch.setattr(benchmark, "TOKENS", 128)
+    monkeypatch.setattr(
+        benchmark, "STEPS", {name: (tokens // 128, *rest) for name, (tokens, *rest) in benchmark.STEPS.items()}
+    )
+    first = figures()
+    assert list(benchmark.STEPS) == ["first version", "ridge", "order", "tokens", "sequence"]
+    assert first.keys() == {
+        f"{seed}/{share}/{step}" for seed in "01" for share in (0.8, 0.65) for step in benchmark.STEPS
+    }
+    assert all(
+        len({first[f"0/0.65/{step}"]["kl"] for step in pair}) == 2
+        for pair in (("ridge", "order"), ("tokens", "sequence"))
+    )
+    stored = json.loads(out.read_text())
+    for figure in stored["figures"].values():  # as they were before there was another order
+        del figure["order"]
+    out.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert figures("--show").keys() == first.keys()
+    assert capsys.readouterr().out.splitlines()[2].count("| -") == 3
+    again = figures()
+    assert sum(figure.get("order") == "surgeon" for figure in again.values()) == 12
+    assert {key: figure["kl"] for key, figure in again.items()} == {key: figure["kl"] for key, figure in first.items()}
+    assert {key.split("/")[2] for key, figure in again.items() if "order" not in figure} == {"first version", "ridge"}

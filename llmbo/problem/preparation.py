@@ -50,10 +50,8 @@ class Method:
     Args:
         scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
         allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
-        ridge: Of the refits, see `pruning.compensation`.
-        order: Of a block's units, see `pruning.refits.fit`.
-        anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model: beyond these
-            nothing is gained.
+        ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
+        anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
         operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
     """
@@ -160,14 +158,12 @@ def fitted(
     Raises:
         ModelError: The model computes NaN or infinite numbers.
     """
-    scored = max(1, method.scored_tokens // calibration.shape[1])
+    recipe = method.ridge, method.order, max(1, method.scored_tokens // calibration.shape[1])
     widths = space.widths if compensation else None
     if files is None:
-        files = files_of(loaded, calibration, widths, method.ridge, method.order, scored, tell)
+        files = files_of(loaded, calibration, widths, *recipe, tell)
     try:
-        return fit(
-            loaded.model, calibration, widths, files, method.ridge, method.order, scored, on_layer=on_layer
-        ), files
+        return fit(loaded.model, calibration, widths, files, *recipe, on_layer=on_layer), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise
@@ -294,9 +290,8 @@ def with_exchanges(
             found = supernet.quality(architecture, windows[:half], dense().rows(0, half))
             return {"kl": torch.tensor(found.kl, dtype=torch.float64)}
 
-        return float(
-            keep(f"kl_{digest(architecture.to_dict())}", {"kl": torch.empty((), dtype=torch.float64)}, measure)["kl"]
-        )
+        name = f"kl_{digest(architecture.to_dict())}"
+        return float(keep(name, {"kl": torch.empty((), dtype=torch.float64)}, measure)["kl"])
 
     def costs_at(
         x: tuple[int, ...], tried: Mapping[BlockKind, torch.Tensor], before: int, drawn: torch.Generator

@@ -190,8 +190,9 @@ def seconds_by_phase(
     for kind, width in columns.items():
         solved = sum(n**2 for n in tried[kind][1:-1]) * a.hidden_size
         square = CHOLESKY * width**3 / 3 + 2 * width**2 * a.hidden_size
-        order = (CHOLESKY + 4) * width**3 / 3 + width**2 * a.hidden_size  # an inverse, and what is left of it as units go
-        solving += Work(single=square + order + TRIANGULAR * solved, passes=AT_ONCE * width**2) * a.num_hidden_layers
+        # The order of units takes a factor and an inverse, and what is left of that as units go.
+        square += (CHOLESKY + 4) * width**3 / 3 + width**2 * a.hidden_size
+        solving += Work(single=square + TRIANGULAR * solved, passes=AT_ONCE * width**2) * a.num_hidden_layers
 
     sensitivity = on.forward(allocation) + on.backward(allocation) + on.head(allocation, 2, GRADIENT)
     sensitivity += on.updates(allocation, sum(map(sum, tried.values())), sum(map(len, tried.values())))

@@ -26,7 +26,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from llmbo.errors import ConfigError, unknown
+from llmbo.errors import ConfigError, first_line, unknown
 
 
 def _number(default: float, low: float, high: float, words: str) -> Any:
@@ -100,6 +100,34 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in fields(AllocationRecipe)}
 DENSE_PRICES = AllocationRecipe()
+DEFAULT_RECIPE = DENSE_PRICES
+RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}
+
+
+def recipe_of(word: str) -> AllocationRecipe:
+    """What `--recipe` names: one of `RECIPES`, or a JSON file of numbers by name.
+
+    Raises:
+        ConfigError: It is neither, or as `AllocationRecipe`.
+    """
+    if word in RECIPES:
+        return RECIPES[word]
+    path = Path(word)
+    if not path.is_file():
+        raise ConfigError(
+            f"--recipe must be {', '.join(RECIPES)} or a JSON file of numbers by name, got '{word}', which is no file."
+        )
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--recipe {word} cannot be read as JSON ({first_line(error)}): expected numbers by name."
+        ) from error
+    if not isinstance(numbers, dict):
+        raise ConfigError(
+            f'--recipe {word} must hold numbers by name, like {{"mlp_slope": 0.3}}, got {type(numbers).__name__}.'
+        )
+    return AllocationRecipe.of(numbers)
 
 
 def bounds() -> tuple[Tensor, Tensor]:

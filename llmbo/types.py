@@ -47,12 +47,14 @@ class Proposal:
         x: One grid level per dimension of the search space.
         origin: Who proposed it, e.g. "threshold" or "qnehvi", for people.
         why: In an advisor's words; empty where nobody said.
+        recipe: The numbers whose path it lies on or near (`llmbo.problem.recipe`); empty where it stems from none.
     """
 
     x: tuple[int, ...]
     origin: str
     why: str = ""
     source: Source = Source.SEARCH
+    recipe: Mapping[str, float] = field(default_factory=dict)
 
 
 def counts(state: str, feasible: bool, values: Mapping[str, float | None]) -> bool:
@@ -78,6 +80,7 @@ class Trial:
     feasible: bool = True
     why: str = ""
     source: Source = Source.SEARCH
+    recipe: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def on_path(self) -> bool:

@@ -40,6 +40,8 @@ def optimize(
     refit_front: int = RunConfig.refit_front,
     racing: bool = RunConfig.racing,
     compensation: bool = RunConfig.compensation,
+    recipe: str = RunConfig.recipe,
+    recipe_search: bool = RunConfig.recipe_search,
     text: str = RunConfig.text,
     chat: bool = RunConfig.chat,
     heldout_text: str = RunConfig.heldout_text,
@@ -83,11 +85,11 @@ def optimize(
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, refit_front, racing,
-            compensation, text, chat, heldout_text, min_share, neuron_step, calibration_tokens, proxy_tokens, heldout_tokens, window,
-            dtype, device, memory, offload, name, storage, advisor, advisor_hooks, advisor_share, advisor_context, advisor_every,
-            advisor_max_calls, advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline,
-            advisor_price: See `llmbo.config.RunConfig`.
+        batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, refit_front,
+            racing, compensation, recipe, recipe_search, text, chat, heldout_text, min_share, neuron_step, calibration_tokens,
+            proxy_tokens, heldout_tokens, window, dtype, device, memory, offload, name, storage, advisor, advisor_hooks,
+            advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens, advisor_reply_tokens,
+            advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

@@ -66,6 +66,10 @@ def optimize(
         bool, typer.Option(help="Stop candidates whose first windows say that the front dominates them.")
     ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
+    recipe: Annotated[
+        str, typer.Option(help="Of the allocation path: default, dense-prices, or a JSON file of its numbers.")
+    ] = "default",
+    recipe_search: Annotated[bool, typer.Option(help="Let the search try other recipes.")] = True,
     text: Annotated[
         str,
         typer.Option(

@@ -31,6 +31,8 @@ FREE = (  # what may change between two starts of a run
 EARLIER: dict[str, Any] = {
     "chat": False,
     "heldout_text": "none",
+    "recipe": "dense-prices",
+    "recipe_search": False,
 }  # what a run did that was started before there was the setting
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
@@ -55,6 +57,8 @@ class RunConfig:
         samples: Let some of the finished front continue three prompts, for people to read.
         refit_front: So many points of the finished front are refitted in sequence, each for itself, and measured again.
         racing: Stop candidates whose first windows say that the front dominates them.
+        recipe: What the allocation path is made by: `default`, `dense-prices`, or a JSON file of numbers (`llmbo.problem.recipe`).
+        recipe_search: Let the search try other recipes than that.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
         chat: Put the text through the tokenizer's chat template.
         heldout_text: Text of another domain that a dozen models of the finished front are judged on as well, or `none`.
@@ -94,6 +98,8 @@ class RunConfig:
     refit_front: Annotated[int, Within(0, MOST)] = 0
     racing: bool = False
     compensation: bool = True
+    recipe: str = "default"
+    recipe_search: bool = True
     text: str = "builtin"
     chat: bool = False
     heldout_text: str = "python"

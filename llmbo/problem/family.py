@@ -21,14 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmbo.errors import ConfigError
+from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 from pruning.importance import Importance
+
+if TYPE_CHECKING:
+    from llmbo.problem.prices import Prices
 
 MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
 TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
@@ -44,6 +49,8 @@ class ThresholdFamily:
         shares: `num_members` parameter shares, increasing.
         importance: `d` importances, each block's summed over its units.
         expansions: What single blocks change around some members, where that was measured.
+        prices: Where paths of other recipes come from; None if none is to be tried.
+        recipe: Of the path before exchanges.
     """
 
     space: SearchSpace
@@ -51,6 +58,8 @@ class ThresholdFamily:
     shares: Tensor
     importance: Tensor
     expansions: "Expansions | None" = None
+    prices: "Prices | None" = None
+    recipe: AllocationRecipe = DENSE_PRICES
 
     @classmethod
     def from_importance(cls, space: SearchSpace, importance: Importance) -> "ThresholdFamily":
@@ -77,7 +86,15 @@ class ThresholdFamily:
                 point[dimension] -= 1  # a limit on one cost leaves steps that others pay for
             else:
                 rows.append(point.clone())
-        path = torch.stack(rows)
+        return cls.along(space, torch.stack(rows), importance)
+
+    @classmethod
+    def along(cls, space: SearchSpace, path: Tensor, importance: Importance) -> "ThresholdFamily":
+        """The legal ones of given members, `num_members x d` levels by increasing share.
+
+        Raises:
+            ConfigError: There are none.
+        """
         path = path[space.legal(path)]
         if not len(path):
             limits = ", ".join(f"{name} <= {limit:g}" for name, limit in space.limits.items())

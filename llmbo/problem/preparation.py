@@ -14,11 +14,13 @@ from llmbo.config.objectives import measured_limits
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
-from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
+from llmbo.problem.family import ThresholdFamily, block_marginal_costs, unit_marginal_costs
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.kept import digest, files_of
 from llmbo.problem.marginals import Marginals, measure_marginals
+from llmbo.problem.prices import Prices
 from llmbo.problem.proxy import ProxyEvaluator, known_values
+from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe, recipe_of
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Phases
@@ -52,6 +54,7 @@ class Method:
         allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
         ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
+        allocation: What the path is made by.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
         operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
     """
@@ -60,20 +63,22 @@ class Method:
     allocation_tokens: int = 2048
     ridge: Ridge = RIDGE
     order: Order = "surgeon"
+    allocation: AllocationRecipe = DEFAULT_RECIPE
     anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
     second_order: float = 1.5
     operating_point: float = 0.35
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What a trial's weights depend on, to be stored with the run."""
-        return {"ridge": asdict(self.ridge), "order": self.order}
+        """What trials' weights and the path depend on, to be stored with the run."""
+        return {"ridge": asdict(self.ridge), "order": self.order, "allocation": self.allocation.to_dict()}
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
-        """The method of a run that has stored this; None for one of the first version. Where it names no order, there was but one."""
+        """The method of a run that has stored this; None for one of the first version. What it does not name had but one value then."""
         recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
-        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"))
+        allocation = AllocationRecipe.of(recipe.get("allocation", {}))
+        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"), allocation=allocation)
 
 
 DEFAULT = Method()
@@ -176,14 +181,15 @@ def prepared(
     windows: TokenWindows,
     phases: Phases,
     profiles: Mapping[str, Any] | None = None,
-    method: Method = DEFAULT,
+    method: Method | None = None,
 ) -> Iterator[Problem]:
     """Measure importance, build the compensation table and open the supernet, for as long as the context lasts.
 
     Args:
         profiles: Tables of the run that is continued, measured on the device where the model will run.
+        method: Of the run that is continued; by default today's, with the recipe that the settings name.
     """
-    model = loaded.model
+    model, method = loaded.model, method or replace(DEFAULT, allocation=recipe_of(config.recipe))
     space = space_of(config, anatomy_of(model))
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
@@ -209,8 +215,11 @@ def prepared(
                 like,
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
-            costs = geometric_mean(unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-        threshold_family = ThresholdFamily.from_marginal_costs(space, costs, importance)
+            prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
+            path = prices.path(method.allocation.theta)
+        threshold_family = ThresholdFamily.along(space, path, importance)
+        if config.recipe_search:
+            threshold_family = replace(threshold_family, prices=prices, recipe=method.allocation)
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
             family = with_exchanges(threshold_family, supernet, some, sensitivity, keep, advance, method, phases.note)
         with phases.phase("dense model"):

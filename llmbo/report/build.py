@@ -115,6 +115,7 @@ def build_report(
                 feasible=trial.feasible,
                 counts=trial.counts,
                 why=trial.why,
+                recipe=dict(trial.recipe) or None,
             )
             for trial in trials
         ],

@@ -162,6 +162,7 @@ class TrialPart(_Part):
     `counts`: whether it may stand on the front: measured to the end, without losing a race, and within the limits. Null in reports
     of earlier versions, where it follows from the rest.
     `why`: the advisor's reason for the proposal that the trial stems from, refined by local search or not; empty without one.
+    `recipe`: numbers of the recipe whose path it lies on, or near after local search; null where it stems from none.
     """
 
     number: int
@@ -176,6 +177,7 @@ class TrialPart(_Part):
     feasible: bool = True
     counts: bool | None = None
     why: str = ""
+    recipe: dict[str, float] | None = None
 
 
 class ItemsPart(_Part):

@@ -21,6 +21,7 @@ from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import DEFAULT, Method, Problem, prepared
+from llmbo.problem.recipe import recipe_of
 from llmbo.problem.residence import placed
 from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.texts import load_elsewhere, load_windows
@@ -145,6 +146,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
+    recipe_of(config.recipe)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
@@ -179,7 +181,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             digests = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
-        method = Method.of(stored.get("recipe")) if stored else DEFAULT
+        method = Method.of(stored.get("recipe")) if stored else replace(DEFAULT, allocation=recipe_of(config.recipe))
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(

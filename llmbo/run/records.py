@@ -79,9 +79,10 @@ class _Proposal(_Record):
     origin: str
     why: str = ""
     source: str | None = None
+    recipe: dict[str, float] = {}
 
     def made(self) -> Proposal:
-        return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin))
+        return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin), self.recipe)
 
 
 class _Attributes(_Record):
@@ -92,6 +93,7 @@ class _Attributes(_Record):
     place: int | None = None
     why: str = ""
     source: str | None = None
+    recipe: dict[str, float] = {}
     values: Values = {}
     failure: str | None = None
 
@@ -191,6 +193,7 @@ def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Map
         feasible=state is not TrialState.COMPLETE or feasible(values, _limits(settings)),
         why=kept.why,
         source=Source.restored(kept.source, kept.origin),
+        recipe=kept.recipe,
     )
 
 

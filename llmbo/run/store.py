@@ -47,6 +47,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _provenance(proposal: Proposal) -> dict[str, Any]:
+    found = {"origin": proposal.origin, "why": proposal.why, "source": proposal.source}
+    return found | ({"recipe": dict(proposal.recipe)} if proposal.recipe else {})
+
+
 def _writes(
     method: Callable[Concatenate["TrialStore", P], R],
 ) -> Callable[Concatenate["TrialStore", P], R]:
@@ -146,7 +151,7 @@ class TrialStore:
     @_writes
     def add_round(self, proposals: Sequence[Proposal]) -> None:
         """Store a round's proposals; they will be evaluated in this order."""
-        plan = [{"x": list(p.x), "origin": p.origin, "why": p.why, "source": p.source} for p in proposals]
+        plan = [{"x": list(p.x), **_provenance(p)} for p in proposals]
         key = round_key(len(self.rounds()), self._lease.token if self._lease else None)
         self._study.set_user_attr(key, plan)
 
@@ -162,13 +167,7 @@ class TrialStore:
                 state=optuna.trial.TrialState.RUNNING,
                 params=dict(zip(self._names, units, strict=True)),
                 distributions=self._distributions(),
-                user_attrs={
-                    "place": number,
-                    "origin": proposal.origin,
-                    "round": round_number,
-                    "why": proposal.why,
-                    "source": proposal.source,
-                },
+                user_attrs={"place": number, "round": round_number, **_provenance(proposal)},
             )
         )
 

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from llmbo.problem.depth import gaussian_kernel
 from llmbo.problem.family import ThresholdFamily, interpolated
+from llmbo.problem.recipe import AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
-from llmbo.types import Trial
+from llmbo.types import Proposal, Trial
 
 POOL_SIZE = 1024
+NUM_RECIPES = 48
+SHARES_PER_RECIPE = 12
+STEP = 0.12  # standard deviation of a recipe's changes, in shares of a number's range
+CHANGED = 0.3  # share of the numbers that a change changes
 
 
 def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
@@ -45,6 +50,38 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
     mixed = torch.lerp(family.path, uniform_widths(family.space, family.shares), part)
     pool = torch.cat([family.path, mixed, carried, smooth, single, crossed])
     return pool.round().clamp(torch.zeros_like(levels), levels)
+
+
+def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: torch.Generator) -> list[Proposal]:
+    """Members of new recipes' paths, each at random sizes: nothing where the family knows no prices.
+
+    A third each: the family's own recipe with some numbers changed, likewise one that a trial on the front stems from, and crossovers
+    of two of these.
+
+    Args:
+        trials: On the front.
+    """
+    if family.prices is None:
+        return []
+    low, high = bounds()
+    own = family.recipe.theta
+    known = torch.stack([own, *(AllocationRecipe.of(trial.recipe).theta for trial in trials if trial.recipe)])
+
+    def drawn() -> Tensor:
+        return known[torch.randint(len(known), (NUM_RECIPES // 3,), generator=generator)]
+
+    def coin(n: int, probability: float) -> Tensor:
+        return torch.rand(n, len(own), generator=generator) < probability
+
+    mixed = torch.where(coin(NUM_RECIPES // 3, 0.5), drawn(), drawn())
+    base = torch.cat([own.expand(NUM_RECIPES // 3, -1), drawn(), mixed])
+    change = STEP * (high - low) * torch.randn(base.shape, generator=generator, dtype=torch.float64)
+    theta = (base + torch.where(coin(len(base), CHANGED), change, 0.0)).maximum(low).minimum(high)
+    smallest = family.shares[0]
+    share = smallest + (1 - smallest) * torch.rand(SHARES_PER_RECIPE, generator=generator, dtype=torch.float64)
+    members = family.prices.members(theta, share).int().tolist()
+    recipes = [AllocationRecipe.clamped(row).to_dict() for row in theta]
+    return [Proposal(tuple(x), "recipe", recipe=r) for r, rows in zip(recipes, members, strict=True) for x in rows]
 
 
 def uniform_widths(space: SearchSpace, share: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""What every step up is worth under a recipe, and the models that take the dearest steps: many recipes and sizes at once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llmbo.problem.family import TINY, MarginalCosts, interpolated
+from llmbo.problem.recipe import BOUNDS
+from llmbo.problem.space import SearchSpace
+
+SLACK = (
+    1e-9  # of the share that a model may have: sums of steps round otherwise than the share that they are compared with
+)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Logarithms of two estimates of every step's marginal cost, `d x steps`, NaN where a block has no such step.
+
+    Args:
+        fisher: By unit scores, around 0.
+        sensitivity: By whole blocks, around 0.
+        anchors: `k` shares, increasing, at which blocks were measured in pruned members; the dense model, whose prices these are, is last.
+        corrections: `k x d`, how much dearer each block was found there, as a logarithm.
+    """
+
+    space: SearchSpace
+    fisher: Tensor
+    sensitivity: Tensor
+    anchors: Tensor
+    corrections: Tensor
+
+    @classmethod
+    def of(cls, space: SearchSpace, fisher: MarginalCosts, sensitivity: MarginalCosts) -> "Prices":
+        """From marginal costs at the dense model, `d` rows each."""
+        one = torch.ones(1, dtype=torch.float64)
+        return cls(
+            space, _around_zero(fisher), _around_zero(sensitivity), one, torch.zeros(1, space.d, dtype=torch.float64)
+        )
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """Which steps there are, `d x steps`."""
+        return ~self.fisher.isnan()
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """What every step adds to the parameter share, `d x steps`; infinite where there is no such step."""
+        found = torch.full(self.steps.shape, torch.inf, dtype=torch.float64)
+        L = self.space.num_layers
+        for first in (0, L):  # blocks of a kind are alike
+            levels = int(self.space.bounds[1, first])
+            points = torch.zeros(levels + 1, self.space.d, dtype=torch.float64)
+            points[:, first] = torch.arange(levels + 1)
+            found[first : first + L, :levels] = self.space.share(points).diff()
+        return found
+
+    def log_prices(self, theta: Tensor, share: Tensor) -> Tensor:
+        """Prices of all steps, never rising within a block: `m x len(BOUNDS)` numbers, `n` shares -> `m x n x d x steps`."""
+        number = dict(zip(BOUNDS, theta[:, :, None, None, None].unbind(1), strict=True))
+        size = (-share.log2() - 0.5)[None, :, None, None]
+        for name in [name for name in number if name.endswith("_by_size")]:
+            named = name.removesuffix("_by_size")
+            number[named] = number[named] + size * number.pop(name)
+        weight = number["fisher_weight"]
+        mixed = weight * self.fisher + (1 - weight) * self.sensitivity
+        L, steps = self.space.num_layers, torch.arange(1, mixed.shape[-1] + 1, dtype=torch.float64)
+        depth = (
+            torch.linspace(-1, 1, L, dtype=torch.float64)[:, None] if L > 1 else torch.zeros(1, 1, dtype=torch.float64)
+        )
+        near = 0.5 ** torch.arange(L, dtype=torch.float64)[:, None]
+        parts = []
+        for kind, rows in (("attention", slice(0, L)), ("mlp", slice(L, None))):
+            own, none = mixed[..., rows, :], torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+            mean = own.nanmean((-1, -2), keepdim=True)
+            parts.append(
+                mean
+                + number[f"{kind}_exponent"] * (own - mean)
+                + number[f"{kind}_level_tilt"] * (steps / self.space.bounds[1, rows, None] - 0.5)
+                + number.get(kind, none)
+                + number[f"{kind}_slope"] * depth
+                + number[f"{kind}_curve"] * (depth**2 - 1 / 3)
+                + number[f"{kind}_first"] * near
+                + number.get(f"{kind}_last", none) * near.flip(0)
+            )
+        found = torch.cat(parts, dim=-2) + number["pruned_members"] * self._corrections(share)[..., None]
+        return found.masked_fill(~self.steps, -math.inf).cummin(-1).values
+
+    def _corrections(self, share: Tensor) -> Tensor:
+        """`n` shares -> `n x d`, linear between anchors."""
+        return interpolated(self.anchors, self.corrections, share) if len(self.anchors) > 1 else self.corrections
+
+    def members(self, theta: Tensor, share: Tensor) -> Tensor:
+        """The models of given sizes: `m x len(BOUNDS)` numbers, `n` shares -> `m x n x d` levels.
+
+        Each takes the dearest steps until one does not fit, then those of the others that do: no step is left that would fit, and
+        where steps are fine the parameter share is hardly less than asked for. Steps that break a limit of the space are left out.
+        Whatever is asked for a share below the smallest block's gets nothing, which is no legal model.
+
+        Memory: `m n` times `d x steps` float64 prices and as many indices.
+        """
+        left = share.repeat(len(theta)) - self._nothing + SLACK
+        return self._taken(self.log_prices(theta, share).flatten(0, 1), left)[0].view(len(theta), len(share), -1)
+
+    def path(self, theta: Tensor) -> Tensor:
+        """The distinct legal members of one recipe, `num_members x d`, by increasing share.
+
+        They are taken at the sizes of the prefixes of its steps' order at a share of 0.71: unless prices depend on the size, every
+        one adds a step to the one before.
+        """
+        prices = self.log_prices(theta[None], torch.tensor([0.5**0.5], dtype=torch.float64))[0]
+        sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
+        rows = self.members(theta[None], sizes[sizes >= self.space.min_share - SLACK])[0]
+        rows = rows[self.space.legal(rows)]
+        shares = self.space.share(rows)
+        order = shares.argsort(stable=True)
+        larger = shares[order].diff(prepend=torch.tensor([-1.0], dtype=torch.float64)) > 0
+        return rows[order][larger]
+
+    @property
+    def _nothing(self) -> Tensor:
+        """The share of the model without any block."""
+        return self.space.share(torch.zeros(1, self.space.d, dtype=torch.float64))
+
+    def _taken(self, prices: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps taken by price, the earlier block first where prices are equal.
+
+        Args:
+            prices: `n x d x steps`.
+            left: `n` shares to be had.
+
+        Returns:
+            `n x d` levels, and the shares of all steps that the first of them took, in their order.
+        """
+        rows, (_, d, steps) = torch.arange(len(prices)), prices.shape
+        order = prices.flatten(1).sort(dim=-1, descending=True, stable=True).indices[:, : int(self.steps.sum())]
+        open_ = torch.ones(len(rows), d, dtype=torch.bool)  # a level is reached by all steps below it
+        x, first = torch.zeros(len(rows), d, dtype=torch.float64), []
+        for block, size in zip((order // steps).T, self.shares.flatten()[order].T, strict=True):
+            fits = (size <= left) & open_[rows, block]
+            x[rows, block] += fits.double()
+            if self.space.limits:
+                kept = self.space.within_limits(x)
+                x[rows, block] -= (fits & ~kept).double()
+                fits &= kept
+            left = left - torch.where(fits, size, 0.0)
+            open_[rows, block] &= fits
+            first += [size[:1]] if fits[0] else []
+        return x, torch.cat(first) if first else left.new_zeros(0)
+
+
+def _around_zero(costs: Sequence[Sequence[float]]) -> Tensor:
+    """Logarithms of ragged rows less their mean, padded with NaN."""
+    longest = max(map(len, costs))
+    rows = torch.tensor([[*row, *[math.nan] * (longest - len(row))] for row in costs], dtype=torch.float64)
+    logs = rows.clamp_min(TINY).log()
+    return logs - logs.nanmean()

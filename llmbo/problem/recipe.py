@@ -1,0 +1,136 @@
+"""The recipe behind an allocation: named numbers that say what every step up is worth, for a model of any size.
+
+Every block climbs its grid levels one by one, and each step has a price: what it would cost to take it back, in nats of KL per
+parameter. Two estimates of it are at hand (`llmbo.problem.family`), and neither knows what else is pruned. A recipe mixes them and puts
+numbers of its own on top, all in logarithms, since errors of prices are factors:
+
+    log price = m + e (f log F + (1 - f) log S - m) + t (l / top - 1/2)
+                + a + b u + c (u^2 - 1/3) + first 2^-i + last 2^-(L - 1 - i) + w log R
+
+    F, S   prices by Fisher scores and by the sensitivity of whole blocks, each divided by its geometric mean over all steps
+    i, u   the layer, of L, and its depth 2 i / (L - 1) - 1        l   the level that the step leads to, of `top`
+    m      mean of f log F + (1 - f) log S over the steps of the block's kind
+    R      how much dearer the block was found at pruned members (`llmbo.problem.expansion`), interpolated in the share
+
+Prices never rise within a block. Numbers that end in `_by_size` are taken times log2(1 / share) - 1/2 and added to those that they are
+named after: they count for nothing at a share of 0.71.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from llmbo.errors import ConfigError, first_line, unknown
+
+
+def _number(default: float, low: float, high: float, words: str) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "words": words})
+
+
+@dataclass(frozen=True)
+class AllocationRecipe:
+    """What is put into the formula above. The values here are the dense model's prices as they are: `DENSE_PRICES`.
+
+    Raises:
+        ConfigError: A number lies outside its bounds, or is none.
+    """
+
+    fisher_weight: float = _number(0.5, 0.0, 1.0, "f: Fisher scores against sensitivity of whole blocks")
+    fisher_weight_by_size: float = _number(0.0, -0.5, 0.5, "more of it for small models")
+    attention: float = _number(0.0, -1.0, 1.0, "a: attention dearer, MLPs cheaper")
+    attention_by_size: float = _number(0.0, -1.0, 1.0, "more of it for small models")
+    attention_exponent: float = _number(1.0, 0.5, 1.5, "e: attention's prices farther apart")
+    attention_level_tilt: float = _number(0.0, -1.0, 1.0, "t: attention's last groups dearer than its first")
+    attention_slope: float = _number(0.0, -1.0, 1.0, "b: attention of late layers dearer")
+    attention_slope_by_size: float = _number(0.0, -1.0, 1.0, "more of it for small models")
+    attention_curve: float = _number(0.0, -1.0, 1.0, "c: attention at both ends dearer than in the middle")
+    attention_first: float = _number(0.0, -1.5, 1.5, "attention of the first layers dearer")
+    mlp_exponent: float = _number(1.0, 0.5, 1.5, "e: MLPs' prices farther apart")
+    mlp_level_tilt: float = _number(0.0, -1.0, 1.0, "t: an MLP's last neurons dearer than its first")
+    mlp_level_tilt_by_size: float = _number(0.0, -1.0, 1.0, "more of it for small models")
+    mlp_slope: float = _number(0.0, -1.0, 1.0, "b: MLPs of late layers dearer")
+    mlp_slope_by_size: float = _number(0.0, -1.0, 1.0, "more of it for small models")
+    mlp_curve: float = _number(0.0, -1.0, 1.0, "c: MLPs at both ends dearer than in the middle")
+    mlp_first: float = _number(0.0, -1.5, 1.5, "MLPs of the first layers dearer")
+    mlp_last: float = _number(0.0, -1.5, 1.5, "MLPs of the last layers dearer")
+    pruned_members: float = _number(0.0, 0.0, 1.0, "w: what was measured at pruned members")
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            low, high = BOUNDS[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                raise ConfigError(f"The recipe's {name} must lie between {low:g} and {high:g}, got {value!r}.")
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any]) -> Self:
+        """From names and numbers; what is not named stays at the dense model's prices.
+
+        Raises:
+            ConfigError: A name is unknown, or as the class says.
+        """
+        for name in numbers:
+            if name not in BOUNDS:
+                raise ConfigError(unknown("number of a recipe", name, BOUNDS))
+        return cls(**numbers)
+
+    @classmethod
+    def clamped(cls, theta: Tensor) -> Self:
+        """From a vector of `len(BOUNDS)` numbers in their order, with what lies outside of its bounds at them."""
+        low, high = bounds()
+        return cls(*theta.double().maximum(low).minimum(high).tolist())
+
+    @property
+    def theta(self) -> Tensor:
+        """All numbers in their order, float64."""
+        return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+
+    def to_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    item.name: (item.metadata["low"], item.metadata["high"]) for item in fields(AllocationRecipe)
+}
+WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in fields(AllocationRecipe)}
+DENSE_PRICES = AllocationRecipe()
+DEFAULT_RECIPE = DENSE_PRICES
+RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}
+
+
+def recipe_of(word: str) -> AllocationRecipe:
+    """What `--recipe` names: one of `RECIPES`, or a JSON file of numbers by name.
+
+    Raises:
+        ConfigError: It is neither, or as `AllocationRecipe`.
+    """
+    if word in RECIPES:
+        return RECIPES[word]
+    path = Path(word)
+    if not path.is_file():
+        raise ConfigError(
+            f"--recipe must be {', '.join(RECIPES)} or a JSON file of numbers by name, got '{word}', which is no file."
+        )
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--recipe {word} cannot be read as JSON ({first_line(error)}): expected numbers by name."
+        ) from error
+    if not isinstance(numbers, dict):
+        raise ConfigError(
+            f'--recipe {word} must hold numbers by name, like {{"mlp_slope": 0.3}}, got {type(numbers).__name__}.'
+        )
+    return AllocationRecipe.of(numbers)
+
+
+def bounds() -> tuple[Tensor, Tensor]:
+    """Lowest and highest values of all numbers, in their order."""
+    low, high = zip(*BOUNDS.values(), strict=True)
+    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)

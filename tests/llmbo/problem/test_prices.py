@@ -1,0 +1,140 @@
+"""A recipe's path: the dense model's prices give the path of before, and every model is as large as it may be."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmbo.errors import ConfigError
+from llmbo.problem.family import ThresholdFamily, geometric_mean
+from llmbo.problem.prices import Prices
+from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe, bounds
+from llmbo.problem.space import SearchSpace
+
+NEUTRAL = 0.5**0.5  # the share at which numbers by size count for nothing
+
+
+def random_costs(space: SearchSpace, seed: int) -> list[list[float]]:
+    drawn = torch.Generator().manual_seed(seed)
+    tops = space.bounds[1].int().tolist()
+    return [(9 * torch.rand(top, generator=drawn)).exp().sort(descending=True).values.tolist() for top in tops]
+
+
+def random_theta(n: int, seed: int = 0) -> Tensor:
+    low, high = bounds()
+    return low + (high - low) * torch.rand(n, len(low), generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.fixture
+def space(make_toy: Callable[..., Any]) -> SearchSpace:
+    toy: SearchSpace = make_toy(5, 60, 0.3, 7).space
+    return toy
+
+
+@pytest.fixture
+def prices(space: SearchSpace) -> Prices:
+    return Prices.of(space, random_costs(space, 1), random_costs(space, 2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limits", [{}, {"kv_bytes": 0.6}, {"params_share": 0.7, "flops": 0.75}])
+def test_the_dense_models_prices_give_the_path_of_thresholds_member_for_member(
+    space: SearchSpace, make_toy: Callable[..., Any], seed: int, limits: dict[str, float]
+) -> None:
+    dense = {name: float(space.cost(name, space.bounds[1])) for name in limits}
+    space = replace(space, limits={name: share * dense[name] for name, share in limits.items()})
+    fisher, sensitivity = random_costs(space, seed), random_costs(space, seed + 10)
+    expected = ThresholdFamily.from_marginal_costs(
+        space, geometric_mean(fisher, sensitivity), make_toy(5, 60, 0.3, 7).importance
+    )
+    found = Prices.of(space, fisher, sensitivity).path(DENSE_PRICES.theta)
+    assert torch.equal(found, expected.path) and len(found) > 15
+
+
+def test_a_model_is_no_larger_than_asked_for_and_nothing_more_would_fit(prices: Prices) -> None:
+    space, share = prices.space, torch.tensor([0.33, 0.5, 0.71, 0.9], dtype=torch.float64)
+    members = prices.members(random_theta(20), share)
+    left = share - space.share(members)
+    assert (left >= -1e-8).all()
+    for step in torch.eye(space.d, dtype=torch.float64):
+        more = members + step
+        inside = (more <= space.bounds[1]).all(-1)
+        assert (~inside | (space.share(more.minimum(space.bounds[1])) > share)).all()
+
+
+def test_steps_that_break_a_limit_are_left_to_others(prices: Prices) -> None:
+    limit = 0.4 * float(prices.space.cost("kv_bytes", prices.space.bounds[1]))
+    limited = replace(prices, space=replace(prices.space, limits={"kv_bytes": limit}))
+    members = limited.members(random_theta(20), torch.tensor([0.6], dtype=torch.float64))
+    assert (limited.space.cost("kv_bytes", members) <= limit).all()
+    assert (limited.space.share(members) > 0.55).all()
+
+
+def test_many_at_once_are_what_each_is_alone(prices: Prices) -> None:
+    theta, share = random_theta(6), torch.tensor([0.4, 0.8], dtype=torch.float64)
+    alone = [[prices.members(row[None], one[None])[0, 0] for one in share] for row in theta]
+    assert torch.equal(prices.members(theta, share), torch.stack([torch.stack(row) for row in alone]))
+
+
+def test_prices_never_rise_within_a_block(prices: Prices) -> None:
+    found = prices.log_prices(random_theta(20), torch.tensor([0.4, 0.9], dtype=torch.float64))
+    assert (found[..., 1:] <= found[..., :-1]).all()
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_every_number_does_what_it_says(prices: Prices, name: str) -> None:
+    """It moves prices; one by size does so for small models as its namesake does, and not at the neutral share."""
+    space = prices.space
+    corrections = torch.stack([torch.linspace(-1, 1, space.d, dtype=torch.float64), torch.zeros(space.d)])
+    prices = replace(prices, anchors=torch.tensor([0.5, 1.0], dtype=torch.float64), corrections=corrections)
+    shares = torch.tensor([NEUTRAL, 0.5], dtype=torch.float64)
+
+    def at(**numbers: float) -> Tensor:
+        theta = AllocationRecipe.of(numbers).theta
+        return prices.log_prices(theta[None], shares)[0]
+
+    default, raised = at(), at(**{name: getattr(DENSE_PRICES, name) + 0.2})
+    changed = (~torch.isclose(default, raised)).flatten(1).any(-1).tolist()
+    if named := name.removesuffix("_by_size") if name.endswith("_by_size") else "":
+        assert changed == [False, True]
+        torch.testing.assert_close(raised[1], at(**{named: getattr(DENSE_PRICES, named) + 0.1})[1])
+    else:
+        assert changed == [True, True]
+
+
+def test_what_is_dearer_at_pruned_members_keeps_more(prices: Prices) -> None:
+    space = prices.space
+    block, half = torch.eye(space.d, dtype=torch.float64)[-1], torch.tensor([0.5], dtype=torch.float64)
+    found = replace(
+        prices, anchors=torch.tensor([0.5, 1.0], dtype=torch.float64), corrections=torch.stack([9 * block, 0 * block])
+    )
+    plain, corrected = (AllocationRecipe.of({"pruned_members": w}).theta[None] for w in (0.0, 1.0))
+    levels = [int(found.members(theta, half)[0, 0, -1]) for theta in (plain, corrected)]
+    assert levels[1] == space.max_levels[-1] > levels[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"fisher_wait": 0.2}, "did you mean fisher_weight"),
+        ({"mlp_slope": 7}, "mlp_slope must lie between -1 and 1, got 7"),
+        ({"mlp_slope": "0.2"}, "got '0.2'"),
+        ({"mlp_slope": float("nan")}, "got nan"),
+        ({"mlp_slope": True}, "got True"),
+    ],
+)
+def test_a_bad_number_is_named(numbers: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        AllocationRecipe.of(numbers)
+
+
+def test_numbers_survive_being_written_and_clamped() -> None:
+    low, high = bounds()
+    recipe = AllocationRecipe.clamped(random_theta(1)[0])
+    assert AllocationRecipe.of(recipe.to_dict()) == recipe and torch.equal(recipe.theta, random_theta(1)[0])
+    assert torch.equal(AllocationRecipe.clamped(high + 1).theta, high) and torch.equal(
+        AllocationRecipe.clamped(low - 1).theta, low
+    )

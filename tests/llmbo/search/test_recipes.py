@@ -1,0 +1,53 @@
+"""The search tries paths of other recipes where prices are known, and remembers which."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.prices import Prices
+from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
+from llmbo.search.pool import recipe_members
+from llmbo.types import Trial, TrialState
+
+
+@pytest.fixture
+def family(make_toy: Callable[..., Any]) -> ThresholdFamily:
+    toy = make_toy(6, 60, 0.4, 7)
+    drawn = torch.Generator().manual_seed(0)
+    costs = [
+        (6 * torch.rand(int(top), generator=drawn)).exp().sort(descending=True).values.tolist()
+        for top in toy.space.bounds[1]
+    ]
+    prices = Prices.of(toy.space, costs, costs)
+    family = ThresholdFamily.along(toy.space, prices.path(DENSE_PRICES.theta), toy.importance)
+    return replace(family, prices=prices)
+
+
+def test_members_of_new_recipes_lie_on_the_paths_that_they_name(family: ThresholdFamily) -> None:
+    assert family.prices is not None
+    rows = recipe_members(family, [], torch.Generator().manual_seed(1))
+    assert len({tuple(row.recipe.values()) for row in rows}) > 20 and len({row.x for row in rows}) > 50
+    for row in rows[::37]:
+        theta = AllocationRecipe.of(row.recipe).theta
+        x = torch.tensor([row.x], dtype=torch.float64)
+        assert torch.equal(family.prices.members(theta[None], family.space.share(x))[0], x)
+
+
+def test_new_recipes_are_drawn_around_those_that_stand_on_the_front(family: ThresholdFamily) -> None:
+    good = AllocationRecipe.of({"mlp_slope": 1.0, "attention": -1.0, "mlp_curve": 0.9})
+    trial = Trial(0, 0, family.at(0.6), "recipe", TrialState.COMPLETE, recipe=good.to_dict())
+
+    def near(trials: list[Trial]) -> int:
+        rows = recipe_members(family, trials, torch.Generator().manual_seed(1))
+        recipes = {tuple(row.recipe.values()) for row in rows}
+        return sum(AllocationRecipe(*recipe).mlp_curve > 0.7 for recipe in recipes)
+
+    assert near([]) == 0 and near([trial]) > 5
+
+
+def test_nothing_is_tried_where_prices_are_unknown(family: ThresholdFamily) -> None:
+    assert recipe_members(replace(family, prices=None), [], torch.Generator()) == []

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmbo.problem.family import Expansions, ThresholdFamily, bracketed, interpolated
+from llmbo.problem.family import Expansions, ThresholdFamily
+from llmbo.problem.interpolation import bracketed, interpolated
 from llmbo.problem.knapsack import cheapest
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind

@@ -17,26 +17,18 @@ Both are taken at the dense model. `llmbo.problem.expansion` corrects the path b
 changes at pruned members: after these exchanges of width its members need not be nested.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmbo.errors import ConfigError
+from llmbo.problem.interpolation import interpolated
+from llmbo.problem.prices import MarginalCosts, Prices, unit_marginal_costs
 from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.problem.space import SearchSpace
-from pruning.anatomy import BlockKind
 from pruning.importance import Importance
-
-if TYPE_CHECKING:
-    from llmbo.problem.prices import Prices
-
-MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
-TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class ThresholdFamily:
     shares: Tensor
     importance: Tensor
     expansions: "Expansions | None" = None
-    prices: "Prices | None" = None
+    prices: Prices | None = None
     recipe: AllocationRecipe = DENSE_PRICES
 
     @classmethod
@@ -146,69 +138,3 @@ class Expansions:
     def weights(self, share: Tensor) -> Tensor:
         """How much each member has to say about models of a share, `n` -> `n x k`: linear between neighbours."""
         return interpolated(self.shares, torch.eye(len(self.shares), dtype=torch.float64), share)
-
-
-def interpolated(shares: Tensor, path: Tensor, share: Tensor) -> Tensor:
-    """Rows of `path` (`m x d`, at increasing `shares`) at any share, the ends beyond them: `n` -> `n x d`."""
-    right, weight = bracketed(shares, share.clamp(shares[0], shares[-1]))
-    return torch.lerp(path[right - 1], path[right], weight.unsqueeze(-1))
-
-
-def bracketed(knots: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Where values lie between increasing knots: the index of the knot to the right, and how far it is on the way there.
-
-    A weight is 0 at the knot to the left and 1 at that to the right; beyond the ends the last two knots go on, with weights
-    outside of 0 to 1. Both have the shape of `at`.
-    """
-    right = torch.searchsorted(knots, at.contiguous()).clamp(1, len(knots) - 1)
-    left = knots[right - 1]
-    return right, (at - left) / (knots[right] - left).clamp_min(1e-12)  # the dense model may be the only knot
-
-
-def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list[float]]:
-    """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
-    costs: list[list[float]] = []
-    for block in space.anatomy.blocks:
-        density = importance.of(block.kind).cpu().double() / block.parameters_per_unit
-        midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
-        costs += density.sort(-1, descending=True).values[:, midpoints].tolist()
-    return costs
-
-
-def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Tensor]) -> list[list[float]]:
-    """Marginal costs by `pruning.sensitivity`, `d` rows: slopes of its lower convex hull over parameters.
-
-    Args:
-        sensitivity: `num_layers x levels` by kind, at the widths of the grid.
-    """
-    costs: list[list[float]] = []
-    for block in space.anatomy.blocks:
-        sizes = [
-            units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
-            for units in space.widths[block.kind]
-        ]
-        rows = sensitivity[block.kind].cpu().double().cummin(-1).values.tolist()
-        costs += [_hull_slopes(sizes, row) for row in rows]
-    return costs
-
-
-def geometric_mean(first: MarginalCosts, second: MarginalCosts) -> list[list[float]]:
-    """Step by step: both are nats per parameter, and their errors are factors."""
-    return [
-        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
-        for row, other in zip(first, second, strict=True)
-    ]
-
-
-def _hull_slopes(sizes: Sequence[int], costs: Sequence[float]) -> list[float]:
-    """Fall of the lower convex hull of (size, cost) at every step, in cost per size; steps on one edge share its slope."""
-    hull: list[int] = []
-    for point in range(len(sizes)):
-        while len(hull) > 1 and _slope(sizes, costs, hull[-2], hull[-1]) <= _slope(sizes, costs, hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return [slope for a, b in pairwise(hull) for slope in [_slope(sizes, costs, a, b)] * (b - a)]
-
-
-def _slope(sizes: Sequence[int], costs: Sequence[float], a: int, b: int) -> float:
-    return (costs[a] - costs[b]) / (sizes[b] - sizes[a])

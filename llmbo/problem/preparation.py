@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,25 @@ from llmbo.config.objectives import measured_limits
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
-from llmbo.problem.family import ThresholdFamily, block_marginal_costs, unit_marginal_costs
+from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.kept import digest, files_of
 from llmbo.problem.marginals import Marginals, measure_marginals
-from llmbo.problem.prices import Prices
+from llmbo.problem.method import DEFAULT, Method
+from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator, known_values
-from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe, recipe_of
+from llmbo.problem.recipe import recipe_of
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
-from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.exchanges import ORDERS, exchange_costs
 from pruning.importance import fisher, layer_scores, taylor
 from pruning.items import read_items
 from pruning.latency import Workload
-from pruning.refits import Fitted, Order, fit
+from pruning.refits import Fitted, fit
 from pruning.sensitivity import block_sensitivity
 from pruning.statistics import steps
 from pruning.supernet import Supernet
@@ -44,44 +44,6 @@ from pruning.walk import device_of
 LOSS_OF_EXCHANGES = 1.2
 UNSEEN = 0.01
 
-
-@dataclass(frozen=True)
-class Method:
-    """The constants behind the prepared problem, so that experiments can sweep them; runs use the defaults.
-
-    Args:
-        scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
-        allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
-        ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
-        anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
-        allocation: What the path is made by.
-        second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
-        operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
-    """
-
-    scored_tokens: int = 8192
-    allocation_tokens: int = 2048
-    ridge: Ridge = RIDGE
-    order: Order = "surgeon"
-    allocation: AllocationRecipe = DEFAULT_RECIPE
-    anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
-    second_order: float = 1.5
-    operating_point: float = 0.35
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What trials' weights and the path depend on, to be stored with the run."""
-        return {"ridge": asdict(self.ridge), "order": self.order, "allocation": self.allocation.to_dict()}
-
-    @classmethod
-    def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
-        """The method of a run that has stored this; None for one of the first version. What it does not name had but one value then."""
-        recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
-        allocation = AllocationRecipe.of(recipe.get("allocation", {}))
-        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"), allocation=allocation)
-
-
-DEFAULT = Method()
 Tensors = Mapping[Any, torch.Tensor]
 Measure = Callable[[torch.Generator], Tensors]
 Keep = Callable[[str, Tensors, Measure], Tensors]  # a part's name, what has its shapes, and how to measure it

@@ -1,17 +1,22 @@
 """What every step up is worth under a recipe, and the models that take the dearest steps: many recipes and sizes at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from llmbo.problem.family import TINY, MarginalCosts, interpolated
+from llmbo.problem.interpolation import interpolated
 from llmbo.problem.recipe import BOUNDS
 from llmbo.problem.space import SearchSpace
+from pruning.anatomy import BlockKind
+from pruning.importance import Importance
 
+MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
+TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
 SLACK = (
     1e-9  # of the share that a model may have: sums of steps round otherwise than the share that they are compared with
 )
@@ -159,3 +164,52 @@ def _around_zero(costs: Sequence[Sequence[float]]) -> Tensor:
     rows = torch.tensor([[*row, *[math.nan] * (longest - len(row))] for row in costs], dtype=torch.float64)
     logs = rows.clamp_min(TINY).log()
     return logs - logs.nanmean()
+
+
+def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list[float]]:
+    """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
+    costs: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        density = importance.of(block.kind).cpu().double() / block.parameters_per_unit
+        midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
+        costs += density.sort(-1, descending=True).values[:, midpoints].tolist()
+    return costs
+
+
+def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Tensor]) -> list[list[float]]:
+    """Marginal costs by `pruning.sensitivity`, `d` rows: slopes of its lower convex hull over parameters.
+
+    Args:
+        sensitivity: `num_layers x levels` by kind, at the widths of the grid.
+    """
+    costs: list[list[float]] = []
+    for block in space.anatomy.blocks:
+        sizes = [
+            units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
+            for units in space.widths[block.kind]
+        ]
+        rows = sensitivity[block.kind].cpu().double().cummin(-1).values.tolist()
+        costs += [_hull_slopes(sizes, row) for row in rows]
+    return costs
+
+
+def geometric_mean(first: MarginalCosts, second: MarginalCosts) -> list[list[float]]:
+    """Step by step: both are nats per parameter, and their errors are factors."""
+    return [
+        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
+        for row, other in zip(first, second, strict=True)
+    ]
+
+
+def _hull_slopes(sizes: Sequence[int], costs: Sequence[float]) -> list[float]:
+    """Fall of the lower convex hull of (size, cost) at every step, in cost per size; steps on one edge share its slope."""
+    hull: list[int] = []
+    for point in range(len(sizes)):
+        while len(hull) > 1 and _slope(sizes, costs, hull[-2], hull[-1]) <= _slope(sizes, costs, hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [slope for a, b in pairwise(hull) for slope in [_slope(sizes, costs, a, b)] * (b - a)]
+
+
+def _slope(sizes: Sequence[int], costs: Sequence[float], a: int, b: int) -> float:
+    return (costs[a] - costs[b]) / (sizes[b] - sizes[a])

@@ -12,7 +12,7 @@ from llmbo.models.loading import Found
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.hardware import KIND_OF
-from llmbo.problem.preparation import DEFAULT
+from llmbo.problem.method import DEFAULT
 from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
 from pruning.compensation import solved_values

@@ -19,8 +19,9 @@ from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
+from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.objectives import Objective, build_objectives
-from llmbo.problem.preparation import DEFAULT, Method, Problem, prepared
+from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.recipe import recipe_of
 from llmbo.problem.residence import placed
 from llmbo.problem.sequence import check_refit_front

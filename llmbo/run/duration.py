@@ -16,7 +16,7 @@ from llmbo.advisor.assemble import WITHOUT_MARGINALS
 from llmbo.config import RunConfig
 from llmbo.config.advisor import parse_spec
 from llmbo.problem.expansion import STEPS
-from llmbo.problem.preparation import DEFAULT
+from llmbo.problem.method import DEFAULT
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
 from pruning.anatomy import Anatomy, Sizes

@@ -14,8 +14,9 @@ from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_model
+from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
-from llmbo.problem.preparation import Method, prepared
+from llmbo.problem.preparation import prepared
 from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore

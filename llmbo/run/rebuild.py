@@ -11,7 +11,8 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.kept import OWN, hand_on, own_files
-from llmbo.problem.preparation import Method, fitted
+from llmbo.problem.method import Method
+from llmbo.problem.preparation import fitted
 from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmbo.problem.family import interpolated
+from llmbo.problem.interpolation import interpolated
 from llmbo.problem.objectives import Objective
 from llmbo.types import Trial
 

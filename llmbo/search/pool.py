@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from llmbo.problem.depth import gaussian_kernel
-from llmbo.problem.family import ThresholdFamily, interpolated
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.interpolation import interpolated
 from llmbo.problem.recipe import AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
 from llmbo.types import Proposal, Trial

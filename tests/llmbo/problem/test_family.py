@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.problem.family import (
-    ThresholdFamily,
-    block_marginal_costs,
-    bracketed,
-    geometric_mean,
-    interpolated,
-    unit_marginal_costs,
-)
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.interpolation import bracketed, interpolated
+from llmbo.problem.prices import block_marginal_costs, geometric_mean, unit_marginal_costs
 from llmbo.problem.space import SearchSpace
 from pruning.cost import dense_block_parameters
 from pruning.importance import Importance

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llmbo.cli import app
 from llmbo.models.loading import load_model
 from llmbo.problem.kept import MADE_FROM, clear, files_of, kept
-from llmbo.problem.preparation import DEFAULT, Method
+from llmbo.problem.method import DEFAULT, Method
 from pruning.compensation import FIRST_RIDGE, RIDGE
 from pruning.tensor_files import TensorFiles
 

@@ -14,8 +14,10 @@ from llmbo.display.console import Console
 from llmbo.display.progress import Display, Silence
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
-from llmbo.problem.family import ThresholdFamily, block_marginal_costs, geometric_mean, unit_marginal_costs
-from llmbo.problem.preparation import DEFAULT, Problem, prepared, with_exchanges
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.method import DEFAULT
+from llmbo.problem.preparation import Problem, prepared, with_exchanges
+from llmbo.problem.prices import block_marginal_costs, geometric_mean, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.texts import load_windows
 from pruning.anatomy import BlockKind

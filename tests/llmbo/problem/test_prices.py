@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmbo.errors import ConfigError
-from llmbo.problem.family import ThresholdFamily, geometric_mean
-from llmbo.problem.prices import Prices
+from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.prices import Prices, geometric_mean
 from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
 

@@ -1,0 +1,48 @@
+"""The constants behind a prepared problem: today's, and those that a stored run was made with."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe
+from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
+from pruning.refits import Order
+
+
+@dataclass(frozen=True)
+class Method:
+    """The constants behind the prepared problem, so that experiments can sweep them; runs use the defaults.
+
+    Args:
+        scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
+        allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
+        ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
+        anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
+        allocation: What the path is made by.
+        second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
+        operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
+    """
+
+    scored_tokens: int = 8192
+    allocation_tokens: int = 2048
+    ridge: Ridge = RIDGE
+    order: Order = "surgeon"
+    allocation: AllocationRecipe = DEFAULT_RECIPE
+    anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
+    second_order: float = 1.5
+    operating_point: float = 0.35
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What trials' weights and the path depend on, to be stored with the run."""
+        return {"ridge": asdict(self.ridge), "order": self.order, "allocation": self.allocation.to_dict()}
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
+        """The method of a run that has stored this; None for one of the first version. What it does not name had but one value then."""
+        recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
+        allocation = AllocationRecipe.of(recipe.get("allocation", {}))
+        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"), allocation=allocation)
+
+
+DEFAULT = Method()

@@ -28,6 +28,12 @@ FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
     "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples", "refit_front",
 )  # fmt: skip
+TOLD = (
+    "budget",
+    "refit_front",
+    "memory",
+    "offload",
+)  # those of `FREE` that a report tells: exports and advice go by them
 EARLIER: dict[str, Any] = {
     "chat": False,
     "heldout_text": "none",

@@ -5,13 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
-from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.preparation import Method, fitted
+from llmbo.problem.residence import placed_to_cut
 from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows
@@ -126,7 +128,10 @@ def load_base(
         if isinstance(model, LoadedModel):
             loaded = model
         else:
-            loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+            base = find_prunable(model or config.model)
+            loaded = load_model(base.name, *placed_to_cut(config, base, report.run.dtype, device or report.run.device))
+            for note in loaded.notes:
+                phases.note(note)
         if loaded.dtype != report.run.dtype:
             raise ModelError(
                 f"The run '{report.run.name}' had its model in {report.run.dtype}, the given one is in {loaded.dtype}: "
@@ -210,6 +215,8 @@ class RebuildInputs:
         mask = PruningMask.from_architecture(architecture_of(trial), ranking)
         with phases.phase("cutting"):
             small = shrink(self.loaded.model, mask, refits)
+            if not self.loaded.resident:
+                nn.Module.to(small, self.loaded.device)  # its layers are where those of the base model wait
             measured = expected = column.objectives.loss
             if not kept:
                 measured = quality(small, self.windows.proxy).loss

@@ -19,6 +19,7 @@ from llmbo.problem.expansion import STEPS
 from llmbo.problem.preparation import DEFAULT
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
+from llmbo.types import FITTING
 from pruning.anatomy import Anatomy, Sizes
 from pruning.footprint import layer_parameters
 
@@ -208,7 +209,7 @@ def seconds_by_phase(
     last = on.forward(heldout, mean) + on.head(heldout, 1, QUALITY) + refits
     probed = 2 * config.window * (1 + space.d) if _asks_marginals(config) else 0
     works = {
-        "importance and refits": importance + solving * config.compensation + on.walk(2),
+        FITTING: importance + solving * config.compensation + on.walk(2),
         "allocation": sensitivity + on.walk(2),
         "width exchanges": exchanges,
         "dense model": dense,

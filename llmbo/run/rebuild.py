@@ -1,6 +1,5 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unk
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.preparation import Method, fitted
+from llmbo.problem.proxy import with_perplexity
 from llmbo.problem.residence import placed_to_cut
 from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
@@ -20,7 +20,7 @@ from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Refitted, Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
-from llmbo.types import Phases
+from llmbo.types import FITTING, Phases
 from pruning.anatomy import Sizes, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
@@ -186,7 +186,7 @@ class RebuildInputs:
         own = own_files(folder, phases.note)
         names = names_of(space.anatomy) if config.compensation else [STATISTICS]
         kept = all(own.get(name) is not None for name in names)
-        with phases.phase("importance and refits", steps(space.num_layers)) as advance:
+        with phases.phase(FITTING, steps(space.num_layers)) as advance:
             found, files = fitted(
                 loaded,
                 windows.calibration,
@@ -242,7 +242,7 @@ class RebuildInputs:
             proxy = self.windows.proxy
             own = supernet.using(refits).quality(architecture, proxy, supernet.distribution(proxy))
         assert trial.objectives is not None
-        changed = {"kl": own.kl, "loss": own.loss, "perplexity": math.exp(min(own.loss, 700.0))}
+        changed = with_perplexity({"kl": own.kl or 0.0, "loss": own.loss})
         changed |= dict.fromkeys(("accuracy", "error", "tokens"))
         return refits, Refitted(objectives=trial.objectives.model_copy(update=changed)), True
 

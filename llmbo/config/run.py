@@ -37,7 +37,7 @@ TOLD = (
 EARLIER: dict[str, Any] = {
     "chat": False,
     "heldout_text": "none",
-}  # what a run did that was started before there was the setting
+}  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
 

@@ -101,8 +101,8 @@ def refit_of(report: Report, trial: TrialPart, asked: str = "") -> str:
     there = column_of(report, trial, "sequential") is not None
     if asked == "sequential" and not there:
         sizes = Sizes(**{part.name: getattr(report.model, part.name) for part in fields(Sizes)})
-        remedy = "Take --refit table, or search with more --calibration-tokens."
-        check_enough("--refit sequential", report.data.calibration.tokens, sizes, remedy)
+        remedy = "Take --refit table, or search with --calibration-tokens {enough}."
+        check_enough("--refit sequential", report.data.calibration.tokens, report.data.window, sizes, remedy)
     return asked or ("sequential" if there else "table")
 
 

@@ -35,40 +35,11 @@ from llmbo.types import Proposal, Trial
 
 # Every setting that counted when rounds were first stored under what they are made from.
 FIRST_KEYED = [
-    *(
-        "budget",
-        "batch",
-        "seed",
-        "strategy",
-        "objectives",
-        "reference_point",
-        "maximum",
-        "context",
-        "serve_batch",
-        "latency_target",
-    ),
-    *(
-        "racing",
-        "compensation",
-        "min_share",
-        "neuron_step",
-        "calibration_tokens",
-        "proxy_tokens",
-        "heldout_tokens",
-        "window",
-    ),
-    *(
-        "dtype",
-        "device",
-        "advisor",
-        "advisor_hooks",
-        "advisor_share",
-        "advisor_context",
-        "advisor_every",
-        "advisor_max_calls",
-    ),
-    *("advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds", "advisor_deadline", "advisor_price"),
-]
+    "budget", "batch", "seed", "strategy", "objectives", "reference_point", "maximum", "context", "serve_batch", "latency_target",
+    "racing", "compensation", "min_share", "neuron_step", "calibration_tokens", "proxy_tokens", "heldout_tokens", "window",
+    "dtype", "device", "advisor", "advisor_hooks", "advisor_share", "advisor_context", "advisor_every", "advisor_max_calls",
+    "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds", "advisor_deadline", "advisor_price",
+]  # fmt: skip
 CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
 STRATEGIES = (
     '["threshold", "random", "nsga2-seeded", {strategy = "nsga2-seeded", label = "small population", population = 4}]'

@@ -223,8 +223,8 @@ def seconds_by_phase(
         for width in columns.values():
             kept = mean * width
             products = GRAM * kept**2 + 2 * kept * a.hidden_size
-            solved = CHOLESKY * kept**3 / 3 + 2 * kept**2 * a.hidden_size
-            refitting += Work(single=(calibration * products + solved) * a.num_hidden_layers)
+            solution = CHOLESKY * kept**3 / 3 + 2 * kept**2 * a.hidden_size
+            refitting += Work(single=(calibration * products + solution) * a.num_hidden_layers)
         works[PHASE] = (refitting + measured + last) * min(config.refit_front, judged)
     proposing = PROPOSING * max(0, config.budget - NUM_INITIAL) / config.batch
     return {name: work.seconds(rates) + proposing * (name == "search") for name, work in works.items()}

@@ -242,8 +242,8 @@ class RebuildInputs:
             proxy = self.windows.proxy
             own = supernet.using(refits).quality(architecture, proxy, supernet.distribution(proxy))
         assert trial.objectives is not None
-        changed = with_perplexity({"kl": own.kl or 0.0, "loss": own.loss})
-        changed |= dict.fromkeys(("accuracy", "error", "tokens"))
+        unmeasured = dict.fromkeys(("accuracy", "error", "tokens"))
+        changed = {**with_perplexity({"kl": own.kl or 0.0, "loss": own.loss}), **unmeasured}
         return refits, Refitted(objectives=trial.objectives.model_copy(update=changed)), True
 
     def model(self, trial: TrialPart, phases: Phases, refit: str = "table") -> PreTrainedModel:

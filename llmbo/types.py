@@ -193,6 +193,9 @@ class Observer(Protocol):
     def on_proposing(self, round: int) -> None: ...
 
 
+FITTING = "importance and refits"  # the phase that reads the calibration text
+
+
 class Phases(Protocol):
     """Is told which part of a run goes on, and keeps the seconds of each."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from pruning.errors import DamagedTensors
 
 Tensors = Mapping[str, Tensor]
-SUFFIX = ".safetensors"
+SUFFIX, UNFINISHED = ".safetensors", ".partial"
+STALE = 3600.0  # seconds without a write after which whoever was writing a file is gone
 
 
 class TensorFiles:
@@ -119,7 +121,8 @@ class TensorFiles:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._begin(path.parent)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=".partial", delete=False) as file:
+        _remove_leftovers(path.parent)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=UNFINISHED, delete=False) as file:
             temporary = Path(file.name)
         try:
             save_file(dict(tensors), temporary, {key: _checksum(tensor) for key, tensor in tensors.items()})
@@ -127,6 +130,14 @@ class TensorFiles:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed processes have left. Should one live after all, it finds its file gone and keeps the set in memory."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def _described(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:

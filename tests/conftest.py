@@ -6,6 +6,7 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 import copy
 import functools
 import gc
+import json
 import os
 import random
 import resource
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +44,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-import pruning.export.verify
+import pruning.export.reader
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.masks import PruningMask, Ranking
@@ -140,34 +142,48 @@ def forked(body: Callable[[], object]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stderr
 
 
-def _read_back(command: Sequence[str], *, env: Mapping[str, str], **options: Any) -> Any:
-    """`subprocess.run` for `pruning.export.verify`: a folder is read back in a fork that knows nothing of this project."""
-    _, _, program, *words = command
-    if not program.endswith("reload_hf.py"):
-        return subprocess.run(command, env=env, **options)
+@dataclass
+class _Forked:
+    """What is asked of a `subprocess.Popen` of `reload_hf.py`: a folder is read back in a fork that knows nothing of this project."""
 
-    def body() -> None:
+    program: str
+    env: Mapping[str, str]
+    returncode: int | None = None
+
+    def communicate(self, told: str) -> tuple[None, str]:
+        self.returncode, stderr = forked(lambda: self._main(*json.loads(told)))
+        return None, stderr
+
+    def _main(self, *arguments: object) -> None:
         for name in list(sys.modules):
             if name.partition(".")[0] in ("pruning", "llmbo", "prompts", "transformers_modules"):
                 del sys.modules[name]
-        dynamic_module_utils.HF_MODULES_CACHE = env["HF_MODULES_CACHE"]
-        runpy.run_path(program)["main"](*words)
+        dynamic_module_utils.HF_MODULES_CACHE = self.env["HF_MODULES_CACHE"]
+        runpy.run_path(self.program)["main"](*arguments)
 
-    code, stderr = forked(body)
-    return subprocess.CompletedProcess(command, code, stderr=stderr)
+    def kill(self) -> None:
+        """It has ended."""
+
+
+def _popen(command: Sequence[str], *, env: Mapping[str, str], **options: Any) -> Any:
+    program = command[-1]
+    if not program.endswith("reload_hf.py"):
+        return subprocess.Popen(command, env=env, **options)
+    return nullcontext(_Forked(program, env))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_back_in_a_fork() -> Iterator[None]:
+    replaced = SimpleNamespace(Popen=_popen, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning.export.verify, "subprocess", SimpleNamespace(run=_read_back))
+        patch.setattr(pruning.export.reader, "subprocess", replaced)
         yield
 
 
 @pytest.fixture
 def fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is exported is read back as it is for users, by a new Python, which takes four seconds to import what it needs."""
-    monkeypatch.setattr(pruning.export.verify, "subprocess", subprocess)
+    monkeypatch.setattr(pruning.export.reader, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmbo.config import RunConfig
 from llmbo.config.objectives import QUANTITIES
 from llmbo.deploy.export import export
+from llmbo.deploy.reader import started
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
@@ -194,8 +195,8 @@ class Run:
         request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size, refit)
         arguments = {"trial": trial, "format": format, "out": str(out)} | ({"refit": refit} if refit else {})
         command = call_text("export", arguments, f"llmbo.load_run({str(self.folder)!r})")
-        with libraries_silenced(), build_display(self._show, 0, self.name) as display:
-            return export(request, command, display, self._base)
+        with started(format) as read, libraries_silenced(), build_display(self._show, 0, self.name) as display:
+            return export(request, command, display, self._base, read=read)
 
     def _point(self, trial: TrialPart) -> Point:
         assert trial.objectives is not None

@@ -47,9 +47,10 @@ def export(
 
     Example: llmbo export runs/llama --trial 38 --format gguf --out exports/llama-54
     """
+    from llmbo.deploy.reader import started
     from llmbo.display.console import Console
 
-    with one_line_errors(interrupted="Interrupted. Nothing was left in the output folder."):
+    with one_line_errors(interrupted="Interrupted. Nothing was left in the output folder."), started(format) as read:
         from llmbo.deploy.export import export as write
         from llmbo.deploy.request import ExportRequest
         from llmbo.display.progress import Display
@@ -58,7 +59,7 @@ def export(
         silence_libraries()
         request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit)
         with Display(Console(stderr=True), 0) as display:
-            check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device)
+            check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device, read)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None

@@ -21,11 +21,14 @@ from llmbo.comparison.result import build_comparison
 from llmbo.comparison.runner import Outcome, check_designs, run_arm
 from llmbo.comparison.schema import ArmPart, Comparison, UnionPoint
 from llmbo.comparison.store import EvaluationStore
+from llmbo.config import EARLIER
 from llmbo.errors import StorageError
 from llmbo.problem.objectives import Objective
 from llmbo.report import environment
 
 PLACES = ("model", "text", "items", "name", "storage")
+# Settings that came after rounds were first stored and change no proposal. What a comparison never sets and was there then is keyed too.
+SINCE = ("samples", "refit_front", "heldout_text", "memory", "offload", "advisor_reply_tokens")
 KEYED_BY = "content"  # written beside the code's digest; earlier versions keyed rounds by the text's path
 
 
@@ -105,10 +108,15 @@ def _run_problem(
 def arm_key(arm: Arm, seed: int, config: CompareConfig, problem: OpenProblem) -> str:
     """Names an arm's stored rounds: whatever changes its proposals changes the name.
 
-    Model and text count by what they hold, not by where they lie; both are in the problem's identity.
+    Model and text count by what they hold, not by where they lie; both are in the problem's identity. A setting that stands at what
+    runs did before there was the setting (`EARLIER`) does not count, so that what was stored then is found.
     """
     settings = asdict(arm)
-    run = {key: value for key, value in settings["problem"]["run"].items() if key not in PLACES}
+    run = {
+        key: value
+        for key, value in settings["problem"]["run"].items()
+        if key not in (*PLACES, *SINCE) and not (key in EARLIER and value == EARLIER[key])
+    }
     what = [arm.strategy, settings["options"], run, config.batch, problem.identity]
     return f"{arm.label}/{seed}/{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
 

@@ -23,7 +23,7 @@ class Format:
         dtypes: Bytes per parameter on disk, by what `--dtype` may say.
         default: One of `dtypes`, or "auto" for the dtype the run measured in.
         save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
-        options: What `save` takes by keyword, some of `dtype`, `name` and `max_shard_size`.
+        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size` and `read`.
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
@@ -87,7 +87,7 @@ _ROWS = (
         dtypes=FOLDER_DTYPES,
         default="auto",
         save="pruning.export:save_hf",
-        options=("max_shard_size",),
+        options=("max_shard_size", "read"),
         check_model="pruning.export.hf:check_hf",
         load=_TRANSFORMERS,
         load_unequal="""```python
@@ -126,7 +126,7 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         dtypes=FOLDER_DTYPES,
         default="auto",
         save="pruning.export:save_padded",
-        options=("max_shard_size",),
+        options=("max_shard_size", "read"),
         check_model="pruning.export.hf:check_padded",
         load=_TRANSFORMERS,
         saves=False,

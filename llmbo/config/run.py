@@ -28,12 +28,18 @@ FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
     "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples", "refit_front",
 )  # fmt: skip
+TOLD = (
+    "budget",
+    "refit_front",
+    "memory",
+    "offload",
+)  # those of `FREE` that a report tells: exports and advice go by them
 EARLIER: dict[str, Any] = {
     "chat": False,
     "heldout_text": "none",
     "recipe": "dense-prices",
     "recipe_search": False,
-}  # what a run did that was started before there was the setting
+}  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
 

@@ -14,6 +14,7 @@ from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run, refit_of
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
+from pruning.export.reader import Read
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,9 @@ class ExportRequest:
         """Of the model, for formats that keep one."""
         return f"{self.report.run.name}-trial-{self.trial.number}"
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def options(self, read: Read | None) -> dict[str, Any]:
         """For the format's `save`."""
-        known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size}
+        known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size, "read": read}
         return {name: known[name] for name in self.format.options}
 
     @property

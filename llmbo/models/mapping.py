@@ -4,11 +4,15 @@ transformers maps a checkpoint whose tensors are stored in the dtype asked for, 
 in memory of its own. Of such a checkpoint a copy is kept that can be mapped.
 """
 
+import contextlib
 import hashlib
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.models.aliases import cache_dir, kept_folder
 
+MADE_FROM = "made_from.json"
 SHARD = 10**9  # bytes of a copy that are in memory while it is written
 
 
@@ -48,8 +53,47 @@ def mapped_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sour
     def write(folder: Path) -> None:
         _save(model, dtype, folder)
         tokenizer.save_pretrained(folder)
+        (folder / MADE_FROM).write_text(json.dumps({"source": source, "dtype": str(dtype).removeprefix("torch.")}))
 
-    return kept_folder(cache_dir() / "mapped" / hashlib.sha256(key.encode()).hexdigest()[:16], write)
+    return kept_folder(_copies_dir() / hashlib.sha256(key.encode()).hexdigest()[:16], write)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A mapped copy in the cache, or what a killed process has left of one."""
+
+    folder: Path
+    source: str
+    dtype: str
+    bytes: int
+
+
+def copies() -> list[Copy]:
+    """All of them. Neither source nor dtype is known of a copy that is unfinished, or older than `made_from.json`."""
+    found = []
+    for folder in sorted(_copies_dir().glob("*/")):
+        made_from, unfinished = {}, folder.name.startswith(".")
+        with contextlib.suppress(OSError, ValueError):
+            made_from = json.loads((folder / MADE_FROM).read_bytes())
+        source = "unfinished" if unfinished else made_from.get("source", "unknown")
+        size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+        found.append(Copy(folder, source, made_from.get("dtype", ""), size))
+    return found
+
+
+def clear_copies() -> int:
+    """Remove all copies but those that are being written; the bytes that were freed. Models that are loaded keep theirs mapped."""
+    freed = 0
+    for copy in copies():
+        target = copy.folder.name.removeprefix(".").partition(".")[0]
+        with contextlib.suppress(Timeout), FileLock(copy.folder.with_name(f"{target}.lock"), timeout=0):
+            shutil.rmtree(copy.folder)
+            freed += copy.bytes
+    return freed
+
+
+def _copies_dir() -> Path:
+    return cache_dir() / "mapped"
 
 
 def _within(weight: Tensor, areas: list[tuple[int, ...]]) -> bool:

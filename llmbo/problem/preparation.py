@@ -24,7 +24,7 @@ from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.recipe import recipe_of
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
-from llmbo.types import Phases
+from llmbo.types import FITTING, Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
@@ -158,7 +158,7 @@ def prepared(
         space = replace(space, extra_costs=target.costs())
     choices, heldout_choices = _choices(config, loaded)
     calibration = windows.calibration
-    with phases.phase("importance and refits", steps(space.num_layers)) as advance:
+    with phases.phase(FITTING, steps(space.num_layers)) as advance:
         found, files = fitted(loaded, calibration, space, None, method, config.compensation, phases.note, advance)
         statistics = found.statistics
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))

@@ -17,9 +17,7 @@ from pruning.importance import Importance
 
 MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
 TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
-SLACK = (
-    1e-9  # of the share that a model may have: sums of steps round otherwise than the share that they are compared with
-)
+SLACK = 1e-9  # of the share that a model may have: sums of steps round otherwise than it does
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,12 @@ class ProxyEvaluator:
 
     def values(self, x: tuple[int, ...], quality: Mapping[str, float]) -> dict[str, float]:
         """What `evaluate` returns for this `kl` and `loss`."""
-        perplexity = math.exp(min(quality["loss"], 700.0))
-        return {**quality, "perplexity": perplexity, **known_values(self.space, x)}
+        return with_perplexity(quality) | known_values(self.space, x)
+
+
+def with_perplexity(quality: Mapping[str, float]) -> dict[str, float]:
+    """`kl` and `loss` (nats/token), and what follows from them."""
+    return {**quality, "perplexity": math.exp(min(quality["loss"], 700.0))}
 
 
 def known_values(space: SearchSpace, x: tuple[int, ...]) -> dict[str, float]:

@@ -160,6 +160,19 @@ def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[st
     return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
 
 
+def placed_to_cut(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[str, str, str]:
+    """As `placed`, for a finished run's model: trials are cut from it, one layer after the other, and nothing is prepared or measured, so
+    what may not fit as it did is not refused.
+
+    Raises:
+        ConfigError: The device is not there.
+    """
+    device = choose_device(device)
+    places = list(residences(config, anatomy_of_config(found), DTYPES[dtype].itemsize, Machine.of(device)))
+    fits = next((place for place in places if place.fits), places[-1])
+    return dtype, device, "none" if _whole(config) else fits.offload
+
+
 def _whole(config: RunConfig) -> list[str]:
     """What of the settings runs models as a whole, which cannot be where layers are brought one at a time."""
     measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF]

@@ -27,12 +27,13 @@ def least_tokens(sizes: Sizes) -> int:
     return TOKENS_PER_COLUMN * max(sizes.intermediate_size, sizes.num_attention_heads * sizes.head_dim)
 
 
-def check_enough(flag: str, tokens: int, sizes: Sizes, remedy: str) -> None:
+def check_enough(flag: str, tokens: int, window: int, sizes: Sizes, remedy: str) -> None:
     """Refuse refits in sequence on too little text.
 
     Args:
         flag: What asked for them.
-        tokens: For calibration.
+        tokens: For calibration, in windows of `window`.
+        remedy: `{enough}` in it are as many tokens as whole windows need.
 
     Raises:
         ConfigError: See `least_tokens`.
@@ -41,7 +42,8 @@ def check_enough(flag: str, tokens: int, sizes: Sizes, remedy: str) -> None:
     if tokens < least:
         raise ConfigError(
             f"{flag} needs at least {least} calibration tokens, {TOKENS_PER_COLUMN} for each input of the model's widest output "
-            f"projection, and there are {tokens}: refits in sequence would learn them by heart. {remedy}"
+            f"projection, and there are {tokens}: refits in sequence would learn them by heart. "
+            + remedy.format(enough=-(-least // window) * window)
         )
 
 
@@ -53,7 +55,8 @@ def check_refit_front(config: RunConfig, sizes: Sizes) -> None:
     """
     if config.refit_front:
         tokens = config.windows["calibration"] * config.window
-        check_enough("--refit-front", tokens, sizes, "Raise --calibration-tokens, or leave --refit-front out.")
+        remedy = "Set --calibration-tokens {enough}, or leave --refit-front out."
+        check_enough("--refit-front", tokens, config.window, sizes, remedy)
 
 
 def kept_refits(

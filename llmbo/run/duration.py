@@ -17,8 +17,10 @@ from llmbo.config import RunConfig
 from llmbo.config.advisor import parse_spec
 from llmbo.problem.expansion import STEPS
 from llmbo.problem.method import DEFAULT
+from llmbo.problem.sequence import PHASE
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
+from llmbo.types import FITTING
 from pruning.anatomy import Anatomy, Sizes
 from pruning.footprint import layer_parameters
 from pruning.surgeon import AT_ONCE
@@ -35,6 +37,7 @@ CHANGED = 6  # over the residual stream, for the change that another width makes
 COPIED = 3  # times over a layer's weights that are brought
 RECOMPUTED = 1  # forward passes for each backward one: a layer runs again from its stored input
 GRAM = 1.5  # half of a product, in narrow blocks
+PASSED = 1.5  # forward passes of a model that is refitted in sequence: what comes before each block, and the block
 CHOLESKY, TRIANGULAR = 2.0, 1.5  # times what a matrix product of so many operations takes
 PROPOSING = 0.4  # seconds of the surrogate and the pool for a round
 
@@ -211,13 +214,21 @@ def seconds_by_phase(
     last = on.forward(heldout, mean) + on.head(heldout, 1, QUALITY) + refits
     probed = 2 * config.window * (1 + space.d) if _asks_marginals(config) else 0
     works = {
-        "importance and refits": importance + solving * config.compensation + on.walk(2),
+        FITTING: importance + solving * config.compensation + on.walk(2),
         "allocation": sensitivity + on.walk(2),
         "width exchanges": exchanges,
         "dense model": dense,
         "search": measured * (config.budget + probed / proxy) + on.walk(rounds),
         "held-out windows": last * judged + on.forward(2 * heldout) + on.head(heldout, 2, QUALITY + DENSE) + on.walk(3),
     }
+    if config.refit_front:
+        refitting = on.forward(calibration) + on.forward(calibration, PASSED * mean) + on.walk(3)
+        for width in columns.values():
+            kept = mean * width
+            products = GRAM * kept**2 + 2 * kept * a.hidden_size
+            solution = CHOLESKY * kept**3 / 3 + 2 * kept**2 * a.hidden_size
+            refitting += Work(single=(calibration * products + solution) * a.num_hidden_layers)
+        works[PHASE] = (refitting + measured + last) * min(config.refit_front, judged)
     proposing = PROPOSING * max(0, config.budget - NUM_INITIAL) / config.batch
     return {name: work.seconds(rates) + proposing * (name == "search") for name, work in works.items()}
 

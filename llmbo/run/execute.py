@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmbo.advisor.summary import summarise
+from llmbo.config import TOLD
 from llmbo.display.progress import Display
 from llmbo.evaluation.items import items_part
 from llmbo.problem.kept import hand_on
@@ -124,7 +125,7 @@ def _run_part(
         "name": config.name,
         "command": command,
         "status": status,
-        "settings": {"budget": config.budget, "refit_front": config.refit_front, **config.settings()},
+        "settings": {**{name: getattr(config, name) for name in TOLD}, **config.settings()},
         "seed": config.seed,
         "device": facts["device"],
         "dtype": facts["dtype"],

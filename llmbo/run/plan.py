@@ -30,7 +30,7 @@ from llmbo.problem.residence import (
     residence_of,
     workload_of,
 )
-from llmbo.problem.sequence import check_refit_front
+from llmbo.problem.sequence import PHASE, check_refit_front
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import check_window, item_files
@@ -154,13 +154,15 @@ class Plan:
         for index, (name, disk) in enumerate(self.disk.items()):
             told = f"{WRITTEN[name]} {readable(disk.needed)}; {readable(disk.free)} free in {disk.place}"
             yield "" if index else "disk", told
-        search, heldout = self.seconds["search"], self.seconds["held-out windows"]
+        search, heldout, refits = (self.seconds.get(name, 0.0) for name in ("search", "held-out windows", PHASE))
         total = sum(self.seconds.values())
         yield "time", f"{_time(total)}, at {self.rates.matmul / 1e12:.3g} TFLOP/s in {self.dtype} measured here:"
         yield (
             "",
-            f"preparation {_time(total - search - heldout)}, search {_time(search)}, held-out windows {_time(heldout)}",
+            f"preparation {_time(total - search - heldout - refits)}, search {_time(search)}, held-out windows {_time(heldout)}",
         )
+        if refits:
+            yield "", f"{PHASE} of {_some(self.config.refit_front, 'model')} {_time(refits)}"
         if self.advice:
             cost = (
                 "price unknown, see --advisor-price" if self.advice.dollars is None else f"${self.advice.dollars:.3f}"

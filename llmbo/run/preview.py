@@ -11,12 +11,13 @@ from llmbo.advisor.proposer import AdvisorSession
 from llmbo.advisor.render import render
 from llmbo.advisor.roles import Answer, Question
 from llmbo.advisor.store import AdviceStore, MemoryNotes
-from llmbo.config import RunConfig
+from llmbo.config import TOLD, RunConfig
 from llmbo.errors import StorageError
-from llmbo.models.loading import load_model
+from llmbo.models.loading import find_prunable, load_model
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import prepared
+from llmbo.problem.residence import placed
 from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore
@@ -39,9 +40,9 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
             f"There is no run in '{folder}': give the folder that `llmbo optimize` wrote, e.g. runs/llama."
         )
     settings, facts, _ = found
-    budget = facts.get("run", {}).get("settings", {}).get("budget", RunConfig.budget)
-    changes = {"advisor": advisor} if advisor else {}
-    return RunConfig.from_settings(settings, name=folder.name, storage=storage, budget=budget, **changes), facts, url
+    reported = facts.get("run", {}).get("settings", {})
+    changes = {name: reported[name] for name in TOLD if name in reported} | ({"advisor": advisor} if advisor else {})
+    return RunConfig.from_settings(settings, name=folder.name, storage=storage, **changes), facts, url
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def reopened(
     config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
 ) -> Iterator[tuple[AdvisorSession, list[Trial]]]:
     """The run's advisor, with what it would read; it keeps its notes to itself."""
-    loaded = load_model(config.model, facts["dtype"], facts["device"])
+    base = find_prunable(config.model)
+    loaded = load_model(config.model, *placed(config, base, facts["dtype"], facts["device"]))
     with prepared(
         config, loaded, load_windows(config, loaded), phases, facts.get("profiles"), Method.of(facts.get("recipe"))
     ) as problem:

@@ -1,25 +1,27 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
-from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.method import Method
 from llmbo.problem.preparation import fitted
+from llmbo.problem.proxy import with_perplexity
+from llmbo.problem.residence import placed_to_cut
 from llmbo.problem.sequence import PHASE, check_enough, kept_refits, sequential
 from llmbo.problem.space import space_of
 from llmbo.problem.texts import load_windows
 from llmbo.report.files import find_run, read_report
 from llmbo.report.schema import Refitted, Report, TrialPart
 from llmbo.run.facts import changed_facts, facts_of
-from llmbo.types import Phases
+from llmbo.types import FITTING, Phases
 from pruning.anatomy import Sizes, anatomy_of
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
@@ -100,8 +102,8 @@ def refit_of(report: Report, trial: TrialPart, asked: str = "") -> str:
     there = column_of(report, trial, "sequential") is not None
     if asked == "sequential" and not there:
         sizes = Sizes(**{part.name: getattr(report.model, part.name) for part in fields(Sizes)})
-        remedy = "Take --refit table, or search with more --calibration-tokens."
-        check_enough("--refit sequential", report.data.calibration.tokens, sizes, remedy)
+        remedy = "Take --refit table, or search with --calibration-tokens {enough}."
+        check_enough("--refit sequential", report.data.calibration.tokens, report.data.window, sizes, remedy)
     return asked or ("sequential" if there else "table")
 
 
@@ -127,7 +129,10 @@ def load_base(
         if isinstance(model, LoadedModel):
             loaded = model
         else:
-            loaded = load_model(model or config.model, report.run.dtype, device or report.run.device)
+            base = find_prunable(model or config.model)
+            loaded = load_model(base.name, *placed_to_cut(config, base, report.run.dtype, device or report.run.device))
+            for note in loaded.notes:
+                phases.note(note)
         if loaded.dtype != report.run.dtype:
             raise ModelError(
                 f"The run '{report.run.name}' had its model in {report.run.dtype}, the given one is in {loaded.dtype}: "
@@ -182,7 +187,7 @@ class RebuildInputs:
         own = own_files(folder, phases.note)
         names = names_of(space.anatomy) if config.compensation else [STATISTICS]
         kept = all(own.get(name) is not None for name in names)
-        with phases.phase("importance and refits", steps(space.num_layers)) as advance:
+        with phases.phase(FITTING, steps(space.num_layers)) as advance:
             found, files = fitted(
                 loaded,
                 windows.calibration,
@@ -211,6 +216,8 @@ class RebuildInputs:
         mask = PruningMask.from_architecture(architecture_of(trial), ranking)
         with phases.phase("cutting"):
             small = shrink(self.loaded.model, mask, refits)
+            if not self.loaded.resident:
+                nn.Module.to(small, self.loaded.device)  # its layers are where those of the base model wait
             measured = expected = column.objectives.loss
             if not kept:
                 measured = quality(small, self.windows.proxy).loss
@@ -236,8 +243,8 @@ class RebuildInputs:
             proxy = self.windows.proxy
             own = supernet.using(refits).quality(architecture, proxy, supernet.distribution(proxy))
         assert trial.objectives is not None
-        changed = {"kl": own.kl, "loss": own.loss, "perplexity": math.exp(min(own.loss, 700.0))}
-        changed |= dict.fromkeys(("accuracy", "error", "tokens"))
+        unmeasured = dict.fromkeys(("accuracy", "error", "tokens"))
+        changed = {**with_perplexity({"kl": own.kl or 0.0, "loss": own.loss}), **unmeasured}
         return refits, Refitted(objectives=trial.objectives.model_copy(update=changed)), True
 
     def model(self, trial: TrialPart, phases: Phases, refit: str = "table") -> PreTrainedModel:

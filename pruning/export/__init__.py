@@ -1,6 +1,20 @@
-"""Shrunk models as files that load where people deploy: Hugging Face folders and GGUF."""
+"""Shrunk models as files that load where people deploy: Hugging Face folders and GGUF.
 
-from pruning.export.hf import Pruned, load_pruned, save_hf, save_padded
-from pruning.export.llama_cpp import save_gguf
+Names are looked up on first use (PEP 562), so that a process which reads results back can be started before torch is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pruning.export.hf import Pruned, load_pruned, save_hf, save_padded
+    from pruning.export.llama_cpp import save_gguf
 
 __all__ = ["Pruned", "load_pruned", "save_gguf", "save_hf", "save_padded"]
+
+if not TYPE_CHECKING:  # a checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(import_module(f"pruning.export.{'llama_cpp' if name == 'save_gguf' else 'hf'}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

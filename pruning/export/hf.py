@@ -1,6 +1,7 @@
 """Hugging Face folders: with per-layer widths, or zero-padded to a uniform shape. Both are read back before they appear."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
+from pruning.export.reader import Read, reader
 from pruning.export.rebuild import cast, class_for, local_class, rebuilt, stock_config
-from pruning.export.verify import Check, check_equal, expected_logits, probe, reloaded
+from pruning.export.verify import Check, check_equal, expected_logits, probe
 from pruning.projection import matrix_of
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
@@ -57,27 +59,36 @@ def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 
 def save_hf(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    pruned: Pruned,
+    out: Path,
+    files: Mapping[str, str] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    read: Read | None = None,
 ) -> Check:
     """Write a folder that `from_pretrained` loads; layers of unequal size need `trust_remote_code=True`.
 
     Args:
         out: A folder that is empty or does not exist. It appears when everything is written and checked, not before.
         files: More texts for the folder, by file name.
+        read: Of a `reader` of "reload_hf.py" that has been started already, which saves seconds.
 
     Raises:
         UnsupportedExport: `out` is taken.
         ExportFailed: What was written does not load, or computes something else. Nothing is left.
     """
     model = rebuilt(pruned.model, pruned.anatomy, pruned.architecture)
-    return _save(pruned, model, out, files or {}, max_shard_size)
+    return _save(pruned, model, out, files or {}, max_shard_size, read)
 
 
 def save_padded(
-    pruned: Pruned, out: Path, files: Mapping[str, str] | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    pruned: Pruned,
+    out: Path,
+    files: Mapping[str, str] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    read: Read | None = None,
 ) -> Check:
-    """Write a stock folder with every layer padded by zeros to the widest. Same logits; it saves little or nothing."""
-    return _save(pruned, padded(pruned), out, files or {}, max_shard_size)
+    """Write a stock folder with every layer padded by zeros to the widest, as `save_hf`. Same logits; it saves little or nothing."""
+    return _save(pruned, padded(pruned), out, files or {}, max_shard_size, read)
 
 
 def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -137,13 +148,19 @@ def _padded_config(pruned: Pruned) -> PreTrainedConfig:
 
 
 def _save(
-    pruned: Pruned, model: PreTrainedModel, out: Path, files: Mapping[str, str], max_shard_size: int | str
+    pruned: Pruned,
+    model: PreTrainedModel,
+    out: Path,
+    files: Mapping[str, str],
+    max_shard_size: int | str,
+    read: Read | None,
 ) -> Check:
     tokens = probe(model)
     with whole_folder(out, files) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if pruned.tokenizer is not None:
             pruned.tokenizer.save_pretrained(folder)
-        found = reloaded("reload_hf.py", folder, {"tokens": tokens})["logits"]
+        with nullcontext(read) if read else reader("reload_hf.py") as ask:
+            found = ask(folder, {"tokens": tokens})["logits"]
         difference = check_equal(found, expected_logits(pruned.model, tokens), TOLERANCE)
     return Check("transformers, in a fresh process", difference)

@@ -17,7 +17,8 @@ from pruning.export.folder import whole_folder
 from pruning.export.gguf_file import check_gguf, context_length, gguf_tensors, write_gguf
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.hf import Pruned
-from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe, reloaded
+from pruning.export.reader import reader
+from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe
 
 # Logits in llama.cpp as a share of their spread. On SmolLM2 f16 differs by 0.004 and 0.03 (dense, half of all neurons gone), but
 # q8_0 by 0.07 and 0.76: coarse numbers differ by as much as a mistake would. So those are checked in f16, and their weights apart.
@@ -84,7 +85,8 @@ def _logits(pruned: Pruned, path: Path) -> tuple[Tensor, Tensor]:
     tokens = probe(pruned.model, min(PROBE_LENGTH, context_length(pruned.model.config)))
     text = SAMPLE.encode() if pruned.tokenizer is not None else b""
     sample = torch.tensor(list(text), dtype=torch.uint8)
-    found = reloaded("reload_gguf.py", path, {"tokens": tokens, "text": sample})
+    with reader("reload_gguf.py") as read:
+        found = read(path, {"tokens": tokens, "text": sample})
     if pruned.tokenizer is not None:
         _check_ids(found["ids"].tolist(), pruned.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     if not found["logits"].isfinite().all():

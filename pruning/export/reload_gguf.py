@@ -1,9 +1,9 @@
-"""Load a GGUF file with llama.cpp and compute logits: `python -I reload_gguf.py FILE ASKED FOUND`.
+"""Load a GGUF file with llama.cpp and compute logits: `python -I reload_gguf.py`, then `[FILE, ASKED, FOUND, THREADS]`.
 
-Started in a fresh process by path: a fault in native code must not take the exporting process along.
+Started in a fresh process by path, and told on stdin: a fault in native code must not take the exporting process along.
 """
 
-import os
+import json
 import sys
 
 import numpy as np
@@ -11,11 +11,10 @@ from llama_cpp import Llama
 from safetensors.numpy import load_file, save_file
 
 
-def main(path: str, asked: str, out: str) -> None:
+def main(path: str, asked: str, out: str, threads: int) -> None:
     """Answer with the logits of `tokens` (`num_windows x length`) and the token ids of `text` (UTF-8 bytes)."""
     given = load_file(asked)
     length = given["tokens"].shape[1]
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     model = Llama(path, n_ctx=length, n_batch=length, logits_all=True, n_threads=threads, verbose=False)
     logits = []
     for window in given["tokens"].tolist():
@@ -27,4 +26,5 @@ def main(path: str, asked: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if told := sys.stdin.read():  # nothing where the export came to nothing
+        main(*json.loads(told))

@@ -1,6 +1,7 @@
-"""Load a checkpoint folder as a stranger would and compute logits: `python -I reload_hf.py FOLDER ASKED FOUND`.
+"""Load a checkpoint folder as a stranger would and compute logits: `python -I reload_hf.py`, then `[FOLDER, ASKED, FOUND, THREADS]`.
 
-Started in a fresh process by path. Neither `pruning` nor `llmbo` can be imported here, so a folder that needs them fails.
+Started in a fresh process by path, maybe before there is a folder: what to read is told on stdin. Neither `pruning` nor `llmbo` can be
+imported here, so a folder that needs them fails.
 """
 
 import json
@@ -9,19 +10,23 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel  # the latter is most of what loading a model imports
 
 
-def main(folder: str, asked: str, out: str) -> None:
+def main(folder: str, asked: str, out: str, threads: int) -> None:
     """Write the float32 logits of the token ids in `asked` to `out`. Code in the folder runs only if its config asks for it."""
+    torch.set_num_threads(threads)
     sys.modules["pruning"] = sys.modules["llmbo"] = None  # type: ignore[assignment]
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     dtype = torch.promote_types(getattr(torch, config["dtype"]), torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config, dtype=dtype).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code="auto_map" in config, dtype=dtype
+    ).eval()
     with torch.inference_mode():
         logits = model(load_file(asked)["tokens"], use_cache=False).logits
     save_file({"logits": logits.float().contiguous()}, out)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if told := sys.stdin.read():  # nothing where the export came to nothing
+        main(*json.loads(told))

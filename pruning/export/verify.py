@@ -1,15 +1,8 @@
-"""Read a result back in a fresh process and compare what it computes with the model in memory."""
+"""Compare what a result computes, read back in a fresh process, with the model in memory."""
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,28 +53,6 @@ def expected_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         return logits
     finally:
         cast(model, dtype)
-
-
-def reloaded(program: str, path: Path, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `program`, a file beside this one, computes from `path` and `given` in a process of its own.
-
-    Raises:
-        ExportFailed: The program failed; its last words are told.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, found = Path(scratch, "asked"), Path(scratch, "found")
-        save_file(dict(given), asked)
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": scratch,  # the modelling file is compiled here, not in the user's cache
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        command = [sys.executable, "-I", str(Path(__file__).with_name(program)), str(path), str(asked), str(found)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise ExportFailed(f"The result could not be loaded in a fresh process and was deleted: {said}")
-        return load_file(found)
 
 
 def check_equal(found: Tensor, expected: Tensor, tolerance: float) -> float:

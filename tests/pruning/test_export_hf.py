@@ -1,7 +1,9 @@
 """An exported folder computes what the shrunk model does, behaves like any other model, and is whole or not there."""
 
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,8 +29,8 @@ from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, load_pruned, save_gguf, save_hf, save_padded
 from pruning.export.folder import folder_beside
 from pruning.export.hf import padded
+from pruning.export.reader import reader
 from pruning.export.rebuild import is_stock, rebuilt
-from pruning.export.verify import reloaded
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 
@@ -86,12 +89,13 @@ def test_a_folder_of_the_first_version_loads_for_ever(name: str, tmp_path: Path)
     with torch.no_grad():
         found = load_pruned(folder)(given["tokens"], use_cache=False).logits
     torch.testing.assert_close(found, given["logits"])
-    torch.testing.assert_close(reloaded("reload_hf.py", folder, {"tokens": given["tokens"]})["logits"], given["logits"])
+    with reader("reload_hf.py") as read:
+        torch.testing.assert_close(read(folder, {"tokens": given["tokens"]})["logits"], given["logits"])
     # Saved again, as after training, it takes today's code along.
     load_pruned(folder).save_pretrained(tmp_path / "again")
     assert "LETTERS" in (tmp_path / "again" / "modeling_pruned.py").read_text()
-    again = reloaded("reload_hf.py", tmp_path / "again", {"tokens": given["tokens"]})["logits"]
-    torch.testing.assert_close(again, given["logits"])
+    with reader("reload_hf.py") as read:
+        torch.testing.assert_close(read(tmp_path / "again", {"tokens": given["tokens"]})["logits"], given["logits"])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -163,7 +167,7 @@ def test_folders_load_in_a_process_that_cannot_import_us(
     save_file({"tokens": windows}, tmp_path / "asked")
     program = (
         f"import runpy, sys; main = runpy.run_path({pruning.export.reload_hf.__file__!r})['main']\n"
-        f"for name in sys.argv[2:]: main(sys.argv[1] + name, sys.argv[1] + 'asked', sys.argv[1] + name + '.out')\n"
+        f"for name in sys.argv[2:]: main(sys.argv[1] + name, sys.argv[1] + 'asked', sys.argv[1] + name + '.out', 1)\n"
         "assert sys.modules['pruning'] is None and sys.modules['llmbo'] is None\n"
         "import builtins, json, transformers\n"
         "builtins.input = sys.exit  # no question is asked\n"
@@ -272,6 +276,18 @@ def test_a_checked_export(model: PreTrainedModel, windows: Tensor, pruned: Draw,
     assert len(list((tmp_path / "new" / "out").glob("model-*-of-*.safetensors"))) > 1
     torch.testing.assert_close(logits(load_pruned(tmp_path / "new" / "out"), windows), expected, rtol=0, atol=1e-12)
     assert torch.equal(logits(cut.model, windows), expected)  # and the model in memory is what it was
+
+
+@pytest.mark.usefixtures("fresh_processes")
+def test_a_process_that_waits_to_read_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the export fails nor where it is killed, which ends the standard input of the one that waits."""
+    before = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt), reader("reload_hf.py"):
+        (waiting,) = set(psutil.Process().children()) - before
+        raise KeyboardInterrupt
+    assert not waiting.is_running()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    runpy.run_path(pruning.export.reload_hf.__file__, run_name="__main__")
 
 
 class Saboteur:

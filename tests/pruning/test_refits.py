@@ -1,5 +1,6 @@
 """Refits of a grid: as the closed form has them, kept on disk, taken up again where a walk was stopped."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def test_a_full_disk_says_so_once_and_memory_takes_the_rest(
     assert len(told) == 1 and str(tmp_path) in told[0] and "goes on without" in told[0]
     assert not list(tmp_path.glob(".*"))  # no half of a file
     assert_same(found, expected, anatomy)
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    old, new, own = (
+        tmp_path / name for name in (".layer_000.aaaaaaaa.partial", ".layer_000.bbbbbbbb.partial", ".mine")
+    )
+    for path in (old, new, own):
+        path.write_bytes(b"half")
+    for path in (old, own):
+        os.utime(path, (0, 0))
+    TensorFiles(tmp_path).put("layer_001", {"weight": torch.ones(2)})
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, own.name, "layer_001.safetensors"}
 
 
 @ONE_FAMILY

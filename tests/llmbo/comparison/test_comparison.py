@@ -1,5 +1,6 @@
 """`llmbo compare` on a tiny llama: what it writes, that it goes on where it stopped, that it is fair, what it refuses."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -8,9 +9,10 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import Result
@@ -22,6 +24,7 @@ from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_conf
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import check_designs, run_arm
 from llmbo.comparison.schema import Comparison
+from llmbo.comparison.session import arm_key
 from llmbo.comparison.statistics import LEVEL
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.comparison.strategies import COMPARED, strategy_of
@@ -30,6 +33,13 @@ from llmbo.errors import StrategyError
 from llmbo.search.strategies import ProposerFactory
 from llmbo.types import Proposal, Trial
 
+# Every setting that counted when rounds were first stored under what they are made from.
+FIRST_KEYED = [
+    "budget", "batch", "seed", "strategy", "objectives", "reference_point", "maximum", "context", "serve_batch", "latency_target",
+    "racing", "compensation", "min_share", "neuron_step", "calibration_tokens", "proxy_tokens", "heldout_tokens", "window",
+    "dtype", "device", "advisor", "advisor_hooks", "advisor_share", "advisor_context", "advisor_every", "advisor_max_calls",
+    "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds", "advisor_deadline", "advisor_price",
+]  # fmt: skip
 CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
 STRATEGIES = (
     '["threshold", "random", "nsga2-seeded", {strategy = "nsga2-seeded", label = "small population", population = 4}]'
@@ -89,6 +99,21 @@ def compared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     answer = done()
     assert answer.exit_code == 0, answer.output
     return done
+
+
+def test_rounds_that_were_stored_before_there_was_a_setting_are_found() -> None:
+    """Also before those to come: what a new setting meant until then belongs into `EARLIER`."""
+
+    def key(**settings: Any) -> str:
+        return arm_key(replace(arm, problem=ProblemConfig(replace(run, **settings))), 3, config, problem)
+
+    run = RunConfig("tiny", calibration_tokens=1024)
+    arm = Arm("mine", "random", {"num_initial": 4}, ProblemConfig(run))
+    config, problem = Mock(batch=2), Mock(identity="0123")
+    what = ["random", {"num_initial": 4}, {name: getattr(run, name) for name in FIRST_KEYED}, 2, "0123"]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    assert key() == f"mine/3/{digest}" == key(memory="24GB", offload="disk", model="elsewhere")
+    assert len({key(), key(chat=True), key(window=64), key(compensation=False)}) == 4
 
 
 def without_clocks(result: dict[str, Any]) -> dict[str, Any]:

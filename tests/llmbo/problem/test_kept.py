@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.models.loading import load_model
+from llmbo.models.mapping import copies
 from llmbo.problem.kept import MADE_FROM, clear, files_of, kept
 from llmbo.problem.method import DEFAULT, Method
+from llmbo.problem.recipe import DENSE_PRICES
 from pruning.compensation import FIRST_RIDGE, RIDGE
 from pruning.tensor_files import TensorFiles
 
@@ -23,6 +26,7 @@ from pruning.tensor_files import TensorFiles
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / "kept"))
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "models"))  # what tests clear is not the user's
     return tmp_path / "kept"
 
 
@@ -75,11 +79,11 @@ def test_a_run_whose_recipe_names_no_order_goes_on_by_energy(
     trials("new")
     assert {json.loads((one.folder / MADE_FROM).read_bytes())["order"] for one in kept()} == {"activation", "surgeon"}
     assert Method.of(DEFAULT.recipe) == DEFAULT
-    assert Method.of(None) == Method(ridge=FIRST_RIDGE, order="activation")
+    assert Method.of(None) == Method(ridge=FIRST_RIDGE, order="activation", allocation=DENSE_PRICES)
 
 
 def test_it_is_listed_and_cleared_and_the_run_still_exports(
-    trials: Any, llmbo: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+    trials: Any, llmbo: Any, model_folder: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said(*words: object) -> str:
         with contextlib.chdir(llmbo.folder):
@@ -88,8 +92,16 @@ def test_it_is_listed_and_cleared_and_the_run_still_exports(
         return done.output
 
     trials("one")
-    assert "128 tokens" in said("cache") and "in 1 preparations" in said("cache")
-    assert "MB removed" in said("cache", "--clear") and not kept()
+    assert "128 tokens" in said("cache") and "in 1 preparations" in said("cache") and "of weights" not in said("cache")
+    mapped = load_model(str(model_folder), "bfloat16", "cpu", "disk").model
+    (copy,) = copies()
+    shutil.copytree(copy.folder, copy.folder.with_name(f".{copy.folder.name}.abcdefgh.partial"))  # of a killed process
+    for line in (f"{model_folder} bfloat16", "unfinished", f"{copy.bytes * 2 / 1e6:.0f} MB in 2 copies of weights"):
+        assert line in said("cache")
+    with FileLock(copy.folder.with_name(f"{copy.folder.name}.lock")):  # somebody writes it
+        assert "MB removed" in said("cache", "--clear") and not kept() and len(copies()) == 2
+    assert "of weights removed" in said("cache", "--clear") and not copies()
+    assert mapped(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
     with monkeypatch.context() as patch:
         patch.setattr("pruning.refits.collect_statistics", None)
         said("export", "one", "--trial", 1, "--format", "hf", "--out", "small")

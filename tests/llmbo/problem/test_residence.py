@@ -15,7 +15,7 @@ from experiments.gpu_check.__main__ import check
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
-from llmbo.problem.residence import Machine, choose_residence, placed, residence_of
+from llmbo.problem.residence import Machine, choose_residence, placed, placed_to_cut, residence_of
 from pruning.anatomy import Anatomy, anatomy_of
 
 CONFIG = RunConfig("big", calibration_tokens=65536)
@@ -107,6 +107,12 @@ def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
     assert placed(RunConfig(found.name, offload="disk"), found, "bfloat16", "cpu") == ("bfloat16", "cpu", "disk")
     with pytest.raises(ConfigError, match=r"--memory allows: --memory \d+MB fits"):
         placed(RunConfig(found.name, memory="1KB"), found, "float32", "cpu")
+    for settings, offload in (
+        ({}, "none"), ({"offload": "disk"}, "disk"), ({"memory": "1KB"}, "disk"), ({"memory": "1KB", "offload": "none"}, "none"),
+        ({"memory": "1KB", "racing": True}, "none"),
+    ):  # fmt: skip
+        config = RunConfig(found.name, **settings)
+        assert placed_to_cut(config, found, "bfloat16", "cpu") == ("bfloat16", "cpu", offload)
 
 
 def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: Any) -> None:
@@ -121,7 +127,10 @@ def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: A
     assert result.exit_code == 0, result.output
     old, new = finished.report(), llmbo.report()
     assert new["dense"] == old["dense"] and new["trials"][:18] == old["trials"]
-    assert not {"offload", "memory"} & {*new["run"]["settings"]}
+    assert (new["run"]["settings"]["offload"], new["run"]["settings"]["memory"]) == (
+        "disk",
+        "1GB",
+    )  # for what is cut later
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])

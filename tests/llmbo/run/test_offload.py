@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from llmbo import load_run
 
 
 def numbers(values: dict[str, float | None] | None) -> dict[str, float]:
@@ -26,6 +29,10 @@ def test_a_run_with_layers_on_disk_is_the_run_of_a_resident_model(
         for one, other in zip(disk, resident, strict=True):
             for values in ("objectives", "heldout"):
                 assert numbers(one.get(values)) == pytest.approx(numbers(other.get(values)), rel=1e-4)
+    stored = {offload: load_run(tmp_path / "runs" / offload) for offload in found}
+    cut = {offload: run.model(found["disk"]["front"][0]["trial"]).state_dict() for offload, run in stored.items()}
+    torch.testing.assert_close(cut["disk"], cut["none"], rtol=1e-3, atol=1e-4)
+    assert {offload: run._rebuilt().loaded.offload for offload, run in stored.items()} == {each: each for each in found}
 
 
 def test_it_goes_on_with_a_resident_model_and_back(llmbo: Any) -> None:

@@ -23,12 +23,14 @@ from llmbo.models.loading import load_model
 from llmbo.models.stored import anatomy_of_config, stored_weights
 from llmbo.problem.preparation import prepared
 from llmbo.problem.residence import Machine
+from llmbo.problem.sequence import PHASE
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.texts import load_windows
 from llmbo.run.duration import Rates, Work, seconds_by_phase
 from llmbo.run.plan import Plan, plan_of
 from pruning.anatomy import anatomy_of
 from pruning.compensation import solved_values
+from pruning.sequential import sequential_refit
 
 RATES = Rates(matmul=3e14, single=5e13, passes=1e12, link=2e10)
 CARD = Machine("cuda", 24 * 10**9, 10**12)
@@ -211,14 +213,19 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
         calibration_tokens=128,
         proxy_tokens=64,
         heldout_tokens=64,
+        refit_front=1,
     )
     loaded = load_model(config.model, "float32", "cpu")
     windows = load_windows(config, loaded)
     with Counting() as counting, prepared(config, loaded, windows, counting) as problem:
         space = problem.space
+        with counting.phase(PHASE):
+            refits = sequential_refit(problem.supernet, space.decode(problem.family.at(0.7)), windows.calibration)
+            for each in (windows.proxy, windows.heldout):
+                problem.supernet.using(refits).quality(space.decode(problem.family.at(0.7)), each)
     one = Rates(matmul=1.0, single=1.0, passes=float("inf"))
     expected = seconds_by_phase(config, space, 4, False, one)
-    later = ("allocation", "width exchanges", "dense model")
+    later = ("allocation", "width exchanges", "dense model", PHASE)
     found = {name: counting.found.pop(name) for name in later} | {"importance and refits": sum(counting.found.values())}
     ratios = {name: expected[name] / count for name, count in found.items()}
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
@@ -231,6 +238,10 @@ def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None
     first = "importance and refits"
     assert planned("8B", calibration_tokens=65536).seconds[first] > 1.5 * base[first]
     assert plan("8B", compensation=False).seconds[first] < base[first]
+    one, three = (planned("8B", calibration_tokens=131072, refit_front=number) for number in (1, 3))
+    assert PHASE not in base and three.seconds[PHASE] == pytest.approx(3 * one.seconds[PHASE])
+    assert {**three.seconds, PHASE: 0} == {**one.seconds, PHASE: 0}
+    assert "refits in sequence of 3 models" in str(three) and "refits in sequence" not in str(plan("8B"))
     waiting = plan("8B", offload="cpu").seconds
     walk = 2 * 6.98e9 / RATES.link + 3 * 6.98e9 / RATES.passes  # type: ignore[operator]
     # A walk for each round of four.

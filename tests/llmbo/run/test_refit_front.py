@@ -168,7 +168,7 @@ def test_tables_have_columns_of_their_own(refitted: Any, tmp_path: Path) -> None
 def test_too_little_text_is_refused_before_anything_is_loaded(finished: Any, refitted: Any, tmp_path: Path) -> None:
     front = finished.report()["front"][0]["trial"]  # of a run with 128 tokens
     for asked, says in {
-        "sequential": "--refit sequential needs at least 160 calibration tokens.*there are 128.*--refit table",
+        "sequential": "--refit sequential needs at least 160 calibration tokens.*there are 128.*search with --calibration-tokens 160",
         "best": "--refit.*best.*sequential, table",
     }.items():
         said = export(finished.folder, front, tmp_path / "out", "--refit", asked)
@@ -176,8 +176,9 @@ def test_too_little_text_is_refused_before_anything_is_loaded(finished: Any, ref
         assert not (tmp_path / "out").exists()
     run = replace(refitted, folder=tmp_path)
     for plan in (None, True):
-        said = run(refit_front=1, calibration_tokens=128, plan=plan)
+        said = run(refit_front=1, calibration_tokens=128, window=24, plan=plan)
         assert said.exit_code == 2 and "--refit-front needs at least 160 calibration tokens" in said.stderr
+        assert "Set --calibration-tokens 168, or leave --refit-front out." in said.stderr  # whole windows
     assert not list(tmp_path.iterdir())
 
 

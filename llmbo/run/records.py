@@ -20,6 +20,7 @@ HELDOUT, ELSEWHERE = "heldout", "elsewhere:"
 _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
+Windows = dict[str, list[FiniteFloat]]
 
 
 def _sensible(limits: list[str]) -> list[str]:
@@ -93,13 +94,15 @@ class _Attributes(_Record):
     why: str = ""
     source: str | None = None
     values: Values = {}
+    windows: Windows = {}
     failure: str | None = None
 
 
 _SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
 _PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
-# What the finished front is judged by after its held-out windows, by the name of the report's field.
+# What the finished front is judged by: held-out windows one by one, and after them what fills the report's field of this name.
 JUDGEMENTS: dict[str, TypeAdapter[Any]] = {
+    "heldout_windows": TypeAdapter(Windows),
     "items": TypeAdapter(dict[str, ItemScores]),
     "samples": TypeAdapter(dict[str, str]),
     "refitted": TypeAdapter(_Refitted),
@@ -191,6 +194,7 @@ def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Map
         feasible=state is not TrialState.COMPLETE or feasible(values, _limits(settings)),
         why=kept.why,
         source=Source.restored(kept.source, kept.origin),
+        windows=kept.windows,
     )
 
 

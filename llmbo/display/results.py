@@ -96,8 +96,8 @@ def _noise(report: Report, by: str) -> str:
     windows = next(point.noise.windows for point in report.front if point.noise)
     cost = " above the dense model's" if by == "loss" else ""
     return (
-        f"± 95 % interval of {by}{cost} over {windows} held-out windows. ~ not surely better than the row above, window by window; "
-        f"so are {doubtful} of {len(pairs)} neighbours on the whole front."
+        f"± 95 % interval of {by}{cost} over {windows} held-out windows. ~ not surely better than the row above, compared "
+        f"window by window: {doubtful} of {len(pairs)} neighbours on the whole front."
     )
 
 

@@ -43,7 +43,7 @@ function hover(entry, x, y) {
     el("strong", {}, `${nameOf(entry)} · ${entry.trial.origin}${entry.onFront ? " · on the front" : ""}`),
     ...names.filter((name) => name in entry.values).map((name) => {
       const heldout = entry.heldout?.[name];
-      const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${format(name, heldout)}${plusMinus(entry, name)})` : "";
+      const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${[format(name, heldout), plusMinus(entry, name)].join(" ").trim()})` : "";
       return el("div", {}, `${words(name)}: ${withUnit(name, entry.values[name])}${seen}`);
     }),
     entry.counts ? null : el("div", {}, stateOf(entry)),
@@ -102,7 +102,7 @@ function drawFront(state) {
   const bars = judged.filter((entry) => plusMinus(entry, y)).flatMap((entry) =>
     [...[-1, 1].map((side) => [entry.values[x], entry.heldout[y] + side * pointOf(entry).noise[y]]), ["-", "-"]]); // gaps between them
   if (bars.length) series.push({
-    name: "front, held-out windows", type: "line", symbol: "none", silent: true, z: 3, data: bars, color: css("--heldout"), lineStyle: { width: 1, color: css("--heldout") },
+    name: "front, held-out windows", type: "line", symbol: "none", silent: true, z: 3, data: bars, color: css("--heldout"), lineStyle: { width: 1, opacity: 0.5, color: css("--heldout") },
   });
   const limits = state.limit && state.limit.name === x ? [{ xAxis: state.limit.value }] : state.limit && state.limit.name === y ? [{ yAxis: state.limit.value }] : [];
   series.push({

@@ -24,8 +24,10 @@ function drawNoise() {
     .filter(([, noise]) => noise);
   const doubtful = told.filter(([, noise, smaller]) => noise.not_better_than.includes(smaller));
   line.hidden = !told.length;
-  line.replaceChildren(`On held-out windows ${doubtful.length} of ${told.length} points of the front are not surely better than the next smaller one`,
-    ...(doubtful.length ? [": ", ...doubtful.flatMap(([entry], at) => [at ? ", " : "", pick(entry)])] : []), ".");
+  line.replaceChildren(...(doubtful.length
+    ? [`On held-out windows ${doubtful.length} of ${told.length} points of the front are not surely better than the next smaller one: `, ...doubtful.flatMap(([entry], at) => [at ? ", " : "", pick(entry)]), ". "]
+    : ["On held-out windows every point of the front is surely better than the next smaller one. "]),
+    el("span", { class: "muted" }, "Compared window by window, which tells apart what their bars, each model's own 95 % interval, do not."));
 }
 
 function drawRuns() {

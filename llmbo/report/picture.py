@@ -55,8 +55,8 @@ def _plot(report: Report, axes: Any) -> None:
     judged = [(point.heldout, point.noise) for point in report.front if point.heldout]
     if judged:
         error = [getattr(noise, quality.name, 0.0) for _, noise in judged]
-        style: dict[str, Any] = {"fmt": "x", "color": "#D55E00", "ms": 5, "lw": 0.8}
-        axes.errorbar(*columns([seen for seen, _ in judged]), error, label="front, held-out windows", **style)
+        x, y = columns([seen for seen, _ in judged])
+        axes.errorbar(x, y, error, fmt="x", color="#D55E00", ms=5, lw=0.8, label="front, held-out windows")
     axes.plot(*columns([report.dense.objectives]), "*", color="black", ms=11, label="dense model")
     axes.set(xlabel=f"{size.name} ({size.unit})", ylabel=f"{quality.name} ({quality.unit})")
     axes.set_title(_plain(f"{report.model.name}: {len(report.trials)} trials"))

@@ -57,6 +57,19 @@ class Proposal:
     recipe: Mapping[str, float] = field(default_factory=dict)
 
 
+class Measurement(dict[str, float]):
+    """Every quantity that is known or measured about a candidate, by objective name.
+
+    Args:
+        windows: `kl` and `loss` of each window that was seen, in an order that all candidates of an evaluator share; their means are the
+            values, unless a race was lost, whose values are estimates.
+    """
+
+    def __init__(self, values: Mapping[str, float], windows: Mapping[str, Sequence[float]] = {}) -> None:
+        super().__init__(values)
+        self.windows = windows
+
+
 def counts(state: str, feasible: bool, values: Mapping[str, float | None]) -> bool:
     """Whether a trial may stand on the front: measured to the end, without losing a race, and within the limits."""
     return state == TrialState.COMPLETE and feasible and values.get("error") is None
@@ -66,6 +79,7 @@ def counts(state: str, feasible: bool, values: Mapping[str, float | None]) -> bo
 class Trial:
     """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit.
 
+    `windows`: as in `Measurement`; empty in runs of earlier versions.
     `feasible`: within the limits on what is measured; known limits are kept by every candidate.
     """
 
@@ -81,6 +95,7 @@ class Trial:
     why: str = ""
     source: Source = Source.SEARCH
     recipe: Mapping[str, float] = field(default_factory=dict)
+    windows: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def on_path(self) -> bool:
@@ -150,8 +165,8 @@ class Evaluator(Protocol):
         """How many candidates it likes to be given together: more than one where that is cheaper."""
         ...
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
-        """Every quantity that is known or measured about each candidate, by objective name."""
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
+        """What each candidate measures."""
         ...
 
 
@@ -174,7 +189,7 @@ class Store(Protocol):
         """Mark trial `number` as RUNNING; does nothing if it has been started already."""
         ...
 
-    def finish(self, number: int, values: Mapping[str, float], seconds: float) -> None:
+    def finish(self, number: int, found: Measurement, seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
         ...
 

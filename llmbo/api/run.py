@@ -40,6 +40,8 @@ class Point:
         items: Scores by the name of each file of items that the front was judged on, see `llmbo.report.schema.ItemScores`.
         samples: Greedy continuations by prompt; a few points of the front have some.
         refitted: `objectives`, `heldout` and `elsewhere` with refits in sequence, for points that were refitted.
+        noise: What chance of the held-out windows leaves open, as `llmbo.report.schema.NoisePart` has it: half-widths of `kl` and `loss`,
+            and the smaller points of the front that this one is not surely better than.
     """
 
     trial: int | None
@@ -53,6 +55,7 @@ class Point:
     items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: Mapping[str, str] = field(default_factory=dict)
     refitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -104,9 +107,9 @@ class Run:
 
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
-        held-out ones with `heldout_` before their names, those on text of another domain with `elsewhere_`, those of refits in sequence
-        with `refitted_objectives_`, `refitted_heldout_` and so on, scores with their file's name before theirs, and the widths kept by
-        each layer.
+        held-out ones with `heldout_` before their names, how sure these are with `noise_`, those on text of another domain with
+        `elsewhere_`, those of refits in sequence with `refitted_objectives_`, `refitted_heldout_` and so on, scores with their file's
+        name before theirs, and the widths kept by each layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -124,6 +127,7 @@ class Run:
                 "gain": point.gain,
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
+                **{f"noise_{name}": value for name, value in point.noise.items()},
                 **{f"elsewhere_{name}": value for name, value in (point.elsewhere or {}).items()},
                 **{
                     f"refitted_{part}_{name}": value
@@ -247,4 +251,5 @@ def _seen(point: FrontPoint | None) -> dict[str, Any]:
     scores = (point.items if point else None) or {}
     items = {file: found.model_dump(exclude_none=True) for file, found in scores.items()}
     refitted = point.refitted.model_dump(exclude_none=True) if point and point.refitted else {}
-    return {"items": items, "samples": (point.samples if point else None) or {}, "refitted": refitted}
+    noise = point.noise.model_dump() if point and point.noise else {}
+    return {"items": items, "samples": (point.samples if point else None) or {}, "refitted": refitted, "noise": noise}

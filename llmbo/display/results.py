@@ -1,6 +1,7 @@
 """What was found, for a terminal: a trial in a line, a finished run in a table."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -36,11 +37,13 @@ def summary(report: Report, rows: int = 12) -> Table:
     for heading in ("trial", "params", "share"):
         table.add_column(f"\n\n{heading}", justify="right")
     refitted = any(point.refitted for point in report.front)
+    by = next((point.noise.by for point in report.front if point.noise), "")
     both = ("kl", "loss")
     far = [("held-out", other, ("kl",))] if other else []  # for all columns to fit; long names are folded
     for seen, text, names in (("", own, both), ("held-out", own, both), *far):
         for name in names:
-            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=len(seen) or 7)
+            wide = 12 if (seen, text, name) == ("held-out", own, by) else len(seen) or 7
+            table.add_column(f"{seen}\n{name}\n{text}", justify="right", overflow="fold", max_width=wide)
     if refitted:
         table.add_column(f"refitted\nheld-out kl\n{own}", justify="right", overflow="fold", max_width=11)
     items = [(file.name, "acc_norm" if file.kind == "multiple_choice" else "acc") for file in report.items]
@@ -51,21 +54,51 @@ def summary(report: Report, rows: int = 12) -> Table:
     spread = sorted({round(index * (count - 1) / max(1, rows - 1)) for index in range(rows)})
     judged = [place for place, point in enumerate(report.front) if point.elsewhere]
     shown = range(count) if count <= rows else judged or spread
-    for label, point in [*((str(report.front[i].trial), report.front[i]) for i in shown), ("dense", report.dense)]:
-        values, heldout = point.objectives, point.heldout
+    points = [report.front[place] for place in shown]
+    above = [None, *(point.trial for point in points)]
+    for point, smaller in [*zip(points, above, strict=False), (report.dense, None)]:
+        values = point.objectives
         table.add_row(
-            label,
+            _label(point, smaller),
             f"{values.params / 1e6:.1f}M",
             f"{values.params_share:.1%}",
             f"{values.kl:.3f}",
             f"{values.loss:.3f}",
-            f"{heldout.kl:.3f}" if heldout else "-",
-            f"{heldout.loss:.3f}" if heldout else "-",
+            *(_judged(point, name) for name in both),
             *([f"{point.elsewhere.kl:.3f}" if point.elsewhere else "-"] if other else []),
             *([_refitted_kl(point)] if refitted else []),
             *(f"{getattr(point.items[file], metric):.3f}" if point.items else "-" for file, metric in asked),
         )
+    if by:
+        table.caption = _noise(report, by)
     return table
+
+
+def _label(point: FrontPoint, smaller: int | None) -> str:
+    """The trial's number, marked where it is not surely better than the `smaller` trial in the row above."""
+    if point.trial is None:
+        return "dense"
+    return f"~{point.trial}" if point.noise and smaller in point.noise.not_better_than else str(point.trial)
+
+
+def _judged(point: FrontPoint, name: str) -> str:
+    """A held-out value, and how sure it is if points are told apart by it."""
+    if not point.heldout:
+        return "-"
+    noise = point.noise if point.noise and point.noise.by == name else None
+    return f"{getattr(point.heldout, name):.3f}" + (f" ±{getattr(noise, name):.3f}" if noise else "")
+
+
+def _noise(report: Report, by: str) -> str:
+    """What marks and ± mean, and how many points of the whole front stand in doubt."""
+    pairs = [(point.noise, smaller.trial) for smaller, point in pairwise(report.front) if point.noise and smaller.noise]
+    doubtful = sum(smaller in noise.not_better_than for noise, smaller in pairs)
+    windows = next(point.noise.windows for point in report.front if point.noise)
+    cost = " above the dense model's" if by == "loss" else ""
+    return (
+        f"± 95 % interval of {by}{cost} over {windows} held-out windows. ~ not surely better than the row above, compared "
+        f"window by window: {doubtful} of {len(pairs)} neighbours on the whole front."
+    )
 
 
 def _refitted_kl(point: FrontPoint) -> str:

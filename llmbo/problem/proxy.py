@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmbo.problem.space import SearchSpace
+from llmbo.types import Measurement
 from pruning.choices import Choices, accuracy
-from pruning.likelihood import DenseDistribution, window_qualities
+from pruning.likelihood import DenseDistribution, WindowQualities, window_qualities
 from pruning.supernet import Supernet
 
 TOGETHER = 16  # candidates; their hidden states of 3072 tokens of an 8B model are 0.4 GB on the host
@@ -45,13 +46,11 @@ class ProxyEvaluator:
         """One where the model stays on its device; where layers are brought, each serves so many candidates."""
         return 1 if self.supernet.resident else TOGETHER
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
         """`kl`, `loss` (nats/token), `perplexity`, `accuracy` if there are items, and every known cost of each candidate."""
         architectures = [self.space.decode(x) for x in batch]
-        found = [part.mean() for part in self.supernet.qualities(architectures, self.windows, self.dense)]
-        measured = [
-            self.values(x, {"kl": own.kl or 0.0, "loss": own.loss}) for x, own in zip(batch, found, strict=True)
-        ]
+        found = self.supernet.qualities(architectures, self.windows, self.dense)
+        measured = [self.measured(x, by_window(own)) for x, own in zip(batch, found, strict=True)]
         if self.choices is not None:
             for values, architecture in zip(measured, architectures, strict=True):
                 with self.supernet.active(architecture) as model:
@@ -60,13 +59,25 @@ class ProxyEvaluator:
 
     def measure(self, model: PreTrainedModel, first: int, last: int) -> dict[str, Tensor]:
         """`kl` and `loss` of a candidate on each of some windows, `last - first` each."""
-        found = window_qualities(model, self.windows[first:last], self.dense.rows(first, last))
-        assert found.kl is not None
-        return {"kl": found.kl, "loss": found.loss}
+        return by_window(window_qualities(model, self.windows[first:last], self.dense.rows(first, last)))
 
-    def values(self, x: tuple[int, ...], quality: Mapping[str, float]) -> dict[str, float]:
-        """What `evaluate` returns for this `kl` and `loss`."""
-        return with_perplexity(quality) | known_values(self.space, x)
+    def measured(
+        self, x: tuple[int, ...], windows: Mapping[str, Tensor], means: Mapping[str, float] | None = None
+    ) -> Measurement:
+        """What `evaluate` returns for this `kl` and `loss` by window.
+
+        Args:
+            means: Over all windows, where only some were seen.
+        """
+        quality = means or {name: float(values.mean()) for name, values in windows.items()}
+        values = with_perplexity(quality) | known_values(self.space, x)
+        return Measurement(values, {name: values.tolist() for name, values in windows.items()})
+
+
+def by_window(found: WindowQualities) -> dict[str, Tensor]:
+    """`kl` and `loss` by name, `num_windows` each."""
+    assert found.kl is not None
+    return {"kl": found.kl, "loss": found.loss}
 
 
 def with_perplexity(quality: Mapping[str, float]) -> dict[str, float]:

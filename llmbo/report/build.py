@@ -59,7 +59,7 @@ def build_report(
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
         elsewhere: Values on text of another domain by trial number.
-        judged: `items`, `samples` and `refitted` of trials by number, and of the dense model (None).
+        judged: `items`, `samples`, `refitted` and `noise` of trials by number, and of the dense model (None).
     """
     another = dict(facts.get("elsewhere") or {})
     dense_elsewhere = another.pop("dense", None)

@@ -55,9 +55,9 @@ def read_report(folder: Path) -> Mapping[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"'{path}' cannot be read ({first_line(error)}): {_AGAIN}.") from None
-    if isinstance(report, dict) and report.get("schema_version", 1) != 1:
+    if isinstance(report, dict) and report.get("schema_version", 1) not in (1, 2):
         raise StorageError(
-            f"'{path}' is of another version of llmbo (its schema_version is {report['schema_version']}): expected schema_version 1."
+            f"'{path}' is of another version of llmbo (its schema_version is {report['schema_version']}): expected schema_version 1 or 2."
         )
     try:
         Report.model_validate(report)

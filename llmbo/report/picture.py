@@ -52,8 +52,11 @@ def _plot(report: Report, axes: Any) -> None:
         axes.step(*columns(front), where="post", color="black", lw=1.2, label="front, proxy windows")
     else:  # of a surface one sees two axes only
         axes.plot(*columns(front), "o", color="black", mfc="none", ms=6, label="front, proxy windows")
-    if seen := [point.heldout for point in report.front if point.heldout]:
-        axes.plot(*columns(seen), "x", color="#D55E00", ms=5, label="front, held-out windows")
+    judged = [(point.heldout, point.noise) for point in report.front if point.heldout]
+    if judged:
+        error = [getattr(noise, quality.name, 0.0) for _, noise in judged]
+        x, y = columns([seen for seen, _ in judged])
+        axes.errorbar(x, y, error, fmt="x", color="#D55E00", ms=5, lw=0.8, label="front, held-out windows")
     axes.plot(*columns([report.dense.objectives]), "*", color="black", ms=11, label="dense model")
     axes.set(xlabel=f"{size.name} ({size.unit})", ylabel=f"{quality.name} ({quality.unit})")
     axes.set_title(_plain(f"{report.model.name}: {len(report.trials)} trials"))

@@ -212,12 +212,28 @@ class Refitted(_Part):
     elsewhere: Values | None = None
 
 
+class NoisePart(_Part):
+    """What chance of the held-out `windows` leaves open, by Student's t over them, window by window against what is compared.
+
+    `kl`, `loss`: half-widths of the 95 % intervals, in nats per token, of the mean kl, and of the mean loss above the dense model's on the
+    same windows. `not_better_than`: smaller points of the front that this one is not surely better than in `by`: the 95 % interval of
+    their differences is not below 0.
+    """
+
+    windows: int
+    kl: float
+    loss: float
+    by: Literal["kl", "loss"]
+    not_better_than: list[int]
+
+
 class FrontPoint(_Part):
     """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
 
     `elsewhere` is the same on text of another domain, which the report's `elsewhere` names.
     `items`: scores by the name of each file of items. `samples`: greedy continuations by prompt; a few points have some. Both are
     made after the search, and null where they were not. `refitted`: some points are measured with refits in sequence, too.
+    `noise` is null for the dense model, where there are no two windows, and for points that an earlier version measured.
     """
 
     trial: int | None
@@ -228,6 +244,7 @@ class FrontPoint(_Part):
     items: dict[str, ItemScores] | None = None
     samples: dict[str, str] | None = None
     refitted: Refitted | None = None
+    noise: NoisePart | None = None
 
 
 class HypervolumePart(_Part):
@@ -249,9 +266,12 @@ class ImportancePart(_Part):
 
 
 class Report(_Part):
-    """`warnings` say in words what the numbers leave unsaid: that nothing counts, and why."""
+    """`warnings` say in words what the numbers leave unsaid: that nothing counts, and why.
 
-    schema_version: Literal[1] = 1
+    `schema_version`: 1 of reports that know no `noise`.
+    """
+
+    schema_version: Literal[1, 2] = 2
     run: RunPart
     model: ModelPart
     data: DataPart

@@ -23,11 +23,14 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     own = {text_name(report["data"]["source"]) for _, report in runs}
     on = f" on {own.pop()}" if others and len(own) == 1 else ""  # several runs may have texts of their own
     items, refitted = item_columns(runs), [name for name in measured if _was_refitted(runs, name)]
+    noise = noise_columns(runs)
+    sure = {"kl": f"± held-out kl{on}", "loss": f"± held-out loss{on}", "not_better_than": "not surely better than"}
     headings = [
         *(["run"] if len(runs) > 1 else []),
         "trial",
         *(f"{name}{on}" if name in seen_there else name for name in quantities),
         *(f"held-out {name}{on}" if name in seen_there else f"held-out {name}" for name in measured),
+        *(heading for name, heading in sure.items() if name in noise),
         *(f"held-out {name} on {other}" for other in others for name in seen_there),
         *(f"refitted held-out {name}{on if name in seen_there else ''}" for name in refitted),
         *items,
@@ -45,7 +48,9 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
             ]
             asked = [_shown(item_values(point).get(name)) for name in items]
             again = [_shown(_refitted(point, "heldout").get(name)) for name in refitted]
-            rows.append([*([label] if len(runs) > 1 else []), number, *values, *heldout, *elsewhere, *again, *asked])
+            unsure = [_shown(_noise(point, name)) for name in sure if name in noise]
+            seen = (*values, *heldout, *unsure, *elsewhere, *again, *asked)
+            rows.append([*([label] if len(runs) > 1 else []), number, *seen])
     return headings, rows
 
 
@@ -79,7 +84,9 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     elsewhere = ["elsewhere", *(f"elsewhere_{name}" for name in there)] if there else []
     refitted = [name for name in quantities if _was_refitted(runs, name)]
     again = [f"refitted_{part}_{name}" for part in REFITTED for name in refitted]
-    headings = ("run", *keys, "on_front", *quantities, *heldout, *elsewhere, *again, *items, "architecture")
+    noise = noise_columns(runs)
+    unsure = [f"noise_{name}" for name in noise]
+    headings = ("run", *keys, "on_front", *quantities, *heldout, *unsure, *elsewhere, *again, *items, "architecture")
     writer.writerow([_defused(cell) for cell in headings])
     for label, (_, report) in zip(labels, runs, strict=True):
         front = {point["trial"]: point for point in report["front"]}
@@ -91,6 +98,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 trial["number"] in front,
                 *(values.get(name) for name in quantities),
                 *(seen.get(name) for name in quantities),
+                *(_noise(point, name) for name in noise),
                 *([elsewhere_name(report) if far else None] if there else []),
                 *(far.get(name) for name in there),
                 *(_refitted(point, part).get(name) for part in REFITTED for name in refitted),
@@ -103,6 +111,19 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
 def item_columns(runs: Runs) -> list[str]:
     """Names of what was asked of the fronts in files of items."""
     return list(dict.fromkeys(name for _, report in runs for name in item_values(report["dense"])))
+
+
+def noise_columns(runs: Runs) -> list[str]:
+    """Names of what chance leaves open, where any point of the fronts tells it."""
+    return list(
+        dict.fromkeys(name for _, report in runs for point in report["front"] for name in point.get("noise") or {})
+    )
+
+
+def _noise(point: Mapping[str, Any], name: str) -> float | int | str | None:
+    """As a cell; numbers of trials with blanks between them."""
+    value = (point.get("noise") or {}).get(name)
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _defused(cell: object) -> object:
@@ -146,7 +167,9 @@ def _was_refitted(runs: Runs, name: str) -> bool:
     return any(point["objectives"].get(name) != _refitted(point, "objectives").get(name) for point in points)
 
 
-def _shown(value: float | None) -> str:
+def _shown(value: float | str | None) -> str:
     if value is None:
         return "–"
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -13,11 +13,11 @@ from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
-from llmbo.run.judgement import judge, judgements, spread
+from llmbo.run.judgement import WINDOWS, judge, judgements, spread
 from llmbo.run.records import digest_elsewhere
 from llmbo.run.refit_front import refit_front, refitted
 from llmbo.search.loop import run_search
-from llmbo.types import Trial
+from llmbo.types import Measurement, Trial
 
 ELSEWHERE = 12  # models of the front that are judged on another text as well: so many a table shows
 
@@ -59,9 +59,12 @@ def measure_heldout(run: RunParts) -> None:
     if not missing and "dense_heldout" in run.store.facts:
         return
     evaluator, top = run.problem.heldout(), run.problem.space.max_levels
-    run.store.set_fact("dense_heldout", {**evaluator.evaluate([top])[0], **run.problem.deployed(top)})
-    for trial, values in _measured(missing, evaluator):
-        run.store.set_heldout(trial.number, {**values, **run.problem.deployed(trial.x)})
+    [dense] = evaluator.evaluate([top])
+    run.store.set_judgement(WINDOWS, None, dense.windows)
+    run.store.set_fact("dense_heldout", {**dense, **run.problem.deployed(top)})
+    for trial, found in _measured(missing, evaluator):
+        run.store.set_judgement(WINDOWS, trial.number, found.windows)  # first: what has values is not measured again
+        run.store.set_heldout(trial.number, {**found, **run.problem.deployed(trial.x)})
 
 
 def measure_elsewhere(run: RunParts) -> None:
@@ -78,7 +81,7 @@ def measure_elsewhere(run: RunParts) -> None:
         run.store.set_heldout(trial.number, values, part["digest"])
 
 
-def _measured(trials: Sequence[Trial], evaluator: ProxyEvaluator) -> Iterator[tuple[Trial, dict[str, float]]]:
+def _measured(trials: Sequence[Trial], evaluator: ProxyEvaluator) -> Iterator[tuple[Trial, Measurement]]:
     """Each trial with what it measures, as many at a time as the evaluator likes."""
     for first in range(0, len(trials), evaluator.at_once):
         batch = trials[first : first + evaluator.at_once]

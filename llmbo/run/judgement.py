@@ -1,15 +1,18 @@
-"""What the finished front is judged by beside windows of text: items that it gets right, and what it writes. The search sees none of it."""
+"""What the finished front is judged by beside its values: their noise, items it gets right, what it writes. The search sees none of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from llmbo.errors import printable
 from llmbo.models.loading import max_positions
+from llmbo.problem.objectives import Objective
 from llmbo.report import front_of
+from llmbo.report.schema import NoisePart
 from llmbo.run.assemble import RunParts
+from llmbo.search.noise import half_width, surely_better
 from llmbo.types import Phases, Trial
 from pruning.continuations import continued
 
@@ -20,6 +23,7 @@ PROMPTS = (  # a fact, a story, code
 )
 NEW_TOKENS = 24
 SAMPLED = 6  # points of the front
+WINDOWS = "heldout_windows"  # kl and loss of each, as the store calls them
 
 
 def judge(run: RunParts, phases: Phases) -> None:
@@ -33,9 +37,53 @@ def judge(run: RunParts, phases: Phases) -> None:
 
 def judgements(run: RunParts) -> dict[str, Mapping[int | None, Mapping[str, Any]]]:
     """What is stored, as the report shows it: of samples those that belong to the front as it is now."""
-    shown = {None, *(trial.number for trial in spread(front_of(run.store.trials(), run.objectives), SAMPLED))}
-    found = run.store.judgements("samples")
-    return {"items": run.store.judgements("items"), "samples": {key: found[key] for key in shown & found.keys()}}
+    front = front_of(run.store.trials(), run.objectives)
+    shown = {None, *(trial.number for trial in spread(front, SAMPLED))}
+    found, windows = run.store.judgements("samples"), run.store.judgements(WINDOWS)
+    valued = {None, *run.store.heldout()}
+    return {
+        "items": run.store.judgements("items"),
+        "samples": {key: found[key] for key in shown & found.keys()},
+        "noise": noise(front, {key: windows[key] for key in valued & windows.keys()}, run.objectives),
+    }
+
+
+def noise(
+    front: Sequence[Trial],
+    windows: Mapping[int | None, Mapping[str, Sequence[float]]],
+    objectives: Sequence[Objective],
+) -> dict[int | None, dict[str, Any]]:
+    """`NoisePart` of every point of the front that has kept its held-out windows, two or more; smallest first, as `front`.
+
+    Args:
+        windows: `kl` and `loss` of each held-out window by trial number, and of the dense model (None).
+    """
+    known = [trial for trial in front if trial.number in windows]
+    if not known or len(windows[None]["loss"]) < 2:
+        return {}
+    by: Literal["kl", "loss"] = "loss" if "loss" in {objective.name for objective in objectives} else "kl"
+    values = {
+        name: torch.tensor([windows[trial.number][name] for trial in known], dtype=torch.float64)
+        for name in ("kl", "loss")
+    }
+    cost = {**values, "loss": values["loss"] - torch.tensor(windows[None]["loss"], dtype=torch.float64)}
+    wide = {name: half_width(found).tolist() for name, found in cost.items()}
+    found: dict[int | None, dict[str, Any]] = {}
+    for place, trial in enumerate(known):
+        better = surely_better(values[by][place], values[by]).tolist()
+        not_better = [
+            other.number
+            for other, sure in zip(known, better, strict=True)
+            if not sure and other.values["params"] < trial.values["params"]
+        ]
+        found[trial.number] = NoisePart(
+            windows=values[by].shape[1],
+            kl=wide["kl"][place],
+            loss=wide["loss"][place],
+            by=by,
+            not_better_than=not_better,
+        ).model_dump()
+    return found
 
 
 def spread(front: Sequence[Trial], count: int) -> list[Trial]:

@@ -20,6 +20,7 @@ HELDOUT, ELSEWHERE = "heldout", "elsewhere:"
 _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
+Windows = dict[str, list[FiniteFloat]]
 
 
 def _sensible(limits: list[str]) -> list[str]:
@@ -95,13 +96,15 @@ class _Attributes(_Record):
     source: str | None = None
     recipe: dict[str, float] = {}
     values: Values = {}
+    windows: Windows = {}
     failure: str | None = None
 
 
 _SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
 _PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
-# What the finished front is judged by after its held-out windows, by the name of the report's field.
+# What the finished front is judged by: held-out windows one by one, and after them what fills the report's field of this name.
 JUDGEMENTS: dict[str, TypeAdapter[Any]] = {
+    "heldout_windows": TypeAdapter(Windows),
     "items": TypeAdapter(dict[str, ItemScores]),
     "samples": TypeAdapter(dict[str, str]),
     "refitted": TypeAdapter(_Refitted),
@@ -194,6 +197,7 @@ def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Map
         why=kept.why,
         source=Source.restored(kept.source, kept.origin),
         recipe=kept.recipe,
+        windows=kept.windows,
     )
 
 

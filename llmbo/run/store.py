@@ -39,7 +39,7 @@ from llmbo.run.records import (
     rounds_of,
     trial_of,
 )
-from llmbo.types import Proposal, Trial
+from llmbo.types import Measurement, Proposal, Trial
 from pruning.architecture import Architecture
 
 _ADVICE = "advice:"
@@ -172,10 +172,10 @@ class TrialStore:
         )
 
     @_writes
-    def finish(self, number: int, values: Mapping[str, float], seconds: float) -> None:
+    def finish(self, number: int, found: Measurement, seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
-        trial = self._annotated(number, {"values": {**values, "seconds": seconds}})
-        self._study.tell(trial, [values[name] for name in self._study.metric_names or []])
+        trial = self._annotated(number, {"values": {**found, "seconds": seconds}, "windows": found.windows})
+        self._study.tell(trial, [found[name] for name in self._study.metric_names or []])
 
     @_writes
     def fail(self, number: int, reason: str, seconds: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from llmbo.errors import EvaluationError, out_of_memory
-from llmbo.types import Evaluator, Observer, Proposal, Proposer, Store, TrialState
+from llmbo.types import Evaluator, Measurement, Observer, Proposal, Proposer, Store, TrialState
 
 MAX_CONSECUTIVE_FAILURES = 3
 SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that no two runs share a round's seed
@@ -62,7 +62,7 @@ def _evaluate(
         observer.on_trial_start(proposal, number)
         store.start(number, round_number, proposal)
     start = clock()
-    measured: list[dict[str, float]] | None = None
+    measured: list[Measurement] | None = None
     try:
         measured = evaluator.evaluate([proposal.x for _, proposal in batch])
     except (RuntimeError, MemoryError) as error:
@@ -73,12 +73,12 @@ def _evaluate(
             _evaluate(evaluator, store, round_number, [one], observer, clock)
         return
     seconds = (clock() - start) / len(batch)
-    found: Sequence[dict[str, float] | None] = measured if measured is not None else [None]
+    found: Sequence[Measurement | None] = measured if measured is not None else [None]
     for (number, _), values in zip(batch, found, strict=True):
         _finish(store, number, values, seconds, observer)
 
 
-def _finish(store: Store, number: int, values: dict[str, float] | None, seconds: float, observer: Observer) -> None:
+def _finish(store: Store, number: int, values: Measurement | None, seconds: float, observer: Observer) -> None:
     """Store what a trial has measured, or that it failed.
 
     Args:

@@ -11,7 +11,7 @@ the final value is the mean over these n windows and nothing else.) The look at 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from llmbo.problem.objectives import Objective, outcomes
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.search.pareto import pareto_front
-from llmbo.types import Trial
+from llmbo.types import Measurement, Trial
 
 ALPHA = 0.002  # chance that a candidate of the front is stopped, for windows whose differences are normal
 MIN_WINDOWS = 4  # fewer tell no spread
@@ -59,7 +59,7 @@ def lost(values: Tensor, rival: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class RacingEvaluator:
-    """Implements `types.Evaluator`. Window values are remembered; after a resume a rival's are measured again.
+    """Implements `types.Evaluator`. A rival's windows are what its trial has kept; one of an earlier version is measured again.
 
     Args:
         objectives: One of them is measured: `kl` or `loss`.
@@ -69,18 +69,17 @@ class RacingEvaluator:
     proxy: ProxyEvaluator
     objectives: Sequence[Objective]
     trials: Callable[[], Sequence[Trial]]
-    _seen: dict[tuple[int, ...], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def at_once(self) -> int:
         """One: each may be the next one's rival."""
         return 1
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
         """As `ProxyEvaluator`. A race that was lost also has the `tokens` it took and the standard `error` of its estimate."""
         return [self._race(x) for x in batch]
 
-    def _race(self, x: tuple[int, ...]) -> dict[str, float]:
+    def _race(self, x: tuple[int, ...]) -> Measurement:
         name = next(objective.name for objective in self.objectives if not objective.known)
         n = len(self.proxy.windows)
         rival = self._rival(x, name)
@@ -92,10 +91,10 @@ class RacingEvaluator:
                 if rival and last < n and lost(found[name], rival[name]):
                     means = {key: estimate(values, rival[key])[0] for key, values in found.items()}
                     error = estimate(found[name], rival[name])[1]
-                    tokens = float(self.proxy.windows[:last].numel())
-                    return {**self.proxy.values(x, means), "tokens": tokens, "error": error}
-        self._seen[x] = found
-        return self.proxy.values(x, {key: float(values.mean()) for key, values in found.items()})
+                    stopped = self.proxy.measured(x, found, means)
+                    stopped.update(tokens=float(self.proxy.windows[:last].numel()), error=error)
+                    return stopped
+        return self.proxy.measured(x, found)
 
     def _rival(self, x: tuple[int, ...], name: str) -> dict[str, Tensor] | None:
         """Window values of the best front point that is no larger than `x` in any known objective."""
@@ -106,8 +105,8 @@ class RacingEvaluator:
         smaller = [trial for trial in front if all(trial.values[key] <= cost for key, cost in costs.items())]
         if not smaller:
             return None
-        best = min(smaller, key=lambda trial: (trial.values[name], trial.number)).x
-        if best not in self._seen:
-            with self.proxy.supernet.active(self.proxy.space.decode(best)) as model:
-                self._seen[best] = self.proxy.measure(model, 0, len(self.proxy.windows))
-        return self._seen[best]
+        best = min(smaller, key=lambda trial: (trial.values[name], trial.number))
+        if best.windows:
+            return {key: torch.tensor(values, dtype=torch.float64) for key, values in best.windows.items()}
+        with self.proxy.supernet.active(self.proxy.space.decode(best.x)) as model:
+            return self.proxy.measure(model, 0, len(self.proxy.windows))

@@ -44,7 +44,7 @@ from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
-from llmbo.types import Proposal, Source, Trial, TrialState
+from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.hf import Pruned, save_hf
@@ -56,6 +56,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
 TEXT_TOKENS = 1200
 TIMEOUT = 300.0  # seconds until a process has said what it is waited for, on a busy machine
+FACTORS = (0.5, 0.9, 1.2, 1.4)  # of the toy's windows, with mean 1
 FAMILIES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3)]  # as `make_toy` takes them
 
 
@@ -66,7 +67,7 @@ class ToyEvaluator:
     toy: "Toy"
     at_once: int = 1
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
         return [self.toy.evaluate(x) for x in batch]
 
 
@@ -116,8 +117,8 @@ class Toy:
         """What each block is worth."""
         return [0.5 + 2.5 * ((7 * index + 3) % 10) / 10 for index in range(self.space.d)]
 
-    def evaluate(self, x: tuple[int, ...]) -> dict[str, float]:
-        """Every quantity of a candidate."""
+    def evaluate(self, x: tuple[int, ...]) -> Measurement:
+        """Every quantity of a candidate, of which some windows are harder than others."""
         missing = [1 - level / most for level, most in zip(x, self.space.max_levels, strict=True)]
         neighbours = sum(a * b for a, b in itertools.pairwise(missing))
         kl = (
@@ -125,18 +126,21 @@ class Toy:
             * 3
             / self.space.d
         )
-        return {"kl": kl, "loss": 3 + kl, "perplexity": math.exp(3 + kl), **known_values(self.space, x)}
+        windows = {"kl": [factor * kl for factor in FACTORS], "loss": [factor * (3 + kl) for factor in FACTORS]}
+        values = {"kl": kl, "loss": 3 + kl, "perplexity": math.exp(3 + kl), **known_values(self.space, x)}
+        return Measurement(values, windows)
 
     @property
     def evaluator(self) -> "ToyEvaluator":
         return ToyEvaluator(self)
 
     def trial(self, number: int, proposal: Proposal, round: int = 0, state: TrialState = TrialState.COMPLETE) -> Trial:
-        values = self.evaluate(proposal.x) if state is TrialState.COMPLETE else {}
-        kept = not values or feasible(values, self.limits)
+        found = self.evaluate(proposal.x) if state is TrialState.COMPLETE else Measurement({})
+        kept = not found or feasible(found, self.limits)
         return Trial(
-            number, round, proposal.x, proposal.origin, state, values, 0.0, feasible=kept, source=proposal.source
-        )
+            number, round, proposal.x, proposal.origin, state, found, 0.0, feasible=kept, source=proposal.source,
+            windows=found.windows,
+        )  # fmt: skip
 
     def trials(self, points: Iterable[tuple[int, ...]], origin: str = "threshold") -> list[Trial]:
         """The points as complete trials."""

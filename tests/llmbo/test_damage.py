@@ -111,7 +111,7 @@ REPORTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "number": (lambda content: b"7", "dictionary"),
     "string": (lambda content: b'"report"', "dictionary"),
     "empty object": (lambda content: b"{}", "run: Field required"),
-    "other version": (put("schema_version", 2), "schema_version is 2"),
+    "other version": (put("schema_version", 3), "schema_version is 3"),
     "no version": (put("schema_version", None), "schema_version"),
     "no run": (drop("run"), "run"),
     "no trials": (drop("trials"), "trials"),

@@ -90,6 +90,8 @@ def test_it_goes_on_and_keeps_what_it_has(run: Run) -> None:
     assert [{**trial, "counts": True, "recipe": None} for trial in old["trials"]] == new["trials"][
         :18
     ]  # which the first version left out
+    assert not any(point["noise"] for point in new["front"] if point["trial"] < 18)  # whose windows nobody kept
+    assert all(point["noise"] for point in new["front"] if point["trial"] >= 18)
     before, after = ({point["trial"]: point["heldout"] for point in part["front"]} for part in (old, new))
     assert before.keys() & after.keys() and all(
         before[number] == after[number] for number in before.keys() & after.keys()

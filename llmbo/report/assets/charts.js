@@ -43,7 +43,7 @@ function hover(entry, x, y) {
     el("strong", {}, `${nameOf(entry)} · ${entry.trial.origin}${entry.onFront ? " · on the front" : ""}`),
     ...names.filter((name) => name in entry.values).map((name) => {
       const heldout = entry.heldout?.[name];
-      const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${format(name, heldout)})` : "";
+      const seen = isQuality(name) && typeof heldout === "number" ? ` (held-out ${[format(name, heldout), plusMinus(entry, name)].join(" ").trim()})` : "";
       return el("div", {}, `${words(name)}: ${withUnit(name, entry.values[name])}${seen}`);
     }),
     entry.counts ? null : el("div", {}, stateOf(entry)),
@@ -98,6 +98,11 @@ function drawFront(state) {
     name: "front, held-out windows", type: "scatter", symbol: "path://M0,0 L10,10 M10,0 L0,10", symbolSize: 7, z: 5, color: css("--heldout"),
     itemStyle: { color: "transparent", borderColor: css("--heldout"), borderWidth: 1.5 },
     data: judged.map((entry) => ({ value: [entry.values[x], entry.heldout[y]], key: entry.key })),
+  });
+  const bars = judged.filter((entry) => plusMinus(entry, y)).flatMap((entry) =>
+    [...[-1, 1].map((side) => [entry.values[x], entry.heldout[y] + side * pointOf(entry).noise[y]]), ["-", "-"]]); // gaps between them
+  if (bars.length) series.push({
+    name: "front, held-out windows", type: "line", symbol: "none", silent: true, z: 3, data: bars, color: css("--heldout"), lineStyle: { width: 1, opacity: 0.5, color: css("--heldout") },
   });
   const limits = state.limit && state.limit.name === x ? [{ xAxis: state.limit.value }] : state.limit && state.limit.name === y ? [{ yAxis: state.limit.value }] : [];
   series.push({

@@ -54,6 +54,11 @@ function itemsOf(point) {
 
 /** The point of the front that an entry is; the dense model is one, too. */
 const pointOf = (entry) => (entry.number === "dense" ? RUNS[entry.run].report.dense : RUNS[entry.run].report.front.find((point) => point.trial === entry.number));
+/** What chance of the held-out windows leaves open of a value, as "± 0.012"; empty where it is not known. */
+const plusMinus = (entry, name) => {
+  const half = pointOf(entry)?.noise?.[name];
+  return ["kl", "loss"].includes(name) && typeof half === "number" ? `± ${format(name, Number(half.toPrecision(2)))}` : "";
+};
 const maximized = (name) => ABOUT.get(name)?.maximize ?? false;
 const unitOf = (name) => ABOUT.get(name)?.unit ?? "";
 const formatOf = (name) => ABOUT.get(name)?.format ?? "plain";

@@ -124,6 +124,7 @@ function start() {
   setUpBudget();
   setUpKeys();
   drawConstraints();
+  drawNoise();
   drawRuns();
   drawParts();
   drawTrials(STATE);

@@ -17,6 +17,19 @@ function drawConstraints() {
   line.textContent = `Constraints: ${bounds.join(", ")}; ${outcome}. Shaded: what is forbidden.`;
 }
 
+/** Points of the front that may be no better than the next smaller one. */
+function drawNoise() {
+  const line = document.getElementById("noise");
+  const told = RUNS.flatMap((run, index) => run.report.front.slice(1).map((point, at) => [BY_KEY.get(`${index}:${point.trial}`), point.noise, run.report.front[at].trial]))
+    .filter(([, noise]) => noise);
+  const doubtful = told.filter(([, noise, smaller]) => noise.not_better_than.includes(smaller));
+  line.hidden = !told.length;
+  line.replaceChildren(...(doubtful.length
+    ? [`On held-out windows ${doubtful.length} of ${told.length} points of the front are not surely better than the next smaller one: `, ...doubtful.flatMap(([entry], at) => [at ? ", " : "", pick(entry)]), ". "]
+    : ["On held-out windows every point of the front is surely better than the next smaller one. "]),
+    el("span", { class: "muted" }, "Compared window by window, which tells apart what their bars, each model's own 95 % interval, do not."));
+}
+
 function drawRuns() {
   if (!MANY) return;
   const headings = ["run", "model", "text", "trials", "front", "hypervolume", "of the union front"];

@@ -14,6 +14,7 @@ function drawTrial(state) {
     ...broken(entry).map((text) => el("p", { class: "warning" }, `Breaks a constraint: ${text}`)),
     reason ? el("blockquote", {}, reason) : "",
     entry.values ? numbers(entry) : "",
+    noise(entry) ?? "",
     itemScores(entry) ?? "",
     el("h4", {}, "What each layer keeps"),
     layersLegend(),
@@ -45,11 +46,31 @@ function numbers(entry) {
     const unit = withUnit(name, now) === format(name, now) ? "" : unitOf(name);
     const label = unit ? el("span", {}, `${words(name)} `, el("small", { class: "muted" }, `(${unit})`)) : words(name);
     const cells = [label, format(name, now), format(name, before), change(name, now, before)];
-    cells.splice(2, 0, ...seen.map(([, values]) => (isQuality(name) && typeof values[name] === "number" ? format(name, values[name]) : "")));
+    cells.splice(2, 0, ...seen.map(([, values]) => {
+      if (!isQuality(name) || typeof values[name] !== "number") return "";
+      const sure = values === entry.heldout ? plusMinus(entry, name) : "";
+      return sure ? el("span", {}, `${format(name, values[name])} `, el("small", { class: "sure muted" }, sure)) : format(name, values[name]);
+    }));
     return cells;
   });
   return table(["", seen.length ? "proxy" : "value", ...seen.map(([heading]) => heading), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
 }
+
+/** What ± means, and which smaller points of the front may be as good; null where that is not known. */
+function noise(entry) {
+  const told = pointOf(entry)?.noise;
+  if (!told) return null;
+  const smaller = told.not_better_than.map((number) => BY_KEY.get(`${entry.run}:${number}`)).filter(Boolean);
+  const first = RUNS[entry.run].report.front[0].trial === entry.number;
+  const verdict = first ? [] : smaller.length
+    ? [`Not surely better in held-out ${told.by} than the smaller `, ...smaller.flatMap((other, at) => [at ? ", " : "", pick(other)]), "."]
+    : [`Surely better in held-out ${told.by} than every smaller point of the front.`];
+  return el("p", { class: "noise" }, ...verdict,
+    el("small", { class: "muted" }, `${first ? "" : " Compared window by window. "}± is the 95 % interval over ${told.windows} held-out windows, of the loss that of what it is above the dense model's.`));
+}
+
+/** A button that selects a trial. */
+const pick = (entry) => el("button", { type: "button", class: "plain", onclick: () => update({ selected: entry.key }) }, nameOf(entry));
 
 /** A share with its standard error, of each file of items that the front was judged on; null without any. */
 function itemScores(entry) {

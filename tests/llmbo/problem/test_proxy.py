@@ -11,7 +11,7 @@ from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import anatomy_of
 from pruning.importance import activation
-from pruning.likelihood import dense_distribution, quality
+from pruning.likelihood import dense_distribution, window_qualities
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 from pruning.statistics import collect_statistics
@@ -26,18 +26,22 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
     candidates = [space.max_levels, (2, 1, 0, 2, 12, 3, 5, 0), (1, 1, 1, 1, 0, 12, 7, 1)]
     dense = dense_distribution(model, windows)
     expected = [
-        quality(shrink(model, PruningMask.from_architecture(space.decode(x), ranking)), windows, dense)
+        window_qualities(shrink(model, PruningMask.from_architecture(space.decode(x), ranking)), windows, dense)
         for x in candidates
     ]
     with Supernet(model, ranking) as supernet:
         evaluator = ProxyEvaluator.on(windows, space, supernet)
         found = evaluator.evaluate(candidates)
-    for x, values, target in zip(candidates, found, expected, strict=True):
-        assert target.kl is not None
+    for x, values, windowed in zip(candidates, found, expected, strict=True):
+        target = windowed.mean()
+        assert target.kl is not None and windowed.kl is not None
         assert values["loss"] == pytest.approx(target.loss, abs=1e-4) and values["kl"] == pytest.approx(
             target.kl, abs=1e-4
         )
         assert values["perplexity"] == pytest.approx(torch.tensor(target.loss).exp().item(), rel=1e-3)
+        for name, seen in (("kl", windowed.kl), ("loss", windowed.loss)):
+            assert values.windows[name] == pytest.approx(seen.tolist(), abs=1e-4)
+            assert values[name] == pytest.approx(sum(values.windows[name]) / 4, rel=1e-12)
         assert {name: values[name] for name in space.costs} == known_values(space, x)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-5) and found[0]["params_share"] == 1
     assert found[0]["params"] == sum(p.numel() for p in model.parameters())

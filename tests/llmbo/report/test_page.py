@@ -205,6 +205,47 @@ def test_it_shows_the_front_and_a_trial_of_it(opened: Open) -> None:
         assert "python (made up)" in tab.text(".facts")
 
 
+def test_it_says_how_sure_held_out_values_are_and_which_neighbours_may_be_alike(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:  # of an earlier version
+        assert tab.page.is_hidden("#noise") and "±" not in tab.text("#trial") + tab.text(".facts")
+    front = report["front"] = sorted(report["front"], key=lambda point: point["objectives"]["params"])
+    numbers = [point["trial"] for point in front]
+    for place, point in enumerate(front):
+        alike = {1: numbers[:1], 3: numbers[:1], 4: numbers[2:4]}.get(place, [])
+        point["noise"] = {"windows": 12, "kl": 0.0123456, "loss": 0.00212, "by": "kl", "not_better_than": alike}
+    with opened(report) as tab:
+        line = f"2 of {len(front) - 1} points of the front are not surely better than the next smaller one: "
+        assert f"{line}trial {numbers[1]}, trial {numbers[4]}. Compared" in tab.text("#noise")
+        tab.page.click(f"#noise >> text=trial {numbers[4]}")
+        point = front[4]
+        assert tab.text("#trial h3") == f"trial {numbers[4]}"
+        assert f"{point['heldout']['kl']:.4g}\n± 0.012" in tab.text("#trial") and "± 0.0021" in tab.text("#trial")
+        assert f"Not surely better in held-out kl than the smaller trial {numbers[2]}, trial {numbers[3]}." in tab.text(
+            "#trial"
+        )
+        assert "12 held-out windows" in tab.text("#trial")
+        tab.page.click(f"#trial .noise >> text=trial {numbers[2]}")
+        assert tab.text("#trial h3") == f"trial {numbers[2]}" and "Surely better" in tab.text("#trial .noise")
+        tab.page.evaluate(f"update({{selected: '0:{numbers[0]}'}})")
+        assert "better" not in tab.text("#trial .noise") and "12 held-out windows" in tab.text("#trial .noise")
+        drawn = "chart('front-chart').getOption().series.find((one) => one.type === 'line' && one.name.includes('held-out')).data"
+        bars = [pair for pair in tab.page.evaluate(drawn) if pair[0] != "-"]
+        expected = [
+            [point["objectives"]["params_share"], point["heldout"]["kl"] + side * 0.0123456]
+            for point in front
+            for side in (-1, 1)
+        ]
+        for bar, wanted in zip(sorted(bars), sorted(expected), strict=True):
+            assert bar == pytest.approx(wanted)
+        tab.hover(f"0:{numbers[1]}")
+        assert "± 0.012)" in tab.text(".hover")
+    for point in front:
+        point["noise"]["not_better_than"] = []
+    with opened(report) as tab:
+        assert "every point of the front is surely better" in tab.text("#noise")
+
+
 def test_hovering_tells_about_a_trial(opened: Open) -> None:
     report = made_up_report()
     report["trials"][7]["why"] = "thin the middle"

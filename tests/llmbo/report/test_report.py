@@ -1,20 +1,27 @@
 """The report says what the store holds, in the documented format, whole or not at all."""
 
+import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
+import optuna
 import pytest
+from rich.console import Console
+from scipy.stats import ttest_1samp, ttest_rel
 
+from llmbo.display.results import summary
 from llmbo.report import Report, front_of, json_schema, write_report
 from llmbo.report.picture import draw_front
+from llmbo.run.judgement import noise
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.importance import METHODS
 
@@ -46,7 +53,7 @@ def test_an_unknown_or_missing_key_is_no_report(data: dict[str, Any]) -> None:
     validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
     assert not validator.is_valid({**data, "extra": 1})
     assert not validator.is_valid({key: value for key, value in data.items() if key != "front"})
-    assert not validator.is_valid({**data, "schema_version": 2})
+    assert not validator.is_valid({**data, "schema_version": 3})
 
 
 def test_the_front_is_the_non_dominated_trials_by_size(data: dict[str, Any]) -> None:
@@ -92,6 +99,63 @@ def test_values_hang_together(data: dict[str, Any]) -> None:
     assert all(point["heldout"] is not None for point in [dense, *data["front"]])
     assert all(point["heldout"]["params"] == point["objectives"]["params"] for point in data["front"])
     assert any(point["heldout"]["loss"] != point["objectives"]["loss"] for point in data["front"])
+
+
+def test_points_of_the_front_tell_how_sure_they_are(data: dict[str, Any], finished: Any) -> None:
+    """As SciPy finds it from the windows that the run has kept, whose means are the held-out values."""
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{finished.folder / 'runs' / 'tiny' / 'study.db'}")
+    windows = {key.partition(":")[2]: value for key, value in study.user_attrs.items() if "heldout_windows:" in key}
+    assert windows.keys() == {"dense", *(str(point["trial"]) for point in data["front"])}
+    doubtful = 0
+    for place, point in enumerate(data["front"]):
+        noise, own = point["noise"], windows[str(point["trial"])]
+        assert noise["windows"] == len(own["kl"]) == 4 and noise["by"] == "kl"
+        above = [loss - dense for loss, dense in zip(own["loss"], windows["dense"]["loss"], strict=True)]
+        for name, cost in (("kl", own["kl"]), ("loss", above)):
+            assert point["heldout"][name] == pytest.approx(sum(own[name]) / 4, rel=1e-9)
+            interval = ttest_1samp(cost, 0).confidence_interval(0.95)
+            assert noise[name] == pytest.approx((interval.high - interval.low) / 2)
+        smaller = [other["trial"] for other in data["front"][:place]]
+        sure = [ttest_rel(own["kl"], windows[str(n)]["kl"], alternative="less").pvalue < 0.025 for n in smaller]
+        assert noise["not_better_than"] == [n for n, better in zip(smaller, sure, strict=True) if not better]
+        doubtful += len(noise["not_better_than"])
+    pairs = len(data["front"]) * (len(data["front"]) - 1) // 2
+    assert 0 < doubtful < pairs and data["dense"]["noise"] is None
+
+
+def test_points_are_told_apart_by_the_loss_that_was_searched_for_and_one_window_tells_nothing(toy: Any) -> None:
+    rows = toy.random_points(6, 0)
+    front = sorted(toy.trials(rows), key=lambda trial: trial.values["params"])
+    windows: dict[int | None, Any] = {None: {"kl": [0.0, 0.0, 0.0], "loss": [3.0, 2.0, 4.0]}}
+    for place, trial in enumerate(front):  # the loss falls with size and says little, kl rises and is sure
+        kl, loss = [1.0 + place] * 3, [3.0 - place / 9, 2.0 + place, 4.0 - place]
+        windows[trial.number] = {"kl": kl, "loss": loss}
+    found = noise(front, windows, toy.with_objectives("loss", "params_share").objectives)
+    assert list(found) == [trial.number for trial in front] and {part["by"] for part in found.values()} == {"loss"}
+    last = found[front[-1].number]
+    assert last["not_better_than"] == [trial.number for trial in front[:-1]] and last["kl"] == 0 < last["loss"]
+    for place, trial in enumerate(front):
+        windows[trial.number]["kl"] = [6.0 - place, 6.1 - place, 5.9 - place]
+    by_kl = noise(front, windows, toy.objectives)
+    assert not any(part["not_better_than"] for part in by_kl.values())
+    kept = {key: value for key, value in windows.items() if key != front[2].number}  # an earlier version kept none
+    assert noise(front, kept, toy.objectives).keys() == {*by_kl} - {front[2].number}
+    alone = {key: {name: values[:1] for name, values in part.items()} for key, part in windows.items()}
+    assert noise(front, alone, toy.objectives) == noise(front, {}, toy.objectives) == {}
+
+
+def test_the_terminal_says_which_neighbours_may_be_alike(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    Console(file=(screen := io.StringIO()), width=80).print(summary(report, rows=100))
+    shown = screen.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    marked = {int(word[1:]) for word in shown.split() if word.startswith("~") and word[1:].isdigit()}
+    rows = [point for point in data["front"] if len(data["front"]) <= 100 or point["elsewhere"]]
+    expected = {b["trial"] for a, b in pairwise(rows) if a["trial"] in b["noise"]["not_better_than"]}
+    assert marked == expected != set() and len(expected) < len(rows)
+    for point in data["front"]:
+        assert f"{point['heldout']['kl']:.3f} ±{point['noise']['kl']:.3f}" in shown
+    assert f"{len(expected)} of {len(rows) - 1}" in " ".join(shown.split())
 
 
 def test_the_run_is_described(data: dict[str, Any], finished: Any) -> None:

@@ -92,8 +92,8 @@ def test_bad_input_is_one_line(runs: Path) -> None:
         report.write_text(content)
         assert reason in refused(runs, "other")
     whole = json.loads((runs / "runs" / "tiny" / "report.json").read_text())
-    report.write_text(json.dumps({**whole, "schema_version": 2}))
-    assert "schema_version is 2" in refused(runs, "other")
+    report.write_text(json.dumps({**whole, "schema_version": 3}))
+    assert "schema_version is 3" in refused(runs, "other")
     report.write_text(
         json.dumps({**whole, "objectives": [{**whole["objectives"][0], "name": "loss"}, whole["objectives"][1]]})
     )

@@ -21,7 +21,7 @@ from llmbo.run.lease import Lease, Pulse, leased
 from llmbo.run.lock import locked
 from llmbo.run.store import TrialStore
 from llmbo.search.loop import run_search
-from llmbo.types import Proposal, TrialState
+from llmbo.types import Measurement, Proposal, TrialState
 
 TIMEOUT = 60.0  # seconds; only a hanging child reaches it
 OPENERS: dict[str, Callable[[Path], BaseStorage]] = {
@@ -314,7 +314,7 @@ def test_a_search_that_was_suspended_ends_and_its_successor_finishes_it(
     class Slow:
         at_once = 1
 
-        def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+        def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
             if len(store.trials()) == 5:
                 inside.set()
                 os.kill(os.getpid(), signal.SIGSTOP)

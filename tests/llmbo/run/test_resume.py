@@ -16,7 +16,7 @@ from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.loop import run_search
-from llmbo.types import Proposal, Trial
+from llmbo.types import Measurement, Proposal, Trial
 
 BUDGET, Q, SEED = 14, 4, 2
 SETTINGS = {"seed": SEED, "objectives": ["kl", "params_share"], "reference_point": None, "maximum": []}
@@ -45,7 +45,7 @@ class Mortal:
 
     at_once = 1
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
         self._happens("evaluate")  # started, not finished
         return [self.toy.evaluate(x) for x in batch]
 
@@ -82,7 +82,7 @@ def story(toy: Any) -> Callable[[str], list[tuple[object, ...]]]:
     def read(url: str) -> list[tuple[object, ...]]:
         store = TrialStore.create(url, "run", toy.space, toy.objectives, {}, {})
         return [
-            (trial.number, trial.round, trial.x, trial.origin, trial.state, dict(trial.values))
+            (trial.number, trial.round, trial.x, trial.origin, trial.state, dict(trial.values), trial.windows)
             for trial in store.trials()
         ]
 

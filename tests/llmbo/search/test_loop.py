@@ -15,7 +15,7 @@ from llmbo.run.store import TrialStore
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.loop import run_search
-from llmbo.types import Proposal, Proposer, Trial, TrialState
+from llmbo.types import Measurement, Proposal, Proposer, Trial, TrialState
 
 
 @dataclass
@@ -46,15 +46,16 @@ class Scripted:
     at_once: int = 1
     calls: int = 0
 
-    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    def evaluate(self, batch: Sequence[tuple[int, ...]]) -> list[Measurement]:
         return [self.measure(x) for x in batch]
 
-    def measure(self, x: tuple[int, ...]) -> dict[str, float]:
+    def measure(self, x: tuple[int, ...]) -> Measurement:
         step = self.script.get(self.calls)
         self.calls += 1
         if isinstance(step, BaseException):
             raise step
-        return {**self.toy.evaluate(x), **(step or {})}
+        found: Measurement = self.toy.evaluate(x)
+        return Measurement({**found, **(step or {})}, found.windows)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_exactly_the_budget_is_evaluated_in_order(
 
 def test_a_round_is_stored_before_any_of_it_is_evaluated(toy: Any, open_store: Callable[..., TrialStore]) -> None:
     class Watching(Scripted):
-        def measure(self, x: tuple[int, ...]) -> dict[str, float]:
+        def measure(self, x: tuple[int, ...]) -> Measurement:
             store = open_store()
             assert x == store.rounds()[self.calls // 3][self.calls % 3].x
             assert [trial.state for trial in store.trials()] == [TrialState.COMPLETE] * self.calls + [

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import optuna
 import pytest
 import torch
 from click.testing import Result
@@ -67,7 +69,7 @@ def test_the_surrogate_trusts_an_estimate_less() -> None:
     assert abs(told - truth) < min(0.3, abs(plain - truth))
 
 
-def test_races_in_a_search(llmbo: Callable[..., Result]) -> None:
+def test_races_in_a_search(llmbo: Any) -> None:
     """Lost ones are on no front; a run that was interrupted measures what it would have measured anyway."""
     options = {"racing": True, "proxy_tokens": 256, "strategy": "random"}
     runs = []
@@ -84,6 +86,17 @@ def test_races_in_a_search(llmbo: Callable[..., Result]) -> None:
     assert [trial["number"] for trial in whole["trials"] if not trial["counts"]] == [
         trial["number"] for trial in stopped
     ]
+    stored = [
+        [trial.user_attrs for trial in optuna.load_study(study_name=name, storage=f"sqlite:///{run}/study.db").trials]
+        for name in ("whole", "parts")
+        for run in [llmbo.folder / "runs" / name]
+    ]
+    assert [trial["windows"] for trial in stored[0]] == [trial["windows"] for trial in stored[1]]
+    for trial in stored[0]:
+        seen = int(trial["values"].get("tokens", 256)) // 16
+        assert {name: len(values) for name, values in trial["windows"].items()} == {"kl": seen, "loss": seen}
+        for name, values in trial["windows"].items():
+            assert "error" in trial["values"] or trial["values"][name] == pytest.approx(sum(values) / seen, rel=1e-12)
     plain = copy.deepcopy(options) | {"racing": None, "name": "plain"}
     assert llmbo(budget=24, **plain).exit_code == 0
     assert [point["trial"] for point in llmbo.report("plain")["front"]] == [point["trial"] for point in whole["front"]]

@@ -1,0 +1,74 @@
+"""How far chance reaches: on other windows of the same text every value would come out a little otherwise.
+
+All candidates see the same windows, so whatever makes a window hard for all of them cancels out of a comparison window by window.
+Windows are taken as drawn independently of each other; of another text nothing follows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from llmbo.types import Trial
+
+LEVEL = 0.95
+
+
+def half_width(windows: Tensor) -> Tensor:
+    """Of the 95 % interval of a mean over at least two windows, by Student's t; `... x n` -> `...`.
+
+    Of the differences of two candidates it says whether they can be told apart: under that hypothesis it covers 95 to 98 % for 4 to 48
+    skewed windows, where the ratio's interval by the delta method covers 89 to 95 % and by the jackknife 92 to 95 %.
+    """
+    n = windows.shape[-1]
+    return float(student.ppf((1 + LEVEL) / 2, n - 1)) * windows.std(-1) / n**0.5
+
+
+def surely_better(windows: Tensor, others: Tensor) -> Tensor:
+    """Whether the mean over all windows of the text is lower: the interval of the paired differences is below 0.
+
+    Args:
+        windows: Of one candidate, `n`, at least two; lower is better.
+        others: Of others, `... x n`.
+    """
+    differences = windows - others
+    return differences.mean(-1) + half_width(differences) < 0
+
+
+def paired_log_ratio(windows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """log(mean of `windows` / mean of `reference`) over at least two windows that both saw, and its variance by the jackknife.
+
+    The variance is the jackknife's (Efron and Tibshirani 1993, chapter 11) because a few skewed windows make the delta method's too small:
+    with log-normal windows of log sd 0.5 in common and 0.2 of their own its mean is 0.82 of the truth for 4 and 0.92 for 12, the
+    jackknife's 1.03 (20,000 draws each).
+
+    Args:
+        windows, reference: `... x n` and `n`, or any shapes that broadcast.
+
+    Returns:
+        `...` each; not a number where a mean is not positive.
+    """
+    n = windows.shape[-1]
+    without = torch.log((windows.sum(-1, keepdim=True) - windows) / (reference.sum(-1, keepdim=True) - reference))
+    variance = (n - 1) ** 2 / n * without.var(-1)
+    return torch.log(windows.mean(-1) / reference.mean(-1)), variance
+
+
+def log_ratio_variances(trials: Sequence[Trial], reference: Sequence[float], name: str) -> Tensor:
+    """Variance over windows of each trial's log ratio to one reference, for a Gaussian process that is told it.
+
+    Args:
+        reference: Of each proxy window.
+        name: `kl` or `loss`.
+
+    Returns:
+        One for each trial, float64; not a number where fewer than two windows are known. A trial that lost its race is compared on those
+        that it saw.
+    """
+    found = []
+    for trial in trials:
+        windows = torch.tensor(trial.windows.get(name, ()), dtype=torch.float64)
+        seen = torch.tensor(reference[: len(windows)], dtype=torch.float64)
+        found.append(paired_log_ratio(windows, seen)[1] if len(windows) > 1 else seen.new_tensor(torch.nan))
+    return torch.stack(found) if found else torch.empty(0, dtype=torch.float64)

@@ -11,6 +11,7 @@ from llmbo.advisor.censor import KEY_VARIABLE, Censor, environment_key
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.mail import MailClient, check_mail
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.parse import checked
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
@@ -26,7 +27,7 @@ from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL
 
-WITHOUT_MARGINALS = ("none", "random", "hostile", "replay")  # nobody would read what it costs evaluations to measure
+WITHOUT_MARGINALS = ("none", "random", "hostile")  # nobody would read what it costs evaluations to measure
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class AdvisorInputs:
         setting: The facts that prompts tell.
         pruned: The model that is being pruned; between evaluations it computes the dense network.
         probe: Measures marginal costs.
+        tell: Is told in one line what the user should know.
     """
 
     setting: Setting
     pruned: LoadedModel | None
     probe: Callable[[], Marginals] | None
+    tell: Callable[[str], None] = lambda line: None
 
 
 def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
@@ -65,6 +68,8 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
             )
         if spec.argument != "self":
             find_checkpoint(spec.argument)
+    elif spec.kind == "mail":
+        check_mail(Path(spec.argument))
     elif spec.kind == "replay":
         recording = Path(spec.argument)
         ReplayAdvisor(recording)
@@ -84,6 +89,8 @@ def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore)
         advisor = _makers(spec, config, inputs, advice)[spec.kind]()
     except Exception as error:  # `check_advisor` has refused what the user can mend; by now a run has something to lose
         advisor = Absent(f"the advisor cannot be made ({type(error).__name__}: {first_line(error)})")
+    if isinstance(advisor, ReplayAdvisor) and not advisor.knows_prompts:
+        probe = None  # nobody compares
     return AdvisorSession(advisor, advice, setting, config.advisor_hooks, config.advisor_every, probe)
 
 
@@ -122,7 +129,8 @@ def _makers(
         "none": NoAdvisor,
         "openai": lambda: LLMAdvisor(_openai(spec), limits, advice),
         "transformers": lambda: LLMAdvisor(_transformers(spec, config, inputs.pruned), at_no_cost, advice),
-        "replay": lambda: ReplayAdvisor(Path(spec.argument)),
+        "mail": lambda: LLMAdvisor(MailClient(Path(spec.argument), advice), limits, advice),
+        "replay": lambda: ReplayAdvisor(Path(spec.argument), inputs.tell),
     }
 
 

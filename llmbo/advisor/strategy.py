@@ -49,6 +49,10 @@ class AdvisedStrategy:
             raise ConfigError(
                 "transformers:self advises runs of `llmbo optimize` only: name the model's folder instead."
             )
+        if self.by.startswith("mail:"):
+            raise ConfigError(
+                f"{self.by} advises runs of `llmbo optimize` only, which keep what was answered: compare its replies by replay:FILE."
+            )
         config = RunConfig(
             model="comparison",
             advisor=self.by,

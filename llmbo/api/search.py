@@ -94,6 +94,7 @@ def optimize(
 
     Raises:
         LlmboError, PruningError: One line that names the value, what was expected and the remedy.
+        ReplyAwaited: With `advisor="mail:DIR"`: `letter` is the prompt, `reply` where its reply goes; the same call then goes on.
         KeyboardInterrupt: After what was measured has been stored and reported.
     """
     typed = locals()  # the arguments, while nothing else is here

@@ -107,7 +107,7 @@ def optimize(
     advisor: Annotated[
         str,
         typer.Option(
-            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, replay:FILE."
+            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, mail:DIR, replay:FILE."
         ),
     ] = "none",
     advisor_hooks: Annotated[
@@ -141,7 +141,7 @@ def optimize(
 
     The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
     Exit codes: 0; 2 for what is refused or, with --plan, does not fit; 3 when no trial keeps the limits or beats the reference point
-    given; 130 when stopped.
+    given; 4 when an advisor is asked by mail and has not replied yet; 130 when stopped.
 
     Example: llmbo optimize --model llama --budget 60
     """

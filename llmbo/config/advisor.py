@@ -19,6 +19,7 @@ KINDS = {
     "hostile": None,
     "openai": "MODEL[@BASE_URL]",
     "transformers": "PATH_OR_NAME or self",
+    "mail": "DIR",
     "replay": "FILE",
 }
 _SERVER = re.compile(r"(?P<model>.+?)@(?P<url>[a-z][a-z0-9+.-]*://.*)", re.IGNORECASE | re.DOTALL)

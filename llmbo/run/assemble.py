@@ -92,7 +92,7 @@ def proposer_of(
     """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives, tell)
-    inputs = advisor_inputs(config, problem, objectives, problem.dense, loaded)
+    inputs = advisor_inputs(config, problem, objectives, problem.dense, loaded, tell)
 
     def build(family: ThresholdFamily) -> Proposer:
         return build_advised(config, replace(inputs, setting=replace(inputs.setting, family=family)), advice)
@@ -106,6 +106,7 @@ def advisor_inputs(
     objectives: tuple[Objective, ...],
     dense: Mapping[str, float],
     loaded: LoadedModel,
+    tell: Callable[[str], None],
 ) -> AdvisorInputs:
     """What an advisor of a run is made from; `dense` holds the dense model's values as the run has them."""
     setting = Setting(
@@ -117,7 +118,7 @@ def advisor_inputs(
         config.budget,
         problem.limits,
     )
-    return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name))
+    return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name), tell)
 
 
 @contextmanager

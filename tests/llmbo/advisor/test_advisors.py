@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.mail import MailClient
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge
@@ -23,7 +25,7 @@ from llmbo.advisor.store import FILE, AdviceStore, Consultation, MemoryNotes, re
 from llmbo.advisor.summary import summarise
 from llmbo.comparison.strategies import strategy_of
 from llmbo.config.advisor import HOOKS
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, ReplyAwaited
 from llmbo.problem.marginals import measure_marginals
 from llmbo.problem.objectives import ref_point, to_maximize
 from llmbo.run.store import TrialStore
@@ -69,6 +71,22 @@ class Saboteur:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An advisor by mail, and somebody who answers its letters."""
+
+    advisor: Advisor
+    good: Callable[[dict[str, Any]], str]
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        while True:
+            try:
+                return self.advisor.ask(question, transcript)
+            except ReplyAwaited as awaited:
+                letter = json.loads(awaited.letter.with_suffix(".json").read_text())
+                awaited.reply.write_text(self.good(letter))
+
+
 @pytest.fixture
 def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSession]:
     """(toy, advisor's name, hooks, advice) -> the session of that advisor."""
@@ -81,6 +99,9 @@ def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSessi
             "none": NoAdvisor,
             "saboteur": lambda: Saboteur(toy),
             "openai": lambda: LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), LIMITS, advice),
+            "mail": lambda: Answered(
+                LLMAdvisor(MailClient(tmp_path / "letters", advice), LIMITS, advice), chat_server.good
+            ),
             **{name: lambda name=name: OfflineAdvisor(name, OFFLINE[name]) for name in OFFLINE},  # type: ignore[misc]
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
@@ -117,7 +138,7 @@ def volume(trials: Sequence[Trial], toy: Any) -> float:
     return hypervolume(to_maximize([t.values for t in trials], toy.objectives), ref_point(toy.objectives))
 
 
-ADVISORS = ["none", *OFFLINE, "saboteur", "openai"]
+ADVISORS = ["none", *OFFLINE, "saboteur", "openai", "mail"]
 
 
 @pytest.mark.parametrize("name", ADVISORS)
@@ -250,10 +271,21 @@ def test_a_replayed_run_is_the_recorded_one(
     run(toy, make_session(toy, name, advice=advice), store, 14)
     asked = len(chat_server.requests)
     again, other = stored(toy, "again")
-    run(toy, make_session(toy, str(tmp_path / "run" / FILE), advice=other), again, 14)
+    file, told = tmp_path / "run" / FILE, list[str]()
+    session = make_session(toy, str(file), advice=other)
+    session.advisor = ReplayAdvisor(file, told.append)
+    run(toy, session, again, 14)
     assert story(again) == story(store) and len(chat_server.requests) == asked
     assert any(trial.origin.startswith("advisor:") for trial in again.trials())
     assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
+    assert told == []
+    changed = make_session(toy, str(file), level="partial")
+    changed.advisor = ReplayAdvisor(file, told.append)
+    changed.advise(again.trials()[:8], 0), changed.advise(again.trials()[:12], 0)
+    assert len(told) == (name == "openai") and all("is not the one that was answered" in line for line in told)
+    file.write_text(re.sub(r'"digest": "\w+"', '"digest": ""', file.read_text()))  # as older versions leave it
+    changed.advisor, changed.advice = ReplayAdvisor(file, told.append), AdviceStore(MemoryNotes())
+    assert changed.advise(again.trials()[:8], 0).rows and len(told) == (name == "openai")
 
 
 class Killed(Exception):
@@ -384,3 +416,5 @@ def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
         build(toy, toy.objectives, {"by": "heuristics"})
     with pytest.raises(ConfigError, match="llmbo optimize"):
         build(toy, toy.objectives, {"by": "transformers:self"})
+    with pytest.raises(ConfigError, match=r"mail:letters .* replay:FILE"):
+        build(toy, toy.objectives, {"by": "mail:letters"})

@@ -91,7 +91,9 @@ def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore)
         advisor = Absent(f"the advisor cannot be made ({type(error).__name__}: {first_line(error)})")
     if isinstance(advisor, ReplayAdvisor) and not advisor.knows_prompts:
         probe = None  # nobody compares
-    return AdvisorSession(advisor, advice, setting, config.advisor_hooks, config.advisor_every, probe)
+    # Nobody is asked in vain: without a share of the trials there is nothing but the filter.
+    hooks = tuple(hook for hook in config.advisor_hooks if config.advisor_share or hook == "filter")
+    return AdvisorSession(advisor, advice, setting, hooks, config.advisor_every, probe, config.advisor_share)
 
 
 def build_advised(
@@ -103,7 +105,8 @@ def build_advised(
         num_initial: Size of the initial design, the advisor's places in it included.
     """
     setting, session = inputs.setting, build_session(config, inputs, advice)
-    places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
+    most = min(config.advisor_warm_start, num_initial // 2, session.most(config.budget))
+    places = most if "warm_start" in session.hooks else 0
     size = num_initial - places
     search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, session, setting.limits)
     design = ThresholdProposer(setting.family, setting.objectives, setting.dense)

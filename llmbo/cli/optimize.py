@@ -112,8 +112,11 @@ def optimize(
     ] = "none",
     advisor_hooks: Annotated[
         str, typer.Option(help="Where it is heard: some of warm_start,propose,directions,filter.")
-    ] = "warm_start,propose,directions,filter",
-    advisor_share: Annotated[float, typer.Option(help="Its share of the initial design, at most 0.5.")] = 0.25,
+    ] = "warm_start,propose,directions",
+    advisor_share: Annotated[float, typer.Option(help="Most of the trials that may stem from it, 0.3 for 30 %.")] = 0.3,
+    advisor_warm_start: Annotated[
+        int, typer.Option(help="Places that it may fill among the first twelve trials, at most 6.")
+    ] = 3,
     advisor_context: Annotated[str, typer.Option(help="What it reads: full, partial or none.")] = "full",
     advisor_every: Annotated[int, typer.Option(help="Rounds between its first proposals; the gaps grow.")] = 2,
     advisor_max_calls: Annotated[int, typer.Option(help="Cap on prompts for the whole run.")] = 8,

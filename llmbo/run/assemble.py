@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
-from llmbo.config import EARLIER, RunConfig
+from llmbo.config import RunConfig, restated
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
@@ -259,7 +259,7 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     if found is None:
         return None
     settings, facts, finished = found
-    if changes := differences({**EARLIER, **settings}, config.settings()):
+    if changes := differences(restated(settings), config.settings()):
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
     reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)

@@ -77,10 +77,11 @@ class QNehviProposer:
         front = self._front(complete)
         pending = levels_of([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
-        advice = self.advice.advise(trials, seed) if self.advice else Advice()
+        advice = self.advice.advise(trials, q, seed) if self.advice else Advice()
         advised_by = {row.x: row for row in advice.rows}
         advised = torch.tensor([row.x for row in advice.rows], dtype=torch.float64).view(-1, space.d)
-        pool = eligible(torch.cat([advised, candidate_pool(self.family, front, generator)]), space, seen)
+        own = candidate_pool(self.family, front, generator)
+        pool = eligible(torch.cat([advised, own]), space, seen)
         proposals: list[Proposal] = []
         while len(proposals) < q and len(pool):
             improvement = posterior.expected_improvement(torch.cat([front, pending]))
@@ -92,6 +93,8 @@ class QNehviProposer:
             proposals.append(replace(advised_by[x], x=x, why="") if x in advised_by else Proposal(x, "qnehvi"))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
+            if x in advised_by and sum(proposal.source.advised for proposal in proposals) == advice.places:
+                advised_by, pool = {}, eligible(own, space, seen)
         # A space of few points can use up the pool while legal points are left elsewhere.
         strays = RandomProposer(space).propose(trials, q, seed) if len(proposals) < q else []
         return (proposals + [stray for stray in strays if stray.x not in seen])[:q]

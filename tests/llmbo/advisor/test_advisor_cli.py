@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config.advisor import HOOKS
 from llmbo.report import json_schema
 
 BUDGET = 15
@@ -56,7 +57,13 @@ def assert_reasons_are_the_advisors(report: dict[str, Any]) -> None:
 
 def mail(llmbo: Any, chat_server: Any, letters: int) -> None:
     """The run `mail`, whose letters somebody answers one by one with what the server would have said, and the key behind it."""
-    flags = {"budget": BUDGET, "advisor": "mail:letters", "advisor_price": "1,10", "name": "mail"}
+    flags = {
+        "budget": BUDGET,
+        "advisor": "mail:letters",
+        "advisor_price": "1,10",
+        "advisor_hooks": ",".join(HOOKS),
+        "name": "mail",
+    }
     for number in range(1, letters + 1):
         result = llmbo(**flags)
         assert result.exit_code == 4 and "Traceback" not in result.output, result.output
@@ -81,7 +88,7 @@ def mail(llmbo: Any, chat_server: Any, letters: int) -> None:
 
 def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server: Any) -> None:
     advisor = chat_server.advisor
-    result = llmbo(budget=BUDGET, advisor=advisor, advisor_price="1,10")
+    result = llmbo(budget=BUDGET, advisor=advisor, advisor_price="1,10", advisor_hooks=",".join(HOOKS))
     assert result.exit_code == 0, result.output
     report = llmbo.report()
     jsonschema.validate(report, json.loads(json_schema()))
@@ -95,7 +102,7 @@ def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server:
     asked = len(chat_server.requests)
     mail(llmbo, chat_server, len(chat_server.requests))
     assert comparable(llmbo.report("mail")) == comparable(report)  # whatever carries the same replies
-    again = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", name="again")
+    again = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", advisor_hooks=",".join(HOOKS), name="again")
     assert again.exit_code == 0, again.output
     assert comparable(llmbo.report("again")) == comparable(report) and len(chat_server.requests) == asked
     assert "not the one that was answered" not in again.output

@@ -28,7 +28,7 @@ As a chat request, with the JSON schema of the reply: `{record}`. Digest: {diges
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class MailClient:
     """Writes each prompt as the next letter of a run, and reads the reply when it lies there.
 

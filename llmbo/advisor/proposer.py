@@ -193,7 +193,7 @@ class AdvisedProposer:
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         """Advised candidates come last in a batch: the share that is kept at its end is then kept at each of its trials."""
         batch = sorted(self._batch(trials, q, seed), key=lambda proposal: proposal.source.advised)
-        advised = sum(one.source.advised for one in (*trials, *batch))
+        advised = sum(trial.source.advised for trial in trials) + sum(proposal.source.advised for proposal in batch)
         while (
             batch and batch[-1].source.advised and advised > self._most(len(trials) + len(batch))
         ):  # a batch fell short

@@ -12,13 +12,13 @@ Names are looked up on first use (PEP 562), so that `import llmbo` and the comma
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmbo.errors import LlmboError
+from llmbo.errors import LlmboError, ReplyAwaited
 
 if TYPE_CHECKING:
     from llmbo.api import Plan, Point, Run, load_run, optimize, plan
 
 __version__ = "0.1.0"
-__all__ = ["LlmboError", "Plan", "Point", "Run", "__version__", "load_run", "optimize", "plan"]
+__all__ = ["LlmboError", "Plan", "Point", "ReplyAwaited", "Run", "__version__", "load_run", "optimize", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ class DamagedError(StorageError):
 
 class EvaluationError(LlmboError):
     """Candidates cannot be evaluated on this machine."""
+
+
+class ReplyAwaited(LlmboError):
+    """An advisor that is asked by mail has not replied yet. Nothing is wrong: the same command goes on when the reply lies there.
+
+    Args:
+        letter: The prompt.
+        reply: Where the reply goes.
+    """
+
+    def __init__(self, letter: Path, reply: Path) -> None:
+        super().__init__(
+            f"Advice is asked for in '{letter}': put the reply into '{reply}', and run the same command again."
+        )
+        self.letter, self.reply = letter, reply
 
 
 class StrategyError(LlmboError):

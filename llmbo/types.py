@@ -22,6 +22,11 @@ class Source(StrEnum):
     DIRECTION = "direction"  # likewise, found along a direction of the advisor's
     SEARCH = "search"  # everything else
 
+    @property
+    def advised(self) -> bool:
+        """Whether an advisor is behind it."""
+        return self in (Source.WARM_START, Source.ADVICE, Source.DIRECTION)
+
     @classmethod
     def restored(cls, stored: str | None, origin: str) -> "Source":
         """From a record, which holds its source unless the first version wrote it."""
@@ -132,16 +137,21 @@ class Direction:
 
 @dataclass(frozen=True)
 class Advice:
-    """What an advisor adds to a round: candidates for the pool, which the surrogate may veto, and directions."""
+    """What an advisor adds to a round: candidates for the pool, which the surrogate may veto, and directions.
+
+    Args:
+        places: Most candidates of the round that may stem from `rows`.
+    """
 
     rows: tuple[Proposal, ...] = ()
     directions: tuple[Direction, ...] = ()
+    places: int = 0
 
 
 class AdviceSource(Protocol):
     """Is asked once in every round in which the surrogate chooses."""
 
-    def advise(self, trials: Sequence[Trial], seed: int) -> Advice: ...
+    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice: ...
 
 
 class Proposer(Protocol):

@@ -11,6 +11,7 @@ from llmbo.advisor.censor import KEY_VARIABLE, Censor, environment_key
 from llmbo.advisor.client import Limits, LLMClient, Price
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.mail import MailClient, check_mail
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.parse import checked
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
@@ -26,7 +27,7 @@ from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.baselines.designs import NUM_INITIAL
 
-WITHOUT_MARGINALS = ("none", "random", "hostile", "replay")  # nobody would read what it costs evaluations to measure
+WITHOUT_MARGINALS = ("none", "random", "hostile")  # nobody would read what it costs evaluations to measure
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class AdvisorInputs:
         setting: The facts that prompts tell.
         pruned: The model that is being pruned; between evaluations it computes the dense network.
         probe: Measures marginal costs.
+        tell: Is told in one line what the user should know.
     """
 
     setting: Setting
     pruned: LoadedModel | None
     probe: Callable[[], Marginals] | None
+    tell: Callable[[str], None] = lambda line: None
 
 
 def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
@@ -65,6 +68,8 @@ def check_advisor(config: RunConfig, folder: Path | None = None) -> None:
             )
         if spec.argument != "self":
             find_checkpoint(spec.argument)
+    elif spec.kind == "mail":
+        check_mail(Path(spec.argument))
     elif spec.kind == "replay":
         recording = Path(spec.argument)
         ReplayAdvisor(recording)
@@ -84,7 +89,11 @@ def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore)
         advisor = _makers(spec, config, inputs, advice)[spec.kind]()
     except Exception as error:  # `check_advisor` has refused what the user can mend; by now a run has something to lose
         advisor = Absent(f"the advisor cannot be made ({type(error).__name__}: {first_line(error)})")
-    return AdvisorSession(advisor, advice, setting, config.advisor_hooks, config.advisor_every, probe)
+    if isinstance(advisor, ReplayAdvisor) and not advisor.knows_prompts:
+        probe = None  # nobody compares
+    # Nobody is asked in vain: without a share of the trials there is nothing but the filter.
+    hooks = tuple(hook for hook in config.advisor_hooks if config.advisor_share or hook == "filter")
+    return AdvisorSession(advisor, advice, setting, hooks, config.advisor_every, probe, config.advisor_share)
 
 
 def build_advised(
@@ -96,7 +105,8 @@ def build_advised(
         num_initial: Size of the initial design, the advisor's places in it included.
     """
     setting, session = inputs.setting, build_session(config, inputs, advice)
-    places = round(config.advisor_share * num_initial) if "warm_start" in config.advisor_hooks else 0
+    most = min(config.advisor_warm_start, num_initial // 2, session.most(config.budget))
+    places = most if "warm_start" in session.hooks else 0
     size = num_initial - places
     search = QNehviProposer(setting.family, setting.objectives, setting.dense, size, session, setting.limits)
     design = ThresholdProposer(setting.family, setting.objectives, setting.dense)
@@ -122,7 +132,8 @@ def _makers(
         "none": NoAdvisor,
         "openai": lambda: LLMAdvisor(_openai(spec), limits, advice),
         "transformers": lambda: LLMAdvisor(_transformers(spec, config, inputs.pruned), at_no_cost, advice),
-        "replay": lambda: ReplayAdvisor(Path(spec.argument)),
+        "mail": lambda: LLMAdvisor(MailClient(Path(spec.argument), advice), limits, advice),
+        "replay": lambda: ReplayAdvisor(Path(spec.argument), inputs.tell),
     }
 
 

@@ -45,6 +45,7 @@ class LLMClient(Protocol):
 
         Raises:
             ClientError: There is no answer.
+            LlmboError: There is none before the user has done something; the run ends, to be taken up again.
         """
         ...
 

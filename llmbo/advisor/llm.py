@@ -8,7 +8,7 @@ from llmbo.advisor.client import ClientError, Limits, LLMClient, Spending
 from llmbo.advisor.parse import merged, parse_reply
 from llmbo.advisor.render import Prompt, render, render_repair
 from llmbo.advisor.roles import Answer, Exchange, Question, Rejection, Transcript
-from llmbo.errors import first_line
+from llmbo.errors import LlmboError, first_line
 
 MAX_REPAIRS = 2
 USELESS = "nothing in the reply can be used"
@@ -17,6 +17,8 @@ USELESS = "nothing in the reply can be used"
 @dataclass(frozen=True)
 class LLMAdvisor:
     """Any chat model as an advisor.
+
+    Raises what `client` says to the user (`LlmboError`); nothing is lost by that, and the same question is asked when the run goes on.
 
     Args:
         spending: Every exchange of the run so far, for the caps.
@@ -46,25 +48,28 @@ class LLMAdvisor:
             answer = merged(answer, found)
             if not found.rejections or _enough(answer, question):
                 return answer
-            prompt = render_repair(first, exchange.reply, found.rejections, _missing(answer, question))
+            prompt = render_repair(first, exchange.reply, found.rejections, missing(answer, question))
         return answer
 
     def _exchange(self, prompt: Prompt, question: Question) -> Exchange:
         start = self.clock()
         try:
             reply = self.client.complete(prompt, max(1.0, self.limits.patience(self.spending)))
+        except LlmboError:  # for the user to mend, or to wait for
+            raise
         except Exception as error:  # of the client's, its library's or its proxy's making: no run ends because of them
             given_up = isinstance(error, ClientError)
             reason = str(error) if given_up else f"the client failed ({type(error).__name__}: {first_line(error)})"
             return Exchange(
                 prompt.system, prompt.user, None, reason, self.client.model, "", getattr(error, "attempts", 1),
-                seconds=round(self.clock() - start, 3),
+                seconds=round(self.clock() - start, 3), digest=prompt.digest,
             )  # fmt: skip
         prompt_tokens = reply.prompt_tokens or prompt.tokens
         exchange = Exchange(
             prompt.system, prompt.user, reply.text, reply.problem, self.client.model, reply.mode, reply.attempts,
             prompt_tokens, reply.completion_tokens,
             self.limits.cost_of(prompt_tokens, reply.completion_tokens), round(self.clock() - start, 3),
+            prompt.digest,
         )  # fmt: skip
         if not exchange.error and not read(exchange, question):
             return replace(exchange, error=USELESS)
@@ -82,10 +87,11 @@ def read(exchange: Exchange, question: Question) -> Answer:
 
 def _enough(answer: Answer, question: Question) -> bool:
     """Whether a repair would cost more than it could bring: half of what was wanted is there, or any decision."""
-    return bool(answer.decisions) or 2 * _missing(answer, question) <= question.count
+    return bool(answer.decisions) or 2 * missing(answer, question) <= question.count
 
 
-def _missing(answer: Answer, question: Question) -> int:
+def missing(answer: Answer, question: Question) -> int:
+    """How much of what was wanted has not come."""
     return max(0, question.count - len(answer.candidates) - len(answer.directions) - len(answer.decisions))
 
 

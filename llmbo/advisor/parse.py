@@ -82,9 +82,22 @@ def extract_object(text: str, key: str) -> dict[str, Any]:
         if key in found:
             return found
         position = text.find("{", end)
-    if "{" in text and text.count("{") > text.count("}"):
+    if _open(text):
         raise _Illegal("the reply ends before its JSON object does: be shorter")
     raise _Illegal(f"no JSON object with the key '{key}' found in the reply")
+
+
+def ends_early(text: str, key: str) -> bool:
+    """Whether a reply breaks off within the object that it should be."""
+    try:
+        extract_object(text, key)
+    except _Illegal:
+        return _open(text)
+    return False
+
+
+def _open(text: str) -> bool:
+    return text.count("{") > text.count("}")
 
 
 def rescaled(family: ThresholdFamily, offset: Tensor, target: float) -> tuple[int, ...]:

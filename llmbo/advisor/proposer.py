@@ -1,5 +1,6 @@
 """What a round does with advice. The surrogate keeps the veto: see `AdvisedProposer` for the bounds."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class AdvisorSession:
     Args:
         every: Rounds between the first two consultations; the gaps grow by as much each time, as the surrogate learns.
         probe: Measures the marginal costs, once in a run; None if the advisor does not read them.
+        share: Part of a run's trials that may be advised, see `AdvisedProposer`.
     """
 
     advisor: Advisor
@@ -45,6 +47,7 @@ class AdvisorSession:
     hooks: tuple[str, ...]
     every: int = 2
     probe: Callable[[], Marginals] | None = None
+    share: float = 1.0
     along: dict[tuple[int, ...], Direction] = field(
         default_factory=dict
     )  # row of this round -> the direction it follows
@@ -70,15 +73,22 @@ class AdvisorSession:
         """What the advisor is asked in this state."""
         return Question(hook, self._context(trials), next_round(trials), count, seed, candidates)
 
-    def advise(self, trials: Sequence[Trial], seed: int) -> Advice:
+    def most(self, number: int) -> int:
+        """How many of the first `number` trials may be advised."""
+        return math.floor(self.share * number + 1e-9)  # 0.29 * 100 is a little less than 29
+
+    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice:
         self.along.clear()
         for hook, size in (("propose", NUM_PROPOSALS), ("directions", NUM_DIRECTIONS)):
             if self.due(hook, trials):
                 self.consult(hook, trials, size, seed)
+        places = self.most(len(trials) + q) - sum(trial.source.advised for trial in trials)
+        if places <= 0:  # what was proposed waits for a round with room
+            return Advice()
         taken = {trial.x for trial in trials}
         rows = [row for row in self._proposed(next_round(trials)) if row.x not in taken]
         directions = self._directions(next_round(trials))
-        return Advice((*rows, *self._moved(directions, trials, seed)), tuple(directions))
+        return Advice((*rows, *self._moved(directions, trials, seed)), tuple(directions), places)
 
     def due(self, hook: str, trials: Sequence[Trial]) -> bool:
         """Whether this round consults the advisor for `hook`."""
@@ -162,7 +172,8 @@ class AdvisedProposer:
     """A proposer whose first design and batches an advisor has a say in.
 
     The bounds: the advisor fills at most `warm_start` places of the first design. Later its candidates only join the
-    surrogate's pool (through `AdvisorSession.advise`). It may drop at most half of a batch, which the search then refills,
+    surrogate's pool (through `AdvisorSession.advise`). Of the first n trials at most share * n are advised, rounded down, or
+    `warm_start` where that is more, for every n. It may drop at most half of a batch, which the search then refills,
     and a random tenth of what it drops is evaluated all the same. Without advice, whatever the reason, the run is the
     one that `search` and `design` would have made alone.
 
@@ -180,6 +191,20 @@ class AdvisedProposer:
     warm_start: int
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        """Advised candidates come last in a batch: the share that is kept at its end is then kept at each of its trials."""
+        batch = sorted(self._batch(trials, q, seed), key=lambda proposal: proposal.source.advised)
+        advised = sum(trial.source.advised for trial in trials) + sum(proposal.source.advised for proposal in batch)
+        while (
+            batch and batch[-1].source.advised and advised > self._most(len(trials) + len(batch))
+        ):  # a batch fell short
+            batch.pop()
+            advised -= 1
+        return batch
+
+    def _most(self, number: int) -> int:
+        return max(self.warm_start, self.session.most(number))
+
+    def _batch(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         places = self.design_size + self.warm_start - len(trials)
         ours = min(self.warm_start, min(q, places) - max(0, self.design_size - len(trials)))
         if "warm_start" in self.session.hooks and ours > 0:
@@ -215,7 +240,9 @@ class AdvisedProposer:
         kept = [proposal for index, proposal in enumerate(batch) if not going.get(index, False)]
         if len(kept) == len(batch):
             return batch
-        return kept + self._searched([*trials, *_running(batch, trials)], len(batch) - len(kept), seed)
+        # What is dropped must not come back; counted as advised trials it frees no place for advice either.
+        passed = [replace(p, source=Source.ADVICE) if going.get(index) else p for index, p in enumerate(batch)]
+        return kept + self._searched([*trials, *_running(passed, trials)], len(batch) - len(kept), seed)
 
 
 def advised(x: tuple[int, ...], source: Source, why: str = "") -> Proposal:

@@ -1,5 +1,7 @@
 """Context -> prompt text. The words are in `prompts/*.j2`; here the numbers are chosen, rounded and kept within bounds."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ class Prompt:
     Args:
         max_tokens: What the reply may be long, thinking included.
         second_try: The same once more, if a reply of `max_tokens` is empty or cut; no second try if it is not above it.
+        hook: What it asks for.
     """
 
     system: str
@@ -44,11 +47,18 @@ class Prompt:
     name: str
     max_tokens: int = REPLY_TOKENS
     second_try: int = GROWTH * REPLY_TOKENS
+    hook: str = ""
 
     @property
     def tokens(self) -> int:
         """An upper estimate of its length."""
         return estimated_tokens(self.system) + estimated_tokens(self.user)
+
+    @property
+    def digest(self) -> str:
+        """Tells it from any other question; how long the reply may be does not count."""
+        asked = json.dumps([self.system, self.user, self.schema], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def estimated_tokens(text: str) -> int:
@@ -73,6 +83,7 @@ def render(question: Question) -> Prompt:
             _template(question.hook).render(**variables, trials=rows),
             schema,
             FORMATS[question.hook][0],
+            hook=question.hook,
         )
         if prompt.tokens <= token_limit(space.num_layers) or not rows:
             return prompt

@@ -95,6 +95,7 @@ class Exchange:
         mode: How the server was asked for JSON.
         attempts: Requests made, retries and fallbacks included.
         cost: In dollars; None if the price is not known.
+        digest: Of the prompt as it was sent (`render.Prompt`); empty without a prompt, and in older recordings.
     """
 
     system: str = ""
@@ -108,6 +109,7 @@ class Exchange:
     completion_tokens: int = 0
     cost: float | None = 0.0
     seconds: float = 0.0
+    digest: str = ""
 
 
 class Transcript(Protocol):

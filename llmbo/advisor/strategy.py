@@ -13,7 +13,6 @@ from llmbo.advisor.context import Setting
 from llmbo.advisor.proposer import AdvisedProposer
 from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import RunConfig
-from llmbo.config.advisor import HOOKS
 from llmbo.errors import ConfigError
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
@@ -28,7 +27,7 @@ class AdvisedStrategy:
     Args:
         problem: May have `statistics` and `marginals` (see `preparation.Problem`); a recorded benchmark has neither.
         by: What `--advisor` takes; `transformers:self` needs a run of its own.
-        share: Part of the initial design that the advisor may fill.
+        share, warm_start: As `RunConfig.advisor_share` and `advisor_warm_start`.
     """
 
     problem: Any
@@ -36,9 +35,10 @@ class AdvisedStrategy:
     objectives: Sequence[Objective]
     dense: Mapping[str, float]
     by: str = "heuristic"
-    hooks: tuple[str, ...] = HOOKS
+    hooks: tuple[str, ...] = RunConfig.advisor_hooks
     context_level: str = "full"
-    share: float = 0.25
+    share: float = RunConfig.advisor_share
+    warm_start: int = RunConfig.advisor_warm_start
     every: int = 2
     num_initial: int = NUM_INITIAL
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -49,12 +49,17 @@ class AdvisedStrategy:
             raise ConfigError(
                 "transformers:self advises runs of `llmbo optimize` only: name the model's folder instead."
             )
+        if self.by.startswith("mail:"):
+            raise ConfigError(
+                f"{self.by} advises runs of `llmbo optimize` only, which keep what was answered: compare its replies by replay:FILE."
+            )
         config = RunConfig(
             model="comparison",
             advisor=self.by,
             advisor_hooks=self.hooks,
             advisor_context=self.context_level,
             advisor_share=self.share,
+            advisor_warm_start=self.warm_start,
             advisor_every=self.every,
         )
         check_advisor(config)

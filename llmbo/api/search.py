@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def optimize(
     advisor: str = RunConfig.advisor,
     advisor_hooks: Sequence[str] = RunConfig.advisor_hooks,
     advisor_share: float = RunConfig.advisor_share,
+    advisor_warm_start: int = RunConfig.advisor_warm_start,
     advisor_context: str = RunConfig.advisor_context,
     advisor_every: int = RunConfig.advisor_every,
     advisor_max_calls: int = RunConfig.advisor_max_calls,
@@ -88,14 +89,16 @@ def optimize(
         batch, seed, strategy, objectives, reference_point, context, serve_batch, latency_target, items, samples, refit_front,
             racing, compensation, recipe, recipe_search, text, chat, heldout_text, min_share, neuron_step, calibration_tokens,
             proxy_tokens, heldout_tokens, window, dtype, device, memory, offload, name, storage, advisor, advisor_hooks,
-            advisor_share, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens, advisor_reply_tokens,
-            advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See `llmbo.config.RunConfig`.
+            advisor_share, advisor_warm_start, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,
+            advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
+            `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.
 
     Raises:
         LlmboError, PruningError: One line that names the value, what was expected and the remedy.
+        ReplyAwaited: With `advisor="mail:DIR"`: `letter` is the prompt, `reply` where its reply goes; the same call then goes on.
         KeyboardInterrupt: After what was measured has been stored and reported.
     """
     typed = locals()  # the arguments, while nothing else is here
@@ -131,8 +134,9 @@ def plan(model: str, **settings: Any) -> Plan:
     Raises:
         LlmboError, PruningError: What `optimize` would refuse before it loads anything.
     """
+    defaults = {item.name: item.default for item in fields(RunConfig) if item.default is not MISSING}
     with libraries_silenced():
-        return plan_of(_config({"model": model, **settings}))
+        return plan_of(_config({**defaults, "model": model, **settings}))
 
 
 def load_run(

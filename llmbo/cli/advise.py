@@ -19,7 +19,7 @@ def advise(
 ) -> None:
     """Show the prompt for a run's present state, or ask once and show what would become of the answer.
 
-    The run itself is not changed. Exits with 1 if nobody answered.
+    The run itself is not changed. Exits with 1 if nobody answered, with 4 if a reply by mail is awaited.
 
     Example: llmbo advise runs/llama --dry-run
     """

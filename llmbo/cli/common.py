@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from llmbo.errors import ConfigError, LlmboError, first_line, out_of_memory, printable
+from llmbo.errors import ConfigError, LlmboError, ReplyAwaited, first_line, out_of_memory, printable
 
 # Typer's own: newer versions bring a click with them, older ones use the one that is installed.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 EXIT_NO_ANSWER = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOTHING_COUNTS = 3  # it ended and is stored, but there is no front: what follows in a script must not go on
+EXIT_REPLY_AWAITED = 4
 EXIT_INTERRUPTED = 130
 running = "llmbo"  # and the command, for messages
 
@@ -41,6 +42,9 @@ def one_line_errors(interrupted: str, smaller: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _interrupted(interrupted)
+    except ReplyAwaited as error:
+        say(str(error), err=True)
+        raise typer.Exit(EXIT_REPLY_AWAITED) from None
     except Exception as error:
         if asked:  # in the middle of an import it comes out as another exception
             _interrupted(interrupted)

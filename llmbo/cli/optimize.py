@@ -111,13 +111,16 @@ def optimize(
     advisor: Annotated[
         str,
         typer.Option(
-            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, replay:FILE."
+            help="none, random, heuristic, openai:MODEL[@URL], transformers:PATH, transformers:self, mail:DIR, replay:FILE."
         ),
     ] = "none",
     advisor_hooks: Annotated[
         str, typer.Option(help="Where it is heard: some of warm_start,propose,directions,filter.")
-    ] = "warm_start,propose,directions,filter",
-    advisor_share: Annotated[float, typer.Option(help="Its share of the initial design, at most 0.5.")] = 0.25,
+    ] = "warm_start,propose,directions",
+    advisor_share: Annotated[float, typer.Option(help="Most of the trials that may stem from it, 0.3 for 30 %.")] = 0.3,
+    advisor_warm_start: Annotated[
+        int, typer.Option(help="Places that it may fill among the first twelve trials, at most 6.")
+    ] = 3,
     advisor_context: Annotated[str, typer.Option(help="What it reads: full, partial or none.")] = "full",
     advisor_every: Annotated[int, typer.Option(help="Rounds between its first proposals; the gaps grow.")] = 2,
     advisor_max_calls: Annotated[int, typer.Option(help="Cap on prompts for the whole run.")] = 8,
@@ -145,7 +148,7 @@ def optimize(
 
     The same command continues a run that was stopped, whatever stopped it; a larger --budget extends a finished one.
     Exit codes: 0; 2 for what is refused or, with --plan, does not fit; 3 when no trial keeps the limits or beats the reference point
-    given; 130 when stopped.
+    given; 4 when an advisor is asked by mail and has not replied yet; 130 when stopped.
 
     Example: llmbo optimize --model llama --budget 60
     """

@@ -9,6 +9,7 @@ from llmbo.config.plugins import installed, plugin_named
 from llmbo.errors import ConfigError, unknown
 
 HOOKS = ("warm_start", "propose", "directions", "filter")
+DEFAULT_HOOKS = ("warm_start", "propose", "directions")  # what the filter drops was right no more often than chance
 CONTEXT_LEVELS = ("full", "partial", "none")
 ENTRY_POINTS = "llmbo.advisors"
 # name -> what its argument is, None when it takes none
@@ -19,6 +20,7 @@ KINDS = {
     "hostile": None,
     "openai": "MODEL[@BASE_URL]",
     "transformers": "PATH_OR_NAME or self",
+    "mail": "DIR",
     "replay": "FILE",
 }
 _SERVER = re.compile(r"(?P<model>.+?)@(?P<url>[a-z][a-z0-9+.-]*://.*)", re.IGNORECASE | re.DOTALL)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
-from llmbo.config.advisor import CONTEXT_LEVELS, HOOKS, check_hooks, parse_spec
+from llmbo.config.advisor import CONTEXT_LEVELS, DEFAULT_HOOKS, check_hooks, parse_spec
 from llmbo.config.numbers import (
     MOST,
     MOST_CONTEXT,
@@ -40,6 +40,11 @@ EARLIER: dict[str, Any] = {
     "recipe": "dense-prices",
     "recipe_search": False,
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
+RESTATED = (
+    "advisor_hooks",
+    "advisor_share",
+    "advisor_warm_start",
+)  # other defaults, or another meaning, than in older runs
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
 
@@ -80,7 +85,9 @@ class RunConfig:
         advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are
             caps for the whole run: calls, tokens, tokens of one reply, dollars (None for no cap), seconds of waiting, seconds
             that a dead or misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
-        advisor_share: Part of the initial design that the advisor may fill.
+        advisor_warm_start: Places in the initial design that the advisor may fill, half of it at most.
+        advisor_share: Part of the trials that may stem from the advisor, those places included: of the first n trials at most
+            advisor_share * n, or the places in the initial design where these are more. They are at most advisor_share * budget.
 
     Raises:
         ConfigError: One line that names the flag, the value and what was expected.
@@ -122,8 +129,9 @@ class RunConfig:
     name: str = ""
     storage: str | None = None
     advisor: str = "none"
-    advisor_hooks: tuple[str, ...] = HOOKS
-    advisor_share: Annotated[float, Within(0, 0.5)] = 0.25
+    advisor_hooks: tuple[str, ...] = DEFAULT_HOOKS
+    advisor_share: Annotated[float, Within(0, 1)] = 0.3
+    advisor_warm_start: Annotated[int, Within(0, 6)] = 3
     advisor_context: str = "full"
     advisor_every: Annotated[int, Within(1, MOST)] = 2
     advisor_max_calls: Annotated[int, Within(1, MOST)] = 8
@@ -199,7 +207,7 @@ class RunConfig:
         """
         from pydantic import TypeAdapter, ValidationError
 
-        settings = {**EARLIER, **settings, **changes}
+        settings = {**restated(settings), **changes}
         check_values(cls, settings)
         try:
             return TypeAdapter(cls).validate_python(settings)
@@ -233,3 +241,14 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """What must not change when a run is continued. The budget, the advisor's caps and what fits the machine may."""
         return {key: value for key, value in asdict(self).items() if key not in FREE}
+
+
+def restated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings in the words of this version, with what a run did that was started before there was a setting.
+
+    `advisor_share` used to be the advisor's part of the initial design, which had twelve trials; nothing bounded what came later.
+    """
+    settings, share = {**EARLIER, **settings}, settings.get("advisor_share")
+    if "advisor_warm_start" not in settings and isinstance(share, int | float) and 0 <= share <= 0.5:
+        settings |= {"advisor_warm_start": round(12 * share), "advisor_share": 1.0}
+    return settings

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
 from llmbo.advisor.store import FILE, AdviceStore
-from llmbo.config import EARLIER, RunConfig
+from llmbo.config import RunConfig, restated
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
@@ -94,7 +94,7 @@ def proposer_of(
     """The strategy's proposer, with the advisor that the settings name."""
     if config.advisor == "none":
         return build_proposer(config.strategy, problem, objectives, tell)
-    inputs = advisor_inputs(config, problem, objectives, problem.dense, loaded)
+    inputs = advisor_inputs(config, problem, objectives, problem.dense, loaded, tell)
 
     def build(family: ThresholdFamily) -> Proposer:
         return build_advised(config, replace(inputs, setting=replace(inputs.setting, family=family)), advice)
@@ -108,6 +108,7 @@ def advisor_inputs(
     objectives: tuple[Objective, ...],
     dense: Mapping[str, float],
     loaded: LoadedModel,
+    tell: Callable[[str], None],
 ) -> AdvisorInputs:
     """What an advisor of a run is made from; `dense` holds the dense model's values as the run has them."""
     setting = Setting(
@@ -119,7 +120,7 @@ def advisor_inputs(
         config.budget,
         problem.limits,
     )
-    return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name))
+    return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name), tell)
 
 
 @contextmanager
@@ -261,7 +262,7 @@ def _continued(config: RunConfig, url: str) -> dict[str, Any] | None:
     if found is None:
         return None
     settings, facts, finished = found
-    if changes := differences({**EARLIER, **settings}, config.settings()):
+    if changes := differences(restated(settings), config.settings()):
         raise StorageError(_refusal(config, changes))
     last = facts.get("run", {})  # of the last report
     reported = last.get("status") == "complete" and last["settings"]["budget"] >= finished and _readable(config)

@@ -6,6 +6,7 @@ from typing import Any
 from llmbo.advisor.summary import summarise
 from llmbo.config import TOLD
 from llmbo.display.progress import Display
+from llmbo.errors import ReplyAwaited
 from llmbo.evaluation.items import items_part
 from llmbo.problem.kept import hand_on
 from llmbo.problem.proxy import ProxyEvaluator
@@ -29,7 +30,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
         command: What the report says the run was started with.
 
     Raises:
-        KeyboardInterrupt: After the report of what is there has been written.
+        KeyboardInterrupt, ReplyAwaited: After the report of what is there has been written.
     """
     config, status = run.config, "failed"
     display.objectives, display.dense = run.objectives, run.problem.dense
@@ -46,7 +47,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
         judge(run, display)
         refit_front(run, display)
         status = "complete"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ReplyAwaited):
         status = "interrupted"
         raise
     finally:

@@ -163,11 +163,14 @@ class Plan:
         )
         if refits:
             yield "", f"{PHASE} of {_some(self.config.refit_front, 'model')} {_time(refits)}"
+        if self.config.advisor != "none":
+            most = int(self.config.advisor_share * self.config.budget + 1e-9)
+            yield "advice", f"in at most {most} of {self.config.budget} trials (--advisor-share)"
         if self.advice:
             cost = (
                 "price unknown, see --advisor-price" if self.advice.dollars is None else f"${self.advice.dollars:.3f}"
             )
-            yield "advice", f"at most {self.advice.calls} calls, {self.advice.tokens} tokens, {cost}"
+            yield "", f"at most {self.advice.calls} calls, {self.advice.tokens} tokens, {cost}"
         yield "fits", "no" if self.refused else "yes"
 
 
@@ -294,7 +297,7 @@ def _missing(name: str, disk: Disk, spare: int) -> str:
 
 def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
     kind = parse_spec(config.advisor).kind
-    if kind not in ("openai", "transformers"):
+    if kind not in ("openai", "transformers", "mail"):
         return None
     prompt, reply = token_limit(anatomy.num_hidden_layers), config.advisor_reply_tokens
     calls = config.advisor_max_calls

@@ -60,7 +60,7 @@ def reopened(
         )
         store = TrialStore.open(url, config.name, problem.space)
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
-        inputs = advisor_inputs(config, problem, objectives, facts["dense"], loaded)
+        inputs = advisor_inputs(config, problem, objectives, facts["dense"], loaded, phases.note)
         session = build_session(config, inputs, AdviceStore(MemoryNotes(stored)))
         yield session, store.trials()
 

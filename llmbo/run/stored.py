@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 
-from llmbo.config import EARLIER, RunConfig
+from llmbo.config import EARLIER, RESTATED, RunConfig, restated
 from llmbo.errors import StorageError
 from llmbo.run.database import explained, find_storage, shown_url
 from llmbo.run.records import check_settings, digest_elsewhere, frozen_trials, heldout_of, rounds_of, trial_of
@@ -61,10 +61,14 @@ def as_started(config: RunConfig, url: str) -> RunConfig:
     if found is None:
         return config
     default = {item.name: item.default for item in fields(RunConfig)}
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in found[0].items()}
+    before = restated(stored)
+    names = [name for name in EARLIER if name not in stored]
+    names += RESTATED if "advisor_warm_start" not in stored else ()
     older = {
-        name: value
-        for name, value in EARLIER.items()
-        if name not in found[0] and getattr(config, name) == default[name]
+        name: before[name]
+        for name in names
+        if name in before and getattr(config, name) in (default[name], stored.get(name))  # left open, or typed as then
     }
     if not config.calibration_tokens:
         older["calibration_tokens"] = found[0].get("calibration_tokens", 0)

@@ -78,11 +78,15 @@ class QNehviProposer:
         front = levels_of(on_front, space.d)
         pending = levels_of([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
-        advice = self.advice.advise(trials, seed) if self.advice else Advice()
-        of_recipes = recipe_members(self.family, on_front, generator)
-        named = {row.x: row for row in (*of_recipes, *advice.rows)}
-        first = torch.tensor([row.x for row in (*advice.rows, *of_recipes)], dtype=torch.float64).view(-1, space.d)
-        pool = eligible(torch.cat([first, candidate_pool(self.family, front, generator)]), space, seen)
+        advice = self.advice.advise(trials, q, seed) if self.advice else Advice()
+        of_recipes = {row.x: row for row in recipe_members(self.family, on_front, generator)}
+        named = {**of_recipes, **{row.x: row for row in advice.rows}}
+        advised, ours = (
+            torch.tensor(list(rows), dtype=torch.float64).view(-1, space.d)
+            for rows in ([row.x for row in advice.rows], of_recipes)
+        )
+        own = torch.cat([ours, candidate_pool(self.family, front, generator)])
+        pool = eligible(torch.cat([advised, own]), space, seen)
         proposals: list[Proposal] = []
         while len(proposals) < q and len(pool):
             improvement = posterior.expected_improvement(torch.cat([front, pending]))
@@ -94,6 +98,8 @@ class QNehviProposer:
             proposals.append(replace(named[x], x=x, why="") if x in named else Proposal(x, "qnehvi"))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
+            if proposals[-1].source.advised and sum(p.source.advised for p in proposals) == advice.places:
+                named, pool = dict(of_recipes), eligible(own, space, seen)
         # A space of few points can use up the pool while legal points are left elsewhere.
         strays = RandomProposer(space).propose(trials, q, seed) if len(proposals) < q else []
         return (proposals + [stray for stray in strays if stray.x not in seen])[:q]

@@ -49,6 +49,7 @@ NOT_RUN = {
     "llmbo export runs/llama --trial 37 --format hf --refit": "tests/llmbo/run/test_refit_front.py does that",
     "llmbo optimize --model llama --items": "needs files of items; tests/llmbo/run/test_judgement.py brings some",
     "llmbo evaluate llama exports/llama-54 --items": "needs files of items; tests/llmbo/evaluation/test_evaluation.py brings some",
+    "llmbo optimize --model llama --budget 60 --advisor mail:": "ends for a reply; tests/llmbo/advisor/test_advisor_cli.py gives some",
     "llmbo optimize --model llama --budget 60 --advisor replay:": "needs a recording; tests/llmbo/advisor/test_advisors.py makes one",
     "python -m experiments.record ": "fits a surrogate to hundreds of evaluations, for minutes",
 }

@@ -18,6 +18,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config import RESTATED, RunConfig
+from llmbo.config.advisor import HOOKS
+from llmbo.run.stored import as_started
 
 OLD = Path(__file__).parent / "data" / "first_version"
 FLAGS = [
@@ -86,6 +89,8 @@ def test_it_goes_on_and_keeps_what_it_has(run: Run) -> None:
     old, new = report(), report(Path())
     assert new["elsewhere"] is None and not new["data"]["chat"]  # it is older than these settings
     assert new["run"]["settings"]["heldout_text"] == "none"
+    kept = {name: new["run"]["settings"][name] for name in RESTATED}
+    assert kept == {"advisor_hooks": list(HOOKS), "advisor_share": 1.0, "advisor_warm_start": 3}
     assert len(new["trials"]) == 20 and all(trial["counts"] for trial in new["trials"])
     assert [{**trial, "counts": True, "recipe": None} for trial in old["trials"]] == new["trials"][
         :18
@@ -105,6 +110,18 @@ def test_a_changed_setting_is_refused_by_name(run: Run) -> None:
         "optimize", *FLAGS, "--name", "tiny", "--budget", 20, "--advisor", "heuristic", "--heldout-text", "builtin"
     )
     assert done.exit_code == 2 and "heldout_text: none -> builtin" in done.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "share"),
+    [({}, 1.0), ({"advisor_share": 0.25, "advisor_hooks": HOOKS}, 1.0), ({"advisor_share": 0.2}, 0.2)],
+)
+@pytest.mark.usefixtures("run")
+def test_its_share_of_advice_is_the_one_that_it_had(typed: dict[str, Any], share: float) -> None:
+    """Left open, or typed as it was typed then; anything else is another setting."""
+    config = RunConfig(model="model", name="tiny", window=16, advisor="heuristic", **typed)
+    config = as_started(config, "sqlite:///runs/tiny/study.db")
+    assert config.advisor_share == share and config.advisor_warm_start == 3 and config.advisor_hooks == HOOKS
 
 
 def test_its_advice_is_replayed(run: Run) -> None:

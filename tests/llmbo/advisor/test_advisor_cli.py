@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config.advisor import HOOKS
 from llmbo.report import json_schema
 
 BUDGET = 15
@@ -54,9 +55,40 @@ def assert_reasons_are_the_advisors(report: dict[str, Any]) -> None:
     assert len(part["filter"]["drops"]) == part["filter"]["dropped"]
 
 
+def mail(llmbo: Any, chat_server: Any, letters: int) -> None:
+    """The run `mail`, whose letters somebody answers one by one with what the server would have said, and the key behind it."""
+    flags = {
+        "budget": BUDGET,
+        "advisor": "mail:letters",
+        "advisor_price": "1,10",
+        "advisor_hooks": ",".join(HOOKS),
+        "name": "mail",
+    }
+    for number in range(1, letters + 1):
+        result = llmbo(**flags)
+        assert result.exit_code == 4 and "Traceback" not in result.output, result.output
+        (letter,) = (llmbo.folder / "letters").glob(f"{number:03d}-*.prompt.md")
+        reply = letter.with_name(letter.name.replace(".prompt.", ".reply."))
+        said = f"'letters/{letter.name}': put the reply into 'letters/{reply.name}', and run the same command again."
+        assert result.stderr.splitlines()[-1].endswith(said)
+        assert llmbo.report("mail")["run"]["status"] == "interrupted"  # with everything that was measured
+        request = json.loads(letter.with_suffix(".json").read_text())
+        assert all(message["content"].strip() in letter.read_text() for message in request["messages"])
+        reply.write_text(f"Sure:\n```json\n{chat_server.good(request)}\n```\n{chat_server.secret}")
+    result = llmbo(**flags)
+    assert result.exit_code == 0, result.output
+    part = llmbo.report("mail")["advisor"]
+    assert sum(hook["calls"] for hook in part["hooks"].values()) == letters and part["stopped"] is None
+    assert all(
+        hook["prompt_tokens"] > 100 < hook["completion_tokens"] for hook in part["hooks"].values() if hook["calls"]
+    )
+    kept = {name: content for name, content in llmbo.files().items() if ".reply." not in name}
+    assert all(chat_server.secret.encode() not in content for content in kept.values())
+
+
 def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server: Any) -> None:
     advisor = chat_server.advisor
-    result = llmbo(budget=BUDGET, advisor=advisor, advisor_price="1,10")
+    result = llmbo(budget=BUDGET, advisor=advisor, advisor_price="1,10", advisor_hooks=",".join(HOOKS))
     assert result.exit_code == 0, result.output
     report = llmbo.report()
     jsonschema.validate(report, json.loads(json_schema()))
@@ -68,9 +100,14 @@ def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server:
     assert f"Advisor {advisor}: {len(chat_server.requests)} calls" in result.output
     assert all(chat_server.secret.encode() not in content for content in llmbo.files().values())
     asked = len(chat_server.requests)
-    again = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", name="again")
+    mail(llmbo, chat_server, len(chat_server.requests))
+    assert comparable(llmbo.report("mail")) == comparable(report)  # whatever carries the same replies
+    again = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", advisor_hooks=",".join(HOOKS), name="again")
     assert again.exit_code == 0, again.output
     assert comparable(llmbo.report("again")) == comparable(report) and len(chat_server.requests) == asked
+    assert "not the one that was answered" not in again.output
+    other = llmbo(budget=12, advisor="replay:runs/tiny/advisor.jsonl", name="other")  # the prompt says how much is left
+    assert other.exit_code == 0 and other.output.count("warm_start, is not the one that was answered") == 1
     assert llmbo.report("again")["advisor"]["hooks"]["propose"]["cost"] == 0
     before = llmbo.files()
     own = llmbo(budget=BUDGET, advisor="replay:runs/tiny/advisor.jsonl", fresh=True)
@@ -94,6 +131,7 @@ def test_a_dead_server_leaves_the_run_that_no_advisor_makes(llmbo: Any) -> None:
         ({"advisor": "openai:qwen3:8b@localhost:11434/v1"}, "openai:qwen3:8b@http://localhost:11434/v1"),
         ({"advisor": "transformers:./nope"}, "./nope"),
         ({"advisor": "heuristic", "advisor_price": "nan,nan"}, "--advisor-price must be"),
+        ({"advisor": "mail:/dev/null/letters"}, "mail:/dev/null/letters needs a folder"),
         ({"advisor": "replay:nowhere.jsonl"}, "replay:nowhere.jsonl cannot be read"),
         ({"advisor": "heuristic", "advisor_hooks": "propos"}, "did you mean propose"),
         ({"advisor": "heuristic", "advisor_price": "cheap"}, "--advisor-price needs numbers"),

@@ -2,17 +2,24 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
+from math import floor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from llmbo.advisor.assemble import AdvisorInputs, build_advised
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
+from llmbo.advisor.mail import MailClient
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge
@@ -22,8 +29,9 @@ from llmbo.advisor.roles import Advisor, Answer, Decision, Question, Transcript
 from llmbo.advisor.store import FILE, AdviceStore, Consultation, MemoryNotes, read_jsonl
 from llmbo.advisor.summary import summarise
 from llmbo.comparison.strategies import strategy_of
-from llmbo.config.advisor import HOOKS
-from llmbo.errors import ConfigError
+from llmbo.config import RunConfig
+from llmbo.config.advisor import DEFAULT_HOOKS, HOOKS
+from llmbo.errors import ConfigError, ReplyAwaited
 from llmbo.problem.marginals import measure_marginals
 from llmbo.problem.objectives import ref_point, to_maximize
 from llmbo.run.store import TrialStore
@@ -31,7 +39,8 @@ from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.loop import run_search
 from llmbo.search.pareto import hypervolume
-from llmbo.types import Proposal, Source, Trial
+from llmbo.search.pool import candidate_pool
+from llmbo.types import Advice, Proposal, Source, Trial
 
 LIMITS = Limits(calls=50, tokens=10**6, seconds=600, cost=None, deadline=2.0, price=None)
 NUM_INITIAL = 8
@@ -69,6 +78,22 @@ class Saboteur:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An advisor by mail, and somebody who answers its letters."""
+
+    advisor: Advisor
+    good: Callable[[dict[str, Any]], str]
+
+    def ask(self, question: Question, transcript: Transcript) -> Answer:
+        while True:
+            try:
+                return self.advisor.ask(question, transcript)
+            except ReplyAwaited as awaited:
+                letter = json.loads(awaited.letter.with_suffix(".json").read_text())
+                awaited.reply.write_text(self.good(letter))
+
+
 @pytest.fixture
 def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSession]:
     """(toy, advisor's name, hooks, advice) -> the session of that advisor."""
@@ -81,6 +106,9 @@ def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSessi
             "none": NoAdvisor,
             "saboteur": lambda: Saboteur(toy),
             "openai": lambda: LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), LIMITS, advice),
+            "mail": lambda: Answered(
+                LLMAdvisor(MailClient(tmp_path / "letters", advice), LIMITS, advice), chat_server.good
+            ),
             **{name: lambda name=name: OfflineAdvisor(name, OFFLINE[name]) for name in OFFLINE},  # type: ignore[misc]
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
@@ -117,7 +145,7 @@ def volume(trials: Sequence[Trial], toy: Any) -> float:
     return hypervolume(to_maximize([t.values for t in trials], toy.objectives), ref_point(toy.objectives))
 
 
-ADVISORS = ["none", *OFFLINE, "saboteur", "openai"]
+ADVISORS = ["none", *OFFLINE, "saboteur", "openai", "mail"]
 
 
 @pytest.mark.parametrize("name", ADVISORS)
@@ -167,6 +195,59 @@ def test_every_hook_alone_keeps_its_bounds(
     if name in ("none", "dead"):  # without advice it is the run that the search makes alone
         alone = search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 14)
         assert [(t.x, t.origin) for t in trials] == [(t.x, t.origin) for t in alone]
+
+
+class Beloved(AdvisorSession):
+    """Keeps what it has said in the present round."""
+
+    liked: frozenset[tuple[int, ...]] = frozenset()
+
+    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice:
+        advice = super().advise(trials, q, seed)
+        self.liked = frozenset(row.x for row in advice.rows)
+        return advice
+
+
+class Fond(QNehviProposer):
+    """Nothing is worth anything to it but what the advisor says."""
+
+    def posterior(self, complete: Sequence[Trial]) -> Any:
+        def value(X: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            assert isinstance(self.advice, Beloved)
+            return torch.tensor([float(tuple(x) in self.advice.liked) for x in X.int().tolist()])
+
+        return SimpleNamespace(expected_improvement=lambda front: value, log_nehvi=value)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_advice_that_always_wins_keeps_to_its_share(toy: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """At each trial of the run, and no tighter than that: a round gives it all the places there are."""
+    rng = random.Random(seed)
+    budget, q, share = rng.randint(1, 50), rng.randint(1, 7), rng.choice([0.0, 0.29, 0.3, 0.5, 1.0, rng.random()])
+    hooks = rng.choice([DEFAULT_HOOKS, HOOKS, ("propose", "directions")])
+    config = RunConfig(
+        model="m", budget=budget, batch=q, advisor="random", advisor_hooks=hooks, advisor_every=1,
+        advisor_share=share, advisor_warm_start=rng.randint(0, 6),
+    )  # fmt: skip
+    monkeypatch.setattr("llmbo.advisor.assemble.QNehviProposer", Fond)
+    monkeypatch.setattr("llmbo.advisor.assemble.AdvisorSession", Beloved)
+    monkeypatch.setattr("llmbo.search.acquisition.candidate_pool", partial(candidate_pool, size=64))
+    monkeypatch.setattr("llmbo.search.acquisition.LOCAL_ROUNDS", 1)
+    inputs = AdvisorInputs(Setting(toy.family, toy.objectives, toy.dense, None, "full", budget), None, None)
+    proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()))
+    trials = search(proposer, toy, budget, seed, q)
+    assert len(trials) == budget and proposer.warm_start <= min(config.advisor_warm_start, share * budget + 1e-9)
+    advised = [0, *accumulate(trial.source.advised for trial in trials)]
+    most = [max(proposer.warm_start, floor(share * n + 1e-9)) for n in range(budget + 1)]
+    assert (
+        all(number <= bound for number, bound in zip(advised, most, strict=True))
+        and advised[-1] <= share * budget + 1e-9
+    )
+    ends = [n for n in range(1, budget) if trials[n - 1].round != trials[n].round]
+    for start, end in pairwise([0, *ends]):
+        design = any(trial.source in (Source.PATH, Source.WARM_START) for trial in trials[start:end])
+        if not design and "filter" not in hooks:
+            assert advised[end] == min(advised[start] + end - start, most[end])
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -250,10 +331,21 @@ def test_a_replayed_run_is_the_recorded_one(
     run(toy, make_session(toy, name, advice=advice), store, 14)
     asked = len(chat_server.requests)
     again, other = stored(toy, "again")
-    run(toy, make_session(toy, str(tmp_path / "run" / FILE), advice=other), again, 14)
+    file, told = tmp_path / "run" / FILE, list[str]()
+    session = make_session(toy, str(file), advice=other)
+    session.advisor = ReplayAdvisor(file, told.append)
+    run(toy, session, again, 14)
     assert story(again) == story(store) and len(chat_server.requests) == asked
     assert any(trial.origin.startswith("advisor:") for trial in again.trials())
     assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
+    assert told == []
+    changed = make_session(toy, str(file), level="partial")
+    changed.advisor = ReplayAdvisor(file, told.append)
+    changed.advise(again.trials()[:8], 4, 0), changed.advise(again.trials()[:12], 4, 0)
+    assert len(told) == (name == "openai") and all("is not the one that was answered" in line for line in told)
+    file.write_text(re.sub(r'"digest": "\w+"', '"digest": ""', file.read_text()))  # as older versions leave it
+    changed.advisor, changed.advice = ReplayAdvisor(file, told.append), AdviceStore(MemoryNotes())
+    assert changed.advise(again.trials()[:8], 4, 0).rows and len(told) == (name == "openai")
 
 
 class Killed(Exception):
@@ -370,7 +462,7 @@ def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, make_session: Callab
     trials = toy.trials(toy.family.path[:-1:6].int().tolist())
     session.consult("propose", trials, 4, 0)
     later = replace(trials[0], number=len(trials), round=4, x=toy.random_points(1, 5)[0], origin="qnehvi")
-    rows = {row.x for row in session.advise([*trials, later], 1).rows}
+    rows = {row.x for row in session.advise([*trials, later], 4, 1).rows}
     assert {candidate.x for candidate in session.advice.candidates("propose")} <= rows
 
 
@@ -384,3 +476,5 @@ def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
         build(toy, toy.objectives, {"by": "heuristics"})
     with pytest.raises(ConfigError, match="llmbo optimize"):
         build(toy, toy.objectives, {"by": "transformers:self"})
+    with pytest.raises(ConfigError, match=r"mail:letters .* replay:FILE"):
+        build(toy, toy.objectives, {"by": "mail:letters"})

@@ -104,6 +104,7 @@ def opened(
     with prepared(run, loaded, windows, phases) as problem:
         recipe = (
             *(loaded.fingerprint, loaded.dtype, loaded.device, run.compensation, _digest(windows.calibration)),
+            *([problem.method.fits] if run.compensation else []),
             *([items_digest(run)] if run.items else []),
             *([problem.target.to_dict()] if problem.target else []),
         )

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmbo.problem.depth import gaussian_smoothed
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.interpolation import bracketed, interpolated
 from llmbo.problem.knapsack import cheapest
+from llmbo.problem.prices import TINY, Prices
+from llmbo.problem.recipe import AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
+LARGEST_CORRECTION = 0.75  # of a log price
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor
 ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be exchanged at once
 
@@ -82,6 +86,39 @@ def expansions(
     dense = torch.cat([F.pad(row, (0, len(levels) - row.shape[1])) for row in rows])
     points = torch.tensor([*anchors, space.max_levels], dtype=torch.float64)
     return Expansions(space.share(points), torch.stack([*tables, dense]))
+
+
+def corrected(
+    prices: Prices, recipe: AllocationRecipe, anchors: Sequence[tuple[int, ...]], expanded: Expansions
+) -> Prices:
+    """Prices that know how much dearer than a recipe says every block was at pruned members, by what a level less and one more change.
+
+    Only the part that neighbouring layers share is kept, and no factor above `LARGEST_CORRECTION`: single measurements are noisy, and what
+    they say of the next level need not hold for the one after it.
+
+    Args:
+        anchors: Members of the recipe's path, by increasing share.
+        expanded: Around them, and around the dense model.
+    """
+    space, L = prices.space, prices.space.num_layers
+    found = []
+    for share, anchor, change in zip(
+        expanded.shares, anchors, expanded.changes, strict=False
+    ):  # the dense model needs none
+        x = torch.tensor(anchor, dtype=torch.float64)
+        low, high = (x - 1).clamp_min(0).long(), (x + 1).minimum(space.bounds[1]).long()
+        steps = torch.arange(prices.shares.shape[1])
+        between = (steps >= low[:, None]) & (steps < high[:, None])
+        size = prices.shares.where(between, 0.0).sum(-1)
+        fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
+        said = prices.log_prices(recipe.theta[None], share[None])[0, 0].where(between, 0.0).sum(-1) / between.sum(-1)
+        ratio = (fall / size).clamp_min(TINY).log() - said
+        found.append((ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION))
+    if not found:
+        return prices
+    smooth = gaussian_smoothed(torch.stack(found).unflatten(-1, (2, L)), 1.0).flatten(-2)
+    corrections = torch.cat([smooth, torch.zeros(1, space.d, dtype=torch.float64)])
+    return replace(prices, anchors=expanded.shares, corrections=corrections)
 
 
 def _at_levels(x: Tensor, cost: Tensor, levels: Tensor) -> Tensor:

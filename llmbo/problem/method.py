@@ -33,9 +33,14 @@ class Method:
     operating_point: float = 0.35
 
     @property
+    def fits(self) -> dict[str, Any]:
+        """What trials' weights depend on."""
+        return {"ridge": asdict(self.ridge), "order": self.order}
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """What trials' weights and the path depend on, to be stored with the run."""
-        return {"ridge": asdict(self.ridge), "order": self.order, "allocation": self.allocation.to_dict()}
+        return {**self.fits, "allocation": self.allocation.to_dict()}
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any] | None) -> "Method":

@@ -13,7 +13,7 @@ from llmbo.config import RunConfig
 from llmbo.config.objectives import measured_limits
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
-from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, exchanged_family, expansions
+from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, corrected, exchanged_family, expansions
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.kept import digest, files_of
@@ -292,8 +292,9 @@ def with_exchanges(
         exchanges.append(exchange)
         sound.append(x)
         measured.append(first + second)
-    corrected = exchanged_family(family, anchors, exchanges)
-    return replace(corrected, expansions=expansions(space, sound, measured, sensitivity))
+    exchanged, around = exchanged_family(family, anchors, exchanges), expansions(space, sound, measured, sensitivity)
+    prices = family.prices and corrected(family.prices, family.recipe, sound, around)
+    return replace(exchanged, expansions=around, prices=prices)
 
 
 def _target(

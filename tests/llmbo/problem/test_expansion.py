@@ -1,6 +1,7 @@
 """Width is exchanged between blocks where that pays and is legal, and what is expected of other models agrees with what was measured."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmbo.problem.expansion import STEPS, best_exchanges, exchanged_family, expansions
+from llmbo.problem.expansion import STEPS, best_exchanges, corrected, exchanged_family, expansions
 from llmbo.problem.family import Expansions, ThresholdFamily
+from llmbo.problem.prices import Prices
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
@@ -170,3 +173,27 @@ def test_the_best_moves_are_the_best_of_all(make_toy: Callable[..., Any], seed: 
 def test_nothing_is_exchanged_when_every_exchange_costs(family: ThresholdFamily) -> None:
     x = family.at(0.5)
     assert not best_exchanges(family.space, x, torch.ones(family.space.d, 2)).any()
+
+
+def test_blocks_that_are_dearer_at_pruned_members_get_dearer_there_alone(make_toy: Callable[..., Any]) -> None:
+    """By the factor that was measured, shared with neighbours, bounded, and not at the dense model."""
+    toy = make_toy(6, 60, 0.3, 7)
+    space = toy.space
+    costs = [[1.0] * int(top) for top in space.bounds[1]]
+    prices, half = Prices.of(space, costs, costs), space.max_levels[-1] // 2
+    anchor = (1,) * 6 + (half,) * 6
+    said = prices.log_prices(DENSE_PRICES.theta[None], torch.tensor([0.5], dtype=torch.float64))[0, 0].exp()
+    levels = int(space.bounds[1].max()) + 1
+    factor = torch.ones(space.d, dtype=torch.float64)
+    factor[8], factor[1] = 1.5, 1e9  # a middle MLP, and an attention that seems to be worth anything
+    change = torch.zeros(space.d, levels, dtype=torch.float64)
+    falls = (factor[:, None] * said * prices.shares).where(prices.steps, 0.0)
+    change[:, : falls.shape[1]] = falls.flip(-1).cumsum(-1).flip(-1)
+    around = Expansions(torch.tensor([0.5, 1.0], dtype=torch.float64), torch.stack([change, 0 * change]))
+    found = corrected(prices, DENSE_PRICES, [anchor], around)
+    at, dense = found.corrections
+    assert not dense.any() and torch.equal(found.anchors, around.shares)
+    assert 0.3 * math.log(1.5) < float(at[8]) < math.log(1.5) and float(at[8]) > float(at[7]) > float(at[6]) >= 0
+    assert 0.3 < float(at[1]) <= 0.75
+    torch.testing.assert_close(at[[4, 5, 11]], torch.zeros(3, dtype=torch.float64), atol=0.02, rtol=0)
+    assert corrected(prices, DENSE_PRICES, [], replace(around, shares=torch.ones(1))) is prices

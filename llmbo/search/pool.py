@@ -8,7 +8,7 @@ from torch import Tensor
 from llmbo.problem.depth import gaussian_kernel
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.interpolation import interpolated
-from llmbo.problem.recipe import AllocationRecipe, bounds
+from llmbo.problem.recipe import BOUNDS, AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
 from llmbo.types import Proposal, Trial
 
@@ -16,6 +16,7 @@ POOL_SIZE = 1024
 NUM_RECIPES = 48
 SHARES_PER_RECIPE = 12
 STEP = 0.12  # standard deviation of a recipe's changes, in shares of a number's range
+PRUNED_MEMBERS = list(BOUNDS).index("pruned_members")
 CHANGED = 0.3  # share of the numbers that a change changes
 
 
@@ -56,8 +57,8 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
 def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: torch.Generator) -> list[Proposal]:
     """Members of new recipes' paths, each at random sizes: nothing where the family knows no prices.
 
-    A third each: the family's own recipe with some numbers changed, likewise one that a trial on the front stems from, and crossovers
-    of two of these.
+    A third each: the family's own recipe with some numbers changed and any weight of what was measured at pruned members, which its path
+    was made before; a recipe that a trial on the front stems from, changed likewise; and crossovers of two such.
 
     Args:
         trials: On the front.
@@ -74,8 +75,9 @@ def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: 
     def coin(n: int, probability: float) -> Tensor:
         return torch.rand(n, len(own), generator=generator) < probability
 
-    mixed = torch.where(coin(NUM_RECIPES // 3, 0.5), drawn(), drawn())
-    base = torch.cat([own.expand(NUM_RECIPES // 3, -1), drawn(), mixed])
+    informed = own.repeat(NUM_RECIPES // 3, 1)
+    informed[:, PRUNED_MEMBERS] = torch.rand(len(informed), generator=generator, dtype=torch.float64)
+    base = torch.cat([informed, drawn(), torch.where(coin(NUM_RECIPES // 3, 0.5), drawn(), drawn())])
     change = STEP * (high - low) * torch.randn(base.shape, generator=generator, dtype=torch.float64)
     theta = (base + torch.where(coin(len(base), CHANGED), change, 0.0)).maximum(low).minimum(high)
     smallest = family.shares[0]

@@ -191,32 +191,27 @@ class AdvisedProposer:
     warm_start: int
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        """Advised candidates come last in a batch: the share that is kept at its end is then kept at each of its trials."""
-        batch = sorted(self._batch(trials, q, seed), key=lambda proposal: proposal.source.advised)
-        advised = sum(trial.source.advised for trial in trials) + sum(proposal.source.advised for proposal in batch)
-        while (
-            batch and batch[-1].source.advised and advised > self._most(len(trials) + len(batch))
-        ):  # a batch fell short
-            batch.pop()
-            advised -= 1
-        return batch
-
-    def _most(self, number: int) -> int:
-        return max(self.warm_start, self.session.most(number))
-
-    def _batch(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         places = self.design_size + self.warm_start - len(trials)
         ours = min(self.warm_start, min(q, places) - max(0, self.design_size - len(trials)))
         if "warm_start" in self.session.hooks and ours > 0:
             return self._design(trials, min(q, places), ours, seed)
-        return self._reviewed(self._searched(trials, q, seed), trials, seed)
+        batch = _advised_last(self._reviewed(self._searched(trials, q, seed), trials, seed))
+        while batch and batch[-1].source.advised and self._room(trials, batch, len(batch)) < 0:  # it fell short of q
+            batch.pop()
+        return batch
+
+    def _room(self, trials: Sequence[Trial], batch: Sequence[Proposal], size: int) -> int:
+        """How many more of a batch of this size may be advised."""
+        advised = sum(trial.source.advised for trial in trials) + sum(proposal.source.advised for proposal in batch)
+        return max(self.warm_start, self.session.most(len(trials) + size)) - advised
 
     def _design(self, trials: Sequence[Trial], q: int, ours: int, seed: int) -> list[Proposal]:
         """`q` places of which the last `ours` are the advisor's; it is asked once, as late as the design allows."""
-        before = self.search.propose(trials, q - ours, seed) if q > ours else []
+        before = _advised_last(self.search.propose(trials, q - ours, seed) if q > ours else [])
         if not self._first_advice():
             self.session.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
+        ours = max(0, min(ours, self._room(trials, before, len(before) + ours)))
         rows = [advised(c.x, Source.WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
         known = [*trials, *_running([*before, *rows], trials)]
         return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
@@ -248,6 +243,11 @@ class AdvisedProposer:
 def advised(x: tuple[int, ...], source: Source, why: str = "") -> Proposal:
     """A proposal that stems from the advisor."""
     return Proposal(x, ORIGINS[source], why, source)
+
+
+def _advised_last(batch: Sequence[Proposal]) -> list[Proposal]:
+    """The share of advice that is kept at a batch's end is then kept at each of its trials."""
+    return sorted(batch, key=lambda proposal: proposal.source.advised)
 
 
 def _running(proposals: Sequence[Proposal], trials: Sequence[Trial]) -> list[Trial]:

@@ -149,7 +149,7 @@ def test_a_run_leaves_no_trace_of_the_key_and_goes_on_whatever_it_was_told(llmbo
         return server.send(handler, 200, whole.encode())
 
     server.answer = answer
-    flags = {"advisor": server.advisor, "advisor_hooks": "warm_start", "advisor_share": 0.5}
+    flags = {"advisor": server.advisor, "advisor_hooks": "warm_start", "advisor_share": 1, "advisor_warm_start": 6}
     for budget in (8, 9):  # what was stored must not keep the run from starting again
         done = llmbo(budget=budget, **flags)
         assert done.exit_code == 0, done.output

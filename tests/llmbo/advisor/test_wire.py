@@ -335,7 +335,9 @@ def test_a_run_in_a_socks_environment_goes_on_and_says_why(
     llmbo: Any, chat_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("all_proxy", "socks://127.0.0.1:1080")
-    done = llmbo(budget=8, advisor=chat_server.advisor, advisor_hooks="warm_start", advisor_share=0.5)
+    done = llmbo(
+        budget=8, advisor=chat_server.advisor, advisor_hooks="warm_start", advisor_share=1, advisor_warm_start=6
+    )
     assert done.exit_code == 0, done.output
     assert "socks://127.0.0.1:1080" in llmbo.report()["advisor"]["stopped"] and not chat_server.requests
     assert "socks://127.0.0.1:1080" in done.output

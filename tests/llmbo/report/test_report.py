@@ -1,5 +1,6 @@
 """The report says what the store holds, in the documented format, whole or not at all."""
 
+import csv
 import io
 import json
 import math
@@ -18,9 +19,11 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_1samp, ttest_rel
 
+import llmbo
 from llmbo.display.results import summary
 from llmbo.report import Report, front_of, json_schema, write_report
 from llmbo.report.picture import draw_front
+from llmbo.report.table import as_csv, front_rows
 from llmbo.run.judgement import noise
 from llmbo.types import Proposal, Trial, TrialState
 from pruning.importance import METHODS
@@ -119,6 +122,15 @@ def test_points_of_the_front_tell_how_sure_they_are(data: dict[str, Any], finish
         sure = [ttest_rel(own["kl"], windows[str(n)]["kl"], alternative="less").pvalue < 0.025 for n in smaller]
         assert noise["not_better_than"] == [n for n, better in zip(smaller, sure, strict=True) if not better]
         doubtful += len(noise["not_better_than"])
+    run = llmbo.load_run(finished.folder / "runs" / "tiny")
+    frame, runs = run.to_dataframe(), [("tiny", data)]
+    rows = {row["number"]: row for row in csv.DictReader(io.StringIO(as_csv(runs, ["tiny"])))}
+    headings, shown = front_rows(runs, ["tiny"])
+    for point, cells in zip(data["front"], shown, strict=False):
+        number, alike = point["trial"], " ".join(map(str, point["noise"]["not_better_than"]))
+        assert frame.loc[number, "noise_loss"] == float(rows[str(number)]["noise_loss"]) == point["noise"]["loss"]
+        assert rows[str(number)]["noise_not_better_than"] == cells[headings.index("not surely better than")] == alike
+        assert cells[headings.index("± held-out kl on words.txt")] == f"{point['noise']['kl']:.4g}"
     pairs = len(data["front"]) * (len(data["front"]) - 1) // 2
     assert 0 < doubtful < pairs and data["dense"]["noise"] is None
 

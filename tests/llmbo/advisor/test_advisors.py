@@ -134,6 +134,7 @@ def search(proposer: Any, toy: Any, budget: int, seed: int = 0, q: int = 4) -> l
     trials: list[Trial] = []
     while len(trials) < budget:
         batch = proposer.propose(trials, q, 1000 * seed + len(trials))
+        assert batch
         round = 1 + max((trial.round for trial in trials), default=-1)
         trials += [
             toy.trial(len(trials) + n, proposal, round) for n, proposal in enumerate(batch[: budget - len(trials)])

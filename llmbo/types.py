@@ -59,7 +59,7 @@ class Proposal:
     origin: str
     why: str = ""
     source: Source = Source.SEARCH
-    recipe: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 class Measurement(dict[str, float]):

@@ -185,8 +185,8 @@ def extended(tmp_path: Path) -> Path:
         ("pruning/cost.py", "\n\ndef kv_bytes(", f"{COUNT_HEADS}\n\ndef kv_bytes("),
         (
             "llmbo/problem/proxy.py",
-            'values = {**quality, "perplexity": ',
-            'values = {**quality, "bits": quality["loss"] / math.log(2), "perplexity": ',
+            'return {**quality, "perplexity": ',
+            'return {**quality, "bits": quality["loss"] / math.log(2), "perplexity": ',
         ),
     ):
         text = (tmp_path / file).read_text(encoding="utf-8")

@@ -191,7 +191,12 @@ def test_every_hook_alone_keeps_its_bounds(
     assert len({trial.x for trial in trials}) == 14
     warm = [trial for trial in trials if trial.origin == "advisor:warm_start"]
     assert len(warm) <= PLACES and all(NUM_INITIAL - PLACES <= trial.number < NUM_INITIAL for trial in warm[:PLACES])
-    assert {trial.origin for trial in trials} <= {"threshold", "qnehvi", *(f"advisor:{hook}" for hook in hooks)}
+    assert {trial.origin for trial in trials} <= {
+        "threshold",
+        "qnehvi",
+        "recipe",
+        *(f"advisor:{hook}" for hook in hooks),
+    }
     assert {c.hook for c in session.advice.all()} <= set(hooks)
     if name in ("none", "dead"):  # without advice it is the run that the search makes alone
         alone = search(QNehviProposer(toy.family, toy.objectives, toy.dense, NUM_INITIAL), toy, 14)

@@ -13,6 +13,7 @@ function drawTrial(state) {
     el("p", { class: "muted" }, `${origin}${place}${entry.counts ? "" : `, ${stateOf(entry)}`}`),
     ...broken(entry).map((text) => el("p", { class: "warning" }, `Breaks a constraint: ${text}`)),
     reason ? el("blockquote", {}, reason) : "",
+    recipe(entry) ?? "",
     entry.values ? numbers(entry) : "",
     noise(entry) ?? "",
     itemScores(entry) ?? "",
@@ -22,6 +23,16 @@ function drawTrial(state) {
     layersAsText(entry),
     entry.number === "dense" ? "" : exportCommand(entry, state),
   );
+}
+
+const DENSE_PRICES = { fisher_weight: 0.5, attention_exponent: 1, mlp_exponent: 1 };  // the others are 0
+
+/** The numbers of the recipe that it stems from, as far as they are not the dense model's prices; null where it stems from none. */
+function recipe(entry) {
+  if (!entry.trial.recipe) return null;
+  const put = Object.entries(entry.trial.recipe).filter(([name, value]) => Math.abs(value - (DENSE_PRICES[name] ?? 0)) >= 0.005);
+  const said = put.map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(2)}`).join(", ");
+  return el("p", { class: "muted" }, `On or near the path of the recipe ${said || "of dense prices"}.`);
 }
 
 function announce(state) {

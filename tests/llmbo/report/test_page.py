@@ -258,8 +258,11 @@ def test_hovering_tells_about_a_trial(opened: Open) -> None:
 
 
 def test_a_click_and_the_keys_select(opened: Open) -> None:
+    """The panel tells all of a trial, the recipe that it stems from included."""
     report = made_up_report()
     numbers = [point["trial"] for point in report["front"]]
+    recipe = {"fisher_weight": 0.5, "mlp_exponent": 1.0, "mlp_slope": 0.31, "attention": -0.2, "mlp_curve": 0.0}
+    report["trials"][numbers[1]]["recipe"] = recipe
     with opened(report) as tab:
         tab.page.mouse.click(*tab.where(f"0:{numbers[0]}"))  # the only one without neighbours under the pointer
         assert f"trial {numbers[0]}" == tab.text("#trial h3")
@@ -274,6 +277,7 @@ def test_a_click_and_the_keys_select(opened: Open) -> None:
             tab.page.keyboard.press(key)
             assert tab.text("#trial h3") == f"trial {number}"
         assert f"trial {numbers[1]}" in tab.page.text_content("#announcement")
+        assert "path of the recipe mlp slope 0.31, attention -0.20." in tab.text("#trial")
         tab.page.keyboard.press("End")
         assert tab.text("#trial h3") == "dense model" and tab.page.query_selector("#export-command") is None
 

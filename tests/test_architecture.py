@@ -4,6 +4,7 @@ Who may import whom is checked by import-linter, whose contracts stand in `pypro
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,8 @@ def test_every_load_says_whether_foreign_code_may_run(package: str) -> None:
         if not {"trust_remote_code", None} & {word.arg for word in call.keywords}  # None: **source
     ]
     assert calls and not silent
+
+
+@pytest.mark.parametrize("module", sorted(p.parent.name for p in (ROOT / "experiments").glob("*/__main__.py")))
+def test_every_benchmark_finds_what_it_imports(module: str) -> None:
+    assert callable(importlib.import_module(f"experiments.{module}.__main__").main)

@@ -39,7 +39,6 @@ from transformers import PreTrainedModel
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.preparation import ranked
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BLOCK_KINDS, Anatomy, anatomy_of
 from pruning.architecture import Architecture
@@ -50,7 +49,9 @@ from pruning.importance import fisher
 from pruning.likelihood import DenseDistribution, dense_distribution, quality, window_qualities
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.shrinking import shrink
+from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
+from pruning.surgeon import surgeon_ranking
 from pruning.text import read_text
 
 BATCH = 4  # windows at a time, in every way
@@ -67,7 +68,8 @@ def main() -> None:
     full = load_model(options.model, "float32", "cpu")
     fast = load_model(options.model, options.dtype, "cpu")
     windows = _windows(options, full.tokenizer)
-    collected, ranking = ranked(full.model, windows)
+    collected = collect_statistics(full.model, windows.calibration)
+    ranking = surgeon_ranking(full.model, collected)
     space = SearchSpace(anatomy_of(full.model), MIN_SHARE)
     family = ThresholdFamily.from_importance(space, fisher(collected))
     exact_table = CompensationTable(full.model, copy.deepcopy(collected), ranking)

@@ -69,7 +69,9 @@ def optimize(
     recipe: Annotated[
         str, typer.Option(help="Of the allocation path: default, dense-prices, or a JSON file of its numbers.")
     ] = "default",
-    recipe_search: Annotated[bool, typer.Option(help="Let the search try other recipes.")] = True,
+    recipe_search: Annotated[
+        bool, typer.Option(help="Let the search try members of other recipes' paths too.")
+    ] = False,
     text: Annotated[
         str,
         typer.Option(

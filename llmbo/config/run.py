@@ -69,7 +69,7 @@ class RunConfig:
         refit_front: So many points of the finished front are refitted in sequence, each for itself, and measured again.
         racing: Stop candidates whose first windows say that the front dominates them.
         recipe: What the allocation path is made by: `default`, `dense-prices`, or a JSON file of numbers (`llmbo.problem.recipe`).
-        recipe_search: Let the search try other recipes than that.
+        recipe_search: Let the search try members of other recipes' paths too.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.
         chat: Put the text through the tokenizer's chat template.
         heldout_text: Text of another domain that a dozen models of the finished front are judged on as well, or `none`.
@@ -112,7 +112,7 @@ class RunConfig:
     racing: bool = False
     compensation: bool = True
     recipe: str = "default"
-    recipe_search: bool = True
+    recipe_search: bool = False
     text: str = "builtin"
     chat: bool = False
     heldout_text: str = "python"

@@ -49,5 +49,22 @@ def test_new_recipes_are_drawn_around_those_that_stand_on_the_front(family: Thre
     assert near([]) == 0 and near([trial]) > 5
 
 
+def test_a_run_tells_the_recipes_of_its_trials_and_goes_on_as_if_it_had_never_stopped(llmbo: Any) -> None:
+    def trials(name: str, **flags: Any) -> list[dict[str, Any]]:
+        done = llmbo(name=name, **flags)
+        assert done.exit_code == 0, done.output
+        return [{**trial, "seconds": None, "gain": None} for trial in llmbo.report(name)["trials"]]
+
+    flags = {"recipe_search": True, "seed": 1}
+    whole = trials("whole", budget=20, **flags)
+    first = trials("parts", budget=16, **flags)
+    rest = trials("parts", budget=20, **flags)
+    assert rest[:16] == first and rest == whole
+    stem = [trial for trial in whole if trial["recipe"]]
+    assert stem and all(trial["origin"] == "recipe" for trial in stem)
+    assert all(AllocationRecipe.of(trial["recipe"]).to_dict() == trial["recipe"] for trial in stem)
+    assert not any(trial["recipe"] for trial in trials("without", budget=14))
+
+
 def test_nothing_is_tried_where_prices_are_unknown(family: ThresholdFamily) -> None:
     assert recipe_members(replace(family, prices=None), [], torch.Generator()) == []

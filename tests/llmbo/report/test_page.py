@@ -336,7 +336,9 @@ def test_the_export_command_can_be_copied(opened: Open) -> None:
     with opened(report) as tab:
         number = tab.page.evaluate("STATE.selected").split(":")[1]
         tab.page.click("#copy")
-        tab.page.wait_for_function("document.querySelector('#copy').textContent === 'Copied'")
+        tab.page.wait_for_selector(
+            "#copy:text-is('Copied')"
+        )  # a function that is polled would need the page's leave to evaluate it
         copied = tab.page.evaluate("navigator.clipboard.readText()")
         folder = "'runs/it'\\''s mine"
         assert (

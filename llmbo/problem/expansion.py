@@ -44,11 +44,8 @@ def exchanged_family(
     at = space.share(torch.tensor([*anchors, space.max_levels], dtype=torch.float64))
     offsets = interpolated(at, torch.stack([*exchanges, torch.zeros(space.d, dtype=torch.float64)]), family.shares)
     rows = (family.path + offsets).round().clamp(*space.bounds)
-    path = torch.where(space.legal(rows)[:, None], rows, family.path)
-    shares = space.share(path)
-    order = shares.argsort(stable=True)
-    larger = shares[order].diff(prepend=torch.tensor([-1.0], dtype=torch.float64)) > 0
-    return replace(family, path=path[order][larger], shares=shares[order][larger])
+    path = space.increasing(torch.where(space.legal(rows)[:, None], rows, family.path))
+    return replace(family, path=path, shares=space.share(path))
 
 
 def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:

@@ -90,12 +90,9 @@ class Prices:
                 + number[f"{kind}_first"] * near
                 + number.get(f"{kind}_last", none) * near.flip(0)
             )
-        found = torch.cat(parts, dim=-2) + number["pruned_members"] * self._corrections(share)[..., None]
+        corrections = interpolated(self.anchors, self.corrections, share)
+        found = torch.cat(parts, dim=-2) + number["pruned_members"] * corrections[..., None]
         return found.masked_fill(~self.steps, -math.inf).cummin(-1).values
-
-    def _corrections(self, share: Tensor) -> Tensor:
-        """`n` shares -> `n x d`, linear between anchors."""
-        return interpolated(self.anchors, self.corrections, share) if len(self.anchors) > 1 else self.corrections
 
     def members(self, theta: Tensor, share: Tensor) -> Tensor:
         """The models of given sizes: `m x len(BOUNDS)` numbers, `n` shares -> `m x n x d` levels.
@@ -118,11 +115,7 @@ class Prices:
         prices = self.log_prices(theta[None], torch.tensor([0.5**0.5], dtype=torch.float64))[0]
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
         rows = self.members(theta[None], sizes[sizes >= self.space.min_share - SLACK])[0]
-        rows = rows[self.space.legal(rows)]
-        shares = self.space.share(rows)
-        order = shares.argsort(stable=True)
-        larger = shares[order].diff(prepend=torch.tensor([-1.0], dtype=torch.float64)) > 0
-        return rows[order][larger]
+        return self.space.increasing(rows[self.space.legal(rows)])
 
     @property
     def _nothing(self) -> Tensor:

@@ -137,6 +137,12 @@ class SearchSpace:
         """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
         return self.cost("params_share", X)
 
+    def increasing(self, X: Tensor) -> Tensor:
+        """Points by increasing share, of equal ones the first: `n x d` levels -> at most `n x d`."""
+        shares = self.share(X)
+        order = shares.argsort(stable=True)
+        return X[order][shares[order].diff(prepend=torch.tensor([-1.0], dtype=torch.float64)) > 0]
+
     def legal(self, X: Tensor) -> Tensor:
         """Which points may be evaluated: inside the bounds, big enough, within the limits, with attention somewhere.
 

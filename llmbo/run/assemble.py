@@ -19,7 +19,7 @@ from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
-from llmbo.problem.method import DEFAULT, Method
+from llmbo.problem.method import Method
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.recipe import recipe_of
@@ -183,7 +183,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             digests = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
-        method = Method.of(stored.get("recipe")) if stored else replace(DEFAULT, allocation=recipe_of(config.recipe))
+        method = Method.of(stored.get("recipe")) if stored else None
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
@@ -195,7 +195,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             facts |= {
                 "dense": dict(problem.dense),
                 "importance": importance_parts(problem.layers),
-                "recipe": method.recipe,
+                "recipe": problem.method.recipe,
                 "profiles": problem.target.to_dict() if problem.target else None,
             }
             if fresh and own_file:

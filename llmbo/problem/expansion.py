@@ -1,8 +1,9 @@
 """The path corrected at pruned members by width exchanges, and what to expect of all models around it.
 
 The path's marginal costs are taken at the dense model. At some of its members, the anchors, KL is expanded anew (`pruning.exchanges`).
-That says which blocks should give a level to which at equal size (`best_exchanges`), other members follow by interpolation
-(`exchanged_family`), and the search expects the same of whatever it has not measured (`expansions`, `ThresholdFamily.expected_change`).
+That says which blocks should give a level to which at equal size (`best_exchanges`) and whose prices are wrong; other sizes and recipes
+follow by interpolation (`informed`), and the search expects the same of whatever it has not measured (`expansions`,
+`ThresholdFamily.expected_change`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,38 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmbo.problem.depth import gaussian_smoothed
-from llmbo.problem.family import Expansions, ThresholdFamily
-from llmbo.problem.interpolation import bracketed, interpolated
+from llmbo.problem.family import Expansions
+from llmbo.problem.interpolation import bracketed
 from llmbo.problem.knapsack import cheapest
 from llmbo.problem.prices import TINY, Prices
-from llmbo.problem.recipe import AllocationRecipe
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
 LARGEST_CORRECTION = 0.75  # of a log price
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor
 ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be exchanged at once
-
-
-def exchanged_family(
-    family: ThresholdFamily, anchors: Sequence[tuple[int, ...]], exchanges: Sequence[Tensor]
-) -> ThresholdFamily:
-    """The family after width exchanges: by whole levels at the anchors, in between and towards the dense model by interpolation.
-
-    A member that would become illegal, by a limit for instance, stays as it was.
-
-    Args:
-        anchors: Members, by increasing share.
-        exchanges: `d` levels to add to each of them (`best_exchanges`).
-    """
-    space = family.space
-    if not anchors:
-        return family
-    at = space.share(torch.tensor([*anchors, space.max_levels], dtype=torch.float64))
-    offsets = interpolated(at, torch.stack([*exchanges, torch.zeros(space.d, dtype=torch.float64)]), family.shares)
-    rows = (family.path + offsets).round().clamp(*space.bounds)
-    path = space.increasing(torch.where(space.legal(rows)[:, None], rows, family.path))
-    return replace(family, path=path, shares=space.share(path))
 
 
 def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
@@ -85,22 +65,25 @@ def expansions(
     return Expansions(space.share(points), torch.stack([*tables, dense]))
 
 
-def corrected(
-    prices: Prices, recipe: AllocationRecipe, anchors: Sequence[tuple[int, ...]], expanded: Expansions
+def informed(
+    prices: Prices, exchanges: Mapping[tuple[int, ...], Tensor], sound: Sequence[tuple[int, ...]], expanded: Expansions
 ) -> Prices:
-    """Prices that know how much dearer than a recipe says every block was at pruned members, by what a level less and one more change.
+    """Prices that know what was measured at pruned members: which exchanges are best there, and how much dearer than the dense model
+    says every block was, by what a level less and one more change.
 
-    Only the part that neighbouring layers share is kept, and no factor above `LARGEST_CORRECTION`: single measurements are noisy, and what
-    they say of the next level need not hold for the one after it.
+    Only the part of the latter that neighbouring layers share is kept, and no factor above `LARGEST_CORRECTION`: single measurements are
+    noisy, and what they say of the next level need not hold for the one after it.
 
     Args:
-        anchors: Members of the recipe's path, by increasing share.
-        expanded: Around them, and around the dense model.
+        exchanges: Members of the path of dense prices, by increasing share -> `d` levels to add to each of them (`best_exchanges`).
+        sound: Those of them whose expansions are to be believed.
+        expanded: Around these, and around the dense model.
     """
     space, L = prices.space, prices.space.num_layers
-    found = []
+    nothing = torch.zeros(space.d, dtype=torch.float64)
+    ratios = dict.fromkeys(exchanges, nothing)
     for share, anchor, change in zip(
-        expanded.shares, anchors, expanded.changes, strict=False
+        expanded.shares, sound, expanded.changes, strict=False
     ):  # the dense model needs none
         x = torch.tensor(anchor, dtype=torch.float64)
         low, high = (x - 1).clamp_min(0).long(), (x + 1).minimum(space.bounds[1]).long()
@@ -108,14 +91,16 @@ def corrected(
         between = (steps >= low[:, None]) & (steps < high[:, None])
         size = prices.shares.where(between, 0.0).sum(-1)
         fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
-        said = prices.log_prices(recipe.theta[None], share[None])[0, 0].where(between, 0.0).sum(-1) / between.sum(-1)
+        said = prices.log_prices(DENSE_PRICES.theta[None], share[None])[0, 0]
+        said = said.where(between, 0.0).sum(-1) / between.sum(-1)
         ratio = (fall / size).clamp_min(TINY).log() - said
-        found.append((ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION))
-    if not found:
-        return prices
-    smooth = gaussian_smoothed(torch.stack(found).unflatten(-1, (2, L)), 1.0).flatten(-2)
-    corrections = torch.cat([smooth, torch.zeros(1, space.d, dtype=torch.float64)])
-    return replace(prices, anchors=expanded.shares, corrections=corrections)
+        ratios[anchor] = (ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
+    return replace(
+        prices,
+        anchors=space.share(torch.tensor([*exchanges, space.max_levels], dtype=torch.float64)),
+        corrections=gaussian_smoothed(torch.stack([*ratios.values(), nothing]).unflatten(-1, (2, L)), 1.0).flatten(-2),
+        exchanges=torch.stack([*exchanges.values(), nothing]),
+    )
 
 
 def _at_levels(x: Tensor, cost: Tensor, levels: Tensor) -> Tensor:

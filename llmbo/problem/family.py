@@ -17,7 +17,7 @@ Both are taken at the dense model. `llmbo.problem.expansion` corrects the path b
 changes at pruned members: after these exchanges of width its members need not be nested.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -42,7 +42,7 @@ class ThresholdFamily:
         importance: `d` importances, each block's summed over its units.
         expansions: What single blocks change around some members, where that was measured.
         prices: Where paths of other recipes come from; None if none is to be tried.
-        recipe: Of the path before exchanges.
+        recipe: What the path was made by.
     """
 
     space: SearchSpace
@@ -87,14 +87,19 @@ class ThresholdFamily:
         Raises:
             ConfigError: There are none.
         """
+        totals = torch.cat([importance.of(block.kind).cpu().double().sum(-1) for block in space.anatomy.blocks])
+        return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean())).moved_to(path)
+
+    def moved_to(self, path: Tensor) -> "ThresholdFamily":
+        """The same along other members, as `along`."""
+        space = self.space
         path = path[space.legal(path)]
         if not len(path):
             limits = ", ".join(f"{name} <= {limit:g}" for name, limit in space.limits.items())
             raise ConfigError(
                 f"No model with a parameter share of at least {space.min_share} has {limits}: raise --max or lower --min-share."
             )
-        totals = torch.cat([importance.of(block.kind).cpu().double().sum(-1) for block in space.anatomy.blocks])
-        return cls(space, path, space.share(path), totals.clamp_min(1e-6 * totals.mean()))
+        return replace(self, path=path, shares=space.share(path))
 
     def at(self, share: float) -> tuple[int, ...]:
         """The member whose parameter share is nearest."""

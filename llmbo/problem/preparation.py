@@ -13,7 +13,7 @@ from llmbo.config import RunConfig
 from llmbo.config.objectives import measured_limits
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
-from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, corrected, exchanged_family, expansions
+from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, expansions, informed
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.kept import digest, files_of
@@ -21,7 +21,7 @@ from llmbo.problem.marginals import Marginals, measure_marginals
 from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator, known_values
-from llmbo.problem.recipe import recipe_of
+from llmbo.problem.recipe import DENSE_PRICES, recipe_of
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
@@ -178,12 +178,12 @@ def prepared(
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-            path = prices.path(method.allocation.theta)
-        threshold_family = ThresholdFamily.along(space, path, importance)
-        if config.recipe_search:
-            threshold_family = replace(threshold_family, prices=prices, recipe=method.allocation)
+            threshold_family = ThresholdFamily.along(space, prices.path(DENSE_PRICES.theta), importance)
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
-            family = with_exchanges(threshold_family, supernet, some, sensitivity, keep, advance, method, phases.note)
+            measured = threshold_family, prices, supernet, some, sensitivity, keep
+            family = with_exchanges(*measured, advance, method, phases.note)
+            if not config.recipe_search:
+                family = replace(family, prices=None)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             [dense] = proxy.evaluate([space.max_levels])
@@ -227,6 +227,7 @@ def _empty(shapes: Mapping[BlockKind, tuple[int, ...]]) -> dict[str, torch.Tenso
 
 def with_exchanges(
     family: ThresholdFamily,
+    prices: Prices,
     supernet: Supernet,
     windows: torch.Tensor,
     sensitivity: Mapping[BlockKind, torch.Tensor],
@@ -235,12 +236,14 @@ def with_exchanges(
     method: Method = DEFAULT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ThresholdFamily:
-    """The family after width exchanges, by what a level more or less of each block changes in some members; it keeps that.
+    """The family of the method's recipe, which weighs what a level more or less of each block changes in some members; it keeps that.
 
     What an anchor's exchanges bring is measured on half of the windows: where they lose, the expansion that promised a gain was wrong,
     and is dropped with them.
 
     Args:
+        family: Of `DENSE_PRICES` without exchanges; some of its members are measured, whatever the recipe.
+        prices: What its path was made from.
         windows: `num_windows x length` token ids, to measure these changes on.
         sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
         keep: Takes each measurement from where it is kept, or makes it.
@@ -250,7 +253,7 @@ def with_exchanges(
     low = float(family.shares[0])
     anchors = list(dict.fromkeys(family.at(low + (1 - low) * part) for part in method.anchors))
     anchors = [x for x in anchors if x != space.max_levels]
-    exchanges, sound, measured = [], [], []
+    exchanges, sound, measured = dict[tuple[int, ...], torch.Tensor](), [], []
     half = (len(windows) + 1) // 2
     dense = cache(partial(supernet.distribution, windows))
 
@@ -287,14 +290,15 @@ def with_exchanges(
                     f"Width exchanges at share {float(space.share(plain[None])):.2f} would have raised KL from {before:.3g} to "
                     f"{after:.3g} and are dropped: the search goes on along the path without them."
                 )
-                exchanges.append(torch.zeros_like(exchange))
+                exchanges[x] = torch.zeros_like(exchange)
                 continue
-        exchanges.append(exchange)
+        exchanges[x] = exchange
         sound.append(x)
         measured.append(first + second)
-    exchanged, around = exchanged_family(family, anchors, exchanges), expansions(space, sound, measured, sensitivity)
-    prices = family.prices and corrected(family.prices, family.recipe, sound, around)
-    return replace(exchanged, expansions=around, prices=prices)
+    around = expansions(space, sound, measured, sensitivity)
+    found = informed(prices, exchanges, sound, around)
+    moved = family.moved_to(found.path(method.allocation.theta))
+    return replace(moved, expansions=around, prices=found, recipe=method.allocation)
 
 
 def _target(

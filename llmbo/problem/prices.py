@@ -17,6 +17,7 @@ from pruning.importance import Importance
 
 MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
 TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
+WIDTH_EXCHANGES = list(BOUNDS).index("width_exchanges")
 SLACK = 1e-9  # of the share that a model may have: sums of steps round otherwise than it does
 
 
@@ -29,6 +30,7 @@ class Prices:
         sensitivity: By whole blocks, around 0.
         anchors: `k` shares, increasing, at which blocks were measured in pruned members; the dense model, whose prices these are, is last.
         corrections: `k x d`, how much dearer each block was found there, as a logarithm.
+        exchanges: `k x d`, levels that blocks should give to each other there.
     """
 
     space: SearchSpace
@@ -36,14 +38,13 @@ class Prices:
     sensitivity: Tensor
     anchors: Tensor
     corrections: Tensor
+    exchanges: Tensor
 
     @classmethod
     def of(cls, space: SearchSpace, fisher: MarginalCosts, sensitivity: MarginalCosts) -> "Prices":
         """From marginal costs at the dense model, `d` rows each."""
-        one = torch.ones(1, dtype=torch.float64)
-        return cls(
-            space, _around_zero(fisher), _around_zero(sensitivity), one, torch.zeros(1, space.d, dtype=torch.float64)
-        )
+        one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, space.d, dtype=torch.float64)
+        return cls(space, _around_zero(fisher), _around_zero(sensitivity), one, nothing, nothing)
 
     @cached_property
     def steps(self) -> Tensor:
@@ -99,23 +100,34 @@ class Prices:
 
         Each takes the dearest steps until one does not fit, then those of the others that do: no step is left that would fit, and
         where steps are fine the parameter share is hardly less than asked for. Steps that break a limit of the space are left out.
-        Whatever is asked for a share below the smallest block's gets nothing, which is no legal model.
+        Whatever is asked for a share below the smallest block's gets nothing, which is no legal model. Width exchanges come last, where
+        the model stays legal; rounded between two anchors they may change its size by a level.
 
         Memory: `m n` times `d x steps` float64 prices and as many indices.
         """
         left = share.repeat(len(theta)) - self._nothing + SLACK
-        return self._taken(self.log_prices(theta, share).flatten(0, 1), left)[0].view(len(theta), len(share), -1)
+        rows = self._taken(self.log_prices(theta, share).flatten(0, 1), left)[0]
+        weight = theta[:, WIDTH_EXCHANGES].repeat_interleave(len(share))
+        return self._exchanged(rows, weight).view(len(theta), len(share), -1)
 
     def path(self, theta: Tensor) -> Tensor:
         """The distinct legal members of one recipe, `num_members x d`, by increasing share.
 
         They are taken at the sizes of the prefixes of its steps' order at a share of 0.71: unless prices depend on the size, every
-        one adds a step to the one before.
+        one adds a step to the one before, until widths are exchanged.
         """
         prices = self.log_prices(theta[None], torch.tensor([0.5**0.5], dtype=torch.float64))[0]
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
         rows = self.members(theta[None], sizes[sizes >= self.space.min_share - SLACK])[0]
         return self.space.increasing(rows[self.space.legal(rows)])
+
+    def _exchanged(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows after width exchanges, those that would become illegal, by a limit for instance, as they were: `n x d`, `n` -> `n x d`."""
+        if not self.exchanges.any():
+            return rows
+        offsets = weight[:, None] * interpolated(self.anchors, self.exchanges, self.space.share(rows))
+        moved = (rows + offsets).round().clamp(*self.space.bounds)
+        return torch.where(self.space.legal(moved)[:, None], moved, rows)
 
     @property
     def _nothing(self) -> Tensor:

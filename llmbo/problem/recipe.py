@@ -12,8 +12,9 @@ numbers of its own on top, all in logarithms, since errors of prices are factors
     m      mean of f log F + (1 - f) log S over the steps of the block's kind
     R      how much dearer the block was found at pruned members (`llmbo.problem.expansion`), interpolated in the share
 
-Prices never rise within a block. Numbers that end in `_by_size` are taken times log2(1 / share) - 1/2 and added to those that they are
-named after: they count for nothing at a share of 0.71.
+Prices never rise within a block. After that, blocks exchange a level where this was best at pruned members, as far as `width_exchanges`
+says (`llmbo.problem.expansion.best_exchanges`); this, too, is interpolated in the share. Numbers that end in `_by_size` are taken times
+log2(1 / share) - 1/2 and added to those that they are named after: they count for nothing at a share of 0.71.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ class AllocationRecipe:
     mlp_first: float = _number(0.0, -1.5, 1.5, "MLPs of the first layers dearer")
     mlp_last: float = _number(0.0, -1.5, 1.5, "MLPs of the last layers dearer")
     pruned_members: float = _number(0.0, 0.0, 1.0, "w: what was measured at pruned members")
+    width_exchanges: float = _number(1.0, 0.0, 1.0, "levels exchanged between blocks as was best at pruned members")
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmbo.problem.expansion import STEPS, best_exchanges, corrected, exchanged_family, expansions
+from llmbo.problem.expansion import STEPS, best_exchanges, expansions, informed
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.prices import Prices
 from llmbo.problem.recipe import DENSE_PRICES
@@ -39,6 +39,19 @@ def measured(space: SearchSpace, anchors: list[tuple[int, ...]]) -> tuple[list[T
         for kind, widths in space.widths.items()
     }
     return costs, sensitivity  # type: ignore[return-value]
+
+
+def exchanged(
+    family: ThresholdFamily, exchanges: dict[tuple[int, ...], Tensor], weight: float = 1.0
+) -> tuple[ThresholdFamily, ThresholdFamily]:
+    """Two families along the path of prices like the given one's: without exchanges and with them."""
+    tops = family.space.bounds[1].int().tolist()
+    costs = [[float((family.path[:, i] >= level).sum()) for level in range(1, top + 1)] for i, top in enumerate(tops)]
+    prices = Prices.of(family.space, costs, costs)
+    around = Expansions(torch.ones(1), torch.zeros(1, family.space.d, 1))
+    theta = replace(DENSE_PRICES, width_exchanges=weight).theta
+    after = informed(prices, exchanges, [], around)
+    return family.moved_to(prices.path(theta)), family.moved_to(after.path(theta))
 
 
 def test_expansions_give_back_what_was_measured_and_add_up_over_blocks(
@@ -109,9 +122,10 @@ def test_expectations_are_differences_to_the_member_of_the_same_size(make_toy: C
 
 def test_exchanging_nothing_changes_nothing(family: ThresholdFamily) -> None:
     middle = tuple(family.path[len(family.path) // 2].int().tolist())
-    for anchors in ([], [middle]):
-        still = exchanged_family(family, anchors, [torch.zeros(family.space.d)] * len(anchors))
-        assert torch.equal(still.path, family.path) and torch.equal(still.shares, family.shares)
+    some = torch.where(torch.tensor(middle) > 0, -1.0, 1.0).double()
+    for exchanges, weight in (({}, 1.0), ({middle: 0 * some}, 1.0), ({middle: some}, 0.0)):
+        plain, still = exchanged(family, exchanges, weight)
+        assert torch.equal(still.path, plain.path) and torch.equal(still.shares, plain.shares)
 
 
 def test_anchors_exchange_others_follow_and_all_stay_legal(
@@ -120,7 +134,7 @@ def test_anchors_exchange_others_follow_and_all_stay_legal(
     space = family.space
     costs = [torch.randn(space.d, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(len(anchors))]
     exchanges = [best_exchanges(space, x, cost) for x, cost in zip(anchors, costs, strict=True)]
-    corrected = exchanged_family(family, anchors, exchanges)
+    _, corrected = exchanged(family, dict(zip(anchors, exchanges, strict=True)))
     assert space.legal(corrected.path).all() and (corrected.shares.diff() > 0).all()
     assert tuple(corrected.path[-1].int().tolist()) == space.max_levels
     torch.testing.assert_close(corrected.shares, space.share(corrected.path), rtol=0, atol=0)
@@ -141,10 +155,11 @@ def test_an_exchange_that_breaks_a_limit_is_not_made(make_toy: Callable[..., Any
     family = ThresholdFamily.from_importance(space, toy.importance)
     x = family.at(0.5)
     up = torch.tensor([1.0] * space.num_layers + [-1.0] * space.num_layers)
-    corrected = exchanged_family(
-        family, [x], [torch.minimum(up, space.bounds[1] - torch.tensor(x)).clamp_min(-torch.tensor(x))]
-    )
-    assert (space.cost("kv_bytes", corrected.path) <= limit).all()
+    offsets = torch.minimum(up, space.bounds[1] - torch.tensor(x)).clamp_min(-torch.tensor(x))
+    plain, corrected = exchanged(family, {x: offsets})
+    assert torch.equal(corrected.path, plain.path) and (space.cost("kv_bytes", plain.path) <= limit).all()
+    _, free = exchanged(replace(family, space=toy.space), {x: offsets})
+    assert (space.cost("kv_bytes", free.path) > limit).any()  # else this would say nothing
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -190,10 +205,12 @@ def test_blocks_that_are_dearer_at_pruned_members_get_dearer_there_alone(make_to
     falls = (factor[:, None] * said * prices.shares).where(prices.steps, 0.0)
     change[:, : falls.shape[1]] = falls.flip(-1).cumsum(-1).flip(-1)
     around = Expansions(torch.tensor([0.5, 1.0], dtype=torch.float64), torch.stack([change, 0 * change]))
-    found = corrected(prices, DENSE_PRICES, [anchor], around)
+    found = informed(prices, {anchor: 0 * factor}, [anchor], around)
     at, dense = found.corrections
-    assert not dense.any() and torch.equal(found.anchors, around.shares)
+    assert not dense.any() and not found.exchanges.any()
+    torch.testing.assert_close(found.anchors, space.share(torch.tensor([anchor, space.max_levels])))
     assert 0.3 * math.log(1.5) < float(at[8]) < math.log(1.5) and float(at[8]) > float(at[7]) > float(at[6]) >= 0
     assert 0.3 < float(at[1]) <= 0.75
     torch.testing.assert_close(at[[4, 5, 11]], torch.zeros(3, dtype=torch.float64), atol=0.02, rtol=0)
-    assert corrected(prices, DENSE_PRICES, [], replace(around, shares=torch.ones(1))) is prices
+    unsound = informed(prices, {anchor: 0 * factor}, [], replace(around, shares=torch.ones(1)))
+    assert not unsound.corrections.any()

@@ -49,8 +49,9 @@ class Opened:
             }
             return found
 
-        parts = self.problem.threshold_family, self.problem.supernet, self.windows, self.sensitivity, measured
-        return with_exchanges(*parts, lambda done: None, method)
+        assert self.problem.family.prices is not None
+        parts = self.problem.threshold_family, self.problem.family.prices, self.problem.supernet, self.windows
+        return with_exchanges(*parts, self.sensitivity, measured, lambda done: None, method)
 
     def orders(self) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
         """Every anchor, and first and second order of every block's `STEPS` from there, `d x steps` each."""
@@ -70,6 +71,7 @@ def opened(model_folder: Path, text_file: Path) -> Iterator[Opened]:
     config = RunConfig(
         model=str(model_folder), text=f"text:{text_file}", window=16, calibration_tokens=640, proxy_tokens=64,
         heldout_tokens=64, dtype="float32", device="cpu", min_share=0.2,
+        recipe_search=True, recipe="dense-prices",
     )  # fmt: skip
     loaded = load_model(config.model, config.dtype, config.device)
     windows: TokenWindows = load_windows(config, loaded)

@@ -84,7 +84,7 @@ def test_prices_never_rise_within_a_block(prices: Prices) -> None:
     assert (found[..., 1:] <= found[..., :-1]).all()
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", [name for name in BOUNDS if name != "width_exchanges"])
 def test_every_number_does_what_it_says(prices: Prices, name: str) -> None:
     """It moves prices; one by size does so for small models as its namesake does, and not at the neutral share."""
     space = prices.space
@@ -103,6 +103,23 @@ def test_every_number_does_what_it_says(prices: Prices, name: str) -> None:
         torch.testing.assert_close(raised[1], at(**{named: getattr(DENSE_PRICES, named) + 0.1})[1])
     else:
         assert changed == [True, True]
+
+
+def test_width_is_exchanged_as_far_as_a_recipe_says_and_less_towards_the_dense_model(prices: Prices) -> None:
+    space = prices.space
+    give = torch.zeros(space.d, dtype=torch.float64)
+    give[-1], give[-2] = 2.0, -2.0
+    exchanges, nothing = torch.stack([give, 0 * give]), torch.zeros(2, space.d, dtype=torch.float64)
+    known = replace(
+        prices, anchors=torch.tensor([0.5, 1.0], dtype=torch.float64), corrections=nothing, exchanges=exchanges
+    )
+    shares = torch.tensor([0.5, 0.75], dtype=torch.float64)
+    for weight in (0.0, 0.5, 1.0):
+        theta = replace(DENSE_PRICES, width_exchanges=weight).theta[None]
+        plain, moved = prices.members(theta, shares)[0], known.members(theta, shares)[0]
+        offsets = weight * (2 - 2 * space.share(plain)).clamp(max=1)[:, None] * give
+        torch.testing.assert_close(moved, (plain + offsets).round().clamp(*space.bounds), rtol=0, atol=0)
+    assert not torch.equal(moved, plain)  # else this would say nothing
 
 
 def test_what_is_dearer_at_pruned_members_keeps_more(prices: Prices) -> None:

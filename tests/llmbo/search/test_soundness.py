@@ -14,6 +14,8 @@ import torch
 from llmbo.problem import preparation
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
+from llmbo.problem.prices import Prices
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.gain import trial_gains
 from llmbo.search.soundness import SoundPath, on_sound_path
@@ -29,7 +31,7 @@ def _measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / "prepared"))
 
 
-def broken(family: ThresholdFamily, *anything: object) -> ThresholdFamily:
+def broken(family: ThresholdFamily) -> ThresholdFamily:
     """In large members the first layer has lost its attention."""
     path = family.path.clone()
     path[(family.shares > 0.7) & (family.shares < 0.97), 0] = 0
@@ -52,37 +54,38 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
     llmbo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expansions of the wrong sign: without the check half of this path is worth nothing."""
-    real, make, made = preparation.exchange_costs, preparation.exchanged_family, list[Any]()
+    real, make, made = preparation.exchange_costs, preparation.informed, list[Any]()
 
     def wrong(*args: Any, **options: Any) -> Any:
         return {kind: -1e4 * cost for kind, cost in real(*args, **options).items()}
 
-    def watched(family: ThresholdFamily, anchors: Any, exchanges: Any) -> ThresholdFamily:
-        made.append((exchanges, make(family, anchors, exchanges), family))
-        return made[-1][1]
+    def watched(prices: Prices, exchanges: Any, *rest: Any) -> Prices:
+        found = make(prices, exchanges, *rest)
+        made.append((torch.stack([*exchanges.values()]), *(p.path(DENSE_PRICES.theta) for p in (found, prices))))
+        return found
 
     monkeypatch.setattr(preparation, "exchange_costs", wrong)
-    monkeypatch.setattr(preparation, "exchanged_family", watched)
+    monkeypatch.setattr(preparation, "informed", watched)
     done = llmbo(**FLAGS | {"budget": 1, "min_share": 0.2})
     assert done.exit_code == 0, done.output
     ((exchanges, moved, plain),) = made
-    assert done.output.count(AT_ANCHOR) == 3 and not torch.stack(exchanges).any()
-    assert torch.equal(moved.path, plain.path)
+    assert done.output.count(AT_ANCHOR) == 3 and not exchanges.any()
+    assert torch.equal(moved, plain)
     monkeypatch.setattr(preparation, "LOSS_OF_EXCHANGES", float("inf"))
     assert AT_ANCHOR not in llmbo(name="unguarded", **FLAGS | {"budget": 1, "min_share": 0.2}).output
-    assert torch.stack(made[1][0]).any(-1).all() and not torch.equal(made[1][1].path, plain.path)
+    assert made[1][0].any(-1).all() and not torch.equal(made[1][1], plain)
 
 
 def test_a_broken_member_is_told_and_left_behind_and_a_resumed_search_decides_alike(
     llmbo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = list[ThresholdFamily]()
+    made, real = list[ThresholdFamily](), preparation.with_exchanges
 
-    def watched(family: ThresholdFamily, *anything: object) -> ThresholdFamily:
+    def watched(family: ThresholdFamily, *rest: Any) -> ThresholdFamily:
         made.append(family)
-        return broken(family)
+        return broken(real(family, *rest))
 
-    monkeypatch.setattr(preparation, "exchanged_family", watched)
+    monkeypatch.setattr(preparation, "with_exchanges", watched)
     done = llmbo(**FLAGS)
     assert done.exit_code == 0 and done.output.count(IN_SEARCH) == 1
     trials, space = stored(llmbo, "tiny"), made[0].space

@@ -61,7 +61,7 @@ SMALLER = {
     r"--budget \d+": "--budget 4",
     r"^(llmbo optimize (?!--help)(?!.*--budget).*)$": r"\1 --budget 4",  # of 60 by default
     r"^(llmbo optimize (?!--help).*)$": " ".join(
-        [r"\1", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
+        [r"\1 --no-samples", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
     ),
     r"^(llmbo optimize (?!--help)(?!.*--heldout-text).*)$": r"\1 --heldout-text none",
     r"--trial \d+": "--trial 1",

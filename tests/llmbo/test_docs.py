@@ -51,6 +51,7 @@ NOT_RUN = {
     "llmbo evaluate llama exports/llama-54 --items": "needs files of items; tests/llmbo/evaluation/test_evaluation.py brings some",
     "llmbo optimize --model llama --budget 60 --advisor mail:": "ends for a reply; tests/llmbo/advisor/test_advisor_cli.py gives some",
     "llmbo optimize --model llama --budget 60 --advisor replay:": "needs a recording; tests/llmbo/advisor/test_advisors.py makes one",
+    "python -m experiments.anonymous ": "takes most of an hour; tests/llmbo/models/test_offload.py watches a short command",
     "python -m experiments.record ": "fits a surrogate to hundreds of evaluations, for minutes",
 }
 # What some commands need beside the packages that `make venv` installs; without it they are skipped.
@@ -61,7 +62,7 @@ SMALLER = {
     r"--budget \d+": "--budget 4",
     r"^(llmbo optimize (?!--help)(?!.*--budget).*)$": r"\1 --budget 4",  # of 60 by default
     r"^(llmbo optimize (?!--help).*)$": " ".join(
-        [r"\1", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
+        [r"\1 --no-samples", *(f"--{key.replace('_', '-')} {value}" for key, value in FEW_TOKENS.items())]
     ),
     r"^(llmbo optimize (?!--help)(?!.*--heldout-text).*)$": r"\1 --heldout-text none",
     r"--trial \d+": "--trial 1",

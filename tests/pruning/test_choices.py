@@ -1,5 +1,6 @@
 """Accuracy is what a plain loop over choices finds, whatever the padding and the batches."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -41,11 +42,7 @@ def plain(model: PreTrainedModel, question: Sequence[int], whole: Sequence[int])
 
 
 @SOME_FAMILIES
-@pytest.mark.parametrize("tokens", [1, 60, 4096])
-def test_accuracy_is_the_plain_one(
-    model: PreTrainedModel, items: list[Item], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(continuations, "TOKENS", tokens)
+def test_accuracy_is_the_plain_one(model: PreTrainedModel, items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize = Letters()
     best: dict[str, list[int]] = {"acc": [], "acc_norm": []}
     for item in items:
@@ -55,7 +52,8 @@ def test_accuracy_is_the_plain_one(
         best["acc"].append(sums.index(max(sums)))
         best["acc_norm"].append(normed.index(max(normed)))
     choices = Choices.of(items, tokenize, 64)
-    for own_logits in (False, True):
+    for tokens, own_logits in itertools.product((1, 60, 4096), (False, True)):
+        monkeypatch.setattr(continuations, "TOKENS", tokens)
         found = choices.right(score(model, choices.rows, own_logits)[0])
         for right, chosen in zip(found, best.values(), strict=True):
             assert right.tolist() == [place == item.answer for place, item in zip(chosen, items, strict=True)]

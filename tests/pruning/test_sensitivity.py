@@ -160,7 +160,7 @@ def exact_drop(model: PreTrainedModel, anatomy: Anatomy, kind: BlockKind, window
                 handle.remove()
 
     ones = torch.ones(len(outputs), len(window), dtype=torch.float64)
-    moved = torch.autograd.functional.jacobian(logits, ones)  # (T-1) x V x L x T
+    moved = torch.autograd.functional.jacobian(logits, ones, vectorize=True)  # (T-1) x V x L x T
     p = logits(ones).softmax(-1).detach()  # (T-1) x V
     # Tokens are drawn independently at every position, so what they add to a gate's gradient adds in square.
     mean = torch.einsum("tv,tvlg->tlg", p, moved)

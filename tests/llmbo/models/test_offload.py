@@ -4,6 +4,7 @@ import gc
 import re
 import runpy
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.mapping import is_mapped
 from llmbo.models.placement import leave_layers
 
-RANDOM_MODEL: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[3] / "experiments" / "random_model.py"))
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+RANDOM_MODEL: dict[str, Any] = runpy.run_path(str(EXPERIMENTS / "random_model.py"))
 NOTHING = 16e6  # bytes that loading takes besides the weights
 TOKENS = torch.arange(2, 14)[None]
 needs_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux counts this memory")
@@ -95,6 +97,18 @@ def test_what_is_cast_takes_the_weights_once_and_a_shard_when_it_stays_on_disk(
     assert taken < NOTHING and again.model.name_or_path == str(wide)
     assert again.fingerprint == loaded.fingerprint == plain.fingerprint and loaded.source == plain.source
     assert torch.equal(loaded.model(TOKENS).logits, plain.model(TOKENS).logits)
+
+
+@needs_linux
+def test_what_a_command_takes_is_watched_from_outside(wide: Path) -> None:
+    """At its peak, and not what it maps."""
+    file = max(wide.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    program = (
+        "import mmap, sys, time; file = open(sys.argv[1], 'rb'); mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "seen = sum(mapped[::4096]); held = b'1' * 50_000_000; time.sleep(0.1); del held; time.sleep(0.05); sys.exit(3)"
+    )
+    code, most = runpy.run_path(str(EXPERIMENTS / "anonymous.py"))["run"]([sys.executable, "-c", program, str(file)])
+    assert code == 3 and 50e6 < most < 50e6 + NOTHING and file.stat().st_size > NOTHING
 
 
 def pickled(folder: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_front_is_judged_and_nothing_twice(
     )
     written: list[int] = []
     monkeypatch.setattr(judgement, "samples", lambda *words: written.append(1) or samples(*words))
-    done = llmbo(budget=18, items=files, no_samples=True)
+    done = llmbo(budget=18, items=files)
     assert done.exit_code == 0, done.output
     first, plain = llmbo.report(), finished.report()
     assert [trial["objectives"] for trial in first["trials"]] == [trial["objectives"] for trial in plain["trials"]]
@@ -59,7 +59,7 @@ def test_the_front_is_judged_and_nothing_twice(
     )
 
     asked.clear()
-    again = llmbo(budget=20, items=files)
+    again = llmbo(budget=20, items=files, no_samples=None)
     assert again.exit_code == 0, again.output
     report = llmbo.report()
     new = [point for point in report["front"] if point["trial"] >= 18]
@@ -87,7 +87,7 @@ def test_the_front_is_judged_and_nothing_twice(
 
     text = files[0].read_text(encoding="utf-8")
     files[0].write_text(text.replace('"answer": 0', '"answer": 1'), encoding="utf-8")
-    changed = llmbo(budget=22, items=files)
+    changed = llmbo(budget=22, items=files, no_samples=None)
     files[0].write_text(text, encoding="utf-8")
     assert changed.exit_code == 2 and "items" in changed.stderr
 

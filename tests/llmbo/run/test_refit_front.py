@@ -48,7 +48,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def refitted(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Any) -> Any:
     """A finished run with three refitted points, of one go. Read it only."""
     made = make_llmbo(tmp_path_factory.mktemp("refitted"))
-    made = replace(made, defaults={**made.defaults, "calibration_tokens": TOKENS, "budget": 8, "no_samples": True})
+    made = replace(made, defaults={**made.defaults, "calibration_tokens": TOKENS, "budget": 8})
     done = made(heldout_text="python", refit_front=3)
     assert done.exit_code == 0, done.output
     assert "refitted" in done.stdout and "refits in sequence: " in done.stderr

@@ -126,6 +126,28 @@ class ArchitecturePart(_Part):
     neurons: list[int]
 
 
+class PathPart(_Part):
+    """What a recipe's path keeps at a size."""
+
+    share: float
+    architecture: ArchitecturePart
+
+
+class RecipePart(_Part):
+    """An allocation recipe, in numbers and in words.
+
+    `names`: `own` made this run's path; `best` is the best that the search tried: its `trials`, of two sizes or more, save the part `gain`
+    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes, before width exchanges.
+    """
+
+    names: list[Literal["own", "default", "dense-prices", "best"]]
+    numbers: dict[str, float]
+    words: str
+    trials: list[int] = []
+    gain: float | None = None
+    paths: list[PathPart] = []
+
+
 def _field(row: Quantity) -> Any:
     kind = int if row.integer else float
     return kind if row.required else (kind | None, None)
@@ -286,6 +308,7 @@ class Report(_Part):
     hypervolume: HypervolumePart
     warnings: list[str] = []
     importance: list[ImportancePart] = []
+    recipes: list[RecipePart] = []
     advisor: AdvisorPart | None = None
 
     @model_validator(mode="after")
@@ -297,7 +320,9 @@ class Report(_Part):
             if number is None or not 0 <= number < len(self.trials):
                 raise ValueError(f"front.{place}.trial: there is no trial {number}")
         model = self.model
-        parts: dict[str, FrontPoint | TrialPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        parts: dict[str, FrontPoint | TrialPart | PathPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        for place, recipe in enumerate(self.recipes):
+            parts |= {f"recipes.{place}.paths.{index}": path for index, path in enumerate(recipe.paths)}
         for name, part in {"dense": self.dense, **parts}.items():
             for kind, units, most in (
                 ("kv_groups", part.architecture.kv_groups, model.num_key_value_heads),

@@ -11,6 +11,7 @@ from llmbo.evaluation.items import items_part
 from llmbo.problem.kept import hand_on
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.report import build_report, environment, front_of, write_report
+from llmbo.report.recipes import recipe_parts
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
@@ -109,6 +110,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
         run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
         {**judgements(run), "refitted": refitted(run)},
+        recipe_parts(run.problem, trials, run.objectives),
     )
     write_report(report, run.folder)
     for text in report.warnings:

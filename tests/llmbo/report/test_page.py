@@ -106,6 +106,13 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
             {"method": method, "kind": kind, "scores": [rng.lognormvariate(0, 2) for _ in range(LAYERS)]}
             for method in ("fisher", "taylor") for kind in ("attention", "mlp")
         ],
+        "recipes": [
+            {"names": names, "numbers": {}, "words": said, "paths": [{"share": at, "architecture": architecture(at)} for at in (0.55, 0.85)]} | more
+            for names, said, more in (
+                (["own", "default"], "dense prices", {}),
+                (["best"], "MLPs of late layers dearer (+0.30)", {"trials": [3, 5], "gain": 0.042}),
+            )
+        ],
         **changes,
     }  # fmt: skip
 
@@ -370,6 +377,37 @@ def test_hypervolume_importance_cost_trials_and_recipe_are_there(opened: Open) -
         tab.page.click("#all-trials tbody tr:first-child button")
         assert tab.text("#trial h3") == f"trial {first['number']}"
         assert "llmbo optimize --model x" in tab.text("#recipe")
+
+
+def test_recipes_are_told_in_words_and_drawn_along_depth(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:
+        told = tab.text("#allocation")
+        assert (
+            "this run's = default" in told and "MLPs of late layers dearer (+0.30)." in told and "Saves 4.2 %" in told
+        )
+        tab.page.click("#allocation button:has-text('trial 5')")
+        assert tab.text("#trial h3") == "trial 5"
+        assert tab.page.locator("#allocation figure").count() == 2 and "share 85.0 %" in told
+        spans = tab.page.eval_on_selector_all(
+            "#allocation figure .path", "nodes => nodes.map(node => node.getBBox().height)"
+        )
+        kept = [
+            (recipe["paths"][size]["architecture"][kind], most)
+            for size in range(2)
+            for recipe in report["recipes"]
+            for kind, most in (("kv_groups", GROUPS), ("neurons", NEURONS))
+        ]
+        assert spans == pytest.approx([70 * (max(units) - min(units)) / most for units, most in kept], rel=1e-3)
+        looks = tab.page.eval_on_selector_all(
+            "#allocation dt .path",
+            "nodes => nodes.map(n => [n.getAttribute('stroke'), n.getAttribute('stroke-dasharray')])",
+        )
+        assert len(looks) == 2 and all(a != b for a, b in zip(*looks, strict=True))
+        tab.page.locator("#allocation summary").first.click()
+        tab.page.locator("#allocation tbody tr").first.wait_for()
+        cells = tab.page.locator("#allocation tbody tr").nth(7).locator("td").all_inner_texts()
+        assert [int(cell) for cell in cells] == [units[7] for units, _ in kept[:4]]
 
 
 def test_what_the_advisor_did_is_shown(opened: Open) -> None:

@@ -61,7 +61,7 @@ def build_report(
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
         elsewhere: Values on text of another domain by trial number.
-        judged: `items`, `samples`, `refitted` and `noise` of trials by number, and of the dense model (None).
+        judged: `items`, `samples`, `refitted`, `noise` and `noise_elsewhere` of trials by number, and of the dense model (None).
         recipes: Of the allocation path (`llmbo.report.recipes`).
     """
     another = dict(facts.get("elsewhere") or {})

@@ -32,20 +32,22 @@ def best_recipe(trials: Sequence[Trial], quality: Objective, dense: Mapping[str,
     Args:
         dense: The dense model's values by objective name.
     """
-    gains, found = trial_gains(trials, quality, dense), defaultdict[tuple[float, ...], list[Trial]](list)
+    gains, found = trial_gains(trials, quality, dense), defaultdict[AllocationRecipe, list[Trial]](list)
     for trial in trials:
         if trial.recipe and trial.number in gains and trial.counts:
-            found[tuple(AllocationRecipe.of(trial.recipe).to_dict().values())].append(trial)
+            found[AllocationRecipe.of(trial.recipe)].append(trial)
 
     def ratio(trial: Trial) -> float:
         excess = max(0.0, quality.sign * (dense[quality.name] - trial.values[quality.name]))
         return math.log(max(excess + gains[trial.number], 0.0) + EPSILON) - math.log(excess + EPSILON)
 
-    tried = {row: own for row, own in found.items() if len({trial.values["params_share"] for trial in own}) >= SIZES}
-    scores = {row: sum(map(ratio, own)) / (len(own) + 1) for row, own in tried.items()}
+    tried = {
+        recipe: own for recipe, own in found.items() if len({trial.values["params_share"] for trial in own}) >= SIZES
+    }
+    scores = {recipe: sum(map(ratio, own)) / (len(own) + 1) for recipe, own in tried.items()}
     best = max(scores, key=scores.__getitem__, default=None)
     if best is None or scores[best] <= 0:
         return None
     own = tried[best]
     gain = 1 - math.exp(-sum(map(ratio, own)) / len(own))
-    return BestRecipe(AllocationRecipe(*best), tuple(trial.number for trial in own), gain)
+    return BestRecipe(best, tuple(trial.number for trial in own), gain)

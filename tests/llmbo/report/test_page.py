@@ -107,7 +107,8 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
             for method in ("fisher", "taylor") for kind in ("attention", "mlp")
         ],
         "recipes": [
-            {"names": names, "numbers": {}, "words": said, "paths": [{"share": at, "architecture": architecture(at)} for at in (0.55, 0.85)]} | more
+            {"names": names, "numbers": {}, "words": said, **more}
+            | {"paths": [{"share": share, "architecture": architecture(share)} for share in (0.55, 0.85)]}
             for names, said, more in (
                 (["own", "default"], "dense prices", {}),
                 (["best"], "MLPs of late layers dearer (+0.30)", {"trials": [3, 5], "gain": 0.042}),

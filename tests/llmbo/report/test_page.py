@@ -222,6 +222,13 @@ def test_it_says_how_sure_held_out_values_are_and_which_neighbours_may_be_alike(
     for place, point in enumerate(front):
         alike = {1: numbers[:1], 3: numbers[:1], 4: numbers[2:4]}.get(place, [])
         point["noise"] = {"windows": 12, "kl": 0.0123456, "loss": 0.00212, "by": "kl", "not_better_than": alike}
+        point["noise_elsewhere"] = {
+            **point["noise"],
+            "kl": 0.0456,
+            "windows": 7,
+            "not_better_than": numbers[:place][:1],
+        }
+        point["refitted"]["noise"] = {**point["noise"], "kl": 0.00789, "not_better_than": []}
     with opened(report) as tab:
         line = f"2 of {len(front) - 1} points of the front are not surely better than the next smaller one: "
         assert f"{line}trial {numbers[1]}, trial {numbers[4]}. Compared" in tab.text("#noise")
@@ -232,11 +239,21 @@ def test_it_says_how_sure_held_out_values_are_and_which_neighbours_may_be_alike(
         assert f"Not surely better in held-out kl than the smaller trial {numbers[2]}, trial {numbers[3]}." in tab.text(
             "#trial"
         )
-        assert "12 held-out windows" in tab.text("#trial")
+        assert f"{point['elsewhere']['kl']:.4g}\n± 0.046" in tab.text("#trial")
+        assert f"{point['refitted']['heldout']['kl']:.4g}\n± 0.0079" in tab.text("#trial")
+        noise = tab.text("#trial .noise")
+        assert f"Not surely better in held-out, python kl than the smaller trial {numbers[0]}." in noise
+        assert (
+            "Surely better in refitted: held-out kl than every smaller point of the front that was measured so."
+            in noise
+        )
+        assert "12 held-out, 7 held-out, python, 12 refitted: held-out windows" in noise
         tab.page.click(f"#trial .noise >> text=trial {numbers[2]}")
         assert tab.text("#trial h3") == f"trial {numbers[2]}" and "Surely better" in tab.text("#trial .noise")
         tab.page.evaluate(f"update({{selected: '0:{numbers[0]}'}})")
-        assert "better" not in tab.text("#trial .noise") and "12 held-out windows" in tab.text("#trial .noise")
+        assert "better" not in tab.text("#trial .noise") and "12 held-out, 7 held-out, python" in tab.text(
+            "#trial .noise"
+        )
         drawn = "chart('front-chart').getOption().series.find((one) => one.type === 'line' && one.name.includes('held-out')).data"
         bars = [pair for pair in tab.page.evaluate(drawn) if pair[0] != "-"]
         expected = [

@@ -41,7 +41,7 @@ class Point:
         samples: Greedy continuations by prompt; a few points of the front have some.
         refitted: `objectives`, `heldout` and `elsewhere` with refits in sequence, for points that were refitted.
         noise: What chance of the held-out windows leaves open, as `llmbo.report.schema.NoisePart` has it: half-widths of `kl` and `loss`,
-            and the smaller points of the front that this one is not surely better than.
+            and the smaller points of the front that this one is not surely better than. `noise_elsewhere`: on text of another domain.
     """
 
     trial: int | None
@@ -56,6 +56,7 @@ class Point:
     samples: Mapping[str, str] = field(default_factory=dict)
     refitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     noise: Mapping[str, Any] = field(default_factory=dict)
+    noise_elsewhere: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -108,8 +109,8 @@ class Run:
     def to_dataframe(self) -> "DataFrame":
         """Every measured trial as a row of a pandas table: `trial` (the index), `origin`, `on_front`, `gain`, the quantities, the
         held-out ones with `heldout_` before their names, how sure these are with `noise_`, those on text of another domain with
-        `elsewhere_`, those of refits in sequence with `refitted_objectives_`, `refitted_heldout_` and so on, scores with their file's
-        name before theirs, and the widths kept by each layer.
+        `elsewhere_` and `noise_elsewhere_`, those of refits in sequence with `refitted_objectives_`, `refitted_heldout_`,
+        `refitted_noise_` and so on, scores with their file's name before theirs, and the widths kept by each layer.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -128,12 +129,13 @@ class Run:
                 **point.objectives,
                 **{f"heldout_{name}": value for name, value in (point.heldout or {}).items()},
                 **{f"noise_{name}": value for name, value in point.noise.items()},
+                **{f"noise_elsewhere_{name}": value for name, value in point.noise_elsewhere.items()},
                 **{f"elsewhere_{name}": value for name, value in (point.elsewhere or {}).items()},
                 **{
                     f"refitted_{part}_{name}": value
                     for part, values in point.refitted.items()
                     for name, value in values.items()
-                    if QUANTITIES[name].measured
+                    if "noise" in part or QUANTITIES[name].measured
                 },
                 **{f"{file}_{name}": value for file, scores in point.items.items() for name, value in scores.items()},
                 **point.architecture.to_dict(),
@@ -251,5 +253,7 @@ def _seen(point: FrontPoint | None) -> dict[str, Any]:
     scores = (point.items if point else None) or {}
     items = {file: found.model_dump(exclude_none=True) for file, found in scores.items()}
     refitted = point.refitted.model_dump(exclude_none=True) if point and point.refitted else {}
-    noise = point.noise.model_dump() if point and point.noise else {}
-    return {"items": items, "samples": (point.samples if point else None) or {}, "refitted": refitted, "noise": noise}
+    noises = {
+        name: part.model_dump() if (part := getattr(point, name, None)) else {} for name in ("noise", "noise_elsewhere")
+    }
+    return {"items": items, "samples": (point.samples if point else None) or {}, "refitted": refitted, **noises}

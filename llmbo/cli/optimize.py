@@ -67,7 +67,10 @@ def optimize(
     ] = False,
     compensation: Annotated[bool, typer.Option(help="Repair output projections by least squares.")] = True,
     recipe: Annotated[
-        str, typer.Option(help="Of the allocation path: default, dense-prices, or a JSON file of its numbers.")
+        str,
+        typer.Option(
+            help="Of the allocation path: default, dense-prices, a JSON file of its numbers, or a finished run, whose best is taken."
+        ),
     ] = "default",
     recipe_search: Annotated[
         bool, typer.Option(help="Let the search try members of other recipes' paths too.")

@@ -12,7 +12,8 @@ from llmbo.deploy.request import ExportRequest
 from llmbo.errors import printable
 from llmbo.models.aliases import ALIASES
 from llmbo.models.loading import LoadedModel
-from llmbo.report.schema import ModelPart, Refitted, Report, TrialPart
+from llmbo.report.origin import ModelPart
+from llmbo.report.schema import Refitted, Report, TrialPart
 from llmbo.run.rebuild import Cut
 from pruning.masks import PruningMask
 

@@ -101,10 +101,19 @@ def _converted(alias: Alias) -> Path:
     return kept_folder(target, lambda folder: _convert(files[0], folder))
 
 
+WRITTEN = "tokenizer.written"  # size of the tokenizer, and when it was written
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether nothing of a model in the cache is missing, cut off or garbled, as far as headers tell; takes milliseconds."""
+    """Whether nothing of a model in the cache is missing, cut off or garbled, as far as headers tell; takes milliseconds.
+
+    A tokenizer, of megabytes, is read only where it is not the file that was written.
+    """
     try:
-        texts = [json.loads((folder / name).read_bytes()) for name in ("config.json", "tokenizer.json")]
+        written = folder / WRITTEN  # versions before this one wrote none
+        untouched = written.exists() and written.read_text(encoding="utf-8") == _stamp(folder)
+        names = ("config.json",) if untouched else ("config.json", "tokenizer.json")
+        texts = [json.loads((folder / name).read_bytes()) for name in names]
         files = sorted(folder.glob("*.safetensors"))
         for file in files:
             with safe_open(file, "pt") as weights:
@@ -115,9 +124,16 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+def _stamp(folder: Path) -> str:
+    """Size of the tokenizer, and when it was written."""
+    found = (folder / "tokenizer.json").stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def _write(target: Path, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
         write(Path(folder))
+        (Path(folder) / WRITTEN).write_text(_stamp(Path(folder)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
         os.mkdir(folder)  # the context manager wants something to remove

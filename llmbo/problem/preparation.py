@@ -54,6 +54,7 @@ class Problem:
     """A prepared model: everything that search strategies share and none of what tells them apart.
 
     Args:
+        prices: At the dense model, of which paths of all recipes are made.
         family: The best allocation known without search; the other three are baselines.
         threshold_family: The same before width exchanges.
         limits: Largest allowed values of what is measured; `space` knows the others.
@@ -64,6 +65,7 @@ class Problem:
     """
 
     space: SearchSpace
+    prices: Prices
     family: ThresholdFamily
     threshold_family: ThresholdFamily
     fisher_family: ThresholdFamily
@@ -196,6 +198,7 @@ def prepared(
         }
         yield Problem(
             space,
+            prices,
             supernet=supernet,
             proxy=proxy,
             windows=windows,

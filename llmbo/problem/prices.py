@@ -196,14 +196,6 @@ def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Ten
     return costs
 
 
-def geometric_mean(first: MarginalCosts, second: MarginalCosts) -> list[list[float]]:
-    """Step by step: both are nats per parameter, and their errors are factors."""
-    return [
-        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
-        for row, other in zip(first, second, strict=True)
-    ]
-
-
 def _hull_slopes(sizes: Sequence[int], costs: Sequence[float]) -> list[float]:
     """Fall of the lower convex hull of (size, cost) at every step, in cost per size; steps on one edge share its slope."""
     hull: list[int] = []

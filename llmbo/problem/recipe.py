@@ -42,7 +42,7 @@ class AllocationRecipe:
         ConfigError: A number lies outside its bounds, or is none.
     """
 
-    fisher_weight: float = _number(0.5, 0.0, 1.0, "f: Fisher scores against sensitivity of whole blocks")
+    fisher_weight: float = _number(0.5, 0.0, 1.0, "f: more of Fisher scores, less of the sensitivity of whole blocks")
     fisher_weight_by_size: float = _number(0.0, -0.5, 0.5, "more of it for small models")
     attention: float = _number(0.0, -1.0, 1.0, "a: attention dearer, MLPs cheaper")
     attention_by_size: float = _number(0.0, -1.0, 1.0, "more of it for small models")
@@ -60,8 +60,8 @@ class AllocationRecipe:
     mlp_curve: float = _number(0.0, -1.0, 1.0, "c: MLPs at both ends dearer than in the middle")
     mlp_first: float = _number(0.0, -1.5, 1.5, "MLPs of the first layers dearer")
     mlp_last: float = _number(0.0, -1.5, 1.5, "MLPs of the last layers dearer")
-    pruned_members: float = _number(0.0, 0.0, 1.0, "w: what was measured at pruned members")
-    width_exchanges: float = _number(1.0, 0.0, 1.0, "levels exchanged between blocks as was best at pruned members")
+    pruned_members: float = _number(0.0, 0.0, 1.0, "w: more of what was measured at pruned members")
+    width_exchanges: float = _number(1.0, 0.0, 1.0, "more of the width exchanges that were best at pruned members")
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

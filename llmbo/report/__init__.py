@@ -10,28 +10,24 @@ if TYPE_CHECKING:
     from llmbo.report.build import build_report as build_report
     from llmbo.report.build import environment as environment
     from llmbo.report.build import front_of as front_of
-    from llmbo.report.schema import DataPart as DataPart
-    from llmbo.report.schema import ElsewherePart as ElsewherePart
+    from llmbo.report.origin import DataPart as DataPart
+    from llmbo.report.origin import ElsewherePart as ElsewherePart
+    from llmbo.report.origin import ModelPart as ModelPart
+    from llmbo.report.origin import SourcePart as SourcePart
+    from llmbo.report.origin import SplitPart as SplitPart
     from llmbo.report.schema import ImportancePart as ImportancePart
     from llmbo.report.schema import ItemsPart as ItemsPart
-    from llmbo.report.schema import ModelPart as ModelPart
     from llmbo.report.schema import Report as Report
-    from llmbo.report.schema import SourcePart as SourcePart
-    from llmbo.report.schema import SplitPart as SplitPart
     from llmbo.report.schema import TrialPart as TrialPart
     from llmbo.report.schema import json_schema as json_schema
     from llmbo.report.write import write_report as write_report
 
 _HOME = {
+    "origin": ("DataPart", "ElsewherePart", "ModelPart", "SourcePart", "SplitPart"),
     "schema": (
-        "DataPart",
-        "ElsewherePart",
         "ImportancePart",
         "ItemsPart",
-        "ModelPart",
         "Report",
-        "SourcePart",
-        "SplitPart",
         "TrialPart",
         "json_schema",
     ),

@@ -21,6 +21,7 @@ from llmbo.report.schema import (
     FrontPoint,
     HypervolumePart,
     ObjectivePart,
+    RecipePart,
     Report,
     SpacePart,
     TrialPart,
@@ -49,6 +50,7 @@ def build_report(
     advisor: AdvisorPart | None = None,
     elsewhere: Mapping[int, Mapping[str, float]] = {},
     judged: Mapping[str, Mapping[int | None, Mapping[str, Any]]] = {},
+    recipes: Sequence[RecipePart] = (),
 ) -> Report:
     """Put stored trials into the report's shape.
 
@@ -59,7 +61,8 @@ def build_report(
         heldout: Held-out values by trial number.
         advisor: What advice cost and brought, for a run with an advisor.
         elsewhere: Values on text of another domain by trial number.
-        judged: `items`, `samples`, `refitted` and `noise` of trials by number, and of the dense model (None).
+        judged: `items`, `samples`, `refitted`, `noise` and `noise_elsewhere` of trials by number, and of the dense model (None).
+        recipes: Of the allocation path (`llmbo.report.recipes`).
     """
     another = dict(facts.get("elsewhere") or {})
     dense_elsewhere = another.pop("dense", None)
@@ -134,6 +137,7 @@ def build_report(
         hypervolume=HypervolumePart(final=trace[-1] if trace else 0.0, trace=trace),
         warnings=warnings_of(trials, objectives, limits),
         importance=facts.get("importance", []),
+        recipes=list(recipes),
         advisor=advisor,
     )
 

@@ -19,7 +19,7 @@ from llmbo.report.quantities import quality_of, quantities
 from llmbo.report.table import elsewhere_name, front_rows, item_columns
 
 LIBRARY = "echarts.common.min.js"
-SCRIPTS = ("core.js", "charts.js", "trial.js", "sections.js", "main.js")  # in the order of what they use
+SCRIPTS = ("core.js", "charts.js", "trial.js", "sections.js", "recipes.js", "main.js")  # in the order of what they use
 
 
 def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

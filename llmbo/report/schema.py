@@ -7,94 +7,11 @@ from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from llmbo.advisor.parts import AdvisorPart
 from llmbo.config.objectives import QUANTITIES, Quantity
+from llmbo.report.origin import DataPart, ElsewherePart, ModelPart, RunPart
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class RunPart(_Part):
-    """How the run was made. `settings` are what the user chose; `seconds` are summed over resumed processes, by phase.
-
-    `recipe`: constants of the method that its models depend on; null in reports of the first version, which had others.
-    """
-
-    name: str
-    command: str
-    status: Literal["complete", "interrupted", "failed"]
-    settings: dict[str, Any]
-    seed: int
-    versions: dict[str, str]
-    platform: str
-    device: str
-    dtype: str
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    recipe: dict[str, Any] | None = None
-
-
-class ModelPart(_Part):
-    name: str
-    source: str
-    model_type: str
-    fingerprint: str
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    params: int
-    block_params: int
-
-
-class SplitPart(_Part):
-    """One of three disjoint sets of windows. `tokens` counts every token of every window, BOS included."""
-
-    windows: int
-    tokens: int
-
-
-class SourcePart(_Part):
-    """One text of a mix: its `share` of the tokens, and the `windows` taken from it, of all three sets together."""
-
-    source: str
-    sha256: str
-    share: float
-    windows: int
-
-
-class DataPart(_Part):
-    """Where the text came from. Losses are means over the `window - 1` predicted tokens of each window.
-
-    `sources` are the texts of a mix; `sha256` covers them all. `chat`: whether they were put through the tokenizer's chat template.
-    """
-
-    source: str
-    sha256: str
-    available_tokens: int
-    window: int
-    bos: bool
-    calibration: SplitPart
-    proxy: SplitPart
-    heldout: SplitPart
-    chat: bool = False
-    sources: list[SourcePart] = []
-
-
-class ElsewherePart(_Part):
-    """The text of another domain, on windows of which the front and the dense model were judged once more, after the search.
-
-    `digest` is of the tokens, `sha256` of the text.
-    """
-
-    source: str
-    sha256: str
-    available_tokens: int
-    windows: int
-    tokens: int
-    digest: str
 
 
 class SpacePart(_Part):
@@ -124,6 +41,28 @@ class ConstraintPart(_Part):
 class ArchitecturePart(_Part):
     kv_groups: list[int]
     neurons: list[int]
+
+
+class PathPart(_Part):
+    """What a recipe's path keeps at a size."""
+
+    share: float
+    architecture: ArchitecturePart
+
+
+class RecipePart(_Part):
+    """An allocation recipe, in numbers and in words.
+
+    `names`: `own` made this run's path; `best` is the best that the search tried: its `trials`, of two sizes or more, save the part `gain`
+    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes, before width exchanges.
+    """
+
+    names: list[Literal["own", "default", "dense-prices", "best"]]
+    numbers: dict[str, float]
+    words: str
+    trials: list[int] = []
+    gain: float | None = None
+    paths: list[PathPart] = []
 
 
 def _field(row: Quantity) -> Any:
@@ -204,16 +143,8 @@ class ItemScores(_Part):
     perplexity: float | None = None
 
 
-class Refitted(_Part):
-    """What a trial measures with its output projections refitted in sequence, for it alone: on the same windows as without."""
-
-    objectives: Values
-    heldout: Values | None = None
-    elsewhere: Values | None = None
-
-
 class NoisePart(_Part):
-    """What chance of the held-out `windows` leaves open, by Student's t over them, window by window against what is compared.
+    """What chance of the `windows` that values are means of leaves open, by Student's t, window by window against what is compared.
 
     `kl`, `loss`: half-widths of the 95 % intervals, in nats per token, of the mean kl, and of the mean loss above the dense model's on the
     same windows. `not_better_than`: smaller points of the front that this one is not surely better than in `by`: the 95 % interval of
@@ -227,13 +158,27 @@ class NoisePart(_Part):
     not_better_than: list[int]
 
 
+class Refitted(_Part):
+    """What a trial measures with its output projections refitted in sequence, for it alone: on the same windows as without.
+
+    `noise`, `noise_elsewhere`: as of a point of the front, among those that are refitted.
+    """
+
+    objectives: Values
+    heldout: Values | None = None
+    elsewhere: Values | None = None
+    noise: NoisePart | None = None
+    noise_elsewhere: NoisePart | None = None
+
+
 class FrontPoint(_Part):
     """`heldout` is null while the held-out windows have not been evaluated (an interrupted run).
 
     `elsewhere` is the same on text of another domain, which the report's `elsewhere` names.
     `items`: scores by the name of each file of items. `samples`: greedy continuations by prompt; a few points have some. Both are
     made after the search, and null where they were not. `refitted`: some points are measured with refits in sequence, too.
-    `noise` is null for the dense model, where there are no two windows, and for points that an earlier version measured.
+    `noise` and, on text of another domain, `noise_elsewhere` are null for the dense model, where there are no two windows, and for points
+    that an earlier version measured.
     """
 
     trial: int | None
@@ -245,6 +190,7 @@ class FrontPoint(_Part):
     samples: dict[str, str] | None = None
     refitted: Refitted | None = None
     noise: NoisePart | None = None
+    noise_elsewhere: NoisePart | None = None
 
 
 class HypervolumePart(_Part):
@@ -286,6 +232,7 @@ class Report(_Part):
     hypervolume: HypervolumePart
     warnings: list[str] = []
     importance: list[ImportancePart] = []
+    recipes: list[RecipePart] = []
     advisor: AdvisorPart | None = None
 
     @model_validator(mode="after")
@@ -297,7 +244,9 @@ class Report(_Part):
             if number is None or not 0 <= number < len(self.trials):
                 raise ValueError(f"front.{place}.trial: there is no trial {number}")
         model = self.model
-        parts: dict[str, FrontPoint | TrialPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        parts: dict[str, FrontPoint | TrialPart | PathPart] = {f"trials.{trial.number}": trial for trial in self.trials}
+        for place, recipe in enumerate(self.recipes):
+            parts |= {f"recipes.{place}.paths.{index}": path for index, path in enumerate(recipe.paths)}
         for name, part in {"dense": self.dense, **parts}.items():
             for kind, units, most in (
                 ("kv_groups", part.architecture.kv_groups, model.num_key_value_heads),

@@ -11,6 +11,7 @@ from llmbo.errors import printable
 from llmbo.report.quantities import item_values
 
 REFITTED = ("objectives", "heldout", "elsewhere")
+NOISES = ("noise", "noise_elsewhere", "refitted_noise", "refitted_noise_elsewhere")
 Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -23,16 +24,21 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
     own = {text_name(report["data"]["source"]) for _, report in runs}
     on = f" on {own.pop()}" if others and len(own) == 1 else ""  # several runs may have texts of their own
     items, refitted = item_columns(runs), [name for name in measured if _was_refitted(runs, name)]
-    noise = noise_columns(runs)
-    sure = {"kl": f"± held-out kl{on}", "loss": f"± held-out loss{on}", "not_better_than": "not surely better than"}
+    noise, both = noise_columns(runs), ("kl", "loss")
+    own_noise = [name for name in (*both, "not_better_than") if ("noise", name) in noise]
+    far_noise, refitted_noise = (
+        [name for name in both if (field, name) in noise] for field in ("noise_elsewhere", "refitted_noise")
+    )
     headings = [
         *(["run"] if len(runs) > 1 else []),
         "trial",
         *(f"{name}{on}" if name in seen_there else name for name in quantities),
         *(f"held-out {name}{on}" if name in seen_there else f"held-out {name}" for name in measured),
-        *(heading for name, heading in sure.items() if name in noise),
+        *("not surely better than" if name not in both else f"± held-out {name}{on}" for name in own_noise),
         *(f"held-out {name} on {other}" for other in others for name in seen_there),
+        *(f"± held-out {name} on {other}" for other in others for name in far_noise),
         *(f"refitted held-out {name}{on if name in seen_there else ''}" for name in refitted),
+        *(f"± refitted held-out {name}{on}" for name in refitted_noise),
         *items,
     ]
     rows = []
@@ -48,8 +54,14 @@ def front_rows(runs: Runs, labels: Sequence[str]) -> tuple[list[str], list[list[
             ]
             asked = [_shown(item_values(point).get(name)) for name in items]
             again = [_shown(_refitted(point, "heldout").get(name)) for name in refitted]
-            unsure = [_shown(_noise(point, name)) for name in sure if name in noise]
-            seen = (*values, *heldout, *unsure, *elsewhere, *again, *asked)
+            unsure = [_shown(_noise(point, "noise", name)) for name in own_noise]
+            unsure_there = [
+                _shown(_noise(point, "noise_elsewhere", name) if elsewhere_name(report) == other else None)
+                for other in others
+                for name in far_noise
+            ]
+            unsure_again = [_shown(_noise(point, "refitted_noise", name)) for name in refitted_noise]
+            seen = (*values, *heldout, *unsure, *elsewhere, *unsure_there, *again, *unsure_again, *asked)
             rows.append([*([label] if len(runs) > 1 else []), number, *seen])
     return headings, rows
 
@@ -85,7 +97,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
     refitted = [name for name in quantities if _was_refitted(runs, name)]
     again = [f"refitted_{part}_{name}" for part in REFITTED for name in refitted]
     noise = noise_columns(runs)
-    unsure = [f"noise_{name}" for name in noise]
+    unsure = [f"{field}_{name}" for field, name in noise]
     headings = ("run", *keys, "on_front", *quantities, *heldout, *unsure, *elsewhere, *again, *items, "architecture")
     writer.writerow([_defused(cell) for cell in headings])
     for label, (_, report) in zip(labels, runs, strict=True):
@@ -98,7 +110,7 @@ def as_csv(runs: Runs, labels: Sequence[str]) -> str:
                 trial["number"] in front,
                 *(values.get(name) for name in quantities),
                 *(seen.get(name) for name in quantities),
-                *(_noise(point, name) for name in noise),
+                *(_noise(point, *column) for column in noise),
                 *([elsewhere_name(report) if far else None] if there else []),
                 *(far.get(name) for name in there),
                 *(_refitted(point, part).get(name) for part in REFITTED for name in refitted),
@@ -113,16 +125,21 @@ def item_columns(runs: Runs) -> list[str]:
     return list(dict.fromkeys(name for _, report in runs for name in item_values(report["dense"])))
 
 
-def noise_columns(runs: Runs) -> list[str]:
-    """Names of what chance leaves open, where any point of the fronts tells it."""
-    return list(
-        dict.fromkeys(name for _, report in runs for point in report["front"] for name in point.get("noise") or {})
-    )
+def noise_columns(runs: Runs) -> list[tuple[str, str]]:
+    """What chance leaves open, of which values and in what, where any point of the fronts tells it."""
+    points = [point for _, report in runs for point in report["front"]]
+    return list(dict.fromkeys((field, name) for field in NOISES for point in points for name in _noises(point, field)))
 
 
-def _noise(point: Mapping[str, Any], name: str) -> float | int | str | None:
+def _noises(point: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """One of `NOISES`; empty where a point has none."""
+    part = (point.get("refitted") or {}) if field.startswith("refitted_") else point
+    return part.get(field.removeprefix("refitted_")) or {}
+
+
+def _noise(point: Mapping[str, Any], field: str, name: str) -> float | int | str | None:
     """As a cell; numbers of trials with blanks between them."""
-    value = (point.get("noise") or {}).get(name)
+    value = _noises(point, field).get(name)
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -19,10 +19,10 @@ from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
-from llmbo.problem.method import Method
+from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, prepared
-from llmbo.problem.recipe import recipe_of
+from llmbo.problem.recipe import RECIPES, AllocationRecipe
 from llmbo.problem.residence import placed
 from llmbo.problem.sequence import check_refit_front
 from llmbo.problem.texts import load_elsewhere, load_windows
@@ -31,6 +31,7 @@ from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
+from llmbo.run.recipes import recipe_named
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import as_started, stored_run
 from llmbo.run.tokens import settled
@@ -136,9 +137,10 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     folder = RUNS / config.name
     own_file = None if config.storage else folder / "study.db"
     url = config.storage or f"sqlite:///{own_file}"
+    before = None
     if not fresh:
         config = as_started(config, url)
-        _continued(config, url)
+        before = _continued(config, url)
     check_advisor(config, folder)
     strategy_of(config.strategy)  # a plug-in may be broken
     with phases.phase("model files"):  # an alias is converted on first use
@@ -148,7 +150,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
-    recipe_of(config.recipe)
+    named = (
+        None if before else recipe_named(config.recipe)
+    )  # a stored run has its numbers, whatever became of file or run
+    if named and config.recipe not in RECIPES:
+        phases.note(f"Recipe {named[1]}.")
     if config.heldout_text != "none":
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
@@ -183,7 +189,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             digests = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
-        method = Method.of(stored.get("recipe")) if stored else None
+        method = Method.of(stored.get("recipe")) if stored else _new_method(config, named)
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
@@ -232,6 +238,12 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                     items,
                     exams,
                 )
+
+
+def _new_method(config: RunConfig, named: tuple[AllocationRecipe, str] | None) -> Method:
+    """Of a run that begins: today's, with the recipe that the settings name, if it was not looked up before."""
+    recipe, _ = named or recipe_named(config.recipe)
+    return replace(DEFAULT, allocation=recipe)
 
 
 def _settled(config: RunConfig, base: Found | LoadedModel, anatomy: Anatomy) -> RunConfig:

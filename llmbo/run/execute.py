@@ -11,10 +11,11 @@ from llmbo.evaluation.items import items_part
 from llmbo.problem.kept import hand_on
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.report import build_report, environment, front_of, write_report
+from llmbo.report.recipes import recipe_parts
 from llmbo.run.assemble import RunParts
 from llmbo.run.database import shown_url
 from llmbo.run.facts import elsewhere_part
-from llmbo.run.judgement import WINDOWS, judge, judgements, spread
+from llmbo.run.judgement import judge, judgements, spread
 from llmbo.run.records import digest_elsewhere
 from llmbo.run.refit_front import refit_front, refitted
 from llmbo.search.loop import run_search
@@ -61,11 +62,10 @@ def measure_heldout(run: RunParts) -> None:
         return
     evaluator, top = run.problem.heldout(), run.problem.space.max_levels
     [dense] = evaluator.evaluate([top])
-    run.store.set_judgement(WINDOWS, None, dense.windows)
+    run.store.set_heldout(None, dense)
     run.store.set_fact("dense_heldout", {**dense, **run.problem.deployed(top)})
     for trial, found in _measured(missing, evaluator):
-        run.store.set_judgement(WINDOWS, trial.number, found.windows)  # first: what has values is not measured again
-        run.store.set_heldout(trial.number, {**found, **run.problem.deployed(trial.x)})
+        run.store.set_heldout(trial.number, Measurement({**found, **run.problem.deployed(trial.x)}, found.windows))
 
 
 def measure_elsewhere(run: RunParts) -> None:
@@ -77,9 +77,10 @@ def measure_elsewhere(run: RunParts) -> None:
         return
     evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
     [dense] = evaluator.evaluate([run.problem.space.max_levels])
+    run.store.set_heldout(None, dense, part["digest"])
     run.store.set_fact("elsewhere", {**part, "dense": dense})
-    for trial, values in _measured(missing, evaluator):
-        run.store.set_heldout(trial.number, values, part["digest"])
+    for trial, found in _measured(missing, evaluator):
+        run.store.set_heldout(trial.number, found, part["digest"])
 
 
 def _measured(trials: Sequence[Trial], evaluator: ProxyEvaluator) -> Iterator[tuple[Trial, Measurement]]:
@@ -109,6 +110,7 @@ def _write(run: RunParts, display: Display, command: str, status: str) -> None:
         summarise(config.settings(), run.advice, trials, run.objectives, run.problem.dense) if advised else None,
         run.store.heldout(digest) if (digest := digest_elsewhere(facts)) else {},
         {**judgements(run), "refitted": refitted(run)},
+        recipe_parts(run.problem, trials, run.objectives),
     )
     write_report(report, run.folder)
     for text in report.warnings:

@@ -12,8 +12,9 @@ from llmbo.problem.objectives import Objective
 from llmbo.report import front_of
 from llmbo.report.schema import NoisePart
 from llmbo.run.assemble import RunParts
+from llmbo.run.records import digest_elsewhere
 from llmbo.search.noise import half_width, surely_better
-from llmbo.types import Phases, Trial
+from llmbo.types import Measurement, Phases, Trial
 from pruning.continuations import continued
 
 PROMPTS = (  # a fact, a story, code
@@ -23,7 +24,6 @@ PROMPTS = (  # a fact, a story, code
 )
 NEW_TOKENS = 24
 SAMPLED = 6  # points of the front
-WINDOWS = "heldout_windows"  # kl and loss of each, as the store calls them
 
 
 def judge(run: RunParts, phases: Phases) -> None:
@@ -39,13 +39,19 @@ def judgements(run: RunParts) -> dict[str, Mapping[int | None, Mapping[str, Any]
     """What is stored, as the report shows it: of samples those that belong to the front as it is now."""
     front = front_of(run.store.trials(), run.objectives)
     shown = {None, *(trial.number for trial in spread(front, SAMPLED))}
-    found, windows = run.store.judgements("samples"), run.store.judgements(WINDOWS)
-    valued = {None, *run.store.heldout()}
+    found, digest = run.store.judgements("samples"), digest_elsewhere(run.store.facts)
+    elsewhere = run.store.heldout(digest) if digest else {}
     return {
         "items": run.store.judgements("items"),
         "samples": {key: found[key] for key in shown & found.keys()},
-        "noise": noise(front, {key: windows[key] for key in valued & windows.keys()}, run.objectives),
+        "noise": noise(front, windows_of(run.store.heldout()), run.objectives),
+        "noise_elsewhere": noise(front, windows_of(elsewhere), run.objectives),
     }
+
+
+def windows_of(found: Mapping[int | None, Measurement]) -> dict[int | None, Mapping[str, Sequence[float]]]:
+    """`kl` and `loss` by window of those that have kept them."""
+    return {number: measured.windows for number, measured in found.items() if measured.windows}
 
 
 def noise(
@@ -59,7 +65,7 @@ def noise(
         windows: `kl` and `loss` of each held-out window by trial number, and of the dense model (None).
     """
     known = [trial for trial in front if trial.number in windows]
-    if not known or len(windows[None]["loss"]) < 2:
+    if not known or None not in windows or len(windows[None]["loss"]) < 2:
         return {}
     by: Literal["kl", "loss"] = "loss" if "loss" in {objective.name for objective in objectives} else "kl"
     values = {

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,13 @@ from llmbo.problem.space import SearchSpace, space_of
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import check_window, item_files
 from llmbo.run.duration import Rates, seconds_by_phase
+from llmbo.run.recipes import recipe_named
 from llmbo.run.tokens import settled
 from pruning.anatomy import Anatomy, BlockKind
 from pruning.cost import dense_block_parameters
 from pruning.text import read_mix
 
+WIDTH = 70  # of a line behind its name
 HEADERS = 0.05  # of a file, so much may be something else than weights
 PAGE_BYTES = 1_000_000  # the report's page, with its script, and pictures
 TRIAL_BYTES, TRIAL_BLOCK_BYTES = 2_000, 250  # of a trial in database, report and page, and for each of its blocks
@@ -90,6 +93,7 @@ class Plan:
         stored: Its files; None where only the config is known.
         levels: Widths that the search knows for each kind of block, none and all of it among them.
         smallest_share: Of the decoder layers' parameters, in the smallest legal model.
+        recipe: Of the allocation path, in words.
         machine: Memory that is free.
         residences: By where layers wait: "none", "cpu", "disk".
         chosen: The one that the run would take; None where none fits.
@@ -108,6 +112,7 @@ class Plan:
     stored: StoredWeights | None
     levels: Mapping[BlockKind, int]
     smallest_share: float
+    recipe: str
     machine: Machine
     residences: Mapping[str, Residence]
     chosen: Residence | None
@@ -142,6 +147,8 @@ class Plan:
         share = self.smallest_share
         smallest = self.parameters - (1 - share) * self.block_parameters
         yield "", f"smallest legal {share:.1%} of the layers, {_count(smallest)} parameters"
+        for index, line in enumerate(textwrap.wrap(self.recipe, WIDTH)):
+            yield "" if index else "recipe", line
         limit = self.residences["none"].limit
         yield "memory", f"{readable(limit)} may be taken on {self.device}"
         for offload, residence in self.residences.items():
@@ -204,6 +211,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
         if "text:" in text and "hf:" not in text:  # others would be downloaded, or take their time
             read_mix(text)
     item_files(config)
+    _, recipe = recipe_named(config.recipe)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize
@@ -238,6 +246,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
         stored,
         levels={kind: len(widths) for kind, widths in space.widths.items()},
         smallest_share=_smallest_share(space),
+        recipe=recipe,
         machine=machine,
         residences={place: residence_of(config, anatomy, itemsize, machine, place) for place in places},
         chosen=chosen,

@@ -3,17 +3,18 @@
 Raises ValueError, or what Optuna raises, for what makes no sense; `database.explained` makes one line of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
-from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart, Refitted
-from llmbo.types import Proposal, Source, Trial, TrialState
+from llmbo.report.origin import DataPart, ElsewherePart, ModelPart
+from llmbo.report.schema import ImportancePart, ItemScores, Refitted
+from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
 HELDOUT, ELSEWHERE = "heldout", "elsewhere:"
@@ -51,9 +52,15 @@ class _Report(_Record):
 
 
 class _Refitted(Refitted):
-    """`digest`: of the windows of another text."""
+    """`digest`: of the windows of another text. `windows`: by the name of a field, what its values are means of."""
 
     digest: str
+    windows: dict[str, Windows] = Field(default_factory=dict)
+
+
+class _Heldout(_Record):
+    values: Values
+    windows: Windows = {}
 
 
 class _Elsewhere(ElsewherePart):
@@ -101,10 +108,9 @@ class _Attributes(_Record):
 
 
 _SETTINGS, _FACTS, _ATTRIBUTES = TypeAdapter(_Settings), TypeAdapter(_Facts), TypeAdapter(_Attributes)
-_PROPOSALS, _HELDOUT = TypeAdapter(list[_Proposal]), TypeAdapter(dict[int, Values])
-# What the finished front is judged by: held-out windows one by one, and after them what fills the report's field of this name.
+_PROPOSALS, _HELDOUT, _EARLIER = TypeAdapter(list[_Proposal]), TypeAdapter(_Heldout), TypeAdapter(dict[int, Values])
+# What the finished front is judged by beside held-out windows: each fills the report's field of this name.
 JUDGEMENTS: dict[str, TypeAdapter[Any]] = {
-    "heldout_windows": TypeAdapter(Windows),
     "items": TypeAdapter(dict[str, ItemScores]),
     "samples": TypeAdapter(dict[str, str]),
     "refitted": TypeAdapter(_Refitted),
@@ -134,19 +140,24 @@ def digest_elsewhere(facts: Mapping[str, Any]) -> str:
     return digest
 
 
-def heldout_key(digest: str = "") -> str:
-    """Name of the attribute that holds held-out measurements: on the run's own text, or on windows of another with this digest."""
+def heldout_kind(digest: str = "") -> str:
+    """Kind of the judgements that are held-out measurements: on the run's own text, or on windows of another with this digest."""
     return f"{ELSEWHERE}{digest}" if digest else HELDOUT
 
 
-def heldout_of(attributes: Mapping[str, Any], digest: str = "") -> dict[int, Values]:
-    """Held-out measurements by trial number.
+def heldout_of(attributes: Mapping[str, Any], digest: str = "") -> dict[int | None, Measurement]:
+    """Held-out measurements by trial number, and the dense model's (None). Earlier versions kept all in one attribute, without windows.
 
     Args:
         digest: Of windows of another text; empty for the run's own.
     """
-    key = heldout_key(digest)
-    return _fits(_HELDOUT, attributes.get(key, {}), key, strict=False)
+    kind = heldout_kind(digest)
+    earlier = _fits(_EARLIER, attributes.get(kind, {}), kind, strict=False)
+    found: dict[int | None, Measurement] = {number: Measurement(values) for number, values in earlier.items()}
+    for number, key in _judged(attributes, kind):
+        kept = _fits(_HELDOUT, attributes[key], key)
+        found[number] = Measurement(kept.values, kept.windows)
+    return found
 
 
 def judgement_key(kind: str, number: int | None) -> str:
@@ -157,11 +168,17 @@ def judgement_key(kind: str, number: int | None) -> str:
 def judgements_of(attributes: Mapping[str, Any], kind: str) -> dict[int | None, dict[str, Any]]:
     """What is stored of a row of `JUDGEMENTS`, by trial number; None stands for the dense model."""
     found: dict[int | None, dict[str, Any]] = {}
+    for number, key in _judged(attributes, kind):
+        _fits(JUDGEMENTS[kind], attributes[key], key)
+        found[number] = attributes[key]
+    return found
+
+
+def _judged(attributes: Mapping[str, Any], kind: str) -> Iterator[tuple[int | None, str]]:
+    """Trials that have such an attribute, and its name."""
     for key in (key for key in attributes if key.startswith(f"{kind}:")):
         number = key.removeprefix(f"{kind}:")
-        _fits(JUDGEMENTS[kind], attributes[key], key)
-        found[None if number == "dense" else int(number)] = attributes[key]
-    return found
+        yield None if number == "dense" else int(number), key
 
 
 def frozen_trials(study: optuna.Study) -> list[FrozenTrial]:

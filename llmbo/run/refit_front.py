@@ -10,12 +10,13 @@ from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.sequence import PHASE, sequential
 from llmbo.report import front_of
 from llmbo.run.assemble import RunParts
-from llmbo.run.judgement import spread
+from llmbo.run.judgement import noise, spread, windows_of
 from llmbo.run.records import digest_elsewhere
 from llmbo.types import Phases
 
 KIND = "refitted"
 MEASURED: tuple[str, ...] = ("objectives", "heldout", "elsewhere")
+NOISE = {"heldout": "noise", "elsewhere": "noise_elsewhere"}
 
 
 def refit_front(run: RunParts, phases: Phases) -> None:
@@ -45,17 +46,24 @@ def refit_front(run: RunParts, phases: Phases) -> None:
                 name: replace(evaluator, supernet=supernet).evaluate([trial.x])[0]
                 for name, evaluator in evaluators.items()
             }
-            run.store.set_judgement(KIND, trial.number, {**found, "digest": digest})
+            windows = {name: measured.windows for name, measured in found.items() if name in NOISE}
+            run.store.set_judgement(KIND, trial.number, {**found, "digest": digest, "windows": windows})
 
 
 def refitted(run: RunParts) -> dict[int | None, Mapping[str, Any]]:
     """What is stored, as the report shows it: of another text only what its windows as they are now say."""
-    digest = digest_elsewhere(run.store.facts)
-    return {
-        number: {name: found[name] for name in MEASURED if name in found}
-        | ({} if found["digest"] == digest else {"elsewhere": None})
-        for number, found in run.store.judgements(KIND).items()
-    }
+    digest, stored = digest_elsewhere(run.store.facts), run.store.judgements(KIND)
+    front, shown = front_of(run.store.trials(), run.objectives), dict[int | None, dict[str, Any]]()
+    for number, found in stored.items():
+        names = MEASURED if found["digest"] == digest else MEASURED[:-1]
+        shown[number] = {name: found[name] for name in names if name in found}
+    dense = {"heldout": run.store.heldout(), "elsewhere": run.store.heldout(digest) if digest else {}}
+    for name, field in NOISE.items():
+        kept = {number: stored[number].get("windows", {}).get(name) for number in shown if name in shown[number]}
+        windows = windows_of({None: dense[name][None]}) if None in dense[name] else {}
+        for number, part in noise(front, windows | {n: own for n, own in kept.items() if own}, run.objectives).items():
+            shown[number][field] = part
+    return shown
 
 
 def _beyond(advance: Callable[[int], None], before: int, done: int) -> None:

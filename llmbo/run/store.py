@@ -31,7 +31,7 @@ from llmbo.run.records import (
     JUDGEMENTS,
     digest_elsewhere,
     frozen_trials,
-    heldout_key,
+    heldout_kind,
     heldout_of,
     judgement_key,
     judgements_of,
@@ -184,15 +184,17 @@ class TrialStore:
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     @_writes
-    def set_heldout(self, number: int, values: Mapping[str, float], digest: str = "") -> None:
-        """Keep a trial's held-out measurements: on the run's own text, or on windows of another with this digest."""
-        key = heldout_key(digest)
-        measured = self._study.user_attrs.get(key, {})  # a finished trial is closed for good, the study is not
-        self._study.set_user_attr(key, {**measured, str(number): dict(values)})
+    def set_heldout(self, number: int | None, found: Measurement, digest: str = "") -> None:
+        """Keep held-out measurements of a trial, or of the dense model (None), on windows of another text where there is a digest."""
+        kept = {
+            "values": dict(found),
+            "windows": found.windows,
+        }  # a finished trial is closed for good, the study is not
+        self._study.set_user_attr(judgement_key(heldout_kind(digest), number), kept)
 
     @uninterrupted()
-    def heldout(self, digest: str = "") -> dict[int, dict[str, float]]:
-        """Held-out measurements by trial number."""
+    def heldout(self, digest: str = "") -> dict[int | None, Measurement]:
+        """Held-out measurements by trial number, the dense model's (None) with those of their windows."""
         return heldout_of(self._study.user_attrs, digest)
 
     @_writes

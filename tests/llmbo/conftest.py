@@ -41,6 +41,7 @@ from llmbo.config.objectives import feasible
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.marginals import Marginals
 from llmbo.problem.objectives import Objective, build_objectives
+from llmbo.problem.prices import TINY
 from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
@@ -224,6 +225,15 @@ def family(request: pytest.FixtureRequest, make_toy: Callable[..., Any]) -> Thre
 @pytest.fixture
 def toy(make_toy: Callable[..., Toy]) -> Toy:
     return make_toy()
+
+
+@pytest.fixture
+def geometric_mean() -> Callable[..., list[list[float]]]:
+    """Of two marginal costs, step by step: what the dense model's prices are, but for their unit."""
+    return lambda first, second: [
+        [(max(a, TINY) * max(b, TINY)) ** 0.5 for a, b in zip(row, other, strict=True)]
+        for row, other in zip(first, second, strict=True)
+    ]
 
 
 @pytest.fixture

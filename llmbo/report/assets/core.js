@@ -54,9 +54,9 @@ function itemsOf(point) {
 
 /** The point of the front that an entry is; the dense model is one, too. */
 const pointOf = (entry) => (entry.number === "dense" ? RUNS[entry.run].report.dense : RUNS[entry.run].report.front.find((point) => point.trial === entry.number));
-/** What chance of the held-out windows leaves open of a value, as "± 0.012"; empty where it is not known. */
-const plusMinus = (entry, name) => {
-  const half = pointOf(entry)?.noise?.[name];
+/** What chance of the windows leaves open of a value, by default of a held-out one, as "± 0.012"; empty where it is not known. */
+const plusMinus = (entry, name, noise = pointOf(entry)?.noise) => {
+  const half = noise?.[name];
   return ["kl", "loss"].includes(name) && typeof half === "number" ? `± ${format(name, Number(half.toPrecision(2)))}` : "";
 };
 const maximized = (name) => ABOUT.get(name)?.maximize ?? false;

@@ -17,7 +17,7 @@ function update(changes) {
 }
 
 function drawParts() {
-  for (const draw of [drawSamples, drawImportance, drawCost, drawAdvisor, drawRecipe]) draw(STATE);
+  for (const draw of [drawSamples, drawImportance, drawRecipes, drawCost, drawAdvisor, drawRecipe]) draw(STATE);
   for (const node of document.querySelectorAll(".of-run")) node.textContent = MANY ? ` of ${current(STATE).label}` : "";
 }
 
@@ -140,7 +140,7 @@ function start() {
       drawTrial(STATE);
     });
   });
-  DARK.addEventListener("change", drawEverything);
+  DARK.addEventListener("change", () => { drawEverything(); drawRecipes(STATE); });
   document.documentElement.dataset.ready = "yes";
 }
 

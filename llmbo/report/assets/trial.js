@@ -45,21 +45,15 @@ function numbers(entry) {
   const dense = BY_KEY.get(`${entry.run}:dense`);
   const asked = itemsOf(pointOf(entry));
   const names = QUANTITIES.filter((name) => name in entry.values && !(name in asked));
-  // What windows of text say, by heading: of the run's own that nothing saw, and of another domain; the same with refits in sequence.
-  const refitted = pointOf(entry)?.refitted;
-  const another = RUNS[entry.run].elsewhere;
-  const seen = [
-    ["held-out", entry.heldout], [`held-out, ${another}`, entry.elsewhere], ["refitted: proxy", refitted?.objectives],
-    ["refitted: held-out", refitted?.heldout], [`refitted: held-out, ${another}`, refitted?.elsewhere],
-  ].filter(([, values]) => values);
+  const seen = judged(entry);
   const rows = names.map((name) => {
     const [now, before] = [entry.values[name], dense.values[name]];
     const unit = withUnit(name, now) === format(name, now) ? "" : unitOf(name);
     const label = unit ? el("span", {}, `${words(name)} `, el("small", { class: "muted" }, `(${unit})`)) : words(name);
     const cells = [label, format(name, now), format(name, before), change(name, now, before)];
-    cells.splice(2, 0, ...seen.map(([, values]) => {
+    cells.splice(2, 0, ...seen.map(([, values, noise]) => {
       if (!isQuality(name) || typeof values[name] !== "number") return "";
-      const sure = values === entry.heldout ? plusMinus(entry, name) : "";
+      const sure = plusMinus(entry, name, noise ?? null);
       return sure ? el("span", {}, `${format(name, values[name])} `, el("small", { class: "sure muted" }, sure)) : format(name, values[name]);
     }));
     return cells;
@@ -67,17 +61,30 @@ function numbers(entry) {
   return table(["", seen.length ? "proxy" : "value", ...seen.map(([heading]) => heading), "dense", "change"], rows, `Numbers of ${nameOf(entry)}`);
 }
 
+/** What windows of text say of a point, by heading, with what chance leaves open: of the run's own that nothing saw, of another domain, refitted. */
+function judged(entry) {
+  const [point, another] = [pointOf(entry), RUNS[entry.run].elsewhere];
+  const refitted = point?.refitted;
+  return [
+    ["held-out", entry.heldout, point?.noise], [`held-out, ${another}`, entry.elsewhere, point?.noise_elsewhere], ["refitted: proxy", refitted?.objectives],
+    ["refitted: held-out", refitted?.heldout, refitted?.noise], [`refitted: held-out, ${another}`, refitted?.elsewhere, refitted?.noise_elsewhere],
+  ].filter(([, values]) => values);
+}
+
 /** What ± means, and which smaller points of the front may be as good; null where that is not known. */
 function noise(entry) {
-  const told = pointOf(entry)?.noise;
-  if (!told) return null;
-  const smaller = told.not_better_than.map((number) => BY_KEY.get(`${entry.run}:${number}`)).filter(Boolean);
+  const told = judged(entry).filter(([, , found]) => found);
+  if (!told.length) return null;
   const first = RUNS[entry.run].report.front[0].trial === entry.number;
-  const verdict = first ? [] : smaller.length
-    ? [`Not surely better in held-out ${told.by} than the smaller `, ...smaller.flatMap((other, at) => [at ? ", " : "", pick(other)]), "."]
-    : [`Surely better in held-out ${told.by} than every smaller point of the front.`];
-  return el("p", { class: "noise" }, ...verdict,
-    el("small", { class: "muted" }, `${first ? "" : " Compared window by window. "}± is the 95 % interval over ${told.windows} held-out windows, of the loss that of what it is above the dense model's.`));
+  const verdicts = first ? [] : told.flatMap(([heading, , { by, not_better_than }]) => {
+    const smaller = not_better_than.map((number) => BY_KEY.get(`${entry.run}:${number}`)).filter(Boolean);
+    return smaller.length
+      ? [`Not surely better in ${heading} ${by} than the smaller `, ...smaller.flatMap((other, at) => [at ? ", " : "", pick(other)]), ". "]
+      : [`Surely better in ${heading} ${by} than every smaller point of the front${heading === "held-out" ? "" : " that was measured so"}. `];
+  });
+  const windows = told.map(([heading, , found]) => `${found.windows} ${heading}`).join(", ");
+  return el("p", { class: "noise" }, ...verdicts,
+    el("small", { class: "muted" }, `${first ? "" : "Compared window by window. "}± is the 95 % interval over ${windows} windows, of the loss that of what it is above the dense model's.`));
 }
 
 /** A button that selects a trial. */

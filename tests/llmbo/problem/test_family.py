@@ -10,7 +10,7 @@ import torch
 
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.interpolation import bracketed, interpolated
-from llmbo.problem.prices import block_marginal_costs, geometric_mean, unit_marginal_costs
+from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.space import SearchSpace
 from pruning.cost import dense_block_parameters
 from pruning.importance import Importance
@@ -154,15 +154,6 @@ def test_a_cost_that_rises_with_width_is_taken_for_noise(make_toy: Callable[...,
     found = block_marginal_costs(space, {"attention": torch.rand(4, 3), "mlp": torch.rand(4, 4)})
     assert all(cost >= 0 for row in found for cost in row)
     assert all(b <= a for row in found for a, b in itertools.pairwise(row))
-
-
-def test_the_mean_of_marginal_costs_lies_between_them(make_toy: Callable[..., Any]) -> None:
-    costs = unit_marginal_costs(make_toy(seed=1).space, make_toy(seed=1).importance)
-    other = unit_marginal_costs(make_toy(seed=2).space, make_toy(seed=2).importance)
-    for row, a, b in zip(geometric_mean(costs, other), costs, other, strict=True):
-        assert all(min(x, y) <= mean <= max(x, y) for mean, x, y in zip(row, a, b, strict=True))
-    for row, same in zip(geometric_mean(costs, costs), costs, strict=True):
-        assert row == pytest.approx(same)
 
 
 def test_interpolation_meets_its_rows_and_stops_at_the_ends() -> None:

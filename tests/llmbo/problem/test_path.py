@@ -17,7 +17,7 @@ from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.method import DEFAULT
 from llmbo.problem.preparation import Problem, prepared, with_exchanges
-from llmbo.problem.prices import block_marginal_costs, geometric_mean, unit_marginal_costs
+from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.texts import load_windows
 from pruning.anatomy import BlockKind
@@ -82,7 +82,9 @@ def opened(model_folder: Path, text_file: Path) -> Iterator[Opened]:
         yield Opened(config, loaded, problem, some, sensitivity)
 
 
-def test_the_path_is_priced_by_units_and_by_whole_blocks(opened: Opened) -> None:
+def test_the_path_is_priced_by_units_and_by_whole_blocks(
+    opened: Opened, geometric_mean: Callable[..., list[list[float]]]
+) -> None:
     problem, model = opened.problem, opened.loaded.model
     statistics = collect_statistics(model, problem.windows.calibration)
     importance = fisher(statistics)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmbo.errors import ConfigError
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.prices import Prices, geometric_mean
+from llmbo.problem.prices import Prices
 from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
 
@@ -42,7 +42,11 @@ def prices(space: SearchSpace) -> Prices:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("limits", [{}, {"kv_bytes": 0.6}, {"params_share": 0.7, "flops": 0.75}])
 def test_the_dense_models_prices_give_the_path_of_thresholds_member_for_member(
-    space: SearchSpace, make_toy: Callable[..., Any], seed: int, limits: dict[str, float]
+    space: SearchSpace,
+    make_toy: Callable[..., Any],
+    geometric_mean: Callable[..., Any],
+    seed: int,
+    limits: dict[str, float],
 ) -> None:
     dense = {name: float(space.cost(name, space.bounds[1])) for name in limits}
     space = replace(space, limits={name: share * dense[name] for name, share in limits.items()})

@@ -106,6 +106,14 @@ def made_up_report(trials: int = 40, seed: int = 0, **changes: Any) -> dict[str,
             {"method": method, "kind": kind, "scores": [rng.lognormvariate(0, 2) for _ in range(LAYERS)]}
             for method in ("fisher", "taylor") for kind in ("attention", "mlp")
         ],
+        "recipes": [
+            {"names": names, "numbers": {}, "words": said, **more}
+            | {"paths": [{"share": share, "architecture": architecture(share)} for share in (0.55, 0.85)]}
+            for names, said, more in (
+                (["own", "default"], "dense prices", {}),
+                (["best"], "MLPs of late layers dearer (+0.30)", {"trials": [3, 5], "gain": 0.042}),
+            )
+        ],
         **changes,
     }  # fmt: skip
 
@@ -214,6 +222,13 @@ def test_it_says_how_sure_held_out_values_are_and_which_neighbours_may_be_alike(
     for place, point in enumerate(front):
         alike = {1: numbers[:1], 3: numbers[:1], 4: numbers[2:4]}.get(place, [])
         point["noise"] = {"windows": 12, "kl": 0.0123456, "loss": 0.00212, "by": "kl", "not_better_than": alike}
+        point["noise_elsewhere"] = {
+            **point["noise"],
+            "kl": 0.0456,
+            "windows": 7,
+            "not_better_than": numbers[:place][:1],
+        }
+        point["refitted"]["noise"] = {**point["noise"], "kl": 0.00789, "not_better_than": []}
     with opened(report) as tab:
         line = f"2 of {len(front) - 1} points of the front are not surely better than the next smaller one: "
         assert f"{line}trial {numbers[1]}, trial {numbers[4]}. Compared" in tab.text("#noise")
@@ -224,11 +239,21 @@ def test_it_says_how_sure_held_out_values_are_and_which_neighbours_may_be_alike(
         assert f"Not surely better in held-out kl than the smaller trial {numbers[2]}, trial {numbers[3]}." in tab.text(
             "#trial"
         )
-        assert "12 held-out windows" in tab.text("#trial")
+        assert f"{point['elsewhere']['kl']:.4g}\n± 0.046" in tab.text("#trial")
+        assert f"{point['refitted']['heldout']['kl']:.4g}\n± 0.0079" in tab.text("#trial")
+        noise = tab.text("#trial .noise")
+        assert f"Not surely better in held-out, python kl than the smaller trial {numbers[0]}." in noise
+        assert (
+            "Surely better in refitted: held-out kl than every smaller point of the front that was measured so."
+            in noise
+        )
+        assert "12 held-out, 7 held-out, python, 12 refitted: held-out windows" in noise
         tab.page.click(f"#trial .noise >> text=trial {numbers[2]}")
         assert tab.text("#trial h3") == f"trial {numbers[2]}" and "Surely better" in tab.text("#trial .noise")
         tab.page.evaluate(f"update({{selected: '0:{numbers[0]}'}})")
-        assert "better" not in tab.text("#trial .noise") and "12 held-out windows" in tab.text("#trial .noise")
+        assert "better" not in tab.text("#trial .noise") and "12 held-out, 7 held-out, python" in tab.text(
+            "#trial .noise"
+        )
         drawn = "chart('front-chart').getOption().series.find((one) => one.type === 'line' && one.name.includes('held-out')).data"
         bars = [pair for pair in tab.page.evaluate(drawn) if pair[0] != "-"]
         expected = [
@@ -370,6 +395,37 @@ def test_hypervolume_importance_cost_trials_and_recipe_are_there(opened: Open) -
         tab.page.click("#all-trials tbody tr:first-child button")
         assert tab.text("#trial h3") == f"trial {first['number']}"
         assert "llmbo optimize --model x" in tab.text("#recipe")
+
+
+def test_recipes_are_told_in_words_and_drawn_along_depth(opened: Open) -> None:
+    report = made_up_report()
+    with opened(report) as tab:
+        told = tab.text("#allocation")
+        assert (
+            "this run's = default" in told and "MLPs of late layers dearer (+0.30)." in told and "Saves 4.2 %" in told
+        )
+        tab.page.click("#allocation button:has-text('trial 5')")
+        assert tab.text("#trial h3") == "trial 5"
+        assert tab.page.locator("#allocation figure").count() == 2 and "share 85.0 %" in told
+        spans = tab.page.eval_on_selector_all(
+            "#allocation figure .path", "nodes => nodes.map(node => node.getBBox().height)"
+        )
+        kept = [
+            (recipe["paths"][size]["architecture"][kind], most)
+            for size in range(2)
+            for recipe in report["recipes"]
+            for kind, most in (("kv_groups", GROUPS), ("neurons", NEURONS))
+        ]
+        assert spans == pytest.approx([70 * (max(units) - min(units)) / most for units, most in kept], rel=1e-3)
+        looks = tab.page.eval_on_selector_all(
+            "#allocation dt .path",
+            "nodes => nodes.map(n => [n.getAttribute('stroke'), n.getAttribute('stroke-dasharray')])",
+        )
+        assert len(looks) == 2 and all(a != b for a, b in zip(*looks, strict=True))
+        tab.page.locator("#allocation summary").first.click()
+        tab.page.locator("#allocation tbody tr").first.wait_for()
+        cells = tab.page.locator("#allocation tbody tr").nth(7).locator("td").all_inner_texts()
+        assert [int(cell) for cell in cells] == [units[7] for units, _ in kept[:4]]
 
 
 def test_what_the_advisor_did_is_shown(opened: Open) -> None:

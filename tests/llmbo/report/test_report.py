@@ -107,7 +107,14 @@ def test_values_hang_together(data: dict[str, Any]) -> None:
 def test_points_of_the_front_tell_how_sure_they_are(data: dict[str, Any], finished: Any) -> None:
     """As SciPy finds it from the windows that the run has kept, whose means are the held-out values."""
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{finished.folder / 'runs' / 'tiny' / 'study.db'}")
-    windows = {key.partition(":")[2]: value for key, value in study.user_attrs.items() if "heldout_windows:" in key}
+    digest = data["elsewhere"]["digest"]
+
+    def kept(kind: str) -> dict[str, Any]:
+        return {
+            key.removeprefix(kind): value["windows"] for key, value in study.user_attrs.items() if key.startswith(kind)
+        }
+
+    windows, far = kept("heldout:"), kept(f"elsewhere:{digest}:")
     assert windows.keys() == {"dense", *(str(point["trial"]) for point in data["front"])}
     doubtful = 0
     for place, point in enumerate(data["front"]):
@@ -131,6 +138,18 @@ def test_points_of_the_front_tell_how_sure_they_are(data: dict[str, Any], finish
         assert frame.loc[number, "noise_loss"] == float(rows[str(number)]["noise_loss"]) == point["noise"]["loss"]
         assert rows[str(number)]["noise_not_better_than"] == cells[headings.index("not surely better than")] == alike
         assert cells[headings.index("± held-out kl on words.txt")] == f"{point['noise']['kl']:.4g}"
+    judged = [point for point in data["front"] if point["elsewhere"]]
+    assert 2 < len(judged) < len(data["front"]) and far.keys() == {"dense", *(str(point["trial"]) for point in judged)}
+    assert not any(point["noise_elsewhere"] for point in data["front"] if not point["elsewhere"])
+    for place, point in enumerate(judged):
+        noise, own = point["noise_elsewhere"], far[str(point["trial"])]["kl"]
+        interval = ttest_1samp(own, 0).confidence_interval(0.95)
+        assert noise["kl"] == pytest.approx((interval.high - interval.low) / 2) and noise["kl"] != point["noise"]["kl"]
+        assert point["elsewhere"]["kl"] == pytest.approx(sum(own) / len(own), rel=1e-9)
+        assert set(noise["not_better_than"]) <= {smaller["trial"] for smaller in judged[:place]}
+        row, cells = rows[str(point["trial"])], shown[data["front"].index(point)]
+        assert float(row["noise_elsewhere_kl"]) == frame.loc[point["trial"], "noise_elsewhere_kl"] == noise["kl"]
+        assert cells[headings.index("± held-out kl on python")] == f"{noise['kl']:.4g}"
     pairs = len(data["front"]) * (len(data["front"]) - 1) // 2
     assert 0 < doubtful < pairs and data["dense"]["noise"] is None
 

@@ -213,7 +213,7 @@ WRITES: dict[str, Callable[[TrialStore, Any], None]] = {
     "start": lambda store, toy: store.start(3, 1, Proposal(toy.random_points(1, 99)[0], "late")),
     "finish": lambda store, toy: store.finish(2, toy.evaluate(store.trials()[2].x), 9.0),
     "fail": lambda store, toy: store.fail(2, "late", 9.0),
-    "held-out": lambda store, toy: store.set_heldout(0, {"kl": 9.0}),
+    "held-out": lambda store, toy: store.set_heldout(0, Measurement({"kl": 9.0})),
     "fact": lambda store, toy: store.set_fact("run", "late"),
     "note": lambda store, toy: store.set_note("late", 1),
 }

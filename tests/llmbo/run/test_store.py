@@ -16,7 +16,7 @@ from llmbo.run.database import delete_run, explained, open_storage
 from llmbo.run.facts import differences
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
-from llmbo.types import Proposal, Source, TrialState
+from llmbo.types import Measurement, Proposal, Source, TrialState
 
 SETTINGS = {"model": "tiny", "seed": 3, "objectives": ("kl", "params_share"), "reference_point": None, "maximum": ()}
 Open = Callable[..., TrialStore]
@@ -65,8 +65,8 @@ def test_what_was_stored_is_read_by_another_process(toy: Any, open_store: Open, 
     store.start(4, 2, extra[0])
     store.start(5, 2, extra[1])
     store.fail(4, "kl is nan", 0.25)
-    store.set_heldout(1, {"kl": 0.5})
-    store.set_heldout(3, {"kl": 0.75})
+    store.set_heldout(1, Measurement({"kl": 0.5}, {"kl": [0.25, 0.75]}))
+    store.set_heldout(3, Measurement({"kl": 0.75}))
     store.set_fact("run", {"status": "complete"})
     again = open_store()
     assert again.trials() == store.trials() and again.rounds() == store.rounds()
@@ -78,7 +78,7 @@ def test_what_was_stored_is_read_by_another_process(toy: Any, open_store: Open, 
     assert (trials[4].failure, trials[4].seconds, trials[4].values) == ("kl is nan", 0.25, {})
     assert (trials[5].x, trials[5].origin, trials[5].seconds) == (extra[1].x, "qnehvi", None)
     assert again.rounds()[2] == extra
-    assert again.heldout() == {1: {"kl": 0.5}, 3: {"kl": 0.75}}
+    assert again.heldout() == {1: {"kl": 0.5}, 3: {"kl": 0.75}} and again.heldout()[1].windows == {"kl": [0.25, 0.75]}
     assert again.facts == {**facts, "run": {"status": "complete"}}
 
 

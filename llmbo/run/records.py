@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
@@ -21,6 +21,7 @@ _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
 Windows = dict[str, list[FiniteFloat]]
+Predicted = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 
 
 def _sensible(limits: list[str]) -> list[str]:
@@ -81,9 +82,11 @@ class _Proposal(_Record):
     why: str = ""
     source: str | None = None
     recipe: dict[str, float] = {}
+    predicted: Predicted | None = None
 
     def made(self) -> Proposal:
-        return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin), self.recipe)
+        source = Source.restored(self.source, self.origin)
+        return Proposal(tuple(self.x), self.origin, self.why, source, self.recipe, _pair(self.predicted))
 
 
 class _Attributes(_Record):
@@ -95,6 +98,7 @@ class _Attributes(_Record):
     why: str = ""
     source: str | None = None
     recipe: dict[str, float] = {}
+    predicted: Predicted | None = None
     values: Values = {}
     windows: Windows = {}
     failure: str | None = None
@@ -198,7 +202,12 @@ def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Map
         source=Source.restored(kept.source, kept.origin),
         recipe=kept.recipe,
         windows=kept.windows,
+        predicted=_pair(kept.predicted),
     )
+
+
+def _pair(predicted: list[float] | None) -> tuple[float, float] | None:
+    return (predicted[0], predicted[1]) if predicted else None
 
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, float]:

@@ -53,6 +53,8 @@ class Proposal:
         origin: Who proposed it, e.g. "threshold" or "qnehvi", for people.
         why: In an advisor's words; empty where nobody said.
         recipe: The numbers whose path it lies on or near (`llmbo.problem.recipe`); empty where it stems from none.
+        predicted: Mean and standard deviation of what the surrogate expected it to gain over the path at equal share, in the quality's
+            unit; None where no surrogate chose.
     """
 
     x: tuple[int, ...]
@@ -60,6 +62,7 @@ class Proposal:
     why: str = ""
     source: Source = Source.SEARCH
     recipe: Mapping[str, float] = field(default_factory=dict, hash=False)
+    predicted: tuple[float, float] | None = None
 
 
 class Measurement(dict[str, float]):
@@ -84,7 +87,7 @@ def counts(state: str, feasible: bool, values: Mapping[str, float | None]) -> bo
 class Trial:
     """One evaluation. `values` holds every measured and counted quantity in the user's direction and unit.
 
-    `windows`: as in `Measurement`; empty in runs of earlier versions.
+    `windows`: as in `Measurement`; empty in runs of earlier versions. `predicted`: as in `Proposal`, from before it was measured.
     `feasible`: within the limits on what is measured; known limits are kept by every candidate.
     """
 
@@ -101,6 +104,7 @@ class Trial:
     source: Source = Source.SEARCH
     recipe: Mapping[str, float] = field(default_factory=dict)
     windows: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    predicted: tuple[float, float] | None = None
 
     @property
     def on_path(self) -> bool:
@@ -148,10 +152,29 @@ class Advice:
     places: int = 0
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What the optimiser thinks before it chooses.
+
+    Args:
+        picks: What it would evaluate next without advice, with its predictions.
+        improvements: What each of them is expected to add to the front's hypervolume when it is chosen, in the objectives' units.
+        reach: How many levels one block alone must change for the surrogate to hold two models for little alike (correlation 0.61), `d`.
+        predict: What it expects of any points, as `Proposal.predicted`.
+    """
+
+    picks: tuple[Proposal, ...]
+    improvements: tuple[float, ...]
+    reach: tuple[float, ...]
+    predict: Callable[[Sequence[tuple[int, ...]]], list[tuple[float, float]]]
+
+
 class AdviceSource(Protocol):
     """Is asked once in every round in which the surrogate chooses."""
 
-    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice: ...
+    def advise(self, trials: Sequence[Trial], q: int, seed: int, outlook: Callable[[], Outlook]) -> Advice:
+        """`outlook` takes about as long as proposing."""
+        ...
 
 
 class Proposer(Protocol):

@@ -15,13 +15,14 @@ from llmbo.advisor.mail import MailClient, check_mail
 from llmbo.advisor.offline import OFFLINE, NoAdvisor, OfflineAdvisor
 from llmbo.advisor.parse import checked
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
+from llmbo.advisor.render import SHORTEST_REPLY, token_limit
 from llmbo.advisor.replay import ReplayAdvisor
 from llmbo.advisor.roles import Advisor, Answer, Question, Transcript
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.config.advisor import AdvisorSpec, parse_spec, plugins
 from llmbo.errors import ConfigError, first_line
-from llmbo.models.loading import LoadedModel, find_checkpoint, load_checkpoint
+from llmbo.models.loading import LoadedModel, find_checkpoint, load_checkpoint, max_positions
 from llmbo.problem.marginals import Marginals
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
@@ -83,7 +84,7 @@ def build_session(config: RunConfig, inputs: AdvisorInputs, advice: AdviceStore)
     """The session of the advisor behind a name, with what its context level leaves it to read."""
     spec = parse_spec(config.advisor)
     setting, probe = inputs.setting, None if spec.kind in WITHOUT_MARGINALS else inputs.probe
-    if config.advisor_context != "full":
+    if "tables" not in setting.tells:
         setting, probe = replace(setting, statistics=None), None
     try:
         advisor = _makers(spec, config, inputs, advice)[spec.kind]()
@@ -131,7 +132,7 @@ def _makers(
         **{name: partial(OfflineAdvisor, name, reply) for name, reply in OFFLINE.items()},
         "none": NoAdvisor,
         "openai": lambda: LLMAdvisor(_openai(spec), limits, advice),
-        "transformers": lambda: LLMAdvisor(_transformers(spec, config, inputs.pruned), at_no_cost, advice),
+        "transformers": lambda: LLMAdvisor(_transformers(spec, config, inputs), at_no_cost, advice),
         "mail": lambda: LLMAdvisor(MailClient(Path(spec.argument), advice), limits, advice),
         "replay": lambda: ReplayAdvisor(Path(spec.argument), inputs.tell),
     }
@@ -145,10 +146,17 @@ def _openai(spec: AdvisorSpec) -> LLMClient:
     return OpenAIClient.from_environment(spec.argument, spec.base_url)
 
 
-def _transformers(spec: AdvisorSpec, config: RunConfig, pruned: LoadedModel | None) -> LLMClient:
+def _transformers(spec: AdvisorSpec, config: RunConfig, inputs: AdvisorInputs) -> LLMClient:
     from llmbo.advisor.local import TransformersClient
 
+    pruned = inputs.pruned
     loaded = pruned if spec.argument == "self" and pruned else load_checkpoint(spec.argument, "auto", config.device)
+    room, longest = max_positions(loaded.model), token_limit(inputs.setting.space.num_layers)
+    if room < longest + SHORTEST_REPLY:
+        inputs.tell(
+            f"--advisor {config.advisor} takes {room} tokens with its reply, and prompts may have up to {longest}: longer ones are not "
+            "answered. Take a model with a longer context, or --advisor-context partial."
+        )
     return TransformersClient(loaded.name, loaded.model, loaded.tokenizer)
 
 

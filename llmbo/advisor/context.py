@@ -1,7 +1,8 @@
-"""What an advisor reads: model, importance, what one step less costs, trials as offsets from the path, noise, gaps, refusals."""
+"""What an advisor reads: model, path, trials with what was expected of them, the optimiser's next picks, noise, gaps, refusals."""
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -9,19 +10,23 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from llmbo.config.advisor import CONTEXT_LEVELS
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.marginals import Marginals
 from llmbo.problem.objectives import Objective, outcomes
+from llmbo.problem.recipe import BOUNDS, AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.search.gain import trial_gains
+from llmbo.search.noise import gain_errors
 from llmbo.search.pareto import pareto_front
-from llmbo.types import Trial
+from llmbo.types import Outlook, Proposal, Trial, TrialState
 from pruning.anatomy import BlockKind
 
-MAX_TRIALS = 20
-MAX_RANGES = 8  # of an offset that are shown
+MAX_TRIALS = 20  # beside the advisor's own
 MAX_GAPS = 4
+LAYERS_PER_RANGE = 4  # a range takes as many tokens as so many layers
+SEED = 0  # of the order in which shuffled layers are told
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,24 @@ class Setting:
     dense: Mapping[str, float]
     statistics: LayerStatistics | None
     level: str
-    budget: int
     limits: Mapping[str, float] = field(default_factory=dict)  # on what is measured; `space` knows the others
 
     @property
     def space(self) -> SearchSpace:
         return self.family.space
+
+    @property
+    def tells(self) -> frozenset[str]:
+        """What its level leaves in a prompt."""
+        return CONTEXT_LEVELS[self.level]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The layer whose numbers stand in each row of a table: itself, or another for an ablation."""
+        layers = list(range(self.space.num_layers))
+        if "shuffled" in self.tells:
+            random.Random(SEED).shuffle(layers)
+        return layers
 
     @property
     def quality(self) -> Objective:
@@ -47,12 +64,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Context:
-    """The state of a run as an advisor sees it."""
+    """The state of a run as an advisor sees it.
+
+    Args:
+        proposed: What the advisor has named so far.
+        look: Asks the optimiser what it thinks; None where it does not think yet, or where that is not told.
+    """
 
     setting: Setting
     trials: Sequence[Trial]
     marginals: Marginals | None = None
     refusals: tuple[str, ...] = ()
+    proposed: tuple[Proposal, ...] = ()
+    look: Callable[[], Outlook | None] | None = None
+
+    @cached_property
+    def outlook(self) -> Outlook | None:
+        return self.look() if self.look else None
 
     @cached_property
     def complete(self) -> list[Trial]:
@@ -63,6 +91,22 @@ class Context:
         """Gain over the family at equal share of every trial that is no member of it."""
         gains = trial_gains(self.trials, self.setting.quality, self.setting.dense)
         return {trial.number: gains[trial.number] for trial in self.off_path if trial.number in gains}
+
+    @cached_property
+    def errors(self) -> dict[int, float]:
+        """Standard errors of gains, as far as they are known."""
+        return gain_errors(self.trials, self.setting.quality.name)
+
+    @property
+    def own(self) -> list[Trial]:
+        """What has been evaluated by advice, and failed ones."""
+        return [trial for trial in self.trials if trial.source.advised and trial.state is not TrialState.RUNNING]
+
+    @cached_property
+    def waiting(self) -> list[Proposal]:
+        """What the advisor has named and nobody evaluated."""
+        taken = {trial.x for trial in self.trials}
+        return list({proposal.x: proposal for proposal in self.proposed if proposal.x not in taken}.values())
 
     @property
     def off_path(self) -> list[Trial]:
@@ -76,10 +120,9 @@ class Context:
 
     @property
     def informative(self) -> list[Trial]:
-        """The most informative trials, best gain first: the best, the worst, and the rest of the front between them."""
-        ranked = sorted(
-            (trial for trial in self.off_path if trial.number in self.gains), key=lambda t: -self.gains[t.number]
-        )
+        """The most informative trials of others, best gain first: the best, the worst, and the rest of the front between them."""
+        known = (trial for trial in self.off_path if trial.number in self.gains and not trial.source.advised)
+        ranked = sorted(known, key=lambda t: -self.gains[t.number])
         if len(ranked) <= MAX_TRIALS:
             return ranked
         ends = {trial.number for trial in (*ranked[: MAX_TRIALS // 2], *ranked[-MAX_TRIALS // 4 :])}
@@ -106,10 +149,6 @@ class Context:
         ]
         return min(shares, default=float(self.setting.family.shares[0]))
 
-    @property
-    def budget_left(self) -> int:
-        return max(0, self.setting.budget - len(self.trials))
-
 
 def share_of(space: SearchSpace, x: Sequence[int]) -> float:
     return float(space.share(torch.tensor([x], dtype=torch.float64))[0])
@@ -128,17 +167,37 @@ def offset_from_path(family: ThresholdFamily, x: Sequence[int]) -> Tensor:
 
 
 def offset_text(family: ThresholdFamily, x: Sequence[int]) -> str:
-    """How x differs from the family's member of its size, as ranges of layers: the largest first."""
-    rounded = offset_from_path(family, x).round().int().tolist()
-    layers = family.space.num_layers
+    """How x differs from the family's member of its size, in levels."""
+    return levels_text(offset_from_path(family, x))
+
+
+def levels_text(offset: Tensor) -> str:
+    """All of `d` changes in levels: by ranges of layers, or layer by layer where that is shorter."""
+    attention, mlp = offset.round().int().view(2, -1).tolist()
     parts = []
-    for kind, levels in (("mlp", rounded[layers:]), ("kv", rounded[:layers])):
-        runs = sorted(_runs(levels), key=lambda run: -abs(run[2]) * (run[1] - run[0] + 1))
-        shown = sorted(runs[: MAX_RANGES // 2])
-        text = " ".join(f"{_range(first, last)}:{delta:+d}" for first, last, delta in shown)
-        if text:
-            parts.append(f"{kind} {text}{' …' if len(runs) > len(shown) else ''}")
+    for kind, levels in (("mlp", mlp), ("kv", attention)):
+        runs = _runs(levels)
+        if LAYERS_PER_RANGE * len(runs) > len(levels):
+            parts.append(f"{kind} all: {' '.join(map(str, levels))}")
+        elif runs:
+            parts.append(f"{kind} {' '.join(f'{_range(first, last)}:{delta:+d}' for first, last, delta in runs)}")
     return "; ".join(parts) or "none"
+
+
+def change_text(family: ThresholdFamily, x: Sequence[int], recipe: Mapping[str, float]) -> str:
+    """How x differs from the family's member of its size: by its recipe's numbers, and in levels from the member of that recipe."""
+    if not recipe or family.prices is None:
+        return offset_text(family, x)
+    theta, point = AllocationRecipe.of(recipe).theta, torch.tensor([x], dtype=torch.float64)
+    offset = levels_text((point - family.prices.members(theta[None], family.space.share(point))[0])[0])
+    numbers = zip(BOUNDS, theta.tolist(), family.recipe.theta.tolist(), strict=True)
+    changed = [f"{name} {value:.2f}" for name, value, own in numbers if abs(value - own) >= 0.005]
+    return f"recipe {', '.join(changed) or 'of the path'}{'' if offset == 'none' else f'; then {offset}'}"
+
+
+def recipe_text(recipe: AllocationRecipe) -> str:
+    """All of its numbers by name."""
+    return ", ".join(f"{name} {value:g}" for name, value in recipe.to_dict().items())
 
 
 def z_scores(values: Sequence[float | None]) -> list[float | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.advisor.client import ClientError, Completion
-from llmbo.advisor.render import REPLY_TOKENS, Prompt
+from llmbo.advisor.render import SHORTEST_REPLY, Prompt
 from llmbo.errors import first_line
 
 MODE = "constrained decoding"
@@ -33,7 +33,7 @@ class TransformersClient:
             raise ClientError(f"this tokenizer cannot be constrained to JSON ({first_line(error)})", 1) from error
         ids = self._encoded(prompt)
         room = getattr(self.network.config, "max_position_embeddings", ids.shape[-1] + prompt.max_tokens)
-        if ids.shape[-1] + min(prompt.max_tokens, REPLY_TOKENS) > room:
+        if ids.shape[-1] + min(prompt.max_tokens, SHORTEST_REPLY) > room:
             raise ClientError(f"the prompt has {ids.shape[-1]} tokens, the model takes {room} with its reply", 1)
         longest = min(prompt.max_tokens, room - ids.shape[-1])
         constraint = _Constraint(matcher, ids.shape[-1])

@@ -63,7 +63,7 @@ class MailClient:
         if os.path.lexists(record) and (asked := _digest(record)) != prompt.digest:
             raise ConfigError(
                 f"'{record}' asks something else than the run now does (digest {asked}, now {prompt.digest}): start the run with the "
-                "settings and the budget of that letter, or move the letter and its reply away."
+                "settings of that letter, or move the letter and its reply away."
             )
         if replies:
             text = _reply(replies[0], prompt.name)

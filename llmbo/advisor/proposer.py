@@ -13,7 +13,7 @@ from llmbo.advisor.parse import rescaled
 from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
 from llmbo.advisor.store import AdviceStore
 from llmbo.problem.marginals import Marginals
-from llmbo.types import Advice, Direction, Proposal, Proposer, Source, Trial, TrialState
+from llmbo.types import Advice, Direction, Outlook, Proposal, Proposer, Source, Trial, TrialState
 
 ORIGINS = {
     Source.WARM_START: "advisor:warm_start", Source.ADVICE: "advisor:propose", Source.DIRECTION: "advisor:directions",
@@ -27,6 +27,9 @@ AUDIT = 0.1  # of what the filter drops is evaluated all the same, so that its p
 MAX_REFUSALS = 6
 # hook -> (search round of its first consultation, rounds between the first two as a multiple of `every`)
 SCHEDULE = {"propose": (0, 1), "directions": (0, 2), "filter": (1, 2)}
+
+
+Look = Callable[[], Outlook | None]  # what the optimiser thinks; it takes its time
 
 
 @dataclass
@@ -53,7 +56,13 @@ class AdvisorSession:
     )  # row of this round -> the direction it follows
 
     def consult(
-        self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: Sequence[Proposal] = ()
+        self,
+        hook: str,
+        trials: Sequence[Trial],
+        count: int,
+        seed: int,
+        candidates: Sequence[Proposal] = (),
+        outlook: Look | None = None,
     ) -> Answer:
         """The stored answer of this hook in this round, or a new one."""
         round = next_round(trials)
@@ -61,27 +70,33 @@ class AdvisorSession:
         if stored is not None and stored.answer is not None:
             return stored.answer
         points = tuple(candidate.x for candidate in candidates)
-        question = self.question(hook, trials, count, seed, points)
+        question = self.question(hook, trials, count, seed, points, outlook)
         consultation = self.advice.open(round, hook)
         answer = self.advisor.ask(question, consultation)
         answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
         return consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
 
     def question(
-        self, hook: str, trials: Sequence[Trial], count: int, seed: int, candidates: tuple[tuple[int, ...], ...] = ()
+        self,
+        hook: str,
+        trials: Sequence[Trial],
+        count: int,
+        seed: int,
+        candidates: tuple[tuple[int, ...], ...] = (),
+        outlook: Look | None = None,
     ) -> Question:
         """What the advisor is asked in this state."""
-        return Question(hook, self._context(trials), next_round(trials), count, seed, candidates)
+        return Question(hook, self._context(trials, outlook), next_round(trials), count, seed, candidates)
 
     def most(self, number: int) -> int:
         """How many of the first `number` trials may be advised."""
         return math.floor(self.share * number + 1e-9)  # 0.29 * 100 is a little less than 29
 
-    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice:
+    def advise(self, trials: Sequence[Trial], q: int, seed: int, outlook: Look) -> Advice:
         self.along.clear()
         for hook, size in (("propose", NUM_PROPOSALS), ("directions", NUM_DIRECTIONS)):
             if self.due(hook, trials):
-                self.consult(hook, trials, size, seed)
+                self.consult(hook, trials, size, seed, outlook=outlook)
         places = self.most(len(trials) + q) - sum(trial.source.advised for trial in trials)
         if places <= 0:  # what was proposed waits for a round with room
             return Advice()
@@ -103,17 +118,20 @@ class AdvisorSession:
                 return at == rounds
         raise AssertionError("unreachable")
 
-    def _context(self, trials: Sequence[Trial]) -> Context:
+    def _context(self, trials: Sequence[Trial], outlook: Look | None) -> Context:
         refusals = [
             f"{rejection.reason}"
             for consultation in self.advice.all()
             if consultation.answer is not None
             for rejection in consultation.answer.rejections
         ]
-        return Context(self.setting, trials, self._marginals(), tuple(dict.fromkeys(reversed(refusals)))[:MAX_REFUSALS])
+        return Context(
+            self.setting, trials, self._marginals(), tuple(dict.fromkeys(reversed(refusals)))[:MAX_REFUSALS],
+            tuple(self._proposed(next_round(trials))), outlook if "optimiser" in self.setting.tells else None,
+        )  # fmt: skip
 
     def _marginals(self) -> Marginals | None:
-        if self.probe is None or self.setting.level != "full":
+        if self.probe is None or "tables" not in self.setting.tells:
             return None
         stored = self.advice.remember("marginals", lambda: vars(self.probe()) if self.probe else None)
         return Marginals(**{**stored, "x": tuple(stored["x"]), "cost": tuple(stored["cost"])})

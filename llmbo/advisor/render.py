@@ -2,32 +2,29 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 
-from llmbo.advisor.context import (
-    Context,
-    offset_text,
-    parameters_per_level,
-    share_of,
-    z_scores,
-)
+from llmbo.advisor.context import Context, change_text, offset_text, parameters_per_level, recipe_text, share_of
 from llmbo.advisor.parse import rejection_lines
 from llmbo.advisor.replies import FORMATS, reply_schema
 from llmbo.advisor.roles import Question, Rejection
-from llmbo.types import Trial
-from pruning.anatomy import BLOCK_KINDS
+from llmbo.advisor.tables import block_tables
+from llmbo.types import Proposal, Trial
 
-REPLY_TOKENS = 700  # of a reply, enough unless the model thinks
-GROWTH = 8  # times as many for a second try after an empty or cut reply: models think for thousands
-TOKENS_AT_32_LAYERS = 3500
-TOKENS_PER_LAYER = 52  # 6000 at 80 layers
-MAX_FAMILY = 14
+REPLY_TOKENS = 4000  # of a reply, enough unless the model thinks
+SHORTEST_REPLY = 700  # that is of use
+GROWTH = 4  # times as many for a second try after an empty or cut reply: models think for thousands
+TOKENS, TOKENS_PER_LAYER = 4000, 100  # of a prompt
+MOST_TOKENS = 12_000
+MAX_FAMILY = 24  # members of a path that has been measured at more are hardly apart
+MAX_PICKS = 4
+MAX_BLOCKS = 6  # that matter most and least
 _TOKEN = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]|\n| (?=\d)")
 
 
@@ -67,27 +64,37 @@ def estimated_tokens(text: str) -> int:
 
 
 def token_limit(num_layers: int) -> int:
-    """Longest prompt for a model of this depth."""
-    return TOKENS_AT_32_LAYERS + TOKENS_PER_LAYER * max(0, num_layers - 32)
+    """Longest prompt for a model of this depth: 7,000 at 30 layers, 12,000 from 80 on."""
+    return min(MOST_TOKENS, TOKENS + TOKENS_PER_LAYER * num_layers)
 
 
 def render(question: Question) -> Prompt:
-    """The prompt of a question, with as many trials as fit its limit."""
+    """The prompt of a question, with as many trials as fit its limit: the advisor's own last of all are left out."""
     context, space = question.context, question.context.setting.space
     schema = reply_schema(question.hook, space.num_layers, question.max_items)
     variables = _variables(question)
-    rows = variables.pop("trials")
+    others, waiting, own = _others(context), _waiting(context), _own(context)
+    known = len(others) + len(waiting) + len(own)
     while True:
+        kept = [others, waiting, own]
+        rows = {
+            "trials": [row for _, row in sorted([*own, *others], key=lambda ranked: ranked[0])],
+            "waiting": [row for _, row in waiting],
+            "left_out": known - sum(map(len, kept)),
+        }
         prompt = Prompt(
             _template("system").render(level=context.setting.level),
-            _template(question.hook).render(**variables, trials=rows),
+            _template(question.hook).render(**variables, **rows),
             schema,
             FORMATS[question.hook][0],
             hook=question.hook,
         )
-        if prompt.tokens <= token_limit(space.num_layers) or not rows:
+        excess = prompt.tokens - token_limit(space.num_layers)
+        if excess <= 0 or not any(kept):
             return prompt
-        rows = _without_middle(rows)
+        while excess > 0 and any(kept):
+            some = next(filter(None, kept))
+            excess -= estimated_tokens(some.pop(len(some) * 2 // 3)[1])  # the best and the worst are kept longest
 
 
 def render_repair(prompt: Prompt, reply: str, rejections: tuple[Rejection, ...], count: int) -> Prompt:
@@ -120,7 +127,7 @@ def _variables(question: Question) -> dict[str, Any]:
     space, family = setting.space, setting.family
     anatomy = space.anatomy
     costs = parameters_per_level(space)
-    header, table = _table(context)
+    tables = block_tables(context)
     hooked: dict[str, Any] = {"count": question.count}
     if question.hook in ("warm_start", "propose"):
         hooked["example_share"] = round((1 + space.min_share) / 2 - 0.05, 2)
@@ -130,7 +137,7 @@ def _variables(question: Question) -> dict[str, Any]:
             for index, x in enumerate(question.candidates)
         ]
     return hooked | {
-        "level": setting.level,
+        "tells": setting.tells,
         "card": (
             f"{anatomy.family.model_type}, {anatomy.num_hidden_layers} layers, hidden {anatomy.hidden_size}, "
             f"{anatomy.num_attention_heads} heads in {anatomy.num_key_value_heads} KV groups, "
@@ -142,30 +149,116 @@ def _variables(question: Question) -> dict[str, Any]:
         "neurons_cost": costs["mlp"],
         "min_share": space.min_share,
         "last_layer": space.num_layers - 1,
-        "quality": setting.quality.name if setting.level != "none" else "y",
+        "quality": "y" if "nothing" in setting.tells else setting.quality.name,
         "quality_unit": setting.quality.unit,
         "costs": [o.name for o in setting.objectives if o.name not in (setting.quality.name, "params_share")],
         "limits": [f"{name} <= {limit:g}" for name, limit in {**space.limits, **setting.limits}.items()],
         "noise": None
         if context.marginals is None or context.marginals.noise is None
         else f"{context.marginals.noise:.4f}",
-        "table": table,
-        "table_header": header,
-        "family": {"base": _base_name(context), "measured": _measured_family(context)},
-        "trials": [_trial_line(context, trial) for trial in context.informative],
+        "tables": tables,
+        "columns": {name for table in tables for name in table.names},
+        "recipe": None if family.prices is None or not tables else recipe_text(family.recipe),
+        "measured": _measured_family(context),
+        "picks": _picks(context),
+        "reach": _reach(context),
+        "kept_promises": _kept_promises(context),
         "gaps": [f"{low:.2f}-{high:.2f}" for low, high in context.gaps],
         "refusals": context.refusals,
-        "budget_left": context.budget_left,
     }
 
 
-def _trial_line(context: Context, trial: Trial) -> str:
-    setting = context.setting
-    quality = trial.values[setting.quality.name]
-    return (
-        f"{trial.number} {trial.values['params_share']:.3f} {quality:.3f} {context.gains[trial.number]:+.3f} | "
-        f"{offset_text(setting.family, trial.x)}"
+Ranked = tuple[float, str]  # the larger the gain, the smaller
+
+
+def _own(context: Context) -> list[Ranked]:
+    """All that has been evaluated by the advisor's word."""
+    return sorted(_ranked(context, trial, "you") for trial in context.own)
+
+
+def _others(context: Context) -> list[Ranked]:
+    return [_ranked(context, trial, "search") for trial in context.informative]
+
+
+def _ranked(context: Context, trial: Trial, by: str) -> Ranked:
+    """A trial with what was expected of it before it was measured."""
+    setting, gain, name = context.setting, context.gains.get(trial.number), context.setting.quality.name
+    found = (
+        f"{trial.values[name]:.3f} {_gain(gain, context.errors.get(trial.number))}" if trial.complete else "failed ?"
     )
+    expected = f" expected {_gain(*trial.predicted)}" if trial.predicted and "optimiser" in setting.tells else ""
+    row = f"{trial.number} {share_of(setting.space, trial.x):.3f} {found}{expected} {by} | {_change(context, trial)}"
+    return math.inf if gain is None else -gain, row
+
+
+def _waiting(context: Context) -> list[Ranked]:
+    """What the advisor has named in vain so far, and what the optimiser now expects of it."""
+    points = [proposal.x for proposal in context.waiting]
+    expected = context.outlook.predict(points) if context.outlook else [None] * len(points)
+    rows = []
+    for proposal, prediction in zip(context.waiting, expected, strict=True):
+        told = f" expected {_gain(*prediction)}" if prediction else ""
+        row = f"{share_of(context.setting.space, proposal.x):.3f}{told} | {_change(context, proposal)}"
+        rows.append((-prediction[0] if prediction else 0.0, row))
+    return sorted(rows, key=lambda ranked: ranked[0])
+
+
+def _picks(context: Context) -> list[str]:
+    if context.outlook is None:
+        return []
+    found = list(zip(context.outlook.picks, context.outlook.improvements, strict=False))[:MAX_PICKS]
+    return [
+        f"{share_of(context.setting.space, pick.x):.3f} {_gain(*pick.predicted)} {10000 * improvement:.1f} | "
+        f"{_change(context, pick)}"
+        for pick, improvement in found
+        if pick.predicted
+    ]
+
+
+def _reach(context: Context) -> list[str]:
+    """Blocks by how few of their levels tell models apart, the fewest first: the first and the last of them."""
+    if context.outlook is None:
+        return []
+    space, order = context.setting.space, context.setting.order
+    L, levels = space.num_layers, context.outlook.reach
+    names = [f"{kind} {layer}" for kind in ("kv", "mlp") for layer in range(L)]
+    reach = [levels[first + shown] for first in (0, L) for shown in order]
+    parts = [length / top for length, top in zip(reach, space.max_levels, strict=True)]
+    ranked = sorted(range(len(parts)), key=lambda index: parts[index])
+    return [
+        ", ".join(f"{names[index]}: {reach[index]:.1f}" for index in some)
+        for some in (ranked[:MAX_BLOCKS], ranked[-MAX_BLOCKS:])
+    ]
+
+
+def _kept_promises(context: Context) -> str:
+    """How predictions made before have come true."""
+    if "optimiser" not in context.setting.tells:
+        return ""
+    pairs = [
+        (
+            (context.gains[trial.number] - trial.predicted[0]),
+            math.hypot(trial.predicted[1], context.errors.get(trial.number, 0)),
+        )
+        for trial in context.off_path
+        if trial.predicted and trial.number in context.gains
+    ]
+    if not pairs:
+        return ""
+    within = sum(abs(error) <= deviation for error, deviation in pairs)
+    mean = sum(error for error, _ in pairs) / len(pairs)
+    return f"{within} of {len(pairs)} gains came within one +- of what was expected, on average {mean:+.3f} off it"
+
+
+def _change(context: Context, made: Trial | Proposal) -> str:
+    recipe = {} if "nothing" in context.setting.tells else made.recipe
+    return change_text(context.setting.family, made.x, recipe)
+
+
+def _gain(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "?"
+    return f"{mean:+.3f}" if deviation is None else f"{mean:+.3f}+-{deviation:.3f}"
 
 
 def _measured_family(context: Context) -> list[str]:
@@ -177,46 +270,3 @@ def _measured_family(context: Context) -> list[str]:
     )
     name = context.setting.quality.name
     return [f"{trial.values['params_share']:.2f} {trial.values[name]:.3f}" for trial in kept]
-
-
-def _base_name(context: Context) -> str:
-    if context.marginals is None:
-        return "the family"
-    return f"threshold:{share_of(context.setting.space, context.marginals.x):.2f}"
-
-
-def _table(context: Context) -> tuple[str, list[str]]:
-    """One row per layer: importance of both blocks and what one level less costs. Empty below level "full"."""
-    statistics, marginals = context.setting.statistics, context.marginals
-    if statistics is None:
-        return "", []
-    layers = context.setting.space.num_layers
-    columns: list[tuple[str, list[str]]] = []
-    for offset, kind, name in zip((0, layers), BLOCK_KINDS, ("kv", "mlp"), strict=True):
-        for label, scores in (
-            ("taylor", statistics.taylor),
-            ("act", statistics.activation),
-            ("infl", statistics.influence),
-        ):
-            if (kind, label) != ("attention", "act"):
-                columns.append((f"{name}:{label}", _tenths(z_scores(scores[kind]))))
-        if marginals is not None:
-            block = slice(offset, offset + layers)
-            columns.append((f"{name}:less", [_ten_thousandths(cost) for cost in marginals.cost[block]]))
-            columns.append((f"{name}:now", [str(level) for level in marginals.x[block]]))
-    header = "layer " + " ".join(label for label, _ in columns)
-    return header, [f"{layer} " + " ".join(values[layer] for _, values in columns) for layer in range(layers)]
-
-
-def _tenths(scores: Sequence[float | None]) -> list[str]:
-    return ["?" if score is None else f"{round(10 * score)}" for score in scores]
-
-
-def _ten_thousandths(cost: float | None) -> str:
-    return "?" if cost is None else f"{round(10000 * cost)}"
-
-
-def _without_middle(rows: list[str]) -> list[str]:
-    """Fewer rows, the best and the worst kept longest."""
-    middle = len(rows) * 2 // 3
-    return rows[:middle] + rows[middle + 1 :]

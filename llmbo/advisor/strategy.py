@@ -64,9 +64,7 @@ class AdvisedStrategy:
         )
         check_advisor(config)
         statistics = getattr(self.problem, "statistics", None)
-        setting = Setting(
-            self.family, self.objectives, self.dense, statistics, self.context_level, config.budget, self.limits
-        )
+        setting = Setting(self.family, self.objectives, self.dense, statistics, self.context_level, self.limits)
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
         inputs = AdvisorInputs(setting, None, probe)

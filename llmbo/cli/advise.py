@@ -40,8 +40,12 @@ def advise(
             raise ConfigError("This run has no advisor: name one with --advisor, or look at the prompt with --dry-run.")
         if not dry_run:
             check_advisor(config)
-        with Display(Console(stderr=True), 1) as display, reopened(config, facts, url, display) as (session, trials):
-            question = session.question(hook, trials, COUNT, config.seed)
+        with (
+            Display(Console(stderr=True), 1) as display,
+            reopened(config, facts, url, display) as (session, trials, think),
+        ):
+            thinks = None if hook == "warm_start" else think  # the first design is made before it does
+            question = session.question(hook, trials, COUNT, config.seed, outlook=thinks)
             if dry_run:
                 say(shown_prompt(question))
                 return

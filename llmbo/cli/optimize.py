@@ -126,13 +126,15 @@ def optimize(
     advisor_warm_start: Annotated[
         int, typer.Option(help="Places that it may fill among the first twelve trials, at most 6.")
     ] = 3,
-    advisor_context: Annotated[str, typer.Option(help="What it reads: full, partial or none.")] = "full",
+    advisor_context: Annotated[
+        str, typer.Option(help="What it reads: full, no-tables, no-optimiser, shuffled, partial or none.")
+    ] = "full",
     advisor_every: Annotated[int, typer.Option(help="Rounds between its first proposals; the gaps grow.")] = 2,
     advisor_max_calls: Annotated[int, typer.Option(help="Cap on prompts for the whole run.")] = 8,
-    advisor_max_tokens: Annotated[int, typer.Option(help="Cap on tokens, prompts and replies.")] = 25_000,
+    advisor_max_tokens: Annotated[int, typer.Option(help="Cap on tokens, prompts and replies.")] = 150_000,
     advisor_reply_tokens: Annotated[
         int, typer.Option(help="Tokens of one reply, thinking included; an empty or cut reply is asked for with more.")
-    ] = 700,
+    ] = 4000,
     advisor_max_cost: Annotated[float | None, typer.Option(help="Cap in dollars; needs --advisor-price.")] = None,
     advisor_max_seconds: Annotated[float, typer.Option(help="Cap on seconds of waiting for replies.")] = 900.0,
     advisor_deadline: Annotated[

@@ -1,6 +1,7 @@
 """What the user may type after `--advisor` and its companions. Refuses what can be refused without a model or a server."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from urllib.parse import urlsplit
@@ -10,7 +11,15 @@ from llmbo.errors import ConfigError, unknown
 
 HOOKS = ("warm_start", "propose", "directions", "filter")
 DEFAULT_HOOKS = ("warm_start", "propose", "directions")  # what the filter drops was right no more often than chance
-CONTEXT_LEVELS = ("full", "partial", "none")
+# level -> what prompts tell at it: the model, tables of its blocks, what the optimiser thinks; trials and gaps are told at each
+CONTEXT_LEVELS: Mapping[str, frozenset[str]] = {
+    "full": frozenset({"model", "tables", "optimiser"}),
+    "no-tables": frozenset({"model", "optimiser"}),
+    "no-optimiser": frozenset({"model", "tables"}),
+    "shuffled": frozenset({"model", "tables", "shuffled", "optimiser"}),
+    "partial": frozenset(),
+    "none": frozenset({"nothing"}),
+}
 ENTRY_POINTS = "llmbo.advisors"
 # name -> what its argument is, None when it takes none
 KINDS = {

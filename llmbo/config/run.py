@@ -136,8 +136,8 @@ class RunConfig:
     advisor_context: str = "full"
     advisor_every: Annotated[int, Within(1, MOST)] = 2
     advisor_max_calls: Annotated[int, Within(1, MOST)] = 8
-    advisor_max_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 25_000
-    advisor_reply_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 700
+    advisor_max_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 150_000
+    advisor_reply_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 4000
     advisor_max_cost: Annotated[float | None, Within(0, MOST_DOLLARS, apart=True)] = None
     advisor_max_seconds: Annotated[float, Within(1, MOST_SECONDS)] = 900.0
     advisor_deadline: Annotated[float, Within(1, MOST_SECONDS)] = 120.0

@@ -118,7 +118,6 @@ def advisor_inputs(
         dense,
         problem.statistics,
         config.advisor_context,
-        config.budget,
         problem.limits,
     )
     return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name), tell)

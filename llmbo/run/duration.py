@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llmbo.advisor.assemble import WITHOUT_MARGINALS
 from llmbo.config import RunConfig
-from llmbo.config.advisor import parse_spec
+from llmbo.config.advisor import CONTEXT_LEVELS, parse_spec
 from llmbo.problem.expansion import STEPS
 from llmbo.problem.method import DEFAULT
 from llmbo.problem.sequence import PHASE
@@ -235,7 +235,9 @@ def seconds_by_phase(
 
 def _asks_marginals(config: RunConfig) -> bool:
     """Whether an advisor has every block narrowed once, on two windows."""
-    return config.advisor_context == "full" and parse_spec(config.advisor).kind not in WITHOUT_MARGINALS
+    return (
+        "tables" in CONTEXT_LEVELS[config.advisor_context] and parse_spec(config.advisor).kind not in WITHOUT_MARGINALS
+    )
 
 
 def _wait(device: str) -> None:

@@ -1,7 +1,8 @@
 """What an advisor would be asked, or would answer, in a stored run's present state. Changes nothing in the run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import advisor_inputs
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
-from llmbo.types import Phases, Trial
+from llmbo.search.acquisition import QNehviProposer
+from llmbo.types import Outlook, Phases, Trial
 
 COUNT = 4
 
@@ -48,8 +50,8 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
 @contextmanager
 def reopened(
     config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
-) -> Iterator[tuple[AdvisorSession, list[Trial]]]:
-    """The run's advisor, with what it would read; it keeps its notes to itself."""
+) -> Iterator[tuple[AdvisorSession, list[Trial], Callable[[], Outlook | None]]]:
+    """The run's advisor, which keeps its notes to itself, the trials, and what the optimiser thinks of them."""
     base = find_prunable(config.model)
     loaded = load_model(config.model, *placed(config, base, facts["dtype"], facts["device"]))
     with prepared(
@@ -62,7 +64,9 @@ def reopened(
         stored = {key: value for key, value in store.notes().items() if key == "marginals"}
         inputs = advisor_inputs(config, problem, objectives, facts["dense"], loaded, phases.note)
         session = build_session(config, inputs, AdviceStore(MemoryNotes(stored)))
-        yield session, store.trials()
+        setting, trials = session.setting, store.trials()
+        optimiser = QNehviProposer(setting.family, objectives, setting.dense, limits=setting.limits)
+        yield session, trials, partial(optimiser.outlook, trials, config.batch, config.seed)
 
 
 def shown_prompt(question: Question) -> str:

@@ -22,6 +22,7 @@ _ROUND_DIGITS = 5
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
 Windows = dict[str, list[FiniteFloat]]
+Predicted = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 
 
 def _sensible(limits: list[str]) -> list[str]:
@@ -88,9 +89,11 @@ class _Proposal(_Record):
     why: str = ""
     source: str | None = None
     recipe: dict[str, float] = {}
+    predicted: Predicted | None = None
 
     def made(self) -> Proposal:
-        return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin), self.recipe)
+        source = Source.restored(self.source, self.origin)
+        return Proposal(tuple(self.x), self.origin, self.why, source, self.recipe, _pair(self.predicted))
 
 
 class _Attributes(_Record):
@@ -102,6 +105,7 @@ class _Attributes(_Record):
     why: str = ""
     source: str | None = None
     recipe: dict[str, float] = {}
+    predicted: Predicted | None = None
     values: Values = {}
     windows: Windows = {}
     failure: str | None = None
@@ -215,7 +219,12 @@ def trial_of(frozen: FrozenTrial, number: int, x: tuple[int, ...], settings: Map
         source=Source.restored(kept.source, kept.origin),
         recipe=kept.recipe,
         windows=kept.windows,
+        predicted=_pair(kept.predicted),
     )
+
+
+def _pair(predicted: list[float] | None) -> tuple[float, float] | None:
+    return (predicted[0], predicted[1]) if predicted else None
 
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, float]:

@@ -48,8 +48,9 @@ R = TypeVar("R")
 
 
 def _provenance(proposal: Proposal) -> dict[str, Any]:
-    found = {"origin": proposal.origin, "why": proposal.why, "source": proposal.source}
-    return found | ({"recipe": dict(proposal.recipe)} if proposal.recipe else {})
+    found: dict[str, Any] = {"origin": proposal.origin, "why": proposal.why, "source": proposal.source}
+    found |= {"recipe": dict(proposal.recipe)} if proposal.recipe else {}
+    return found | ({"predicted": list(proposal.predicted)} if proposal.predicted else {})
 
 
 def _writes(

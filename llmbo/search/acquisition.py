@@ -9,8 +9,10 @@ alpha = 0.001, 0.1484; alpha = 0.01 orders candidates anew). `prune_baseline` co
 Limits on known costs are kept by every point of the pool (`SearchSpace.legal`); limits on objectives bound the reference point.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from llmbo.search.pool import candidate_pool, eligible, levels_of, recipe_member
 from llmbo.search.posterior import AcquisitionValue, ObjectivesPosterior
 from llmbo.search.surrogate import Features
 from llmbo.search.threads import one_thread
-from llmbo.types import Advice, AdviceSource, Proposal, Trial, TrialState
+from llmbo.types import Advice, AdviceSource, Outlook, Proposal, Trial, TrialState
 
 SHORTLIST = 24  # candidates that qLogNEHVI chooses from
 LOCAL_ROUNDS = 3
@@ -66,19 +68,43 @@ class QNehviProposer:
             initial = start.propose(trials, min(q, max(1, self.num_initial - design)), seed)
             if initial or len(complete) < 3:  # the family may have fewer members than the design
                 return initial
-        with one_thread(), torch.random.fork_rng():  # BoTorch's fits and samplers draw from the global generator
-            torch.manual_seed(seed)
-            return self._optimize(trials, complete, q, seed)
+        with _seeded(seed):
+            posterior = self.posterior(complete)
+            advice = Advice()
+            if self.advice:
+                advice = self.advice.advise(trials, q, seed, partial(self._outlook, posterior, trials, q, seed))
+            proposals, _ = self._chosen(posterior, trials, q, seed, advice)
+            return proposals
 
-    def _optimize(self, trials: Sequence[Trial], complete: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+    def outlook(self, trials: Sequence[Trial], q: int, seed: int) -> Outlook | None:
+        """What it thinks before a round; None before it has seen three models, one of the family among them."""
+        complete = [trial for trial in trials if trial.complete]
+        if len(complete) < 3 or not any(trial.on_path for trial in complete):
+            return None
+        with _seeded(seed):
+            return self._outlook(self.posterior(complete), trials, q, seed)
+
+    def _outlook(self, posterior: ObjectivesPosterior, trials: Sequence[Trial], q: int, seed: int) -> Outlook:
+        with _seeded(seed):
+            picks, improvements = self._chosen(posterior, trials, q, seed, Advice())
+
+        def predict(points: Sequence[tuple[int, ...]]) -> list[tuple[float, float]]:
+            with one_thread():
+                return _predictions(posterior, torch.tensor(points, dtype=torch.float64)) if points else []
+
+        return Outlook(tuple(picks), tuple(improvements), tuple(posterior.reach.tolist()), predict)
+
+    def _chosen(
+        self, posterior: ObjectivesPosterior, trials: Sequence[Trial], q: int, seed: int, advice: Advice
+    ) -> tuple[list[Proposal], list[float]]:
+        """At most `q` proposals, and the hypervolume that each was expected to add in closed form."""
         space = self.family.space
+        complete = [trial for trial in trials if trial.complete]
         generator = torch.Generator().manual_seed(seed)
-        posterior = self.posterior(complete)
         on_front = self._front(complete)
         front = levels_of(on_front, space.d)
         pending = levels_of([trial for trial in trials if trial.state is TrialState.RUNNING], space.d)
         seen = {trial.x for trial in trials} | {space.max_levels}
-        advice = self.advice.advise(trials, q, seed) if self.advice else Advice()
         of_recipes = {row.x: row for row in recipe_members(self.family, on_front, generator)}
         named = {**of_recipes, **{row.x: row for row in advice.rows}}
         advised, ours = (
@@ -88,6 +114,7 @@ class QNehviProposer:
         own = torch.cat([ours, candidate_pool(self.family, front, generator)])
         pool = eligible(torch.cat([advised, own]), space, seen)
         proposals: list[Proposal] = []
+        improvements: list[float] = []
         while len(proposals) < q and len(pool):
             improvement = posterior.expected_improvement(torch.cat([front, pending]))
             best, *others = shortlist = _improve(improvement, pool, space, seen, generator, named)
@@ -95,14 +122,16 @@ class QNehviProposer:
                 best = shortlist[posterior.log_nehvi(shortlist, front, pending).argmax()]
             x = tuple(best.int().tolist())
             seen.add(x)
-            proposals.append(replace(named[x], x=x, why="") if x in named else Proposal(x, "qnehvi"))
+            proposal = replace(named[x], x=x, why="") if x in named else Proposal(x, "qnehvi")
+            proposals.append(replace(proposal, predicted=_predictions(posterior, best[None])[0]))
+            improvements.append(float(improvement(best[None])))
             pending = torch.cat([pending, best[None]])
             pool = pool[(pool != best).any(-1)]
             if proposals[-1].source.advised and sum(p.source.advised for p in proposals) == advice.places:
                 named, pool = dict(of_recipes), eligible(own, space, seen)
         # A space of few points can use up the pool while legal points are left elsewhere.
         strays = RandomProposer(space).propose(trials, q, seed) if len(proposals) < q else []
-        return (proposals + [stray for stray in strays if stray.x not in seen])[:q]
+        return (proposals + [stray for stray in strays if stray.x not in seen])[:q], improvements
 
     def posterior(self, complete: Sequence[Trial]) -> ObjectivesPosterior:
         """What complete trials teach."""
@@ -118,6 +147,20 @@ class QNehviProposer:
             ]
             rows = [excess.index(min(excess))]
         return [complete[row] for row in rows]
+
+
+def _predictions(posterior: ObjectivesPosterior, X: Tensor) -> list[tuple[float, float]]:
+    """Mean and standard deviation of the gain of each point, `n x d` levels."""
+    mean, deviation = posterior.predicted_gains(X)
+    return list(zip(mean.tolist(), deviation.tolist(), strict=True))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """BoTorch's fits and samplers draw from the global generator: they find it in one state, and leave it as it was."""
+    with one_thread(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _improve(

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from llmbo.problem.interpolation import bracketed
 from llmbo.types import Trial
 
 LEVEL = 0.95
@@ -72,3 +73,29 @@ def log_ratio_variances(trials: Sequence[Trial], reference: Sequence[float], nam
         seen = torch.tensor(reference[: len(windows)], dtype=torch.float64)
         found.append(paired_log_ratio(windows, seen)[1] if len(windows) > 1 else seen.new_tensor(torch.nan))
     return torch.stack(found) if found else torch.empty(0, dtype=torch.float64)
+
+
+def gain_errors(trials: Sequence[Trial], name: str) -> dict[int, float]:
+    """Standard error of the gains of trials off the path (`gain.trial_gains`), by number, as far as windows were kept.
+
+    Each is compared, window by window, with what lies between its neighbours on the path, linearly in the share. Of two windows that are
+    as hard for both nothing is left. Beyond the largest measured member it is compared with that one.
+
+    Args:
+        name: `kl` or `loss`; of other quantities no windows are kept.
+    """
+    known = [trial for trial in trials if trial.complete and len(trial.windows.get(name, ())) > 1]
+    members = sorted((t for t in known if t.on_path and not t.stopped), key=lambda t: t.values["params_share"])
+    if len(members) < 2:
+        return {}
+    shares = torch.tensor([member.values["params_share"] for member in members], dtype=torch.float64)
+    found = {}
+    for trial in (trial for trial in known if not trial.on_path):
+        own = torch.tensor(trial.windows[name], dtype=torch.float64)
+        right, weight = bracketed(
+            shares, shares.new_tensor([trial.values["params_share"]]).clamp(shares[0], shares[-1])
+        )
+        pair = [members[int(right) - 1].windows[name], members[int(right)].windows[name]]
+        low, high = (torch.tensor(windows[: len(own)], dtype=torch.float64) for windows in pair)
+        found[trial.number] = float((own - torch.lerp(low, high, weight)).std() / len(own) ** 0.5)
+    return found

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
@@ -201,6 +201,27 @@ class ObjectivesPosterior:
             return gain
 
         return value
+
+    @property
+    def quality(self) -> MeasuredObjective:
+        """The first measured objective."""
+        return next(objective for objective in self.objectives if isinstance(objective, MeasuredObjective))
+
+    def predicted_gains(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the first measured objective's gain over the path at equal share, in its unit, `n` each.
+
+        What is measured of it afterwards is `gain.trial_gains`.
+        """
+        Z = self.features(X)
+        mean, deviation = self.quality.log_excess(Z)
+        excess = (mean + deviation**2 / 2).exp()  # of a log-normal variable
+        return self.quality.expected.curve(Z[:, SHARE]).exp() - excess, excess * deviation.square().expm1().sqrt()
+
+    @property
+    def reach(self) -> Tensor:
+        """Levels that one block alone must change for the correlation to fall to exp(-1/2), `d`."""
+        kernel: Any = self.quality.gp.covar_module
+        return self.features.in_levels(kernel.base_kernel.lengthscale.detach().double().squeeze())
 
     def log_nehvi(self, X: Tensor, X_baseline: Tensor, X_pending: Tensor) -> Tensor:
         """qLogNEHVI of each of `n` candidates beyond the front and the pending points, `n` (Ament et al. 2023, arXiv:2310.20708)."""

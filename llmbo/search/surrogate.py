@@ -78,6 +78,10 @@ class Features:
         columns = (*costs, self.family.expected_change(X, share), counted.square().sum(-1), share)
         return torch.cat([X * self._scale, *(column.unsqueeze(-1) for column in columns)], dim=-1)
 
+    def in_levels(self, length: Tensor) -> Tensor:
+        """How many levels of each block are a length among weighted levels, `d`."""
+        return length / self._scale
+
     def column(self, cost: str) -> int:
         """Where a known cost stands."""
         return self.space.d + list(self.dense).index(cost)

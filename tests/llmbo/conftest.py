@@ -37,15 +37,17 @@ from llmbo.advisor.context import Context, Setting
 from llmbo.advisor.roles import Question
 from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.cli import app
+from llmbo.config.advisor import CONTEXT_LEVELS
 from llmbo.config.objectives import feasible
-from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.marginals import Marginals
 from llmbo.problem.objectives import Objective, build_objectives
-from llmbo.problem.prices import TINY
+from llmbo.problem.prices import TINY, Prices
 from llmbo.problem.proxy import known_values
+from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
-from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
+from llmbo.types import Measurement, Outlook, Proposal, Source, Trial, TrialState
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.hf import Pruned, save_hf
@@ -140,7 +142,7 @@ class Toy:
         kept = not found or feasible(found, self.limits)
         return Trial(
             number, round, proposal.x, proposal.origin, state, found, 0.0, feasible=kept, source=proposal.source,
-            windows=found.windows,
+            windows=found.windows, recipe=proposal.recipe, predicted=proposal.predicted,
         )  # fmt: skip
 
     def trials(self, points: Iterable[tuple[int, ...]], origin: str = "threshold") -> list[Trial]:
@@ -531,28 +533,79 @@ def advice() -> AdviceStore:
     return AdviceStore(MemoryNotes())
 
 
+def priced(toy: Toy) -> Toy:
+    """A toy whose family knows prices, and expansions around two of its members."""
+    rng, space = torch.Generator().manual_seed(0), toy.space
+    costs = [
+        (6 * torch.rand(2, int(top), generator=rng)).exp().sort(descending=True).values.tolist()
+        for top in space.bounds[1]
+    ]
+    prices = Prices.of(space, *([row[one] for row in costs] for one in (0, 1)))
+    rows = prices.members(DENSE_PRICES.theta[None], torch.linspace(0.4, 1.0, 100, dtype=torch.float64))[0]
+    family = ThresholdFamily.along(space, space.increasing(rows), toy.importance)
+    members = torch.tensor([family.at(0.5), family.at(0.7), space.max_levels], dtype=torch.float64)
+    away = torch.arange(int(space.bounds[1].max()) + 1) - members[..., None]
+    changes = -0.01 * away * (1 + torch.rand(len(members), space.d, 1, generator=rng))
+    corrections = torch.cat([torch.randn(2, space.d, generator=rng).double(), torch.zeros(1, space.d)])
+    shares = space.share(members)
+    known = {
+        "prices": replace(prices, anchors=shares, corrections=corrections),
+        "expansions": Expansions(shares, changes),
+    }
+    toy.__dict__["family"] = replace(family, **known)
+    return toy
+
+
 @pytest.fixture
 def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
-    """(hook, layers, count, level) -> a question about a toy with members of the family and a few other trials."""
+    """(hook, layers, count, level, extra, recipes) -> a question about a toy with members of the family and `extra` other trials.
 
-    def make(hook: str = "propose", layers: int = 6, count: int = 4, level: str = "full", extra: int = 3) -> Question:
-        toy = make_toy(layers)
+    With `recipes` the toy is `priced`, every third of the other trials is the advisor's and stems from a recipe, and the optimiser
+    thinks something.
+    """
+
+    def make(
+        hook: str = "propose",
+        layers: int = 6,
+        count: int = 4,
+        level: str = "full",
+        extra: int = 3,
+        recipes: bool = False,
+    ) -> Question:
+        toy = priced(make_toy(layers)) if recipes else make_toy(layers)
         points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
         members = len(points) - extra
-        kinds = [("threshold", Source.PATH) if n < members else ("qnehvi", Source.SEARCH) for n in range(len(points))]
-        trials = [
-            toy.trial(n, Proposal(x, origin, source=source), n // 4)
-            for n, (x, (origin, source)) in enumerate(zip(points, kinds, strict=True))
+        proposals = [
+            Proposal(x, "threshold", source=Source.PATH)
+            if n < members
+            else Proposal(x, "qnehvi", predicted=(0.012, 0.008))
+            for n, x in enumerate(points)
         ]
+        named: tuple[Proposal, ...] = ()
+        picks: tuple[Proposal, ...] = ()
+        if recipes and toy.family.prices:
+            recipe = {**DENSE_PRICES.to_dict(), "mlp_slope": 0.3}
+            theta, shares = AllocationRecipe.of(recipe).theta, torch.linspace(0.5, 0.9, extra, dtype=torch.float64)
+            rows = [tuple(x) for x in toy.family.prices.members(theta[None], shares)[0].int().tolist()]
+            told = [Proposal(x, "advisor:propose", "", Source.ADVICE, recipe, (0.012, 0.008)) for x in rows]
+            proposals[members::3], named = told[::3], tuple(told[1:10:3])
+            picks = tuple(Proposal(told[n].x, "recipe", recipe=recipe, predicted=(0.021, 0.004)) for n in (-1, -2))
+        trials = [toy.trial(n, proposal, n // 4) for n, proposal in enumerate(proposals)]
         rng = random.Random(0)
         table = {kind: tuple(rng.uniform(0.1, 9) for _ in range(layers)) for kind in ("attention", "mlp")}
-        statistics = LayerStatistics(table, table, table) if level == "full" else None
+        statistics = LayerStatistics(table, table, table) if "tables" in CONTEXT_LEVELS[level] else None
         x = toy.family.at(0.7)
         cost = tuple(rng.uniform(-0.01, 0.05) if level else None for level in x)
-        marginals = Marginals(x, cost, 0.0031, 5.0) if level == "full" else None
-        setting = Setting(toy.family, toy.objectives, toy.dense, statistics, level, 60)
+        marginals = Marginals(x, cost, 0.0031, 5.0) if statistics else None
+        setting = Setting(toy.family, toy.objectives, toy.dense, statistics, level)
         candidates = tuple(toy.random_points(4, 9)) if hook == "filter" else ()
-        context = Context(setting, trials, marginals, ("layer 31 does not exist",))
+
+        def look() -> Outlook:
+            reach = tuple(1.0 + n for n in range(toy.space.d))
+            return Outlook(picks, (0.0012,) * len(picks), reach, lambda xs: [(0.033, 0.007)] * len(xs))
+
+        thinks = look if recipes and "optimiser" in setting.tells else None
+        context = Context(setting, trials, marginals, ("layer 31 does not exist",), named, thinks)
         return Question(hook, context, 3, 2 if hook == "filter" else count, 0, candidates)
 
     return make

@@ -106,7 +106,7 @@ def test_a_run_with_a_server_its_replay_and_its_secrets(llmbo: Any, chat_server:
     assert again.exit_code == 0, again.output
     assert comparable(llmbo.report("again")) == comparable(report) and len(chat_server.requests) == asked
     assert "not the one that was answered" not in again.output
-    other = llmbo(budget=12, advisor="replay:runs/tiny/advisor.jsonl", name="other")  # the prompt says how much is left
+    other = llmbo(budget=12, advisor="replay:runs/tiny/advisor.jsonl", name="other", advisor_context="no-tables")
     assert other.exit_code == 0 and other.output.count("warm_start, is not the one that was answered") == 1
     assert llmbo.report("again")["advisor"]["hooks"]["propose"]["cost"] == 0
     before = llmbo.files()

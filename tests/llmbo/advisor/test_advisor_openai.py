@@ -16,7 +16,9 @@ from llmbo.advisor.store import AdviceStore
 from llmbo.errors import ConfigError
 
 DEADLINE = 1.5
-LIMITS = Limits(calls=8, tokens=50_000, seconds=600, cost=None, deadline=DEADLINE, price=Price(1.0, 10.0))
+LIMITS = Limits(
+    calls=8, tokens=50_000, seconds=600, cost=None, deadline=DEADLINE, price=Price(1.0, 10.0), reply_tokens=700
+)
 Ask = Callable[..., Answer]
 
 

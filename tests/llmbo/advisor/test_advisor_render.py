@@ -8,12 +8,15 @@ from typing import Any
 
 import jinja2
 import pytest
+import torch
 from jinja2 import meta
 
+from llmbo.advisor.context import change_text, levels_text, offset_text
 from llmbo.advisor.parse import parse_reply
 from llmbo.advisor.render import environment, estimated_tokens, render, render_repair, token_limit
 from llmbo.advisor.roles import Question, Rejection
 from llmbo.config.advisor import HOOKS
+from llmbo.problem.recipe import AllocationRecipe
 
 TEMPLATES = sorted(file.name for file in files("prompts").iterdir() if file.name.endswith(".j2"))
 
@@ -22,10 +25,10 @@ TEMPLATES = sorted(file.name for file in files("prompts").iterdir() if file.name
 @pytest.mark.parametrize("hook", HOOKS)
 def test_prompts_are_short_enough(question: Callable[..., Question], hook: str, layers: int) -> None:
     """The estimate is what the cap on tokens is checked against."""
-    prompt = render(question(hook, layers, extra=60))
-    assert prompt.tokens <= token_limit(layers) <= {4: 3500, 32: 3500, 80: 6000}[layers]
+    prompt = render(question(hook, layers, extra=40, recipes=hook == "propose"))
+    assert prompt.tokens <= token_limit(layers) <= {4: 4400, 32: 7200, 80: 12000}[layers]
     rows = [line for line in prompt.user.splitlines() if re.match(r"\d+ 0\.\d{3} \d", line)]
-    assert 3 <= len(rows) <= 20
+    assert 3 <= len(rows) <= 40
 
 
 @pytest.mark.skipif(
@@ -67,21 +70,100 @@ def test_levels_tell_less_and_less(question: Callable[..., Question], hook: str)
     full, partial, none = (render(question(hook, level=level)) for level in ("full", "partial", "none"))
     assert full.tokens > partial.tokens >= none.tokens
     for prompt, told in ((full, True), (partial, False), (none, False)):
-        assert ("MODEL llama" in prompt.user) == told and ("LAYERS" in prompt.user) == told
+        assert ("MODEL llama" in prompt.user) == told and ("BLOCKS" in prompt.user) == told
         assert "TRIALS" in prompt.user and "RULES" in prompt.user
     assert "language model" in partial.system and "language model" not in none.system
 
 
 def test_a_prompt_tells_what_the_advisor_needs(question: Callable[..., Question]) -> None:
-    asked = question("propose")
+    """Its own proposals above all: what was expected of each before it was measured, and what is expected of those that wait."""
+    asked = question("propose", extra=30, recipes=True)
     text = render(asked).user
     context = asked.context
-    for trial in context.informative:
-        assert f"\n{trial.number} {trial.values['params_share']:.3f}" in text
-        assert f"{context.gains[trial.number]:+.3f} |" in text
-    assert "0.0031" in text and "layer 31 does not exist" in text and f"{context.budget_left} evaluations" in text
-    assert all(f"\n{layer} " in text for layer in range(6)) and "mlp:less" in text and "GAPS" in text
-    assert '{"proposals":' in text
+    for trial in (*context.informative, *context.own):
+        gain = f"{context.gains[trial.number]:+.3f}+-{context.errors[trial.number]:.3f}"
+        by = "you" if trial.source.advised else "search"
+        share = f"{trial.values['params_share']:.3f}"
+        assert f"\n{trial.number} {share} {trial.values['kl']:.3f} {gain} expected +0.012+-0.008 {by} | " in text
+    assert (
+        len(context.own) == 10
+        and len(context.waiting) == text.count(" expected +0.033+-0.007 | recipe mlp_slope 0.30\n") == 3
+    )
+    assert text.count("\n") > 40 and " +0.021+-0.004 12.0 | recipe mlp_slope 0.30\n" in text
+    assert "kv 0: 1.0, mlp 0: 7.0" in text and " of 30 gains came within" in text
+    assert "0.0031" in text and "layer 31 does not exist" in text and "GAPS" in text
+    assert '{"proposals":' in text and "…" not in text
+
+
+def rows(prompt: str, kind: str) -> list[list[list[str]]]:
+    """Cells of a table by layer and group of columns."""
+    lines = prompt.split(f"\n{kind} layer | ")[1].splitlines()[1:]
+    found = [[part.split() for part in line.split(" | ")] for line in lines]
+    return [row[1:] for layer, row in enumerate(found[:6]) if row[0] == [str(layer)]]
+
+
+def test_tables_say_what_is_known_of_every_block(question: Callable[..., Question]) -> None:
+    """Prices, levels kept, corrections, and a level more as well as one less: the numbers of the family itself."""
+    asked = question(recipes=True)
+    family, marginals = asked.context.setting.family, asked.context.marginals
+    prices, around = family.prices, family.expansions
+    assert prices and around and marginals
+    prompt = render(asked).user
+    assert "RECIPE of the family: fisher_weight 0.5, " in prompt and "mlp_slope 0" in prompt and "taylor" not in prompt
+    logs = prices.log_prices(family.recipe.theta[None], torch.tensor([0.5**0.5]))[0, 0]
+    for kind, first, levels in (("kv", 0, [1, 2]), ("neurons", 6, [1, 3, 6, 9, 12])):
+        table = rows(prompt, kind)
+        assert len(table) == 6
+        for block, (price, keeps, dearer, change, lost) in enumerate(table, first):
+            assert [int(cell) for cell in price] == [round(10 * float(logs[block, level - 1])) for level in levels]
+            shares = [float(family.shares[0]) + (1 - float(family.shares[0])) * part / 6 for part in range(6)]
+            assert [int(cell) for cell in keeps] == [family.at(share)[block] for share in shares]
+            assert [int(cell) for cell in dearer] == [round(10 * float(one[block])) for one in prices.corrections[:2]]
+            here = family.at(0.7)[block]
+            for cell, level in zip(change, (here - 1, here + 1), strict=True):
+                legal = 0 <= level <= family.space.max_levels[block]
+                assert cell == (str(round(1e4 * float(around.changes[1, block, level]))) if legal else "?")
+            assert lost[1] == str(marginals.x[block])
+    assert "taylor,infl" in render(question()).user and "price" not in render(question()).user
+
+
+def test_tables_and_the_optimiser_can_be_left_out_and_layers_shuffled(question: Callable[..., Question]) -> None:
+    """Each level changes what it is named after and nothing else."""
+
+    def prompt(level: str) -> str:
+        return render(question(level=level, recipes=True)).user
+
+    def without(text: str, start: str, end: str) -> str:
+        return text[: text.index(start)] + text[text.index(end) :]
+
+    full, bare, unthinking, shuffled = map(prompt, ("full", "no-tables", "no-optimiser", "shuffled"))
+    told = without(full, "RECIPE", "TRIALS")
+    assert bare == told.replace(" Differences below 0.0031 are noise.", "")
+    assert "OPTIMISER" in full and not re.search("OPTIMISER|expected|So far", unthinking)
+    silent = re.sub(r" expected \S+| expected-(before|now)|So far .*\n", "", without(full, "OPTIMISER", "So far"))
+    assert sorted(unthinking.split()) == sorted(silent.split())
+    for kind in ("kv", "neurons"):
+        right, wrong = rows(full, kind), rows(shuffled, kind)
+        assert sorted(right) == sorted(wrong) and right != wrong
+    assert (
+        without(shuffled, "BLOCKS", "TRIALS").split("OPTIMISER")[0]
+        == without(full, "BLOCKS", "TRIALS").split("OPTIMISER")[0]
+    )
+
+
+def test_a_change_is_told_whole(make_toy: Callable[..., Any], question: Callable[..., Question]) -> None:
+    """Nothing is left out however many layers differ, and of a member of a recipe's path nothing but the numbers is told."""
+    family = question(recipes=True).context.setting.family
+    assert family.prices
+    recipe = {**family.recipe.to_dict(), "attention": -0.5, "mlp_first": 1.0}
+    [[x]] = family.prices.members(AllocationRecipe.of(recipe).theta[None], torch.tensor([0.7]).double()).int().tolist()
+    assert change_text(family, x, recipe) == "recipe attention -0.50, mlp_first 1.00"
+    assert change_text(family, x, {}) == offset_text(family, x) != "none"
+    offset = torch.zeros(80, dtype=torch.float64)
+    offset[40:43], offset[0], offset[5:40] = -1, 2, torch.tensor([1.0, -1, 0, 2, -2] * 7)
+    told = levels_text(offset)
+    assert told.startswith("mlp 0-2:-1; kv all: 2 0 0 0 0 1 -1 0 2 -2 1")
+    assert told.split("all: ")[1].split() == [str(int(level)) for level in offset[:40]]
 
 
 def test_the_example_in_a_prompt_is_no_reply(question: Callable[..., Question]) -> None:

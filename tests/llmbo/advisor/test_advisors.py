@@ -112,7 +112,7 @@ def make_session(chat_server: Any, tmp_path: Path) -> Callable[..., AdvisorSessi
             **{name: lambda name=name: OfflineAdvisor(name, OFFLINE[name]) for name in OFFLINE},  # type: ignore[misc]
         }
         advisor = ReplayAdvisor(Path(name)) if name not in advisors else advisors[name]()
-        setting = Setting(toy.family, toy.objectives, toy.dense, None, level, 60)
+        setting = Setting(toy.family, toy.objectives, toy.dense, None, level)
         probe = (
             None if name in ("none", "random") else lambda: measure_marginals(toy.family, [toy.evaluator], "kl", 0.1)
         )
@@ -208,8 +208,8 @@ class Beloved(AdvisorSession):
 
     liked: frozenset[tuple[int, ...]] = frozenset()
 
-    def advise(self, trials: Sequence[Trial], q: int, seed: int) -> Advice:
-        advice = super().advise(trials, q, seed)
+    def advise(self, trials: Sequence[Trial], q: int, seed: int, outlook: Callable[[], Any]) -> Advice:
+        advice = super().advise(trials, q, seed, outlook)
         self.liked = frozenset(row.x for row in advice.rows)
         return advice
 
@@ -222,7 +222,9 @@ class Fond(QNehviProposer):
             assert isinstance(self.advice, Beloved)
             return torch.tensor([float(tuple(x) in self.advice.liked) for x in X.int().tolist()])
 
-        return SimpleNamespace(expected_improvement=lambda front: value, log_nehvi=value)
+        return SimpleNamespace(
+            expected_improvement=lambda front: value, log_nehvi=value, predicted_gains=lambda X: torch.zeros(2, len(X))
+        )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -239,7 +241,7 @@ def test_advice_that_always_wins_keeps_to_its_share(toy: Any, monkeypatch: pytes
     monkeypatch.setattr("llmbo.advisor.assemble.AdvisorSession", Beloved)
     monkeypatch.setattr("llmbo.search.acquisition.candidate_pool", partial(candidate_pool, size=64))
     monkeypatch.setattr("llmbo.search.acquisition.LOCAL_ROUNDS", 1)
-    inputs = AdvisorInputs(Setting(toy.family, toy.objectives, toy.dense, None, "full", budget), None, None)
+    inputs = AdvisorInputs(Setting(toy.family, toy.objectives, toy.dense, None, "full"), None, None)
     proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()))
     trials = search(proposer, toy, budget, seed, q)
     assert len(trials) == budget and proposer.warm_start <= min(config.advisor_warm_start, share * budget + 1e-9)

@@ -19,7 +19,7 @@ from llmbo.advisor.store import FILE, AdviceStore, Consultation, MemoryNotes
 from llmbo.errors import ConfigError
 
 KEY = "sk-Secr3t/with+odd=chars&\"q'uoted-456"
-LIMITS = Limits(calls=8, tokens=50_000, seconds=600, cost=None, deadline=2.0, price=None)
+LIMITS = Limits(calls=8, tokens=50_000, seconds=600, cost=None, deadline=2.0, price=None, reply_tokens=700)
 
 
 def each(pattern: str) -> Callable[[str], str]:

@@ -20,7 +20,7 @@ from llmbo.advisor.store import AdviceStore
 from llmbo.config import RunConfig
 from llmbo.types import Direction
 
-LIMITS = Limits(calls=8, tokens=60_000, seconds=600, cost=None, deadline=5.0, price=None)
+LIMITS = Limits(calls=8, tokens=60_000, seconds=600, cost=None, deadline=5.0, price=None, reply_tokens=700)
 EDITS = [{"layers": [0], "neurons_delta": -1}, {"layers": [5], "neurons_delta": 1}]
 FINAL, DRAFT = (
     json.dumps({"proposals": [{"base": f"threshold:{share}", "edits": EDITS, "target_share": share, "why": why}]})
@@ -100,9 +100,9 @@ def test_an_empty_reply_gets_a_second_try_with_more_tokens_and_is_named(
 ) -> None:
     chat_server.answer = lambda body, handler: chat_server.send(handler, 200, chat_server.completion("", EMPTY[name]))
     answer = ask()
-    assert not answer and "the reply was empty at 5600 tokens" in answer.rejections[0].reason
+    assert not answer and "the reply was empty at 2800 tokens" in answer.rejections[0].reason
     assert "--advisor-reply-tokens" in answer.rejections[0].reason
-    assert [request["max_tokens"] for request in chat_server.requests] == [700, 5600] * 3
+    assert [request["max_tokens"] for request in chat_server.requests] == [700, 2800] * 3
 
 
 def thinking(chat: Any, needed: int, content: str | None = FINAL) -> Callable[..., None]:
@@ -120,19 +120,19 @@ def thinking(chat: Any, needed: int, content: str | None = FINAL) -> Callable[..
 
 
 def test_a_thinking_model_gets_the_tokens_that_it_takes(ask: Ask, chat_server: Any, advice: AdviceStore) -> None:
-    chat_server.answer = thinking(chat_server, 3400)
+    chat_server.answer = thinking(chat_server, 2000)
     assert [candidate.why for candidate in ask().candidates] == ["final"]
     (exchange,) = advice.exchanges()
     assert (exchange.attempts, exchange.prompt_tokens, exchange.completion_tokens) == (
         2,
         2000,
-        4100,
+        2700,
     )  # both are paid for
     assert ask(hook="directions").stopped is None
     assert [request["max_tokens"] for request in chat_server.requests[:3]] == [
         700,
-        5600,
-        8200,
+        2800,
+        5400,
     ]  # and it is not cut again
     chat_server.requests.clear()
     chat_server.answer = thinking(chat_server, 300)

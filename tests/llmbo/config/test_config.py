@@ -51,7 +51,7 @@ from llmbo.errors import ConfigError
         ({"advisor_hooks": ("filter", "filter")}, "'filter,filter'"),
         ({"advisor_share": 1.5}, "--advisor-share .* 1.5"),
         ({"advisor_warm_start": 7}, "--advisor-warm-start .* 7"),
-        ({"advisor_context": "fall"}, "'fall': .*one of full, partial, none"),
+        ({"advisor_context": "fall"}, "'fall': .*one of full, no-tables, no-optimiser, shuffled, partial, none"),
         ({"chat": True, "text": "self"}, "--chat .* --text self"),
         ({"heldout_text": "self"}, "--heldout-text .* one text .* 'self'"),
         ({"heldout_text": "mix:python=1"}, "--heldout-text .* one text .* 'mix:python=1'"),

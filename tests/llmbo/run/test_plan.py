@@ -107,7 +107,9 @@ def test_advice_costs_no_more_than_its_caps(planned: Callable[..., Plan], monkey
     priced, capped = (
         planned("8B", **many, advisor_price=(1.0, 4.0), **more).advice for more in ({}, {"advisor_max_cost": 0.01})
     )
-    assert priced and priced.tokens == 8 * (3500 + 700) and priced.dollars == pytest.approx(8 * (3500 + 4 * 700) / 1e6)
+    assert (
+        priced and priced.tokens == 8 * (7200 + 4000) and priced.dollars == pytest.approx(8 * (7200 + 4 * 4000) / 1e6)
+    )
     assert capped and capped.dollars == 0.01
     told = str(planned("8B", advisor="mail:letters", advisor_share=0.29, budget=100))
     assert "advice    in at most 29 of 100 trials" in told and "at most 8 calls" in told and "price unknown" in told

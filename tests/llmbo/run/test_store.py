@@ -47,7 +47,10 @@ def open_store(toy: Any, url: str, facts: dict[str, Any]) -> Open:
 def fill(store: TrialStore, toy: Any, rounds: int = 2, q: int = 2) -> list[Proposal]:
     done: list[Proposal] = []
     for round_number in range(rounds):
-        proposals = [Proposal(x, "threshold", source=Source.PATH) for x in toy.random_points(q, round_number)]
+        proposals = [
+            Proposal(x, "threshold", source=Source.PATH, predicted=(0.1, 0.02))
+            for x in toy.random_points(q, round_number)
+        ]
         store.add_round(proposals)
         for proposal in proposals:
             store.start(len(done), round_number, proposal)

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from llmbo.search.noise import half_width, log_ratio_variances, paired_log_ratio, surely_better
+from llmbo.search.noise import gain_errors, half_width, log_ratio_variances, paired_log_ratio, surely_better
 
 DRAWS = 4000
 
@@ -62,3 +62,28 @@ def test_every_trial_has_the_variance_of_the_windows_that_it_saw(toy: Any) -> No
         [replace(trials[0], windows={"kl": (3 * reference).tolist()})], reference.tolist(), "kl"
     )
     assert scaled.item() == pytest.approx(0, abs=1e-25)  # every window has the same ratio
+
+
+def test_the_error_of_a_gain_is_that_of_differences_to_the_path_between_its_neighbours(toy: Any) -> None:
+    """What is hard for all cancels out; what is a trial's own stays, over as many windows as it saw."""
+    path = [tuple(row) for row in toy.family.path[[3, -4]].int().tolist()]
+    members, others = toy.trials(path), toy.trials(toy.random_points(3, 0), "qnehvi")
+    hard, own = torch.rand(2, 6, dtype=torch.float64)
+    low, high = (trial.values["params_share"] for trial in members)
+    shown = [
+        replace(
+            trial,
+            number=n,
+            values={**trial.values, "params_share": share},
+            windows={"kl": (scale * hard + rest).tolist()},
+        )
+        for n, (trial, share, scale, rest) in enumerate(
+            [(members[0], low, 2.0, 0.0), (members[1], high, 1.0, 0.0), (others[0], (low + high) / 2, 1.5, 0.1)]
+            + [(others[n], low + 0.25 * (high - low), 1.75, own) for n in (1, 2)]
+        )
+    ]
+    shown[4] = replace(shown[4], windows={"kl": shown[4].windows["kl"][:4]})
+    found = gain_errors(shown, "kl")
+    assert found[2] == pytest.approx(0, abs=1e-12) and found.keys() == {2, 3, 4}
+    assert found[3] == pytest.approx(float(own.std() / 6**0.5)) and found[4] == pytest.approx(float(own[:4].std() / 2))
+    assert gain_errors(shown, "accuracy") == {} == gain_errors(shown[1:], "kl")

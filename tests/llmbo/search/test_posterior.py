@@ -1,5 +1,6 @@
 """What is believed away from the path, how far an estimate is trusted, and qLogNEHVI against its definition, sampled."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -147,3 +148,24 @@ def test_a_batch_is_chosen_beside_what_is_running_and_what_it_holds_already(
     proposer = QNehviProposer(toy.family, toy.objectives, toy.dense, num_initial=3)
     first, second, third = (proposal.x for proposal in proposer.propose([*trials, running], 3, 0))
     assert asked == [(x,), (x, first), (x, first, second)] and len({x, first, second, third}) == 4
+
+
+def test_a_candidate_goes_with_the_gain_that_was_expected_of_it(toy: Any, trials: list[Trial]) -> None:
+    """Over the path at equal share, in the quality's unit: that of log-normal draws. Asked beforehand, the optimiser names the same."""
+    proposer = QNehviProposer(toy.family, toy.objectives, toy.dense, sum(trial.on_path for trial in trials))
+    batch = proposer.propose(trials, 2, 5)
+    outlook = proposer.outlook(trials, 2, 5)
+    assert outlook and list(outlook.picks) == batch and all(value > 0 for value in outlook.improvements)
+    predicted = torch.tensor([proposal.predicted for proposal in batch], dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(outlook.predict([p.x for p in batch]), dtype=torch.float64), predicted)
+    posterior = proposer.posterior(trials)
+    kl, Z = posterior.quality, posterior.features(torch.tensor([p.x for p in batch], dtype=torch.float64))
+    mean, deviation = kl.log_excess(Z)
+    drawn = torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gains = kl.expected.curve(Z[:, SHARE]).exp() - (mean + deviation * drawn).exp()
+    torch.testing.assert_close(predicted, torch.stack([gains.mean(0), gains.std(0)], -1), rtol=0.01, atol=1e-4)
+    one, half = posterior.reach[0], torch.zeros(2, len(posterior.reach), dtype=torch.float64)
+    half[1, 0] = one
+    covariance = kl.gp.covar_module(posterior.features(half)).to_dense().detach()
+    assert float(covariance[0, 1] / covariance[0, 0]) == pytest.approx(math.exp(-0.5), rel=1e-3)
+    assert proposer.outlook(trials[:2], 2, 5) is None

@@ -108,7 +108,8 @@ def corrected(
         between = (steps >= low[:, None]) & (steps < high[:, None])
         size = prices.shares.where(between, 0.0).sum(-1)
         fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
-        said = prices.log_prices(recipe.theta[None], share[None])[0, 0].where(between, 0.0).sum(-1) / between.sum(-1)
+        priced = prices.log_prices(recipe.theta[None], share[None], recipe.bonus(L)[None])[0, 0]
+        said = priced.where(between, 0.0).sum(-1) / between.sum(-1)
         ratio = (fall / size).clamp_min(TINY).log() - said
         found.append((ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION))
     if not found:

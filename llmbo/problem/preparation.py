@@ -178,7 +178,7 @@ def prepared(
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-            path = prices.path(method.allocation.theta)
+            path = prices.path(method.allocation)
         threshold_family = ThresholdFamily.along(space, path, importance)
         if config.recipe_search:
             threshold_family = replace(threshold_family, prices=prices, recipe=method.allocation)

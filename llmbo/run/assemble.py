@@ -148,11 +148,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
-    recipe_of(config.recipe)
     if config.heldout_text != "none":
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
+    recipe_of(config.recipe).bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
     check_refit_front(config, anatomy)
     items = item_files(config)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, TypeAda
 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
-from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart, Refitted
+from llmbo.report.schema import DataPart, ElsewherePart, ImportancePart, ItemScores, ModelPart, Recipe, Refitted
 from llmbo.types import Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
@@ -80,7 +80,7 @@ class _Proposal(_Record):
     origin: str
     why: str = ""
     source: str | None = None
-    recipe: dict[str, float] = {}
+    recipe: Recipe = {}
 
     def made(self) -> Proposal:
         return Proposal(tuple(self.x), self.origin, self.why, Source.restored(self.source, self.origin), self.recipe)
@@ -94,7 +94,7 @@ class _Attributes(_Record):
     place: int | None = None
     why: str = ""
     source: str | None = None
-    recipe: dict[str, float] = {}
+    recipe: Recipe = {}
     values: Values = {}
     windows: Windows = {}
     failure: str | None = None

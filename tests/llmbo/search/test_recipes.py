@@ -23,7 +23,7 @@ def family(make_toy: Callable[..., Any]) -> ThresholdFamily:
         for top in toy.space.bounds[1]
     ]
     prices = Prices.of(toy.space, costs, costs)
-    family = ThresholdFamily.along(toy.space, prices.path(DENSE_PRICES.theta), toy.importance)
+    family = ThresholdFamily.along(toy.space, prices.path(DENSE_PRICES), toy.importance)
     return replace(family, prices=prices)
 
 

@@ -41,7 +41,9 @@ from llmbo.config.objectives import feasible
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.marginals import Marginals
 from llmbo.problem.objectives import Objective, build_objectives
+from llmbo.problem.prices import Prices
 from llmbo.problem.proxy import known_values
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
@@ -224,6 +226,30 @@ def family(request: pytest.FixtureRequest, make_toy: Callable[..., Any]) -> Thre
 @pytest.fixture
 def toy(make_toy: Callable[..., Toy]) -> Toy:
     return make_toy()
+
+
+@pytest.fixture
+def make_priced(make_toy: Callable[..., Toy]) -> Callable[..., Toy]:
+    """The same arguments -> a toy whose family knows prices, drawn at random."""
+
+    def make(*args: float, seed: int = 0) -> Toy:
+        toy = make_toy(*args, seed=seed)
+        drawn = torch.Generator().manual_seed(seed)
+        costs = [
+            (6 * torch.rand(int(top), generator=drawn)).exp().sort(descending=True).values.tolist()
+            for top in toy.space.bounds[1]
+        ]
+        prices = Prices.of(toy.space, costs, costs)
+        family = ThresholdFamily.along(toy.space, prices.path(DENSE_PRICES), toy.importance)
+        toy.__dict__["family"] = replace(family, prices=prices)  # where `cached_property` keeps it
+        return toy
+
+    return make
+
+
+@pytest.fixture
+def priced(make_priced: Callable[..., Toy]) -> Toy:
+    return make_priced(6, 60, 0.4, 7)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def _value(node: ast.expr, features: Mapping[str, Tensor]) -> Tensor:
     shown = ast.unparse(node)
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            found = torch.full_like(next(iter(features.values())), number)
+            found = torch.full_like(next(iter(features.values())), float(number))
         case ast.Name(id=name):
             if name not in features:
                 raise FormulaError(unknown("feature", name, features))

@@ -18,7 +18,8 @@ from llmbo.advisor.context import (
     z_scores,
 )
 from llmbo.advisor.parse import rejection_lines
-from llmbo.advisor.replies import FORMATS, reply_schema
+from llmbo.advisor.recipes import vocabulary
+from llmbo.advisor.replies import reply_schema
 from llmbo.advisor.roles import Question, Rejection
 from llmbo.types import Trial
 from pruning.anatomy import BLOCK_KINDS
@@ -74,7 +75,7 @@ def token_limit(num_layers: int) -> int:
 def render(question: Question) -> Prompt:
     """The prompt of a question, with as many trials as fit its limit."""
     context, space = question.context, question.context.setting.space
-    schema = reply_schema(question.hook, space.num_layers, question.max_items)
+    schema = reply_schema(question.hook, space.num_layers, question.max_items, question.priced)
     variables = _variables(question)
     rows = variables.pop("trials")
     while True:
@@ -82,7 +83,7 @@ def render(question: Question) -> Prompt:
             _template("system").render(level=context.setting.level),
             _template(question.hook).render(**variables, trials=rows),
             schema,
-            FORMATS[question.hook][0],
+            next(iter(schema["properties"])),
             hook=question.hook,
         )
         if prompt.tokens <= token_limit(space.num_layers) or not rows:
@@ -121,7 +122,7 @@ def _variables(question: Question) -> dict[str, Any]:
     anatomy = space.anatomy
     costs = parameters_per_level(space)
     header, table = _table(context)
-    hooked: dict[str, Any] = {"count": question.count}
+    hooked: dict[str, Any] = {"count": question.count, "priced": vocabulary(family, question.shares)}
     if question.hook in ("warm_start", "propose"):
         hooked["example_share"] = round((1 + space.min_share) / 2 - 0.05, 2)
     if question.hook == "filter":

@@ -530,6 +530,11 @@ def good_reply(body: dict[str, Any]) -> str:
     share = 0.45 + 0.35 * (zlib.crc32(user.encode()) % 100) / 100
     edits = [{"layers": ["0-1"], "neurons_delta": -1}, {"layers": [2], "neurons_delta": 1}]
     replies = {
+        "recipes": [
+            {"numbers": {"mlp_slope": 0.3, "mlp_first": 0.1 * n}, "at": [share + 0.03 * n, share + 0.1], "why": "?"}
+            for n in range(3)
+        ] + [{"formula": "is_mlp * depth", "coefficient": 0.5, "at": [share]}],
+        "formulas": [{"name": "late MLPs", "formula": "is_mlp * depth"}, {"name": "kept", "formula": "kept > 0.5"}],
         "proposals": [
             {"base": f"threshold:{share:.2f}", "edits": edits, "target_share": share + 0.03 * n, "also_at": [share + 0.1], "why": "?"}
             for n in range(3)
@@ -548,11 +553,18 @@ def advice() -> AdviceStore:
 
 
 @pytest.fixture
-def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
-    """(hook, layers, count, level) -> a question about a toy with members of the family and a few other trials."""
+def question(make_toy: Callable[..., Toy], make_priced: Callable[..., Toy]) -> Callable[..., Question]:
+    """(hook, layers, count, level, extra, priced) -> a question about a toy with members of the family and a few other trials."""
 
-    def make(hook: str = "propose", layers: int = 6, count: int = 4, level: str = "full", extra: int = 3) -> Question:
-        toy = make_toy(layers)
+    def make(
+        hook: str = "propose",
+        layers: int = 6,
+        count: int = 4,
+        level: str = "full",
+        extra: int = 3,
+        priced: bool = False,
+    ) -> Question:
+        toy = make_priced(layers) if priced else make_toy(layers)
         points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
         members = len(points) - extra
         kinds = [("threshold", Source.PATH) if n < members else ("qnehvi", Source.SEARCH) for n in range(len(points))]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class TrialState(StrEnum):
@@ -52,7 +52,7 @@ class Proposal:
         x: One grid level per dimension of the search space.
         origin: Who proposed it, e.g. "threshold" or "qnehvi", for people.
         why: In an advisor's words; empty where nobody said.
-        recipe: The numbers whose path it lies on or near (`llmbo.problem.recipe`); empty where it stems from none.
+        recipe: The numbers whose path it lies on or near, as `AllocationRecipe.to_dict` has them; empty where it stems from none.
         predicted: Mean and standard deviation of what the surrogate expected it to gain over the path at equal share, in the quality's
             unit; None where no surrogate chose.
     """
@@ -61,7 +61,7 @@ class Proposal:
     origin: str
     why: str = ""
     source: Source = Source.SEARCH
-    recipe: Mapping[str, float] = field(default_factory=dict, hash=False)
+    recipe: Mapping[str, Any] = field(default_factory=dict, hash=False)
     predicted: tuple[float, float] | None = None
 
 
@@ -102,7 +102,7 @@ class Trial:
     feasible: bool = True
     why: str = ""
     source: Source = Source.SEARCH
-    recipe: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     windows: Mapping[str, Sequence[float]] = field(default_factory=dict)
     predicted: tuple[float, float] | None = None
 
@@ -131,12 +131,14 @@ class Direction:
     """A contrast between blocks that somebody thinks worth following, whatever its step and size.
 
     Args:
-        levels: Change per dimension of the search space, in grid levels.
+        levels: Change per dimension of the search space, in grid levels; empty where prices change.
+        profile: Change of every block's log price (`AllocationRecipe.profile`); empty where levels do.
     """
 
     name: str
-    levels: tuple[float, ...]
+    levels: tuple[float, ...] = ()
     why: str = ""
+    profile: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class LLMAdvisor:
             self.limits.cost_of(prompt_tokens, reply.completion_tokens), round(self.clock() - start, 3),
             prompt.digest,
         )  # fmt: skip
-        if not exchange.error and not read(exchange, question):
+        found = read(exchange, question)
+        if not exchange.error and not found and found.rejections:
             return replace(exchange, error=USELESS)
         return exchange
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llmbo.advisor.context import Context, offset_from_path, share_of
+from llmbo.advisor.designs import random_recipe, ruled_recipes
 from llmbo.advisor.parse import judge
-from llmbo.advisor.replies import FORMATS
+from llmbo.advisor.replies import FORMATS, formats
 from llmbo.advisor.roles import Answer, Exchange, Question, Transcript
 from llmbo.problem.depth import gaussian_smoothed
 from llmbo.search.baselines import ThresholdProposer
@@ -57,13 +58,17 @@ def random_reply(question: Question) -> Reply:
         base = rng.choice([*bases, f"threshold:{share}"])
         return {"base": base, "edits": _random_contrast(rng, space.num_layers), "target_share": share, "why": "chance"}
 
+    def recipe() -> Reply:
+        return random_recipe(rng, [round(rng.uniform(low, MAX_SHARE), 3) for _ in range(question.shares)])
+
     makers: dict[str, Callable[[int], Reply]] = {
+        "recipes": lambda index: recipe(),
         "proposals": lambda index: item(),
         "directions": lambda index: {"name": f"chance {index + 1}", "edits": _random_contrast(rng, space.num_layers)},
         "decisions": lambda index: {"id": order[index], "keep": False, "confidence": 0.5, "why": "chance"},
     }
     order = rng.sample(range(len(question.candidates)), len(question.candidates))
-    key = FORMATS[question.hook][0]
+    key = next(iter(formats(question.hook, question.priced and question.hook != "directions")))
     return {key: [makers[key](index) for index in range(question.count)]}
 
 
@@ -199,6 +204,8 @@ def _proposals(question: Question) -> Reply:
         context.trials, question.count, 0
     )
     shares = [round(share_of(setting.space, member.x), 3) for member in places]
+    if question.priced and (recipes := ruled_recipes(question, shares)):
+        return {"recipes": recipes}
     items: list[Reply] = []
     for place, number in enumerate(best[: question.count // 2]):
         edits = _edits(named[place % len(named)].levels, setting.space.num_layers) if named else []

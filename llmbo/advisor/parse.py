@@ -10,21 +10,28 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from llmbo.advisor.context import share_of
+from llmbo.advisor.formula import FormulaError, block_features, evaluated
+from llmbo.advisor.recipes import asked_recipe, member
 from llmbo.advisor.replies import (
-    FORMATS,
     MAX_TEXT,
     DecisionPart,
     DirectionPart,
     EditPart,
+    FormulaPart,
     ProposalPart,
+    RecipePart,
     RejectionKind,
+    formats,
     one_line,
 )
 from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
+from llmbo.errors import LlmboError
 from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.recipe import AllocationRecipe
 from llmbo.types import Direction
 
 MAX_REPLY = 64_000  # characters; far more than any useful reply
+MAX_REASON = 300  # likewise, of a refusal that quotes a formula
 SAME_DIRECTION = 0.999  # cosine
 
 
@@ -39,7 +46,7 @@ class _Illegal(Exception):
 def parse_reply(text: str, question: Question) -> Answer:
     """What a model's text comes to. Tolerates a code fence or prose around the JSON object, nothing inside it."""
     try:
-        reply = extract_object(text[:MAX_REPLY], FORMATS[question.hook][0])
+        reply = extract_object(text[:MAX_REPLY], *formats(question.hook, question.priced))
     except _Illegal as error:
         return Answer(rejections=(Rejection(text[:MAX_TEXT], str(error), "unparsable"),))
     return judge(reply, question)
@@ -47,25 +54,27 @@ def parse_reply(text: str, question: Question) -> Answer:
 
 def judge(reply: Mapping[str, Any], question: Question) -> Answer:
     """Validate a reply in the documented format item by item; one bad item does not spoil the others."""
-    key, part = FORMATS[question.hook]
-    items = reply.get(key)
-    if not isinstance(items, list):
-        return Answer(rejections=(Rejection(_shown(reply), f"'{key}' must be a list", "unparsable"),))
+    parts = formats(question.hook, question.priced)
     builder = _AnswerBuilder(question)
-    for item in items[: question.max_items]:
-        try:
-            _RESOLVERS[question.hook](builder, part.model_validate(item))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(step) for step in first["loc"])
-            builder.rejections.append(Rejection(_shown(item), one_line(f"{where}: {first['msg']}"), "unparsable"))
-        except _Illegal as error:
-            builder.rejections.append(Rejection(_shown(item), str(error), error.kind))
+    for key, part in parts.items():
+        items = reply.get(key, [] if parts.keys() & reply.keys() else None)
+        if not isinstance(items, list):
+            builder.rejections.append(Rejection(_shown(reply), f"'{key}' must be a list", "unparsable"))
+            continue
+        for item in items[: question.max_items]:
+            try:
+                _RESOLVERS[part](builder, part.model_validate(item))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(str(step) for step in first["loc"])
+                builder.rejections.append(Rejection(_shown(item), one_line(f"{where}: {first['msg']}"), "unparsable"))
+            except _Illegal as error:
+                builder.rejections.append(Rejection(_shown(item), str(error), error.kind))
     return builder.answer()
 
 
-def extract_object(text: str, key: str) -> dict[str, Any]:
-    """The first JSON object in `text` that has `key`.
+def extract_object(text: str, *keys: str) -> dict[str, Any]:
+    """The first JSON object in `text` that has one of `keys`.
 
     Raises:
         _Illegal: There is none.
@@ -79,12 +88,13 @@ def extract_object(text: str, key: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             position = text.find("{", position + 1)
             continue
-        if key in found:
+        if any(key in found for key in keys):
             return found
         position = text.find("{", end)
     if _open(text):
         raise _Illegal("the reply ends before its JSON object does: be shorter")
-    raise _Illegal(f"no JSON object with the key '{key}' found in the reply")
+    named = " or ".join(f"'{key}'" for key in keys)
+    raise _Illegal(f"no JSON object with the key {named} found in the reply")
 
 
 def ends_early(text: str, key: str) -> bool:
@@ -141,8 +151,8 @@ class _AnswerBuilder:
 
     def answer(self) -> Answer:
         return Answer(
-            tuple(self.candidates[: self.question.count]),
-            tuple(self.directions),
+            tuple(self.candidates[: self.question.max_candidates]),
+            tuple(self.directions[: self.question.count]),
             tuple(self.decisions),
             tuple(self.rejections),
         )
@@ -170,10 +180,51 @@ class _AnswerBuilder:
         if not levels.any():
             raise _Illegal("the direction changes nothing")
         for other in self.directions:
-            if float(torch.cosine_similarity(levels, torch.tensor(other.levels), dim=0)) > SAME_DIRECTION:
+            if (
+                other.levels
+                and float(torch.cosine_similarity(levels, torch.tensor(other.levels), dim=0)) > SAME_DIRECTION
+            ):
                 raise _Illegal(f"the same direction as '{other.name}'", "duplicate")
         name = part.name or f"direction {len(self.directions) + 1}"
         self.directions.append(Direction(name, tuple(levels.tolist()), part.why))
+
+    def recipe(self, part: RecipePart) -> None:
+        profile, vector = torch.zeros(self.family.space.d, dtype=torch.float64), None
+        if part.formula is not None:
+            vector = self._vector(part.formula)
+            profile += part.coefficient * vector
+        try:
+            recipe, whys = asked_recipe(self.family, part, profile), part.why or part.formula or ""
+        except LlmboError as error:
+            raise _Illegal(str(error)) from None
+        for share in part.at[: self.question.shares]:
+            try:
+                self._add(member(self.family, recipe, self._size(share)), whys, recipe.to_dict())
+            except _Illegal as error:
+                shown = part.model_dump(exclude_none=True, exclude_defaults=True)
+                self.rejections.append(Rejection(_shown(shown), str(error), error.kind))
+        if vector is not None and part.formula is not None and not self._known(vector):
+            self.directions.append(Direction(part.formula, why=part.why, profile=tuple(vector.tolist())))
+
+    def formula(self, part: FormulaPart) -> None:
+        vector = self._vector(part.formula)
+        if other := self._known(vector):
+            raise _Illegal(f"the same direction as '{other}'", "duplicate")
+        self.directions.append(Direction(part.name or part.formula, why=part.why, profile=tuple(vector.tolist())))
+
+    def _vector(self, formula: str) -> Tensor:
+        try:
+            return evaluated(formula, block_features(self.family))
+        except FormulaError as error:
+            raise _Illegal(one_line(str(error), MAX_REASON)) from None
+
+    def _known(self, vector: Tensor) -> str:
+        """Name of a direction of this reply that goes the same way or back; empty if none does."""
+        profiles = {d.name: torch.tensor(d.profile, dtype=torch.float64) for d in self.directions if d.profile}
+        same = (
+            n for n, p in profiles.items() if abs(float(torch.cosine_similarity(vector, p, dim=0))) > SAME_DIRECTION
+        )
+        return next(same, "")
 
     def decision(self, part: DecisionPart) -> None:
         count = len(self.question.candidates)
@@ -196,7 +247,7 @@ class _AnswerBuilder:
             raise _Illegal(f"share {share:g} is below the smallest allowed, {self.family.space.min_share:g}")
         return share
 
-    def _add(self, x: tuple[int, ...], why: str) -> None:
+    def _add(self, x: tuple[int, ...], why: str, recipe: Mapping[str, Any] = {}) -> None:
         space = self.family.space
         point = torch.tensor([x], dtype=torch.float64)
         if not bool(space.legal(point)[0]):
@@ -211,14 +262,15 @@ class _AnswerBuilder:
         }
         if x in taken:
             raise _Illegal(f"the same as {taken[x]}", "duplicate")
-        self.candidates.append(Candidate(x, why))
+        self.candidates.append(Candidate(x, why, recipe))
 
 
-_RESOLVERS: dict[str, Callable[[_AnswerBuilder, Any], None]] = {
-    "warm_start": _AnswerBuilder.proposal,
-    "propose": _AnswerBuilder.proposal,
-    "directions": _AnswerBuilder.direction,
-    "filter": _AnswerBuilder.decision,
+_RESOLVERS: dict[type, Callable[[_AnswerBuilder, Any], None]] = {
+    ProposalPart: _AnswerBuilder.proposal,
+    RecipePart: _AnswerBuilder.recipe,
+    DirectionPart: _AnswerBuilder.direction,
+    FormulaPart: _AnswerBuilder.formula,
+    DecisionPart: _AnswerBuilder.decision,
 }
 
 
@@ -226,7 +278,7 @@ def checked(answer: Answer, question: Question) -> Answer:
     """An answer that did not come from `judge`.
 
     Raises:
-        ValueError, TypeError: It holds what cannot be evaluated or stored.
+        ValueError, TypeError, ConfigError: It holds what cannot be evaluated or stored.
     """
     space = question.context.setting.space
     written = json.dumps(answer.to_dict(), allow_nan=False)  # as it will be stored
@@ -236,9 +288,11 @@ def checked(answer: Answer, question: Question) -> Answer:
             raise ValueError(f"a candidate needs {space.d} whole levels, got {candidate.x}")
         if not space.legal(torch.tensor([candidate.x], dtype=torch.float64)).all():
             raise ValueError(f"a candidate is outside the space: {candidate.x}")
+        AllocationRecipe.of(candidate.recipe).bonus(space.num_layers)
     for direction in answer.directions:
-        if len(direction.levels) != space.d or not any(direction.levels):
-            raise ValueError(f"a direction needs {space.d} levels, not all of them 0, got {direction.levels}")
+        changes = direction.profile if question.priced and not direction.levels else direction.levels
+        if len(changes) != space.d or not any(changes):
+            raise ValueError(f"a direction needs {space.d} levels, not all of them 0, got {changes}")
     if any(not 0 <= decision.index < len(question.candidates) for decision in answer.decisions):
         raise ValueError(f"a decision is about none of the {len(question.candidates)} candidates")
     return answer

@@ -2,17 +2,20 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 import torch
 
 from llmbo.advisor.context import Context, Setting, offset_from_path
 from llmbo.advisor.parse import rescaled
+from llmbo.advisor.recipes import along
 from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
 from llmbo.advisor.store import AdviceStore
 from llmbo.problem.marginals import Marginals
+from llmbo.search.pool import known_recipes
 from llmbo.types import Advice, Direction, Outlook, Proposal, Proposer, Source, Trial, TrialState
 
 ORIGINS = {
@@ -73,7 +76,8 @@ class AdvisorSession:
         question = self.question(hook, trials, count, seed, points, outlook)
         consultation = self.advice.open(round, hook)
         answer = self.advisor.ask(question, consultation)
-        answer = replace(answer, candidates=answer.candidates[:count], directions=answer.directions[:count])
+        most = question.max_candidates
+        answer = replace(answer, candidates=answer.candidates[:most], directions=answer.directions[:count])
         return consultation.close(answer, **({"reviewed": [list(x) for x in points], "seed": seed} if points else {}))
 
     def question(
@@ -140,7 +144,7 @@ class AdvisorSession:
         """Every candidate ever proposed: one that was vetoed once may win later."""
         sources = {"warm_start": Source.WARM_START, "propose": Source.ADVICE}
         return [
-            advised(candidate.x, sources[consultation.hook], candidate.why)
+            advised(candidate.x, sources[consultation.hook], candidate.why, candidate.recipe)
             for consultation in self.advice.all()
             if consultation.hook in sources and consultation.answer is not None and consultation.round <= round
             for candidate in consultation.answer.candidates
@@ -175,7 +179,13 @@ class AdvisorSession:
         bases = [offset_from_path(family, trial.x) for trial in Context(self.setting, trials).front]
         bases.append(torch.zeros(family.space.d, dtype=torch.float64))
         taken = {trial.x for trial in trials} | {family.space.max_levels}
-        for direction in directions:
+        known = known_recipes(family, Context(self.setting, trials).front)
+        for direction in (d for d in directions if d.profile and family.prices is not None):
+            for x, recipe in along(family, known, direction, rng):
+                if x not in taken:
+                    self.along.setdefault(x, direction)
+                    yield advised(x, Source.DIRECTION, recipe=recipe.to_dict())
+        for direction in (d for d in directions if d.levels):
             levels = torch.tensor(direction.levels, dtype=torch.float64)
             for _ in range(ROWS_PER_DIRECTION):
                 offset = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
@@ -230,7 +240,8 @@ class AdvisedProposer:
             self.session.consult("warm_start", [*trials, *_running(before, trials)], self.warm_start, seed)
         taken = {trial.x for trial in trials} | {proposal.x for proposal in before}
         ours = max(0, min(ours, self._room(trials, before, len(before) + ours)))
-        rows = [advised(c.x, Source.WARM_START, c.why) for c in self._first_advice() if c.x not in taken][:ours]
+        mine = [c for c in self._first_advice() if c.x not in taken][:ours]
+        rows = [advised(c.x, Source.WARM_START, c.why, c.recipe) for c in mine]
         known = [*trials, *_running([*before, *rows], trials)]
         return [*before, *rows, *self.design.propose(known, q - len(before) - len(rows), seed)]
 
@@ -258,9 +269,9 @@ class AdvisedProposer:
         return kept + self._searched([*trials, *_running(passed, trials)], len(batch) - len(kept), seed)
 
 
-def advised(x: tuple[int, ...], source: Source, why: str = "") -> Proposal:
+def advised(x: tuple[int, ...], source: Source, why: str = "", recipe: Mapping[str, Any] = {}) -> Proposal:
     """A proposal that stems from the advisor."""
-    return Proposal(x, ORIGINS[source], why, source)
+    return Proposal(x, ORIGINS[source], why, source, recipe)
 
 
 def _advised_last(batch: Sequence[Proposal]) -> list[Proposal]:

@@ -12,7 +12,8 @@ import jinja2
 
 from llmbo.advisor.context import Context, change_text, offset_text, parameters_per_level, recipe_text, share_of
 from llmbo.advisor.parse import rejection_lines
-from llmbo.advisor.replies import FORMATS, reply_schema
+from llmbo.advisor.recipes import vocabulary
+from llmbo.advisor.replies import reply_schema
 from llmbo.advisor.roles import Question, Rejection
 from llmbo.advisor.tables import block_tables
 from llmbo.types import Proposal, Trial
@@ -71,7 +72,7 @@ def token_limit(num_layers: int) -> int:
 def render(question: Question) -> Prompt:
     """The prompt of a question, with as many trials as fit its limit: the advisor's own last of all are left out."""
     context, space = question.context, question.context.setting.space
-    schema = reply_schema(question.hook, space.num_layers, question.max_items)
+    schema = reply_schema(question.hook, space.num_layers, question.max_items, question.priced)
     variables = _variables(question)
     others, waiting, own = _others(context), _waiting(context), _own(context)
     known = len(others) + len(waiting) + len(own)
@@ -86,7 +87,7 @@ def render(question: Question) -> Prompt:
             _template("system").render(level=context.setting.level),
             _template(question.hook).render(**variables, **rows),
             schema,
-            FORMATS[question.hook][0],
+            next(iter(schema["properties"])),
             hook=question.hook,
         )
         excess = prompt.tokens - token_limit(space.num_layers)
@@ -128,7 +129,7 @@ def _variables(question: Question) -> dict[str, Any]:
     anatomy = space.anatomy
     costs = parameters_per_level(space)
     tables = block_tables(context)
-    hooked: dict[str, Any] = {"count": question.count}
+    hooked: dict[str, Any] = {"count": question.count, "priced": vocabulary(family, question.shares)}
     if question.hook in ("warm_start", "propose"):
         hooked["example_share"] = round((1 + space.min_share) / 2 - 0.05, 2)
     if question.hook == "filter":

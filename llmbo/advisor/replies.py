@@ -6,9 +6,14 @@ The classes validate every reply; `reply_schema` turns them into the JSON schema
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from llmbo.advisor.formula import MAX_LENGTH
+from llmbo.problem.recipe import BOUNDS, LARGEST_BONUS
 
 MAX_TEXT = 120  # characters of a name or a reason that are kept
+MAX_SHARES = 4  # at which a recipe may be tried
+COEFFICIENT = (-1.0, 1.0, 0.3)  # of a formula in a recipe: lowest, highest, and if none is given
 
 # Patterns in the plainest words: llama-cpp-python dies of `\d` and `{1,3}`.
 LayerRange = Annotated[str, Field(pattern="^[0-9][0-9]?[0-9]?-[0-9][0-9]?[0-9]?$")]
@@ -16,6 +21,8 @@ Base = Annotated[str, Field(pattern="^(dense|threshold:0[.][0-9][0-9]?[0-9]?)$")
 Share = Annotated[float, Field(gt=0, le=1)]
 Delta = Annotated[int, Field(ge=-12, le=12)]
 Level = Annotated[int, Field(ge=0, le=64)]
+Bonus = Annotated[float, Field(ge=-LARGEST_BONUS, le=LARGEST_BONUS)]
+Formula = Annotated[str, Field(max_length=MAX_LENGTH)]
 Text = Annotated[
     str,
     BeforeValidator(lambda value: one_line(value) if isinstance(value, str) else value),
@@ -23,13 +30,13 @@ Text = Annotated[
 ]
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, length: int = MAX_TEXT) -> str:
     """Free text is data: one line, bounded, without control characters. Too long a reason is no reason to refuse."""
-    return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT].strip()
+    return "".join(c if c.isprintable() else " " for c in text)[:length].strip()
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class EditPart(_Part):
@@ -60,6 +67,43 @@ class DirectionPart(_Part):
     why: Text = ""
 
 
+class FormulaPart(_Part):
+    """A direction by a formula (`llmbo.advisor.formula`), whose coefficient the search chooses."""
+
+    name: Text
+    formula: Formula
+    why: Text = ""
+
+
+NumbersPart = create_model(
+    "NumbersPart",
+    __base__=_Part,
+    **{name: (Annotated[float, Field(ge=low, le=high)] | None, None) for name, (low, high) in BOUNDS.items()},
+)  # type: ignore[call-overload]
+
+
+class ProfilePart(_Part):
+    """A number for every layer, by kind."""
+
+    attention: list[Bonus] | None = None
+    mlp: list[Bonus] | None = None
+
+
+class RecipePart(_Part):
+    """The run's own recipe with other numbers (`llmbo.problem.recipe`) and a profile, which a formula may spell.
+
+    `at`: shares at which it is tried, in a first design only the first of them.
+    `coefficient`: of the formula, which becomes a direction too.
+    """
+
+    numbers: NumbersPart = Field(default_factory=NumbersPart)
+    profile: ProfilePart | None = None
+    formula: Formula | None = None
+    coefficient: Annotated[float, Field(ge=COEFFICIENT[0], le=COEFFICIENT[1])] = COEFFICIENT[2]
+    at: Annotated[list[Share], Field(min_length=1, max_length=MAX_SHARES)]
+    why: Text = ""
+
+
 class DecisionPart(_Part):
     id: int
     keep: bool
@@ -74,16 +118,36 @@ FORMATS: dict[str, tuple[str, type[_Part]]] = {
     "directions": ("directions", DirectionPart),
     "filter": ("decisions", DecisionPart),
 }
+# likewise, and before these where prices are known
+PRICED: dict[str, tuple[str, type[_Part]]] = {
+    "warm_start": ("recipes", RecipePart),
+    "propose": ("recipes", RecipePart),
+    "directions": ("formulas", FormulaPart),
+}
 RejectionKind = Literal["unparsable", "illegal", "duplicate"]
 
 
-def reply_schema(hook: str, num_layers: int, count: int) -> dict[str, Any]:
-    """JSON schema of a reply to `hook` with at most `count` items, without references, as small servers want it."""
-    key, item = FORMATS[hook]
-    schema = item.model_json_schema()
-    inlined = _inlined(schema, schema.get("$defs", {}), num_layers)
-    items = {"type": "array", "items": inlined, "minItems": int(hook != "filter"), "maxItems": count}
-    return {"type": "object", "properties": {key: items}, "required": [key], "additionalProperties": False}
+def formats(hook: str, priced: bool) -> dict[str, type[_Part]]:
+    """Lists that a reply may hold, the preferred one first, and the class of their items."""
+    return dict(filter(None, (PRICED.get(hook) if priced else None, FORMATS[hook])))
+
+
+def reply_schema(hook: str, num_layers: int, count: int, priced: bool = False) -> dict[str, Any]:
+    """JSON schema of a reply to `hook` with at most `count` items a list, without references, as small servers want it.
+
+    Where prices are known, an empty list is asked for if there is nothing to say; without them small models would say nothing.
+    """
+    lists = {}
+    for key, item in formats(hook, priced).items():
+        schema = item.model_json_schema()
+        inlined = _inlined(schema, schema.get("$defs", {}), num_layers)
+        lists[key] = {
+            "type": "array",
+            "items": inlined,
+            "minItems": int(not priced and hook != "filter"),
+            "maxItems": count,
+        }
+    return {"type": "object", "properties": lists, "required": [next(iter(lists))], "additionalProperties": False}
 
 
 def _inlined(node: Any, definitions: Mapping[str, Any], num_layers: int) -> Any:
@@ -104,4 +168,7 @@ def _inlined(node: Any, definitions: Mapping[str, Any], num_layers: int) -> Any:
     if "layers" in kept.get("properties", {}):
         integers = kept["properties"]["layers"]["items"]["anyOf"][0]
         integers.update(minimum=0, maximum=num_layers - 1)
+    if kept.get("properties", {}).keys() == {"attention", "mlp"}:
+        for half in kept["properties"].values():
+            half.update(minItems=num_layers, maxItems=num_layers)
     return kept

@@ -1,11 +1,11 @@
 """What is asked of an advisor and what comes back: the records that pass between the parts of this package."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from llmbo.advisor.context import Context
-from llmbo.advisor.replies import RejectionKind
+from llmbo.advisor.replies import MAX_SHARES, RejectionKind
 from llmbo.types import Direction
 
 
@@ -31,11 +31,28 @@ class Question:
     def max_items(self) -> int:
         return len(self.candidates) if self.hook == "filter" else self.count
 
+    @property
+    def priced(self) -> bool:
+        """Whether the answer may speak in recipes."""
+        return self.context.setting.family.prices is not None
+
+    @property
+    def shares(self) -> int:
+        """At how many shares a recipe is tried: each is a trial of a first design, and one row of a pool later."""
+        return MAX_SHARES if self.hook == "propose" else 1
+
+    @property
+    def max_candidates(self) -> int:
+        return self.count * (self.shares if self.priced else 1)
+
 
 @dataclass(frozen=True)
 class Candidate:
+    """`recipe`: as `Proposal` has it."""
+
     x: tuple[int, ...]
     why: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,11 @@ class Answer:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Inverse of `to_dict`, also after a round trip through JSON."""
         return cls(
-            tuple(Candidate(tuple(item["x"]), item["why"]) for item in data["candidates"]),
-            tuple(Direction(item["name"], tuple(item["levels"]), item.get("why", "")) for item in data["directions"]),
+            tuple(Candidate(tuple(item["x"]), item["why"], item.get("recipe", {})) for item in data["candidates"]),
+            tuple(
+                Direction(item["name"], tuple(item["levels"]), item.get("why", ""), tuple(item.get("profile", ())))
+                for item in data["directions"]
+            ),
             tuple(Decision(**item) for item in data["decisions"]),
             tuple(Rejection(**item) for item in data["rejections"]),
             data["stopped"],

@@ -91,8 +91,8 @@ def informed(
         between = (steps >= low[:, None]) & (steps < high[:, None])
         size = prices.shares.where(between, 0.0).sum(-1)
         fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
-        said = prices.log_prices(DENSE_PRICES.theta[None], share[None])[0, 0]
-        said = said.where(between, 0.0).sum(-1) / between.sum(-1)
+        priced = prices.log_prices(DENSE_PRICES.theta[None], share[None], DENSE_PRICES.bonus(L)[None])[0, 0]
+        said = priced.where(between, 0.0).sum(-1) / between.sum(-1)
         ratio = (fall / size).clamp_min(TINY).log() - said
         ratios[anchor] = (ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
     return replace(

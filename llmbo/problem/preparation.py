@@ -180,7 +180,7 @@ def prepared(
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-            threshold_family = ThresholdFamily.along(space, prices.path(DENSE_PRICES.theta), importance)
+            threshold_family = ThresholdFamily.along(space, prices.path(DENSE_PRICES), importance)
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
             measured = threshold_family, prices, supernet, some, sensitivity, keep
             family = with_exchanges(*measured, advance, method, phases.note)
@@ -300,7 +300,7 @@ def with_exchanges(
         measured.append(first + second)
     around = expansions(space, sound, measured, sensitivity)
     found = informed(prices, exchanges, sound, around)
-    moved = family.moved_to(found.path(method.allocation.theta))
+    moved = family.moved_to(found.path(method.allocation))
     return replace(moved, expansions=around, prices=found, recipe=method.allocation)
 
 

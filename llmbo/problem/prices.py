@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmbo.problem.interpolation import interpolated
-from llmbo.problem.recipe import BOUNDS
+from llmbo.problem.recipe import BOUNDS, AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 from pruning.importance import Importance
@@ -63,8 +63,10 @@ class Prices:
             found[first : first + L, :levels] = self.space.share(points).diff()
         return found
 
-    def log_prices(self, theta: Tensor, share: Tensor) -> Tensor:
-        """Prices of all steps, never rising within a block: `m x len(BOUNDS)` numbers, `n` shares -> `m x n x d x steps`."""
+    def log_prices(self, theta: Tensor, share: Tensor, bonus: Tensor | None = None) -> Tensor:
+        """Prices of all steps, never rising within a block: `m x len(BOUNDS)` numbers, `n` shares, `m x d` profiles (None: no bonus)
+        -> `m x n x d x steps`.
+        """
         number = dict(zip(BOUNDS, theta[:, :, None, None, None].unbind(1), strict=True))
         size = (-share.log2() - 0.5)[None, :, None, None]
         for name in [name for name in number if name.endswith("_by_size")]:
@@ -93,10 +95,12 @@ class Prices:
             )
         corrections = interpolated(self.anchors, self.corrections, share)
         found = torch.cat(parts, dim=-2) + number["pruned_members"] * corrections[..., None]
+        if bonus is not None:
+            found = found + bonus[:, None, :, None]
         return found.masked_fill(~self.steps, -math.inf).cummin(-1).values
 
-    def members(self, theta: Tensor, share: Tensor) -> Tensor:
-        """The models of given sizes: `m x len(BOUNDS)` numbers, `n` shares -> `m x n x d` levels.
+    def members(self, theta: Tensor, share: Tensor, bonus: Tensor | None = None) -> Tensor:
+        """The models of given sizes: `m x len(BOUNDS)` numbers, `n` shares, `m x d` profiles (None: no bonus) -> `m x n x d` levels.
 
         Each takes the dearest steps until one does not fit, then those of the others that do: no step is left that would fit, and
         where steps are fine the parameter share is hardly less than asked for. Steps that break a limit of the space are left out.
@@ -106,19 +110,20 @@ class Prices:
         Memory: `m n` times `d x steps` float64 prices and as many indices.
         """
         left = share.repeat(len(theta)) - self._nothing + SLACK
-        rows = self._taken(self.log_prices(theta, share).flatten(0, 1), left)[0]
+        rows = self._taken(self.log_prices(theta, share, bonus).flatten(0, 1), left)[0]
         weight = theta[:, WIDTH_EXCHANGES].repeat_interleave(len(share))
         return self._exchanged(rows, weight).view(len(theta), len(share), -1)
 
-    def path(self, theta: Tensor) -> Tensor:
+    def path(self, recipe: AllocationRecipe) -> Tensor:
         """The distinct legal members of one recipe, `num_members x d`, by increasing share.
 
         They are taken at the sizes of the prefixes of its steps' order at a share of 0.71: unless prices depend on the size, every
         one adds a step to the one before, until widths are exchanged.
         """
-        prices = self.log_prices(theta[None], torch.tensor([0.5**0.5], dtype=torch.float64))[0]
+        theta, bonus = recipe.theta[None], recipe.bonus(self.space.num_layers)[None]
+        prices = self.log_prices(theta, torch.tensor([0.5**0.5], dtype=torch.float64), bonus)[0]
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
-        rows = self.members(theta[None], sizes[sizes >= self.space.min_share - SLACK])[0]
+        rows = self.members(theta, sizes[sizes >= self.space.min_share - SLACK], bonus)[0]
         return self.space.increasing(rows[self.space.legal(rows)])
 
     def _exchanged(self, rows: Tensor, weight: Tensor) -> Tensor:

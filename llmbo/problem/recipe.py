@@ -5,12 +5,13 @@ parameter. Two estimates of it are at hand (`llmbo.problem.family`), and neither
 numbers of its own on top, all in logarithms, since errors of prices are factors:
 
     log price = m + e (f log F + (1 - f) log S - m) + t (l / top - 1/2)
-                + a + b u + c (u^2 - 1/3) + first 2^-i + last 2^-(L - 1 - i) + w log R
+                + a + b u + c (u^2 - 1/3) + first 2^-i + last 2^-(L - 1 - i) + w log R + p
 
     F, S   prices by Fisher scores and by the sensitivity of whole blocks, each divided by its geometric mean over all steps
     i, u   the layer, of L, and its depth 2 i / (L - 1) - 1        l   the level that the step leads to, of `top`
     m      mean of f log F + (1 - f) log S over the steps of the block's kind
     R      how much dearer the block was found at pruned members (`llmbo.problem.expansion`), interpolated in the share
+    p      the block's own bonus: `profile`, which alone is bound to one number of layers
 
 Prices never rise within a block. After that, blocks exchange a level where this was best at pruned members, as far as `width_exchanges`
 says (`llmbo.problem.expansion.best_exchanges`); this, too, is interpolated in the share. Numbers that end in `_by_size` are taken times
@@ -28,6 +29,9 @@ import torch
 from torch import Tensor
 
 from llmbo.errors import ConfigError, first_line, unknown
+from pruning.anatomy import BLOCK_KINDS
+
+LARGEST_BONUS = 2.0  # of a log price; numbers at both ends of their bounds make no block dearer by more
 
 
 def _number(default: float, low: float, high: float, words: str) -> Any:
@@ -37,6 +41,9 @@ def _number(default: float, low: float, high: float, words: str) -> Any:
 @dataclass(frozen=True)
 class AllocationRecipe:
     """What is put into the formula above. The values here are the dense model's prices as they are: `DENSE_PRICES`.
+
+    Args:
+        profile: A bonus for every block, attention first; empty for none. In writing, `{"attention": [...], "mlp": [...]}`.
 
     Raises:
         ConfigError: A number lies outside its bounds, or is none.
@@ -62,45 +69,84 @@ class AllocationRecipe:
     mlp_last: float = _number(0.0, -1.5, 1.5, "MLPs of the last layers dearer")
     pruned_members: float = _number(0.0, 0.0, 1.0, "w: more of what was measured at pruned members")
     width_exchanges: float = _number(1.0, 0.0, 1.0, "more of the width exchanges that were best at pruned members")
+    profile: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            low, high = BOUNDS[name]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                raise ConfigError(f"The recipe's {name} must lie between {low:g} and {high:g}, got {value!r}.")
+        for name, bound in BOUNDS.items():
+            _check(name, getattr(self, name), *bound)
+        for value in self.profile:
+            _check("profile", value, -LARGEST_BONUS, LARGEST_BONUS)
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Self:
-        """From names and numbers; what is not named stays at the dense model's prices.
+        """Inverse of `to_dict`; what is not named stays at the dense model's prices.
 
         Raises:
-            ConfigError: A name is unknown, or as the class says.
+            ConfigError: A name is unknown, the profile's halves are no lists of one length, or as the class says.
         """
         for name in numbers:
-            if name not in BOUNDS:
-                raise ConfigError(unknown("number of a recipe", name, BOUNDS))
-        return cls(**numbers)
+            if name not in (*BOUNDS, "profile"):
+                raise ConfigError(unknown("number of a recipe", name, [*BOUNDS, "profile"]))
+        return cls(**{**numbers, "profile": _profile(numbers.get("profile") or {})})
 
     @classmethod
-    def clamped(cls, theta: Tensor) -> Self:
-        """From a vector of `len(BOUNDS)` numbers in their order, with what lies outside of its bounds at them."""
+    def clamped(cls, theta: Tensor, profile: Tensor | None = None) -> Self:
+        """From `len(BOUNDS)` numbers in their order and `d` bonuses, with what lies outside of its bounds at them."""
         low, high = bounds()
-        return cls(*theta.double().maximum(low).minimum(high).tolist())
+        own = () if profile is None or not profile.any() else profile.clamp(-LARGEST_BONUS, LARGEST_BONUS).tolist()
+        return cls(*theta.double().maximum(low).minimum(high).tolist(), profile=tuple(own))
 
     @property
     def theta(self) -> Tensor:
-        """All numbers in their order, float64."""
-        return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+        """All numbers in their order, float64; the profile is none of them."""
+        return torch.tensor([getattr(self, name) for name in BOUNDS], dtype=torch.float64)
 
-    def to_dict(self) -> dict[str, float]:
-        return dataclasses.asdict(self)
+    def bonus(self, num_layers: int) -> Tensor:
+        """The profile for a model of so many layers, `d` float64; zeros without one.
+
+        Raises:
+            ConfigError: It is for another number of layers.
+        """
+        if self.profile and len(self.profile) != 2 * num_layers:
+            raise ConfigError(
+                f"The recipe's profile has {len(self.profile) // 2} numbers for each kind, the model has {num_layers} layers: "
+                "give one for every layer."
+            )
+        return torch.tensor(self.profile or [0.0] * (2 * num_layers), dtype=torch.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers by name, and the profile if there is one."""
+        numbers: dict[str, Any] = {name: getattr(self, name) for name in BOUNDS}
+        L = len(self.profile) // 2
+        halves = dict(zip(BLOCK_KINDS, (list(self.profile[:L]), list(self.profile[L:])), strict=True))
+        return numbers | ({"profile": halves} if L else {})
 
 
+def _check(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        shown = repr(value)
+        raise ConfigError(
+            f"The recipe's {name} must lie between {low:g} and {high:g}, got {shown if len(shown) < 40 else shown[:37] + '...'}."
+        )
+
+
+def _profile(halves: Any) -> tuple[float, ...]:
+    """Attention's bonuses and the MLPs'; a kind that is not named has none."""
+    if not isinstance(halves, Mapping) or any(kind not in BLOCK_KINDS for kind in halves):
+        raise ConfigError('The recipe\'s profile must be like {"attention": [0.1, ...], "mlp": [0.2, ...]}.')
+    lengths = {len(half) if isinstance(half, list | tuple) else -1 for half in halves.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        raise ConfigError("The recipe's profile must be lists of as many numbers as there are layers.")
+    nothing = [0.0] * next(iter(lengths), 0)
+    return tuple(value for kind in BLOCK_KINDS for value in halves.get(kind, nothing))
+
+
+_NUMBERS = [item for item in fields(AllocationRecipe) if item.metadata]
 BOUNDS: Mapping[str, tuple[float, float]] = {
-    item.name: (item.metadata["low"], item.metadata["high"]) for item in fields(AllocationRecipe)
+    item.name: (item.metadata["low"], item.metadata["high"]) for item in _NUMBERS
 }
-WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in fields(AllocationRecipe)}
+WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in _NUMBERS}
 DENSE_PRICES = AllocationRecipe()
 DEFAULT_RECIPE = DENSE_PRICES
 RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}

@@ -9,6 +9,8 @@ from llmbo.advisor.parts import AdvisorPart
 from llmbo.config.objectives import QUANTITIES, Quantity
 from llmbo.report.origin import DataPart, ElsewherePart, ModelPart, RunPart
 
+Recipe = dict[str, float | dict[str, list[float]]]  # as `AllocationRecipe.to_dict` has it
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -101,7 +103,8 @@ class TrialPart(_Part):
     `counts`: whether it may stand on the front: measured to the end, without losing a race, and within the limits. Null in reports
     of earlier versions, where it follows from the rest.
     `why`: the advisor's reason for the proposal that the trial stems from, refined by local search or not; empty without one.
-    `recipe`: numbers of the recipe whose path it lies on, or near after local search; null where it stems from none.
+    `recipe`: numbers of the recipe whose path it lies on, or near after local search, and its `profile`, a bonus for each layer and
+    kind, if it has one; null where it stems from none.
     """
 
     number: int
@@ -116,7 +119,7 @@ class TrialPart(_Part):
     feasible: bool = True
     counts: bool | None = None
     why: str = ""
-    recipe: dict[str, float] | None = None
+    recipe: Recipe | None = None
 
 
 class ItemsPart(_Part):

@@ -149,15 +149,16 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             check_chat(base.tokenizer if isinstance(base, LoadedModel) else load_tokenizer(base))
     if config.text != "self":
         read_mix(config.text)
-    named = (
-        None if before else recipe_named(config.recipe)
-    )  # a stored run has its numbers, whatever became of file or run
+    # A stored run has its numbers, whatever became of the file or run that they are from.
+    named = None if before else recipe_named(config.recipe)
     if named and config.recipe not in RECIPES:
         phases.note(f"Recipe {named[1]}.")
     if config.heldout_text != "none":
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
+    if named:
+        named[0].bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
     check_refit_front(config, anatomy)
     items = item_files(config)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from llmbo.config.objectives import feasible, measured_limits, parse_limits
 from llmbo.errors import ConfigError, first_fault
 from llmbo.report.origin import DataPart, ElsewherePart, ModelPart
-from llmbo.report.schema import ImportancePart, ItemScores, Refitted
+from llmbo.report.schema import ImportancePart, ItemScores, Recipe, Refitted
 from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
 
 ROUND = "round:"
@@ -88,7 +88,7 @@ class _Proposal(_Record):
     origin: str
     why: str = ""
     source: str | None = None
-    recipe: dict[str, float] = {}
+    recipe: Recipe = {}
     predicted: Predicted | None = None
 
     def made(self) -> Proposal:
@@ -104,7 +104,7 @@ class _Attributes(_Record):
     place: int | None = None
     why: str = ""
     source: str | None = None
-    recipe: dict[str, float] = {}
+    recipe: Recipe = {}
     predicted: Predicted | None = None
     values: Values = {}
     windows: Windows = {}

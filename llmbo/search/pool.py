@@ -58,7 +58,8 @@ def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: 
     """Members of new recipes' paths, each at random sizes: nothing where the family knows no prices.
 
     A third each: the family's own recipe with some numbers changed and any weight of what was measured at pruned members, which its path
-    was made before; a recipe that a trial on the front stems from, changed likewise; and crossovers of two such.
+    was made before; a recipe that a trial on the front stems from, changed likewise; and crossovers of two such. Profiles go with the
+    recipe that is changed.
 
     Args:
         trials: On the front.
@@ -66,25 +67,34 @@ def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: 
     if family.prices is None:
         return []
     low, high = bounds()
-    own = family.recipe.theta
-    known = torch.stack([own, *(AllocationRecipe.of(trial.recipe).theta for trial in trials if trial.recipe)])
+    known = known_recipes(family, trials)
+    thetas = torch.stack([recipe.theta for recipe in known])
+    profiles = torch.stack([recipe.bonus(family.space.num_layers) for recipe in known])
 
     def drawn() -> Tensor:
-        return known[torch.randint(len(known), (NUM_RECIPES // 3,), generator=generator)]
+        return torch.randint(len(known), (NUM_RECIPES // 3,), generator=generator)
 
     def coin(n: int, probability: float) -> Tensor:
-        return torch.rand(n, len(own), generator=generator) < probability
+        return torch.rand(n, len(low), generator=generator) < probability
 
-    informed = own.repeat(NUM_RECIPES // 3, 1)
+    own, changed = torch.zeros(NUM_RECIPES // 3, dtype=torch.long), drawn()
+    informed = thetas[own]
     informed[:, PRUNED_MEMBERS] = torch.rand(len(informed), generator=generator, dtype=torch.float64)
-    base = torch.cat([informed, drawn(), torch.where(coin(NUM_RECIPES // 3, 0.5), drawn(), drawn())])
+    heads, mother, father = coin(NUM_RECIPES // 3, 0.5), drawn(), drawn()
+    base = torch.cat([informed, thetas[changed], torch.where(heads, thetas[mother], thetas[father])])
+    bonus = profiles[torch.cat([own, changed, mother])]
     change = STEP * (high - low) * torch.randn(base.shape, generator=generator, dtype=torch.float64)
     theta = (base + torch.where(coin(len(base), CHANGED), change, 0.0)).maximum(low).minimum(high)
     smallest = family.shares[0]
     share = smallest + (1 - smallest) * torch.rand(SHARES_PER_RECIPE, generator=generator, dtype=torch.float64)
-    members = family.prices.members(theta, share).int().tolist()
-    recipes = [AllocationRecipe.clamped(row).to_dict() for row in theta]
+    members = family.prices.members(theta, share, bonus).int().tolist()
+    recipes = [AllocationRecipe.clamped(*row).to_dict() for row in zip(theta, bonus, strict=True)]
     return [Proposal(tuple(x), "recipe", recipe=r) for r, rows in zip(recipes, members, strict=True) for x in rows]
+
+
+def known_recipes(family: ThresholdFamily, trials: Sequence[Trial]) -> list[AllocationRecipe]:
+    """The family's own and those that trials stem from."""
+    return [family.recipe, *(AllocationRecipe.of(trial.recipe) for trial in trials if trial.recipe)]
 
 
 def uniform_widths(space: SearchSpace, share: Tensor) -> Tensor:

@@ -238,6 +238,40 @@ def geometric_mean() -> Callable[..., list[list[float]]]:
     ]
 
 
+def with_prices(toy: Toy) -> Toy:
+    """The same toy; its family knows prices, and expansions around two of its members."""
+    rng, space = torch.Generator().manual_seed(0), toy.space
+    costs = [
+        (6 * torch.rand(2, int(top), generator=rng)).exp().sort(descending=True).values.tolist()
+        for top in space.bounds[1]
+    ]
+    prices = Prices.of(space, *([row[one] for row in costs] for one in (0, 1)))
+    rows = prices.members(DENSE_PRICES.theta[None], torch.linspace(0.4, 1.0, 100, dtype=torch.float64))[0]
+    family = ThresholdFamily.along(space, space.increasing(rows), toy.importance)
+    members = torch.tensor([family.at(0.5), family.at(0.7), space.max_levels], dtype=torch.float64)
+    away = torch.arange(int(space.bounds[1].max()) + 1) - members[..., None]
+    changes = -0.01 * away * (1 + torch.rand(len(members), space.d, 1, generator=rng))
+    corrections = torch.cat([torch.randn(2, space.d, generator=rng).double(), torch.zeros(1, space.d)])
+    shares = space.share(members)
+    known = {
+        "prices": replace(prices, anchors=shares, corrections=corrections),
+        "expansions": Expansions(shares, changes),
+    }
+    toy.__dict__["family"] = replace(family, **known)
+    return toy
+
+
+@pytest.fixture
+def make_priced(make_toy: Callable[..., Toy]) -> Callable[..., Toy]:
+    """The same arguments -> a toy `with_prices`."""
+    return lambda *args, seed=0: with_prices(make_toy(*args, seed=seed))
+
+
+@pytest.fixture
+def priced(make_priced: Callable[..., Toy]) -> Toy:
+    return make_priced(6, 60, 0.4, 7)
+
+
 @pytest.fixture
 def is_member() -> Callable[[ThresholdFamily, Sequence[int]], bool]:
     return lambda family, x: bool((family.path == torch.tensor(x, dtype=torch.float64)).all(-1).any())
@@ -516,6 +550,11 @@ def good_reply(body: dict[str, Any]) -> str:
     share = 0.45 + 0.35 * (zlib.crc32(user.encode()) % 100) / 100
     edits = [{"layers": ["0-1"], "neurons_delta": -1}, {"layers": [2], "neurons_delta": 1}]
     replies = {
+        "recipes": [
+            {"numbers": {"mlp_slope": 0.3, "mlp_first": 0.1 * n}, "at": [share + 0.03 * n, share + 0.1], "why": "?"}
+            for n in range(3)
+        ] + [{"formula": "is_mlp * depth", "coefficient": 0.5, "at": [share]}],
+        "formulas": [{"name": "late MLPs", "formula": "is_mlp * depth"}, {"name": "kept", "formula": "kept > 0.5"}],
         "proposals": [
             {"base": f"threshold:{share:.2f}", "edits": edits, "target_share": share + 0.03 * n, "also_at": [share + 0.1], "why": "?"}
             for n in range(3)
@@ -533,34 +572,11 @@ def advice() -> AdviceStore:
     return AdviceStore(MemoryNotes())
 
 
-def priced(toy: Toy) -> Toy:
-    """A toy whose family knows prices, and expansions around two of its members."""
-    rng, space = torch.Generator().manual_seed(0), toy.space
-    costs = [
-        (6 * torch.rand(2, int(top), generator=rng)).exp().sort(descending=True).values.tolist()
-        for top in space.bounds[1]
-    ]
-    prices = Prices.of(space, *([row[one] for row in costs] for one in (0, 1)))
-    rows = prices.members(DENSE_PRICES.theta[None], torch.linspace(0.4, 1.0, 100, dtype=torch.float64))[0]
-    family = ThresholdFamily.along(space, space.increasing(rows), toy.importance)
-    members = torch.tensor([family.at(0.5), family.at(0.7), space.max_levels], dtype=torch.float64)
-    away = torch.arange(int(space.bounds[1].max()) + 1) - members[..., None]
-    changes = -0.01 * away * (1 + torch.rand(len(members), space.d, 1, generator=rng))
-    corrections = torch.cat([torch.randn(2, space.d, generator=rng).double(), torch.zeros(1, space.d)])
-    shares = space.share(members)
-    known = {
-        "prices": replace(prices, anchors=shares, corrections=corrections),
-        "expansions": Expansions(shares, changes),
-    }
-    toy.__dict__["family"] = replace(family, **known)
-    return toy
-
-
 @pytest.fixture
 def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
     """(hook, layers, count, level, extra, recipes) -> a question about a toy with members of the family and `extra` other trials.
 
-    With `recipes` the toy is `priced`, every third of the other trials is the advisor's and stems from a recipe, and the optimiser
+    With `recipes` the toy is one `with_prices`, every third of the other trials is the advisor's and stems from a recipe, and the optimiser
     thinks something.
     """
 
@@ -572,7 +588,7 @@ def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
         extra: int = 3,
         recipes: bool = False,
     ) -> Question:
-        toy = priced(make_toy(layers)) if recipes else make_toy(layers)
+        toy = with_prices(make_toy(layers)) if recipes else make_toy(layers)
         points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
         members = len(points) - extra
         proposals = [

@@ -49,9 +49,9 @@ def exchanged(
     costs = [[float((family.path[:, i] >= level).sum()) for level in range(1, top + 1)] for i, top in enumerate(tops)]
     prices = Prices.of(family.space, costs, costs)
     around = Expansions(torch.ones(1), torch.zeros(1, family.space.d, 1))
-    theta = replace(DENSE_PRICES, width_exchanges=weight).theta
+    recipe = replace(DENSE_PRICES, width_exchanges=weight)
     after = informed(prices, exchanges, [], around)
-    return family.moved_to(prices.path(theta)), family.moved_to(after.path(theta))
+    return family.moved_to(prices.path(recipe)), family.moved_to(after.path(recipe))
 
 
 def test_expansions_give_back_what_was_measured_and_add_up_over_blocks(

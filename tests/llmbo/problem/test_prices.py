@@ -1,5 +1,6 @@
 """A recipe's path: the dense model's prices give the path of before, and every model is as large as it may be."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from llmbo.errors import ConfigError
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.prices import Prices
-from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe, bounds
+from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, LARGEST_BONUS, AllocationRecipe, bounds
 from llmbo.problem.space import SearchSpace
 
 NEUTRAL = 0.5**0.5  # the share at which numbers by size count for nothing
@@ -54,7 +55,7 @@ def test_the_dense_models_prices_give_the_path_of_thresholds_member_for_member(
     expected = ThresholdFamily.from_marginal_costs(
         space, geometric_mean(fisher, sensitivity), make_toy(5, 60, 0.3, 7).importance
     )
-    found = Prices.of(space, fisher, sensitivity).path(DENSE_PRICES.theta)
+    found = Prices.of(space, fisher, sensitivity).path(DENSE_PRICES)
     assert torch.equal(found, expected.path) and len(found) > 15
 
 
@@ -145,6 +146,12 @@ def test_what_is_dearer_at_pruned_members_keeps_more(prices: Prices) -> None:
         ({"mlp_slope": "0.2"}, "got '0.2'"),
         ({"mlp_slope": float("nan")}, "got nan"),
         ({"mlp_slope": True}, "got True"),
+        ({"profile": {"mlp": [0.1, 9]}}, "profile must lie between -2 and 2, got 9"),
+        ({"profile": {"mlp": [0.1, [1]]}}, r"got \[1\]"),
+        ({"profile": {"mlp": [0.1], "attention": [0.1, 0.2]}}, "as many numbers as there are layers"),
+        ({"profile": {"mlp": 0.1}}, "must be lists"),
+        ({"profile": {"mpl": [0.1]}}, '"attention": '),
+        ({"profile": [0.1]}, '"attention": '),
     ],
 )
 def test_a_bad_number_is_named(numbers: dict[str, Any], said: str) -> None:
@@ -152,10 +159,33 @@ def test_a_bad_number_is_named(numbers: dict[str, Any], said: str) -> None:
         AllocationRecipe.of(numbers)
 
 
+def test_a_profile_makes_its_blocks_dearer_alone_or_among_many(prices: Prices) -> None:
+    """As the polynomial that it spells out does, and block by block; a wrong length is refused before anything is computed."""
+    L, share = prices.space.num_layers, torch.tensor([0.4, 0.7], dtype=torch.float64)
+    depth = torch.linspace(-1, 1, L, dtype=torch.float64)
+    spelled = AllocationRecipe.of({"profile": {"mlp": (0.4 * depth).tolist()}})
+    sloped = AllocationRecipe.of({"mlp_slope": 0.4})
+    torch.testing.assert_close(prices.path(spelled), prices.path(sloped))
+    theta = torch.stack([sloped.theta, DENSE_PRICES.theta, spelled.theta])
+    bonus = torch.stack([recipe.bonus(L) for recipe in (sloped, DENSE_PRICES, spelled)])
+    members = prices.members(theta, share, bonus)
+    torch.testing.assert_close(members[2], members[0])
+    assert not torch.equal(members[1], members[0])
+    dear = torch.eye(2 * L, dtype=torch.float64)[[0, L]] * LARGEST_BONUS
+    for block, row in zip((0, L), prices.members(theta[[1, 1]], share, dear), strict=True):
+        assert (row[:, block] >= members[1, :, block]).all()
+        assert (row - members[1]).abs().sum() > 0
+    with pytest.raises(ConfigError, match="2 numbers for each kind, the model has 5 layers"):
+        prices.path(AllocationRecipe.of({"profile": {"attention": [0.1, 0.2]}}))
+
+
 def test_numbers_survive_being_written_and_clamped() -> None:
     low, high = bounds()
     recipe = AllocationRecipe.clamped(random_theta(1)[0])
     assert AllocationRecipe.of(recipe.to_dict()) == recipe and torch.equal(recipe.theta, random_theta(1)[0])
+    own = AllocationRecipe.clamped(recipe.theta, torch.tensor([0.5, -9.0]))
+    assert own.profile == (0.5, -LARGEST_BONUS) and AllocationRecipe.of(json.loads(json.dumps(own.to_dict()))) == own
+    assert AllocationRecipe.clamped(recipe.theta, torch.zeros(2)) == recipe
     assert torch.equal(AllocationRecipe.clamped(high + 1).theta, high) and torch.equal(
         AllocationRecipe.clamped(low - 1).theta, low
     )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.prices import Prices
 from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.search.pool import recipe_members
 from llmbo.search.recipes import best_recipe
@@ -18,16 +16,9 @@ from llmbo.types import Source, Trial, TrialState
 
 
 @pytest.fixture
-def family(make_toy: Callable[..., Any]) -> ThresholdFamily:
-    toy = make_toy(6, 60, 0.4, 7)
-    drawn = torch.Generator().manual_seed(0)
-    costs = [
-        (6 * torch.rand(int(top), generator=drawn)).exp().sort(descending=True).values.tolist()
-        for top in toy.space.bounds[1]
-    ]
-    prices = Prices.of(toy.space, costs, costs)
-    family = ThresholdFamily.along(toy.space, prices.path(DENSE_PRICES.theta), toy.importance)
-    return replace(family, prices=prices)
+def family(priced: Any) -> ThresholdFamily:
+    found: ThresholdFamily = priced.family
+    return found
 
 
 def test_members_of_new_recipes_lie_on_the_paths_that_they_name(family: ThresholdFamily) -> None:

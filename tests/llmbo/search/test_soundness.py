@@ -61,7 +61,7 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
 
     def watched(prices: Prices, exchanges: Any, *rest: Any) -> Prices:
         found = make(prices, exchanges, *rest)
-        made.append((torch.stack([*exchanges.values()]), *(p.path(DENSE_PRICES.theta) for p in (found, prices))))
+        made.append((torch.stack([*exchanges.values()]), *(p.path(DENSE_PRICES) for p in (found, prices))))
         return found
 
     monkeypatch.setattr(preparation, "exchange_costs", wrong)

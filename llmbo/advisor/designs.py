@@ -1,0 +1,56 @@
+"""Recipes of advisors without a model: a design around the run's own recipe, and chance."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmbo.advisor.roles import Question
+from llmbo.problem.recipe import BOUNDS, AllocationRecipe
+
+CHANGED = 4  # numbers of a recipe that chance changes
+# What tuning recipes by hand and by Gaussian processes on SmolLM2 found alike, as changes of the run's own recipe, the best founded first.
+RULES: Sequence[tuple[str, Mapping[str, float]]] = (
+    ("late MLPs dearer, but for the first layers; attention flatter",
+     {"mlp_slope": 0.35, "mlp_first": 0.5, "attention_exponent": -0.2, "pruned_members": 0.45}),
+    ("the same, and the last levels dearer",
+     {"mlp_slope": 0.3, "mlp_first": 0.4, "attention_exponent": -0.15, "mlp_level_tilt": 0.3, "pruned_members": 0.3}),
+    ("the same, and the first levels dearer",
+     {"mlp_slope": 0.4, "mlp_first": 0.5, "attention_exponent": -0.2, "mlp_level_tilt": -0.3, "pruned_members": 0.6}),
+    ("late attention dearer in small models",
+     {"mlp_slope": 0.2, "attention_exponent": -0.2, "attention_slope_by_size": 0.4, "pruned_members": 0.45}),
+    ("late MLPs dearer", {"mlp_slope": 0.5, "mlp_first": 0.6}),
+    ("attention flatter, its last groups dearer", {"attention_exponent": -0.3, "attention_level_tilt": 0.3}),
+)  # fmt: skip
+
+
+def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """The next rules of the design: those of earlier rounds stand in trials, by their numbers.
+
+    Args:
+        shares: Where the family would be measured next: rules take them in turn, so that they complement one another.
+    """
+    own = question.context.setting.family.recipe
+    items = []
+    for why, changes in RULES:
+        wanted = own.theta.clone()
+        for name, change in changes.items():
+            wanted[list(BOUNDS).index(name)] += change
+        recipe = AllocationRecipe.clamped(wanted).to_dict()
+        items.append({"numbers": {name: round(recipe[name], 4) for name in changes}, "why": why})
+    tried = [trial.recipe for trial in question.context.trials if trial.recipe]
+    fresh = [i for i in items if not any(all(abs(t[n] - v) < 1e-3 for n, v in i["numbers"].items()) for t in tried)]
+    many = len(shares)
+    return [
+        item | {"at": [shares[(place + turn) % many] for turn in range(min(many, question.shares))]}
+        for place, item in enumerate(fresh[: question.count] if many else [])
+    ]
+
+
+def random_recipe(rng: random.Random, shares: Sequence[float]) -> dict[str, Any]:
+    """Some numbers anywhere within their bounds."""
+    names = rng.sample(list(BOUNDS), CHANGED)
+    return {
+        "numbers": {name: round(rng.uniform(*BOUNDS[name]), 3) for name in names},
+        "at": list(shares),
+        "why": "chance",
+    }

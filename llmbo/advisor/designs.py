@@ -30,7 +30,7 @@ def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str,
         shares: Where the family would be measured next: rules take them in turn, so that they complement one another.
     """
     own = question.context.setting.family.recipe
-    items = []
+    items: list[dict[str, Any]] = []
     for why, changes in RULES:
         wanted = own.theta.clone()
         for name, change in changes.items():

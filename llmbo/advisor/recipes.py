@@ -59,7 +59,7 @@ def asked_recipe(family: ThresholdFamily, part: RecipePart, profile: Tensor) -> 
         ConfigError: The item's own profile is for another number of layers.
     """
     L = family.space.num_layers
-    numbers = family.recipe.to_dict() | part.numbers.model_dump(exclude_none=True)
+    numbers = family.recipe.to_dict() | part.model_dump(include={"numbers"}, exclude_none=True)["numbers"]
     halves = part.profile.model_dump() if part.profile else {}
     for kind, half in halves.items():
         if half is not None and len(half) != L:

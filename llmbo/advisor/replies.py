@@ -96,7 +96,7 @@ class RecipePart(_Part):
     `coefficient`: of the formula, which becomes a direction too.
     """
 
-    numbers: NumbersPart = Field(default_factory=NumbersPart)
+    numbers: NumbersPart = Field(default_factory=NumbersPart)  # type: ignore[valid-type]
     profile: ProfilePart | None = None
     formula: Formula | None = None
     coefficient: Annotated[float, Field(ge=COEFFICIENT[0], le=COEFFICIENT[1])] = COEFFICIENT[2]

@@ -94,7 +94,8 @@ class AllocationRecipe:
         """From `len(BOUNDS)` numbers in their order and `d` bonuses, with what lies outside of its bounds at them."""
         low, high = bounds()
         own = () if profile is None or not profile.any() else profile.clamp(-LARGEST_BONUS, LARGEST_BONUS).tolist()
-        return cls(*theta.double().maximum(low).minimum(high).tolist(), profile=tuple(own))
+        numbers = dict(zip(BOUNDS, theta.double().maximum(low).minimum(high).tolist(), strict=True))
+        return cls(**numbers, profile=tuple(own))
 
     @property
     def theta(self) -> Tensor:

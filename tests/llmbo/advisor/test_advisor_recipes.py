@@ -10,9 +10,12 @@ import jsonschema
 import pytest
 import torch
 
+from llmbo.advisor.client import Limits
+from llmbo.advisor.context import Setting
 from llmbo.advisor.formula import block_features, evaluated
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, OfflineAdvisor
+from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge, parse_reply
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.recipes import COEFFICIENTS
@@ -64,9 +67,7 @@ def test_a_recipe_is_the_runs_own_with_what_is_named(
     assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
     stored = Consultation.from_dict(Consultation(1, hook, answer=answer).to_dict())
     assert stored.answer == answer
-    jsonschema.validate(
-        {"recipes": [GOOD | {"profile": None}], "proposals": []} | {"recipes": []}, reply_schema(hook, 6, 4, True)
-    )
+    jsonschema.validate({"recipes": [], "proposals": []}, reply_schema(hook, 6, 4, True))
     without = {key: value for key, value in GOOD.items() if key != "profile"}
     jsonschema.validate({"recipes": [without]}, reply_schema(hook, 6, 4, True))
     with pytest.raises(jsonschema.ValidationError):
@@ -91,7 +92,7 @@ HUGE = int("9" * 400)
         ({"at": [0.1]}, "illegal", "0.1 is below the smallest"),
         ({"at": [1.0]}, "duplicate", "the dense model"),
         ({"profile": {"mlp": [0.1, 0.2]}, "at": [0.5]}, "illegal", "profile.mlp has 2 numbers, the model has 6 layers"),
-        ({"profile": {"mlp": [0.1] * 10**6}, "at": [0.5]}, "illegal", "1000000 numbers"),
+        ({"profile": {"mlp": [0.1] * 10**5}, "at": [0.5]}, "illegal", "100000 numbers"),
         ({"profile": {"mlp": [9] * 6}, "at": [0.5]}, "unparsable", "profile.mlp.0"),
         ({"profile": [0.1] * 12, "at": [0.5]}, "unparsable", "profile"),
         ({"formula": "depth.real", "at": [0.5]}, "illegal", "'depth.real' is not in the language"),
@@ -132,9 +133,6 @@ def test_nothing_to_say_is_an_answer(
     question: Callable[..., Question], chat_server: Any, advice: AdviceStore, hook: str
 ) -> None:
     """No repair is asked for, and nothing is noted as a failure."""
-    from llmbo.advisor.client import Limits
-    from llmbo.advisor.openai_client import OpenAIClient
-
     chat_server.answer = lambda body, handler: '{"recipes": [], "formulas": []}'
     limits = Limits(calls=9, tokens=10**6, seconds=60, cost=None, deadline=9.0, price=None)
     advisor = LLMAdvisor(OpenAIClient("m", chat_server.url, chat_server.secret), limits, advice)
@@ -184,8 +182,6 @@ def test_advisors_without_a_model_speak_in_recipes(question: Callable[..., Quest
 
 
 def session_of(toy: Any, reply: dict[str, Any], hooks: tuple[str, ...]) -> AdvisorSession:
-    from llmbo.advisor.context import Setting
-
     setting = Setting(toy.family, toy.objectives, toy.dense, None, "full", 60)
     advisor = OfflineAdvisor("scripted", lambda question: reply)
     return AdvisorSession(advisor, AdviceStore(MemoryNotes()), setting, hooks, 1)
@@ -249,11 +245,11 @@ def test_a_run_tries_what_it_is_told_and_keeps_where_it_comes_from(priced: Any) 
     proposer = AdvisedProposer(search, ThresholdProposer(priced.family, priced.objectives, priced.dense), session, 5, 3)
     trials: list[Trial] = []
     while len(trials) < 16:
-        for proposal in proposer.propose(trials, 4, len(trials)):
-            trial = priced.trial(
-                len(trials), proposal, 1 + max((t.round for t in trials), default=-1) if False else len(trials) // 4
-            )
-            trials.append(replace(trial, recipe=proposal.recipe))
+        batch = proposer.propose(trials, 4, len(trials))
+        trials += [
+            replace(priced.trial(len(trials) + n, proposal, len(trials) // 4), recipe=proposal.recipe)
+            for n, proposal in enumerate(batch)
+        ]
     warm = [trial for trial in trials if trial.source is Source.WARM_START]
     assert [round(AllocationRecipe.of(t.recipe).mlp_slope, 3) for t in warm] == [0.0, 0.1, 0.2]
     shares = [trial.values["params_share"] for trial in warm]

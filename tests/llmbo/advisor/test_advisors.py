@@ -331,10 +331,12 @@ def run(toy: Any, session: AdvisorSession, store: TrialStore, budget: int) -> No
     run_search(advised(toy, session), toy.evaluator, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
 
 
-@pytest.mark.parametrize("name", ["heuristic", "openai"])
+@pytest.mark.parametrize(("name", "priced"), [("heuristic", False), ("openai", True)])
 def test_a_replayed_run_is_the_recorded_one(
-    toy: Any, make_session: Callable[..., AdvisorSession], stored: Any, chat_server: Any, tmp_path: Path, name: str
-) -> None:
+    make_toy: Callable[..., Any], make_priced: Callable[..., Any], make_session: Callable[..., AdvisorSession], stored: Any,
+    chat_server: Any, tmp_path: Path, name: str, priced: bool,
+) -> None:  # fmt: skip
+    toy = make_priced() if priced else make_toy()
     store, advice = stored(toy)
     run(toy, make_session(toy, name, advice=advice), store, 14)
     asked = len(chat_server.requests)
@@ -344,6 +346,8 @@ def test_a_replayed_run_is_the_recorded_one(
     session.advisor = ReplayAdvisor(file, told.append)
     run(toy, session, again, 14)
     assert story(again) == story(store) and len(chat_server.requests) == asked
+    assert [trial.recipe for trial in again.trials()] == [trial.recipe for trial in store.trials()]
+    assert priced == any(trial.recipe for trial in again.trials() if trial.source.advised)
     assert any(trial.origin.startswith("advisor:") for trial in again.trials())
     assert sum(exchange.cost or 0.0 for exchange in other.exchanges()) == 0
     assert told == []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmbo.advisor.assemble import AdvisorInputs, build_advised
+from llmbo.advisor.assemble import AdvisorInputs, build_advised, build_session
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
 from llmbo.advisor.llm import LLMAdvisor
@@ -353,11 +353,11 @@ def test_a_replayed_run_is_the_recorded_one(
     assert told == []
     changed = make_session(toy, str(file), level="partial")
     changed.advisor = ReplayAdvisor(file, told.append)
-    changed.advise(again.trials()[:8], 4, 0), changed.advise(again.trials()[:12], 4, 0)
+    changed.advise(again.trials()[:8], 4, 0, lambda: None), changed.advise(again.trials()[:12], 4, 0, lambda: None)
     assert len(told) == (name == "openai") and all("is not the one that was answered" in line for line in told)
     file.write_text(re.sub(r'"digest": "\w+"', '"digest": ""', file.read_text()))  # as older versions leave it
     changed.advisor, changed.advice = ReplayAdvisor(file, told.append), AdviceStore(MemoryNotes())
-    assert changed.advise(again.trials()[:8], 4, 0).rows and len(told) == (name == "openai")
+    assert changed.advise(again.trials()[:8], 4, 0, lambda: None).rows and len(told) == (name == "openai")
 
 
 class Killed(Exception):
@@ -474,7 +474,7 @@ def test_a_proposal_that_was_vetoed_may_win_later(toy: Any, make_session: Callab
     trials = toy.trials(toy.family.path[:-1:6].int().tolist())
     session.consult("propose", trials, 4, 0)
     later = replace(trials[0], number=len(trials), round=4, x=toy.random_points(1, 5)[0], origin="qnehvi")
-    rows = {row.x for row in session.advise([*trials, later], 4, 1).rows}
+    rows = {row.x for row in session.advise([*trials, later], 4, 1, lambda: None).rows}
     assert {candidate.x for candidate in session.advice.candidates("propose")} <= rows
 
 
@@ -490,3 +490,15 @@ def test_an_advised_arm_of_a_comparison(toy: Any) -> None:
         build(toy, toy.objectives, {"by": "transformers:self"})
     with pytest.raises(ConfigError, match=r"mail:letters .* replay:FILE"):
         build(toy, toy.objectives, {"by": "mail:letters"})
+
+
+def test_a_context_too_small_is_said_before_the_search(toy: Any) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llmbo[local-advisor]'")
+    told: list[str] = []
+    for room in (5000, 6000):  # a prompt for four layers has up to 4400 tokens
+        text = SimpleNamespace(max_position_embeddings=room)
+        model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda text=text: text))
+        loaded: Any = SimpleNamespace(name="m", model=model, tokenizer=None)
+        inputs = AdvisorInputs(Setting(toy.family, toy.objectives, toy.dense, None, "full"), loaded, None, told.append)
+        build_session(RunConfig(model="m", advisor="transformers:self"), inputs, AdviceStore(MemoryNotes()))
+    assert len(told) == 1 and "transformers:self takes 5000 tokens" in told[0] and "up to 4400" in told[0]

@@ -6,6 +6,7 @@ not count. Linux only.
 Python and its libraries are in it, about 0.4 GB once a model's classes are loaded.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -29,12 +30,14 @@ def run(command: Sequence[str]) -> tuple[int, int]:
 
 
 def main() -> int:
-    start = time.monotonic()
-    code, peak = run(sys.argv[1:])
-    print(
-        f"{peak / 1e9:.2f} GB of anonymous memory at the peak, {(time.monotonic() - start) / 60:.1f} min",
-        file=sys.stderr,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="to watch, as typed without this")
+    command, start = parser.parse_args().command, time.monotonic()
+    if not command:
+        parser.error("expected a command to watch, got none")
+    code, peak = run(command)
+    minutes = (time.monotonic() - start) / 60
+    print(f"{peak / 1e9:.2f} GB of anonymous memory at the peak, {minutes:.1f} min", file=sys.stderr)
     return code
 
 

@@ -11,7 +11,7 @@ from llmbo.errors import ConfigError, first_line, unknown
 
 def installed(group: str) -> dict[str, EntryPoint]:
     """Everything in a group by name."""
-    return {point.name: point for point in _points(tuple(sys.path)).select(group=group)}
+    return {point.name: point for point in _points(group, tuple(sys.path))}
 
 
 def plugin_named(what: str, group: str, name: str, own: Collection[str]) -> EntryPoint | None:
@@ -23,7 +23,7 @@ def plugin_named(what: str, group: str, name: str, own: Collection[str]) -> Entr
     Raises:
         ConfigError: There is none of that name, or more than one.
     """
-    found = tuple(_points(tuple(sys.path)).select(group=group, name=name))
+    found = tuple(_points(group, tuple(sys.path)).select(name=name))
     if name not in own and not found:
         raise ConfigError(unknown(what, name, [*own, *installed(group)]))
     owners = [*(["llmbo"] if name in own else []), *map(_package, found)]
@@ -52,9 +52,9 @@ def failure(what: str, point: EntryPoint, error: BaseException) -> str:
 
 
 @cache
-def _points(path: tuple[str, ...]) -> EntryPoints:
-    """What is installed on `sys.path`, which is the key: looking through all packages takes 10 ms, and a run asks a dozen times."""
-    return entry_points()
+def _points(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """What is installed on `sys.path`, which belongs to the key: looking through all packages takes 10 ms, and a run asks a dozen times."""
+    return entry_points(group=group)
 
 
 def _package(point: EntryPoint) -> str:

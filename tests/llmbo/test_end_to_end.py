@@ -83,7 +83,7 @@ def test_it_goes_to_llama_cpp_and_talks(searched: Any, tmp_path: Path) -> None:
     file = out / f"llama-trial-{number}-q8_0.gguf"
     assert 1.06 * params < file.stat().st_size < 1.2 * params + 4e6
     program = (
-        "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"
+        "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)\n"
         "answer = model.create_chat_completion([{'role': 'user', 'content': 'Hello'}], max_tokens=4)\n"
         "print(answer['usage']['completion_tokens'])"
     )

@@ -58,7 +58,9 @@ def with_config(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
 def opened(path: Path, length: int) -> Any:
     from llama_cpp import Llama
 
-    return Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, n_threads=1, verbose=False)
+    return Llama(
+        str(path), n_ctx=length, n_batch=length, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False
+    )
 
 
 def no_end(token: int) -> Any:

@@ -50,6 +50,12 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--n_ctx", "4096", "--port", str(port)]
+    command += [
+        "--n_threads",
+        "1",
+        "--n_threads_batch",
+        "1",
+    ]  # more would wait for one another where tests run side by side
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:

@@ -48,7 +48,7 @@ import functools, importlib.util, sys, torch
 from safetensors.torch import load_file, save_file
 if importlib.util.find_spec("llama_cpp"):  # what a person need not say
     import llama_cpp
-    llama_cpp.Llama = functools.partial(llama_cpp.Llama, logits_all=True, verbose=False, n_threads=1)
+    llama_cpp.Llama = functools.partial(llama_cpp.Llama, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
 tokens = load_file(sys.argv[1])["tokens"]
 {load}
 {goes_on}

@@ -1,6 +1,6 @@
 """`llmbo report`: the page, pictures and tables of finished runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +48,18 @@ def report(
             say(text, nl=False)
             return
         _write(out, text)
+        for folder, one in found:
+            for line in _recipes(one):
+                say(f"{folder}: {line}" if len(found) > 1 else line)
         say(f"Report: {out}")
+
+
+def _recipes(report: Mapping[str, Any]) -> Iterator[str]:
+    """The run's own recipe, and the best that it found, in a line each."""
+    for part in report.get("recipes", []):
+        if names := [word for name, word in (("own", "its own"), ("best", "the best found")) if name in part["names"]]:
+            gain = "" if part.get("gain") is None else f", {part['gain']:.1%} less lost at equal size"
+            yield f"Recipe, {' and '.join(names)}{gain}: {part['words']}"
 
 
 def _render(runs: list[tuple[str, Mapping[str, Any]]], format: Format) -> str:

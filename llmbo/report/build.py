@@ -14,10 +14,10 @@ from llmbo.config.objectives import OBJECTIVES, parse_limits
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.problem.space import SearchSpace
 from llmbo.report.findings import warnings_of
+from llmbo.report.origin import ElsewherePart
 from llmbo.report.schema import (
     ArchitecturePart,
     ConstraintPart,
-    ElsewherePart,
     FrontPoint,
     HypervolumePart,
     ObjectivePart,
@@ -46,9 +46,9 @@ def build_report(
     objectives: Sequence[Objective],
     space: SearchSpace,
     facts: Mapping[str, Any],
-    heldout: Mapping[int, Mapping[str, float]],
+    heldout: Mapping[int | None, Mapping[str, float]],
     advisor: AdvisorPart | None = None,
-    elsewhere: Mapping[int, Mapping[str, float]] = {},
+    elsewhere: Mapping[int | None, Mapping[str, float]] = {},
     judged: Mapping[str, Mapping[int | None, Mapping[str, Any]]] = {},
     recipes: Sequence[RecipePart] = (),
 ) -> Report:

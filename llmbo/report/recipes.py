@@ -25,8 +25,13 @@ def recipe_parts(problem: Problem, trials: Sequence[Trial], objectives: Sequence
         names.setdefault(recipe, []).append(name)
     found = []
     for recipe, own in names.items():
-        part = RecipePart(
-            names=own, numbers=recipe.to_dict(), words=in_words(recipe), paths=_paths(problem, recipe, own)
+        part = RecipePart.model_validate(
+            {
+                "names": own,
+                "numbers": recipe.to_dict(),
+                "words": in_words(recipe),
+                "paths": _paths(problem, recipe, own),
+            }
         )
         if best and "best" in own:
             part = part.model_copy(update={"trials": list(best.trials), "gain": best.gain})

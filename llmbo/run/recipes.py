@@ -39,7 +39,8 @@ def recipe_named(word: str) -> tuple[AllocationRecipe, str]:
         recipe = AllocationRecipe.of(numbers)
     except ConfigError as error:
         raise ConfigError(f"--recipe {word}: the run is damaged or of another version of llmbo. {error}") from error
-    where = "its own, as none that it tried at two sizes or more gained anything"
+    tried = any(trial.recipe for trial in report.trials)
+    where = "its own" + (", as none that it tried was better at two sizes or more" if tried else "")
     if best:
         trials = ", ".join(map(str, best.trials))
         where = f"the best of those it tried, {best.gain or 0:.1%} less than its path on average in trials {trials}"

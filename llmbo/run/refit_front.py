@@ -1,6 +1,6 @@
 """Some points of the finished front, refitted in sequence and measured once more, in columns of their own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,7 +50,7 @@ def refit_front(run: RunParts, phases: Phases) -> None:
             run.store.set_judgement(KIND, trial.number, {**found, "digest": digest, "windows": windows})
 
 
-def refitted(run: RunParts) -> dict[int | None, Mapping[str, Any]]:
+def refitted(run: RunParts) -> dict[int | None, dict[str, Any]]:
     """What is stored, as the report shows it: of another text only what its windows as they are now say."""
     digest, stored = digest_elsewhere(run.store.facts), run.store.judgements(KIND)
     front, shown = front_of(run.store.trials(), run.objectives), dict[int | None, dict[str, Any]]()

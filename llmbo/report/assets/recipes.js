@@ -6,7 +6,7 @@ const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
 const recipeName = (part) => part.names.map((name) => RECIPE_NAMES[name] ?? words(name)).join(" = ");
 
 function drawRecipes(state) {
-  const { recipes = [], model } = current(state).report;
+  const { recipes = [], model, trials } = current(state).report;
   if (!recipes.length) return fill("allocation");
   const run = BY_KEY.get(state.selected)?.run ?? 0;
   const said = recipes.flatMap((part, index) => [
@@ -18,7 +18,7 @@ function drawRecipes(state) {
   return fill("allocation",
     el("p", { class: "muted" }, "What a step of every block is worth when models of a size are made; the dense model's own prices are changed by what is said here, in logarithms."),
     el("dl", {}, ...said),
-    recipes.some((part) => part.names.includes("best")) ? null : el("p", { class: "muted" }, "No other recipe was found to be better at two sizes or more."),
+    recipes.some((part) => part.names.includes("best")) || !trials.some((trial) => trial.recipe) ? null : el("p", { class: "muted" }, "Of the recipes that the search tried none was found to be better at two sizes or more."),
     shares.length ? el("p", { class: "muted" }, `What each path keeps of the ${model.num_hidden_layers} layers, before width exchanges: attention above, MLPs below.`) : null,
     el("div", { class: "paths" }, ...shares.map((share) => pathsAt(share, recipes, full))));
 }

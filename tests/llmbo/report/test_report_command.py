@@ -52,7 +52,7 @@ def test_a_run_can_be_named_in_many_ways(runs: Path, run: str) -> None:
     written = page.read_text()  # by `optimize`
     page.unlink()
     result = invoke(runs, run)
-    assert result.exit_code == 0 and result.stdout == "Report: runs/tiny/report.html\n"
+    assert result.exit_code == 0 and result.stdout == "Recipe, its own: dense prices\nReport: runs/tiny/report.html\n"
     assert page.read_text() == written
 
 

@@ -43,7 +43,9 @@ def test_new_recipes_are_drawn_around_those_that_stand_on_the_front(family: Thre
     assert near([]) == 0 and near([trial]) > 5
 
 
-def test_a_run_tells_the_recipes_of_its_trials_and_goes_on_as_if_it_had_never_stopped(llmbo: Any) -> None:
+def test_a_run_tells_the_recipes_of_its_trials_and_goes_on_as_if_it_had_never_stopped(
+    llmbo: Any, finished: Any
+) -> None:
     def trials(name: str, **flags: Any) -> list[dict[str, Any]]:
         done = llmbo(name=name, **flags)
         assert done.exit_code == 0, done.output
@@ -57,7 +59,7 @@ def test_a_run_tells_the_recipes_of_its_trials_and_goes_on_as_if_it_had_never_st
     stem = [trial for trial in whole if trial["recipe"]]
     assert stem and all(trial["origin"] == "recipe" for trial in stem)
     assert all(AllocationRecipe.of(trial["recipe"]).to_dict() == trial["recipe"] for trial in stem)
-    assert not any(trial["recipe"] for trial in trials("without", budget=14))
+    assert not any(trial["recipe"] for trial in finished.report()["trials"])
     _another_run_begins_with_what_it_found(llmbo)
 
 

@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
 
 def path_members(model: str, loaded: LoadedModel) -> Iterator[tuple[float, Architecture]]:
     """Share -> the allocation path's member there, as a run of the first version's size prepares it."""
-    config = RunConfig(model=model, window=WINDOW, calibration_tokens=TOKENS)
+    config = RunConfig(model=model, window=WINDOW, calibration_tokens=TOKENS, recipe="dense-prices")
     with prepared(config, loaded, load_windows(config, loaded), Quiet()) as problem:
         for share in SHARES:
             yield share, problem.space.decode(problem.family.at(share))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,20 +185,24 @@ def levels_text(offset: Tensor) -> str:
     return "; ".join(parts) or "none"
 
 
-def change_text(family: ThresholdFamily, x: Sequence[int], recipe: Mapping[str, float]) -> str:
+def change_text(family: ThresholdFamily, x: Sequence[int], recipe: Mapping[str, Any]) -> str:
     """How x differs from the family's member of its size: by its recipe's numbers, and in levels from the member of that recipe."""
     if not recipe or family.prices is None:
         return offset_text(family, x)
-    theta, point = AllocationRecipe.of(recipe).theta, torch.tensor([x], dtype=torch.float64)
-    offset = levels_text((point - family.prices.members(theta[None], family.space.share(point))[0])[0])
-    numbers = zip(BOUNDS, theta.tolist(), family.recipe.theta.tolist(), strict=True)
+    made, point = AllocationRecipe.of(recipe), torch.tensor([x], dtype=torch.float64)
+    bonus = made.bonus(family.space.num_layers)[None]
+    offset = levels_text((point - family.prices.members(made.theta[None], family.space.share(point), bonus)[0])[0])
+    numbers = zip(BOUNDS, made.theta.tolist(), family.recipe.theta.tolist(), strict=True)
     changed = [f"{name} {value:.2f}" for name, value, own in numbers if abs(value - own) >= 0.005]
+    if made.profile != family.recipe.profile:
+        changed.append("profile " + " ".join(f"{value:.1f}" for value in made.profile))
     return f"recipe {', '.join(changed) or 'of the path'}{'' if offset == 'none' else f'; then {offset}'}"
 
 
 def recipe_text(recipe: AllocationRecipe) -> str:
     """All of its numbers by name."""
-    return ", ".join(f"{name} {value:g}" for name, value in recipe.to_dict().items())
+    profile = f", profile {' '.join(f'{value:g}' for value in recipe.profile)}" if recipe.profile else ""
+    return ", ".join(f"{name} {getattr(recipe, name):g}" for name in BOUNDS) + profile
 
 
 def z_scores(values: Sequence[float | None]) -> list[float | None]:

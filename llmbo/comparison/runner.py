@@ -172,6 +172,7 @@ def _evaluated(proposal: Proposal, number: int, round_number: int, problem: Open
         evaluation.seconds,
         feasible=complete and feasible(evaluation.values, problem.search.limits),
         source=proposal.source,
+        recipe=proposal.recipe,
         predicted=proposal.predicted,
     )
 

@@ -54,7 +54,7 @@ class Problem:
     """A prepared model: everything that search strategies share and none of what tells them apart.
 
     Args:
-        prices: At the dense model, of which paths of all recipes are made.
+        prices: Of which paths of all recipes are made.
         family: The best allocation known without search; the other three are baselines.
         threshold_family: The same before width exchanges.
         limits: Largest allowed values of what is measured; `space` knows the others.
@@ -184,6 +184,7 @@ def prepared(
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
             measured = threshold_family, prices, supernet, some, sensitivity, keep
             family = with_exchanges(*measured, advance, method, phases.note)
+            prices = family.prices or prices
             if not config.recipe_search:
                 family = replace(family, prices=None)
         with phases.phase("dense model"):

@@ -149,7 +149,28 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in _NUMBERS}
 DENSE_PRICES = AllocationRecipe()
-DEFAULT_RECIPE = DENSE_PRICES
+DEFAULT_RECIPE = AllocationRecipe(  # tuned on SmolLM2 with two texts at once, see docs/explanation.md
+    fisher_weight=0.37,
+    fisher_weight_by_size=0.12,
+    attention=-0.05,
+    attention_by_size=0.43,
+    attention_exponent=1.02,
+    attention_level_tilt=0.02,
+    attention_slope=0.03,
+    attention_slope_by_size=0.07,
+    attention_curve=0.24,
+    attention_first=0.76,
+    mlp_exponent=1.08,
+    mlp_level_tilt=-0.34,
+    mlp_level_tilt_by_size=-0.47,
+    mlp_slope=0.27,
+    mlp_slope_by_size=-0.4,
+    mlp_curve=0.08,
+    mlp_first=0.67,
+    mlp_last=-0.18,
+    pruned_members=0.53,
+    width_exchanges=0.26,
+)
 RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}
 
 

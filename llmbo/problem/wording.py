@@ -12,11 +12,13 @@ def in_words(recipe: AllocationRecipe, most: int | None = None) -> str:
     Args:
         most: So many changes are told, the others counted.
     """
-    changes = {name: value - getattr(DENSE_PRICES, name) for name, value in recipe.to_dict().items()}
+    changes = {name: getattr(recipe, name) - getattr(DENSE_PRICES, name) for name in BOUNDS}
     seen = [name for name in changes if abs(changes[name]) >= UNSEEN]
     seen.sort(key=lambda name: -abs(changes[name]) / (BOUNDS[name][1] - BOUNDS[name][0]))
     told = [f"{_change(name, changes[name] > 0)} ({changes[name]:+.2f})" for name in seen[:most]]
     rest = len(seen) - len(told)
+    if recipe.profile:
+        told.append("a profile of its own along depth")
     return "; ".join(told) + (f"; and {rest} smaller change{'s' * (rest > 1)}" if rest else "") or "dense prices"
 
 

@@ -30,7 +30,7 @@ def recipe_parts(problem: Problem, trials: Sequence[Trial], objectives: Sequence
                 "names": own,
                 "numbers": recipe.to_dict(),
                 "words": in_words(recipe),
-                "paths": _paths(problem, recipe, own),
+                "paths": _paths(problem, recipe),
             }
         )
         if best and "best" in own:
@@ -39,12 +39,11 @@ def recipe_parts(problem: Problem, trials: Sequence[Trial], objectives: Sequence
     return found
 
 
-def _paths(problem: Problem, recipe: AllocationRecipe, names: Sequence[str]) -> list[PathPart]:
-    """What a recipe keeps, by the prices that its members were made of: those that the search tried know pruned members, too."""
+def _paths(problem: Problem, recipe: AllocationRecipe) -> list[PathPart]:
+    """What a recipe keeps."""
     space, low = problem.space, problem.space.min_share
-    prices = problem.family.prices if names == ["best"] and problem.family.prices else problem.prices
     shares = torch.tensor([low + (1 - low) * part for part in PARTS], dtype=torch.float64)
-    rows = prices.members(recipe.theta[None], shares)[0]
+    rows = problem.prices.members(recipe.theta[None], shares, recipe.bonus(space.num_layers)[None])[0]
     return [
         PathPart(share=share, architecture=ArchitecturePart(**space.decode(tuple(row)).to_dict()))
         for share, row, legal in zip(shares.tolist(), rows.int().tolist(), space.legal(rows).tolist(), strict=True)

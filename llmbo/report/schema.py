@@ -56,11 +56,11 @@ class RecipePart(_Part):
     """An allocation recipe, in numbers and in words.
 
     `names`: `own` made this run's path; `best` is the best that the search tried: its `trials`, of two sizes or more, save the part `gain`
-    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes, before width exchanges.
+    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes.
     """
 
     names: list[Literal["own", "default", "dense-prices", "best"]]
-    numbers: dict[str, float]
+    numbers: Recipe
     words: str
     trials: list[int] = []
     gain: float | None = None

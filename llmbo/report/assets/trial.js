@@ -25,13 +25,14 @@ function drawTrial(state) {
   );
 }
 
-const DENSE_PRICES = { fisher_weight: 0.5, attention_exponent: 1, mlp_exponent: 1 };  // the others are 0
+const DENSE_PRICES = { fisher_weight: 0.5, attention_exponent: 1, mlp_exponent: 1, width_exchanges: 1 };  // the others are 0
 
 /** The numbers of the recipe that it stems from, as far as they are not the dense model's prices; null where it stems from none. */
 function recipe(entry) {
   if (!entry.trial.recipe) return null;
-  const put = Object.entries(entry.trial.recipe).filter(([name, value]) => Math.abs(value - (DENSE_PRICES[name] ?? 0)) >= 0.005);
-  const said = put.map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(2)}`).join(", ");
+  const { profile, ...numbers } = entry.trial.recipe;
+  const put = Object.entries(numbers).filter(([name, value]) => Math.abs(value - (DENSE_PRICES[name] ?? 0)) >= 0.005);
+  const said = put.map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(2)}`).concat(profile ? ["a profile along depth"] : []).join(", ");
   return el("p", { class: "muted" }, `On or near the path of the recipe ${said || "of dense prices"}.`);
 }
 

@@ -15,10 +15,11 @@ from llmbo.display.progress import Display, Silence
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.method import DEFAULT
+from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.preparation import Problem, prepared, with_exchanges
 from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.texts import load_windows
 from pruning.anatomy import BlockKind
 from pruning.calibration import TokenWindows
@@ -39,7 +40,7 @@ class Opened:
     windows: Tensor
     sensitivity: dict[BlockKind, Tensor]
 
-    def moved(self, method: object = DEFAULT) -> ThresholdFamily:
+    def moved(self, method: Method = DEFAULT) -> ThresholdFamily:
         def measured(
             name: str, like: dict[str, Tensor], measure: Callable[[torch.Generator], dict[str, Tensor]]
         ) -> dict[str, Tensor]:
@@ -51,6 +52,7 @@ class Opened:
 
         assert self.problem.family.prices is not None
         parts = self.problem.threshold_family, self.problem.family.prices, self.problem.supernet, self.windows
+        method = replace(method, allocation=DENSE_PRICES)
         return with_exchanges(*parts, self.sensitivity, measured, lambda done: None, method)
 
     def orders(self) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
+from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe
+from llmbo.problem.wording import in_words
 from llmbo.search.pool import recipe_members
 from llmbo.search.recipes import best_recipe
 from llmbo.types import Source, Trial, TrialState
@@ -70,7 +71,7 @@ def _another_run_begins_with_what_it_found(llmbo: Any) -> None:
         llmbo.folder / "runs" / "whole" / "report.json",
     )
     report = llmbo.report("whole")
-    assert report["recipes"][0]["names"][0] == "own" and report["recipes"][0]["numbers"] == DENSE_PRICES.to_dict()
+    assert report["recipes"][0]["names"][0] == "own" and report["recipes"][0]["numbers"] == DEFAULT_RECIPE.to_dict()
     assert [path["share"] for path in report["recipes"][0]["paths"]] == pytest.approx([0.55, 0.7, 0.85])
 
     def begun(name: str, recipe: str, **flags: Any) -> tuple[dict[str, float], str]:
@@ -82,7 +83,7 @@ def _another_run_begins_with_what_it_found(llmbo: Any) -> None:
     report["recipes"] = report["recipes"][:1]
     file.write_text(json.dumps(report), encoding="utf-8")
     numbers, said = begun("own", "whole")
-    assert numbers == DENSE_PRICES.to_dict() and "its own" in said and "dense prices" in said
+    assert numbers == DEFAULT_RECIPE.to_dict() and "its own" in said and in_words(DEFAULT_RECIPE, 3) in said
     found = {"names": ["best"], "numbers": good.to_dict(), "words": "", "trials": [13, 15], "gain": 0.042}
     file.write_text(json.dumps({**report, "recipes": [*report["recipes"], found]}), encoding="utf-8")
     numbers, said = begun("next", "runs/whole/report.json")

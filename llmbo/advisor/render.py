@@ -21,7 +21,7 @@ from llmbo.types import Proposal, Trial
 REPLY_TOKENS = 4000  # of a reply, enough unless the model thinks
 SHORTEST_REPLY = 700  # that is of use
 GROWTH = 4  # times as many for a second try after an empty or cut reply: models think for thousands
-TOKENS, TOKENS_PER_LAYER = 4000, 100  # of a prompt
+TOKENS, TOKENS_PER_LAYER = 5500, 100  # of a prompt
 MOST_TOKENS = 12_000
 MAX_FAMILY = 24  # members of a path that has been measured at more are hardly apart
 MAX_PICKS = 4
@@ -65,7 +65,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def token_limit(num_layers: int) -> int:
-    """Longest prompt for a model of this depth: 7,000 at 30 layers, 12,000 from 80 on."""
+    """Longest prompt for a model of this depth: 8,500 at 30 layers, 12,000 from 65 on."""
     return min(MOST_TOKENS, TOKENS + TOKENS_PER_LAYER * num_layers)
 
 

@@ -19,7 +19,7 @@ from llmbo.advisor.openai_client import OpenAIClient
 from llmbo.advisor.parse import judge, parse_reply
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.recipes import COEFFICIENTS
-from llmbo.advisor.render import estimated_tokens, render
+from llmbo.advisor.render import render, token_limit
 from llmbo.advisor.replies import reply_schema
 from llmbo.advisor.roles import Answer, Question
 from llmbo.advisor.store import AdviceStore, Consultation, MemoryNotes
@@ -154,7 +154,7 @@ def test_prompts_state_the_limits_of_a_reply(question: Callable[..., Question], 
             lines = [f"{name} {low:g}..{high:g} now " for name, (low, high) in BOUNDS.items()]
             assert all(line in text for line in lines) and all(words in text for words in WORDS.values())
             assert f"{layers} numbers" in text and f"-{LARGEST_BONUS} to {LARGEST_BONUS}" in text
-            assert estimated_tokens(text) < 3500
+            assert render(asked).tokens <= token_limit(layers)
         assert "recipes" not in render(question(hook, layers)).user
 
 
@@ -181,8 +181,12 @@ def test_advisors_without_a_model_speak_in_recipes(question: Callable[..., Quest
         assert float(shares.max() - shares.min()) > 0.15
 
 
+def nobody() -> Any:
+    raise AssertionError("what the optimiser thinks is for models")
+
+
 def session_of(toy: Any, reply: dict[str, Any], hooks: tuple[str, ...]) -> AdvisorSession:
-    setting = Setting(toy.family, toy.objectives, toy.dense, None, "full", 60)
+    setting = Setting(toy.family, toy.objectives, toy.dense, None, "full")
     advisor = OfflineAdvisor("scripted", lambda question: reply)
     return AdvisorSession(advisor, AdviceStore(MemoryNotes()), setting, hooks, 1)
 
@@ -195,7 +199,7 @@ def test_an_optimum_that_only_a_formula_names_is_found_with_it_and_missed_withou
     uneven = torch.tensor([0.0] * 12 + [1.0, -1.0] * 6, dtype=torch.float64)
     prices = toy.family.prices
     told = Prices(prices.space, prices.fisher, prices.sensitivity, torch.tensor([0.5, 1.0]).double(),
-                  torch.stack([0.5 * uneven, 0 * uneven]))  # fmt: skip
+                  torch.stack([0.5 * uneven, 0 * uneven]), torch.zeros(2, 24).double())  # fmt: skip
     family = replace(toy.family, prices=told)
     best = told.members(family.recipe.theta[None], torch.linspace(0.45, 0.9, 12).double(), 0.9 * uneven[None])[0]
     toy.__dict__["family"] = family
@@ -204,7 +208,7 @@ def test_an_optimum_that_only_a_formula_names_is_found_with_it_and_missed_withou
         """Levels between the advised rows and the optimum of their size, at the nearest."""
         session = session_of(toy, reply, ("directions",))
         trials = toy.trials(family.path[:-1:24].int().tolist())
-        rows = torch.tensor([row.x for row in session.advise(trials, 4, seed).rows], dtype=torch.float64)
+        rows = torch.tensor([row.x for row in session.advise(trials, 4, seed, nobody).rows], dtype=torch.float64)
         return float(torch.cdist(rows, best, p=1).min()) if len(rows) else torch.inf
 
     good = {"formulas": [{"name": "what pruned members say of MLPs", "formula": "measured * is_mlp * (first < 2)"}]}
@@ -218,8 +222,8 @@ def test_formulas_lead_to_rows_that_carry_their_recipe(priced: Any) -> None:
     trials = priced.trials(priced.family.path[:-1:24].int().tolist())
     good = AllocationRecipe.of({"attention": 0.5})
     trials[0] = replace(trials[0], recipe=good.to_dict())
-    rows = session.advise(trials, 4, 0).rows
-    assert rows and rows == session.advise(trials, 4, 0).rows
+    rows = session.advise(trials, 4, 0, nobody).rows
+    assert rows and rows == session.advise(trials, 4, 0, nobody).rows
     vector = evaluated(FORMULA, block_features(priced.family))
     times, bases = set(), set()
     for row in rows:

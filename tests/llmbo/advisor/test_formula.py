@@ -44,7 +44,8 @@ def test_features_are_what_their_words_say(priced: Any) -> None:
     assert found["first"][0] == found["last"][-1] == 1 and found["is_mlp"].tolist() == [0] * L + [1] * L
     torch.testing.assert_close(found["measured"], corrections[:2].mean(0))
     assert (found["kept"] * priced.space.bounds[1] - torch.tensor(family.at(0.7))).abs().max() <= 1
-    assert not block_features(family)["measured"].any()
+    unmeasured = replace(family.prices, anchors=torch.ones(1), corrections=torch.zeros(1, 2 * L).double())
+    assert not block_features(replace(family, prices=unmeasured))["measured"].any()
 
 
 @pytest.mark.parametrize(

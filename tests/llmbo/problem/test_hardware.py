@@ -85,7 +85,7 @@ def test_a_search_for_peak_memory_keeps_its_limit_and_measures_the_front(
     assert llmbo(budget=4, **options).exit_code == 0
     report = llmbo.report()
     for point in (report["dense"], *report["front"]):
-        assert point["heldout"]["peak_memory"] == pytest.approx(point["objectives"]["peak_memory"], rel=0.05)
+        assert point["heldout"]["peak_memory"] == pytest.approx(point["objectives"]["peak_memory"], rel=0.1)
     limit = sorted(trial["objectives"]["peak_memory"] for trial in report["trials"])[1]
     result = llmbo(budget=4, fresh=True, max=f"peak_memory={limit}", **options)
     assert result.exit_code == 0, result.output

@@ -69,7 +69,7 @@ def test_a_run_whose_recipe_names_no_order_goes_on_by_energy(
 ) -> None:
     """There was no other then. A new run of the same model and text prepares anew."""
     with monkeypatch.context() as patch:
-        patch.setattr("llmbo.problem.preparation.DEFAULT", replace(DEFAULT, order="activation"))
+        patch.setattr("llmbo.run.assemble.DEFAULT", replace(DEFAULT, order="activation"))
         patch.setattr(Method, "recipe", property(lambda method: {"ridge": asdict(method.ridge)}))
         first = trials("old")
     assert trials("old", budget=6)[:4] == first

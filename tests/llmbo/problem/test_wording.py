@@ -1,7 +1,5 @@
 """A recipe in words names what it changes, which way and how much, and nothing else."""
 
-from dataclasses import fields
-
 import pytest
 
 from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe
@@ -12,15 +10,19 @@ from llmbo.problem.wording import OPPOSITES, in_words
 def test_either_way_is_told_and_the_ways_differ(name: str) -> None:
     start, (low, high) = getattr(DENSE_PRICES, name), BOUNDS[name]
     up, down = (in_words(AllocationRecipe.of({name: end})) if end != start else "" for end in (high, low))
-    assert f"({high - start:+.2f})" in up and (not down or f"({low - start:+.2f})" in down)
-    assert ";" not in up and up.split(" (")[0] != down.split(" (")[0]
+    assert (not up or f"({high - start:+.2f})" in up) and (not down or f"({low - start:+.2f})" in down)
+    assert ";" not in up + down and up.split(" (")[0] != down.split(" (")[0]
     assert not name.endswith("_by_size") or "small models" in up
-    assert any(word in up for pair in OPPOSITES for word in pair)
+    assert any(word in up + down for pair in OPPOSITES for word in pair)
 
 
 def test_words_tell_recipes_apart_and_the_largest_first() -> None:
-    told = [in_words(AllocationRecipe.of({item.name: BOUNDS[item.name][1]})) for item in fields(AllocationRecipe)]
-    assert len(set(told)) == len(BOUNDS)
+    ends = {
+        name: max(bounds, key=lambda end: abs(end - getattr(DENSE_PRICES, name))) for name, bounds in BOUNDS.items()
+    }
+    told = [in_words(AllocationRecipe.of({name: end})) for name, end in ends.items()]
+    assert len({*told, "dense prices"}) == len(BOUNDS) + 1
+    assert "profile" in in_words(AllocationRecipe.of({"profile": {"mlp": [0.5, 0.0]}}))
     assert in_words(DENSE_PRICES) == in_words(AllocationRecipe.of({"mlp_slope": 0.004})) == "dense prices"
     two = AllocationRecipe.of({"attention": 0.1, "mlp_slope": -0.4})
     assert in_words(two) == "MLPs of late layers cheaper (-0.40); attention dearer, MLPs cheaper (+0.10)"

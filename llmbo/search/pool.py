@@ -57,9 +57,8 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
 def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: torch.Generator) -> list[Proposal]:
     """Members of new recipes' paths, each at random sizes: nothing where the family knows no prices.
 
-    A third each: the family's own recipe with some numbers changed and any weight of what was measured at pruned members, which its path
-    was made before; a recipe that a trial on the front stems from, changed likewise; and crossovers of two such. Profiles go with the
-    recipe that is changed.
+    A third each: the family's own recipe with some numbers changed and any weight of what was measured at pruned members; a recipe that a
+    trial on the front stems from, changed likewise; and crossovers of two such. Profiles go with the recipe that is changed.
 
     Args:
         trials: On the front.

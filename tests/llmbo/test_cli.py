@@ -49,8 +49,9 @@ def search_part(data: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how often a run was started."""
     trials = [{key: value for key, value in trial.items() if key != "seconds"} for trial in data["trials"]]
     dense, *front = (
-        {**point, "elsewhere": None} for point in (data["dense"], *data["front"])
-    )  # one run is judged there
+        {**point, "elsewhere": None, "noise_elsewhere": None, "samples": None}
+        for point in (data["dense"], *data["front"])
+    )  # one run is judged there, and continues prompts
     return {
         "trials": trials,
         "dense": dense,

@@ -262,8 +262,11 @@ STUDIES: dict[str, Callable[[Path], object]] = {
     "round is null": study_attribute("round:00001@00000000", "'null'"),
     "round without points": study_attribute("round:00001@00000000", "'[{}]'"),
     "source unknown": study_attribute("round:00001@00000000", "json_set(value_json, '$[0].source', 'the moon')"),
-    "held-out is a list": study_attribute("heldout", "'[1]'"),
-    "held-out of no trial": study_attribute("heldout", "'{\"first\": {}}'"),
+    "held-out is a list": sql("update study_user_attributes set value_json = '[1]' where key like 'heldout:%'"),
+    "held-out of no trial": sql("update study_user_attributes set key = 'heldout:first' where key = 'heldout:dense'"),
+    "held-out of before is a list": sql(
+        "insert into study_user_attributes select 99999, study_id, 'heldout', '[1]' from study_user_attributes where key = 'settings'"
+    ),
     "elsewhere is text": study_attribute("facts", "json_set(value_json, '$.elsewhere', 'python')"),
     "origin is a number": attribute("origin", "7"),
     "round of a trial is text": attribute("round", '"first"'),

@@ -149,7 +149,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in _NUMBERS}
 DENSE_PRICES = AllocationRecipe()
-DEFAULT_RECIPE = AllocationRecipe(  # tuned on SmolLM2 with two texts at once, see docs/explanation.md
+DEFAULT_RECIPE = DENSE_PRICES
+TUNED = AllocationRecipe(  # on SmolLM2 with two texts at once, see docs/explanation.md
     fisher_weight=0.37,
     fisher_weight_by_size=0.12,
     attention=-0.05,
@@ -171,7 +172,7 @@ DEFAULT_RECIPE = AllocationRecipe(  # tuned on SmolLM2 with two texts at once, s
     pruned_members=0.53,
     width_exchanges=0.26,
 )
-RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}
+RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES, "tuned": TUNED}
 
 
 def recipe_of(word: str) -> AllocationRecipe:

@@ -53,7 +53,7 @@ def test_a_run_tells_the_recipes_of_its_trials_and_goes_on_as_if_it_had_never_st
         assert done.exit_code == 0, done.output
         return [{**trial, "seconds": None, "gain": None} for trial in llmbo.report(name)["trials"]]
 
-    flags = {"recipe_search": True, "seed": 1}
+    flags = {"recipe_search": True, "seed": 2}
     whole = trials("whole", budget=20, **flags)
     first = trials("parts", budget=16, **flags)
     rest = trials("parts", budget=20, **flags)

@@ -68,7 +68,7 @@ def log_ratios(loaded: LoadedModel, name: str, seed: int, judged: int, recipe: A
 def measured(problem: Problem, recipe: AllocationRecipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares and KL of a recipe's members."""
     space, judge = problem.space, problem.heldout()
-    rows = problem.prices.members(recipe.theta[None], SHARES, recipe.bonus(space.num_layers)[None])[0]
+    rows = problem.prices.members_of(recipe, SHARES)
     kl = [found["kl"] for found in judge.evaluate([tuple(row) for row in rows.int().tolist()])]
     return space.share(rows), torch.tensor(kl, dtype=torch.float64)
 

@@ -190,8 +190,7 @@ def change_text(family: ThresholdFamily, x: Sequence[int], recipe: Mapping[str, 
     if not recipe or family.prices is None:
         return offset_text(family, x)
     made, point = AllocationRecipe.of(recipe), torch.tensor([x], dtype=torch.float64)
-    bonus = made.bonus(family.space.num_layers)[None]
-    offset = levels_text((point - family.prices.members(made.theta[None], family.space.share(point), bonus)[0])[0])
+    offset = levels_text((point - family.prices.members_of(made, family.space.share(point)))[0])
     numbers = zip(BOUNDS, made.theta.tolist(), family.recipe.theta.tolist(), strict=True)
     changed = [f"{name} {value:.2f}" for name, value, own in numbers if abs(value - own) >= 0.005]
     if made.profile != family.recipe.profile:

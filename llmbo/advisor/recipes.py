@@ -74,9 +74,8 @@ def asked_recipe(family: ThresholdFamily, part: RecipePart, profile: Tensor) -> 
 def member(family: ThresholdFamily, recipe: AllocationRecipe, share: float) -> tuple[int, ...]:
     """The model of a recipe at a share; the family must know prices."""
     assert family.prices is not None
-    bonus = recipe.bonus(family.space.num_layers)[None]
-    found = family.prices.members(recipe.theta[None], torch.tensor([share], dtype=torch.float64), bonus)
-    return tuple(found[0, 0].int().tolist())
+    [found] = family.prices.members_of(recipe, torch.tensor([share], dtype=torch.float64)).int().tolist()
+    return tuple(found)
 
 
 def along(

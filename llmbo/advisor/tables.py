@@ -54,7 +54,7 @@ def _columns(context: Context, kind: BlockKind) -> Iterator[Columns]:
         top = int(space.bounds[1, own.start])
         levels = sorted({max(1, round(top * part)) for part in PRICED[kind]})
         share = torch.tensor([BY_SIZE], dtype=torch.float64)
-        logs = prices.log_prices(family.recipe.theta[None], share)[0, 0, own]
+        logs = prices.log_prices_of(family.recipe, share)[0, own]
         yield "price", _at(levels), _integers(10 * logs[:, [level - 1 for level in levels]].T)
     low = float(family.shares[0])
     members = list(dict.fromkeys(family.at(low + (1 - low) * part / SHARES) for part in range(SHARES)))

@@ -19,7 +19,7 @@ from llmbo.problem.family import Expansions
 from llmbo.problem.interpolation import bracketed
 from llmbo.problem.knapsack import cheapest
 from llmbo.problem.prices import TINY, Prices
-from llmbo.problem.recipe import DENSE_PRICES
+from llmbo.problem.recipe import AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
@@ -66,16 +66,21 @@ def expansions(
 
 
 def informed(
-    prices: Prices, exchanges: Mapping[tuple[int, ...], Tensor], sound: Sequence[tuple[int, ...]], expanded: Expansions
+    prices: Prices,
+    recipe: AllocationRecipe,
+    exchanges: Mapping[tuple[int, ...], Tensor],
+    sound: Sequence[tuple[int, ...]],
+    expanded: Expansions,
 ) -> Prices:
-    """Prices that know what was measured at pruned members: which exchanges are best there, and how much dearer than the dense model
+    """Prices that know what was measured at pruned members: which exchanges are best there, and how much dearer than the recipe
     says every block was, by what a level less and one more change.
 
     Only the part of the latter that neighbouring layers share is kept, and no factor above `LARGEST_CORRECTION`: single measurements are
     noisy, and what they say of the next level need not hold for the one after it.
 
     Args:
-        exchanges: Members of the path of dense prices, by increasing share -> `d` levels to add to each of them (`best_exchanges`).
+        recipe: Knows nothing of pruned members.
+        exchanges: Members of its path, by increasing share -> `d` levels to add to each of them (`best_exchanges`).
         sound: Those of them whose expansions are to be believed.
         expanded: Around these, and around the dense model.
     """
@@ -91,7 +96,7 @@ def informed(
         between = (steps >= low[:, None]) & (steps < high[:, None])
         size = prices.shares.where(between, 0.0).sum(-1)
         fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
-        priced = prices.log_prices(DENSE_PRICES.theta[None], share[None], DENSE_PRICES.bonus(L)[None])[0, 0]
+        priced = prices.log_prices_of(recipe, share[None])[0]
         said = priced.where(between, 0.0).sum(-1) / between.sum(-1)
         ratio = (fall / size).clamp_min(TINY).log() - said
         ratios[anchor] = (ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)

@@ -21,7 +21,7 @@ from llmbo.problem.marginals import Marginals, measure_marginals
 from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator, known_values
-from llmbo.problem.recipe import DENSE_PRICES, recipe_of
+from llmbo.problem.recipe import recipe_of
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
@@ -180,7 +180,7 @@ def prepared(
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-            threshold_family = ThresholdFamily.along(space, prices.path(DENSE_PRICES), importance)
+            threshold_family = ThresholdFamily.along(space, prices.path(method.allocation.bare), importance)
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
             measured = threshold_family, prices, supernet, some, sensitivity, keep
             family = with_exchanges(*measured, advance, method, phases.note)
@@ -246,7 +246,7 @@ def with_exchanges(
     and is dropped with them.
 
     Args:
-        family: Of `DENSE_PRICES` without exchanges; some of its members are measured, whatever the recipe.
+        family: Of the method's recipe, `bare`; some of its members are measured.
         prices: What its path was made from.
         windows: `num_windows x length` token ids, to measure these changes on.
         sensitivity: Of the dense model's blocks, `num_layers x levels` by kind.
@@ -300,7 +300,7 @@ def with_exchanges(
         sound.append(x)
         measured.append(first + second)
     around = expansions(space, sound, measured, sensitivity)
-    found = informed(prices, exchanges, sound, around)
+    found = informed(prices, method.allocation.bare, exchanges, sound, around)
     moved = family.moved_to(found.path(method.allocation))
     return replace(moved, expansions=around, prices=found, recipe=method.allocation)
 

@@ -114,16 +114,23 @@ class Prices:
         weight = theta[:, WIDTH_EXCHANGES].repeat_interleave(len(share))
         return self._exchanged(rows, weight).view(len(theta), len(share), -1)
 
+    def members_of(self, recipe: AllocationRecipe, share: Tensor) -> Tensor:
+        """Those of one recipe, `n` shares -> `n x d` levels."""
+        return self.members(recipe.theta[None], share, recipe.bonus(self.space.num_layers)[None])[0]
+
+    def log_prices_of(self, recipe: AllocationRecipe, share: Tensor) -> Tensor:
+        """Those of one recipe, `n` shares -> `n x d x steps`."""
+        return self.log_prices(recipe.theta[None], share, recipe.bonus(self.space.num_layers)[None])[0]
+
     def path(self, recipe: AllocationRecipe) -> Tensor:
         """The distinct legal members of one recipe, `num_members x d`, by increasing share.
 
         They are taken at the sizes of the prefixes of its steps' order at a share of 0.71: unless prices depend on the size, every
         one adds a step to the one before, until widths are exchanged.
         """
-        theta, bonus = recipe.theta[None], recipe.bonus(self.space.num_layers)[None]
-        prices = self.log_prices(theta, torch.tensor([0.5**0.5], dtype=torch.float64), bonus)[0]
+        prices = self.log_prices_of(recipe, torch.tensor([0.5**0.5], dtype=torch.float64))
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
-        rows = self.members(theta, sizes[sizes >= self.space.min_share - SLACK], bonus)[0]
+        rows = self.members_of(recipe, sizes[sizes >= self.space.min_share - SLACK])
         return self.space.increasing(rows[self.space.legal(rows)])
 
     def _exchanged(self, rows: Tensor, weight: Tensor) -> Tensor:

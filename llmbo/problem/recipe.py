@@ -21,7 +21,7 @@ log2(1 / share) - 1/2 and added to those that they are named after: they count f
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,6 +96,11 @@ class AllocationRecipe:
         own = () if profile is None or not profile.any() else profile.clamp(-LARGEST_BONUS, LARGEST_BONUS).tolist()
         numbers = dict(zip(BOUNDS, theta.double().maximum(low).minimum(high).tolist(), strict=True))
         return cls(**numbers, profile=tuple(own))
+
+    @property
+    def bare(self) -> Self:
+        """The same without what is measured at pruned members."""
+        return replace(self, pruned_members=0.0, width_exchanges=0.0)
 
     @property
     def theta(self) -> Tensor:

@@ -43,7 +43,7 @@ def _paths(problem: Problem, recipe: AllocationRecipe) -> list[PathPart]:
     """What a recipe keeps."""
     space, low = problem.space, problem.space.min_share
     shares = torch.tensor([low + (1 - low) * part for part in PARTS], dtype=torch.float64)
-    rows = problem.prices.members(recipe.theta[None], shares, recipe.bonus(space.num_layers)[None])[0]
+    rows = problem.prices.members_of(recipe, shares)
     return [
         PathPart(share=share, architecture=ArchitecturePart(**space.decode(tuple(row)).to_dict()))
         for share, row, legal in zip(shares.tolist(), rows.int().tolist(), space.legal(rows).tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -105,12 +106,16 @@ def rows(prompt: str, kind: str) -> list[list[list[str]]]:
 def test_tables_say_what_is_known_of_every_block(question: Callable[..., Question]) -> None:
     """Prices, levels kept, corrections, and a level more as well as one less: the numbers of the family itself."""
     asked = question(recipes=True)
-    family, marginals = asked.context.setting.family, asked.context.marginals
+    setting, marginals = asked.context.setting, asked.context.marginals
+    bonus = tuple(0.5 - block % 3 for block in range(12))
+    family = replace(setting.family, recipe=replace(setting.family.recipe, profile=bonus))
+    asked = replace(asked, context=replace(asked.context, setting=replace(setting, family=family)))
     prices, around = family.prices, family.expansions
     assert prices and around and marginals
     prompt = render(asked).user
     assert "RECIPE of the family: fisher_weight 0.5, " in prompt and "mlp_slope 0" in prompt and "taylor" not in prompt
-    logs = prices.log_prices(family.recipe.theta[None], torch.tensor([0.5**0.5]))[0, 0]
+    plain = prices.log_prices(family.recipe.theta[None], torch.tensor([0.5**0.5]))[0, 0]
+    logs = plain + torch.tensor(bonus)[:, None]
     for kind, first, levels in (("kv", 0, [1, 2]), ("neurons", 6, [1, 3, 6, 9, 12])):
         table = rows(prompt, kind)
         assert len(table) == 6

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmbo.problem.expansion import STEPS, best_exchanges, expansions, informed
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.prices import Prices
-from llmbo.problem.recipe import DENSE_PRICES
+from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.problem.space import SearchSpace
 from pruning.anatomy import BlockKind
 
@@ -50,7 +50,7 @@ def exchanged(
     prices = Prices.of(family.space, costs, costs)
     around = Expansions(torch.ones(1), torch.zeros(1, family.space.d, 1))
     recipe = replace(DENSE_PRICES, width_exchanges=weight)
-    after = informed(prices, exchanges, [], around)
+    after = informed(prices, DENSE_PRICES.bare, exchanges, [], around)
     return family.moved_to(prices.path(recipe)), family.moved_to(after.path(recipe))
 
 
@@ -190,14 +190,18 @@ def test_nothing_is_exchanged_when_every_exchange_costs(family: ThresholdFamily)
     assert not best_exchanges(family.space, x, torch.ones(family.space.d, 2)).any()
 
 
-def test_blocks_that_are_dearer_at_pruned_members_get_dearer_there_alone(make_toy: Callable[..., Any]) -> None:
-    """By the factor that was measured, shared with neighbours, bounded, and not at the dense model."""
+@pytest.mark.parametrize("numbers", [{}, {"mlp_slope": 0.4, "attention_first": -0.8}])
+def test_blocks_that_are_dearer_at_pruned_members_get_dearer_there_alone(
+    make_toy: Callable[..., Any], numbers: dict[str, float]
+) -> None:
+    """By the factor over the recipe's own price that was measured, shared with neighbours, bounded, and not at the dense model."""
+    recipe = AllocationRecipe.of(numbers).bare
     toy = make_toy(6, 60, 0.3, 7)
     space = toy.space
     costs = [[1.0] * int(top) for top in space.bounds[1]]
     prices, half = Prices.of(space, costs, costs), space.max_levels[-1] // 2
     anchor = (1,) * 6 + (half,) * 6
-    said = prices.log_prices(DENSE_PRICES.theta[None], torch.tensor([0.5], dtype=torch.float64))[0, 0].exp()
+    said = prices.log_prices_of(recipe, torch.tensor([0.5], dtype=torch.float64))[0].exp()
     levels = int(space.bounds[1].max()) + 1
     factor = torch.ones(space.d, dtype=torch.float64)
     factor[8], factor[1] = 1.5, 1e9  # a middle MLP, and an attention that seems to be worth anything
@@ -205,12 +209,12 @@ def test_blocks_that_are_dearer_at_pruned_members_get_dearer_there_alone(make_to
     falls = (factor[:, None] * said * prices.shares).where(prices.steps, 0.0)
     change[:, : falls.shape[1]] = falls.flip(-1).cumsum(-1).flip(-1)
     around = Expansions(torch.tensor([0.5, 1.0], dtype=torch.float64), torch.stack([change, 0 * change]))
-    found = informed(prices, {anchor: 0 * factor}, [anchor], around)
+    found = informed(prices, recipe, {anchor: 0 * factor}, [anchor], around)
     at, dense = found.corrections
     assert not dense.any() and not found.exchanges.any()
     torch.testing.assert_close(found.anchors, space.share(torch.tensor([anchor, space.max_levels])))
     assert 0.3 * math.log(1.5) < float(at[8]) < math.log(1.5) and float(at[8]) > float(at[7]) > float(at[6]) >= 0
     assert 0.3 < float(at[1]) <= 0.75
     torch.testing.assert_close(at[[4, 5, 11]], torch.zeros(3, dtype=torch.float64), atol=0.02, rtol=0)
-    unsound = informed(prices, {anchor: 0 * factor}, [], replace(around, shares=torch.ones(1)))
+    unsound = informed(prices, recipe, {anchor: 0 * factor}, [], replace(around, shares=torch.ones(1)))
     assert not unsound.corrections.any()

@@ -59,8 +59,8 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
     def wrong(*args: Any, **options: Any) -> Any:
         return {kind: -1e4 * cost for kind, cost in real(*args, **options).items()}
 
-    def watched(prices: Prices, exchanges: Any, *rest: Any) -> Prices:
-        found = make(prices, exchanges, *rest)
+    def watched(prices: Prices, recipe: Any, exchanges: Any, *rest: Any) -> Prices:
+        found = make(prices, recipe, exchanges, *rest)
         made.append((torch.stack([*exchanges.values()]), *(p.path(DENSE_PRICES) for p in (found, prices))))
         return found
 

@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama")
     parser.add_argument("--text", action="append", help="may be given several times (builtin)")
-    parser.add_argument("--recipe", default="tuned", help="as of `llmbo optimize`")
+    parser.add_argument("--recipe", default="default", help="as of `llmbo optimize`")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--judged", type=int, default=24, help="windows to judge by")
     options = parser.parse_args()

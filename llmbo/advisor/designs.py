@@ -1,4 +1,4 @@
-"""Recipes of advisors without a model: a design around the run's own recipe, and chance."""
+"""Recipes of advisors without a model, all around the run's own: by rules, and by chance."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any
 from llmbo.advisor.roles import Question
 from llmbo.problem.recipe import BOUNDS, AllocationRecipe
 
-CHANGED = 4  # numbers of a recipe that chance changes
+CHANGED = 6  # numbers of a recipe that chance changes
+DEVIATION = 0.15  # how far, as a standard deviation in shares of a number's range
 # What tuning recipes by hand and by Gaussian processes on SmolLM2 found alike, as changes of the run's own recipe, the best founded first.
 RULES: Sequence[tuple[str, Mapping[str, float]]] = (
     ("late MLPs dearer, but for the first layers; attention flatter",
@@ -46,11 +47,11 @@ def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str,
     ]
 
 
-def random_recipe(rng: random.Random, shares: Sequence[float]) -> dict[str, Any]:
-    """Some numbers anywhere within their bounds."""
-    names = rng.sample(list(BOUNDS), CHANGED)
-    return {
-        "numbers": {name: round(rng.uniform(*BOUNDS[name]), 3) for name in names},
-        "at": list(shares),
-        "why": "chance",
-    }
+def random_recipe(rng: random.Random, own: AllocationRecipe, shares: Sequence[float]) -> dict[str, Any]:
+    """Some of the run's own numbers, each moved by a normal deviate: a design around the own recipe."""
+    numbers = {}
+    for name in rng.sample(list(BOUNDS), CHANGED):
+        low, high = BOUNDS[name]
+        moved = getattr(own, name) + DEVIATION * (high - low) * rng.gauss(0, 1)
+        numbers[name] = round(min(max(moved, low), high), 3)
+    return {"numbers": numbers, "at": list(shares), "why": "chance"}

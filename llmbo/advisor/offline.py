@@ -59,7 +59,9 @@ def random_reply(question: Question) -> Reply:
         return {"base": base, "edits": _random_contrast(rng, space.num_layers), "target_share": share, "why": "chance"}
 
     def recipe() -> Reply:
-        return random_recipe(rng, [round(rng.uniform(low, MAX_SHARE), 3) for _ in range(question.shares)])
+        return random_recipe(
+            rng, context.setting.family.recipe, [round(rng.uniform(low, MAX_SHARE), 3) for _ in range(question.shares)]
+        )
 
     makers: dict[str, Callable[[int], Reply]] = {
         "recipes": lambda index: recipe(),

@@ -42,7 +42,7 @@ class AdvisedStrategy:
     every: int = 2
     num_initial: int = NUM_INITIAL
     limits: Mapping[str, float] = field(default_factory=dict)
-    _proposer: AdvisedProposer = field(init=False, repr=False)
+    proposer: AdvisedProposer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.by == "transformers:self":
@@ -68,7 +68,7 @@ class AdvisedStrategy:
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
         inputs = AdvisorInputs(setting, None, probe)
-        self._proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()), self.num_initial)
+        self.proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()), self.num_initial)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        return self._proposer.propose(trials, q, seed)
+        return self.proposer.propose(trials, q, seed)

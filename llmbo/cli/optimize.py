@@ -69,7 +69,7 @@ def optimize(
     recipe: Annotated[
         str,
         typer.Option(
-            help="Of the allocation path: default, dense-prices, tuned, a JSON file of its numbers, or a finished run, whose best is taken."
+            help="Of the allocation path: default, dense-prices, a JSON file of its numbers, or a finished run, whose best is taken."
         ),
     ] = "default",
     recipe_search: Annotated[

@@ -79,7 +79,11 @@ def run_arm(
     Raises:
         StrategyError: The strategy proposes too many candidates, illegal ones, or the same again.
     """
-    proposer = strategy_of(arm.strategy).build(problem.search, problem.objectives, arm.options)
+    options = {
+        key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+        for key, value in arm.options.items()
+    }
+    proposer = strategy_of(arm.strategy).build(problem.search, problem.objectives, options)
     stored = store.rounds(config.name, key)
     trials: list[Trial] = []
     seconds: list[float] = []

@@ -68,7 +68,7 @@ class RunConfig:
         samples: Let some of the finished front continue three prompts, for people to read.
         refit_front: So many points of the finished front are refitted in sequence, each for itself, and measured again.
         racing: Stop candidates whose first windows say that the front dominates them.
-        recipe: What the allocation path is made by: `default`, `dense-prices`, `tuned`, a JSON file of numbers (`llmbo.problem.recipe`),
+        recipe: What the allocation path is made by: `default`, `dense-prices`, a JSON file of numbers (`llmbo.problem.recipe`),
             or a finished run, whose best recipe is taken.
         recipe_search: Let the search try members of other recipes' paths too.
         text: `builtin`, `python`, `text:PATH`, `hf:DATASET:CONFIG:SPLIT[:COLUMN]`, `mix:SOURCE=WEIGHT,…` of these, or `self`.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Problem:
     files: TensorFiles
     target: Target | None
     heldout_choices: Choices | None
+    _marginals: dict[str, Marginals] = field(default_factory=dict, repr=False)
 
     @property
     def statistics(self) -> LayerStatistics:
@@ -100,11 +101,14 @@ class Problem:
         return self.target.measure(self.space.decode(x)) if self.target else {}
 
     def marginals(self, quality: str) -> Marginals:
-        """What one level less costs in each block, measured on two windows that ranking saw."""
+        """What one level less costs in each block, measured once on two windows that ranking saw."""
+        if quality in self._marginals:
+            return self._marginals[quality]
         windows = self.windows.calibration[:: max(1, len(self.windows.calibration) // 2)][:2]
         evaluators = [ProxyEvaluator.on(window[None], self.space, self.supernet) for window in windows]
         evaluations = len(windows) / len(self.windows.proxy)
-        return measure_marginals(self.family, evaluators, quality, evaluations, self.method.operating_point)
+        found = measure_marginals(self.family, evaluators, quality, evaluations, self.method.operating_point)
+        return self._marginals.setdefault(quality, found)
 
 
 def fitted(

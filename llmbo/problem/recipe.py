@@ -154,8 +154,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 WORDS: Mapping[str, str] = {item.name: item.metadata["words"] for item in _NUMBERS}
 DENSE_PRICES = AllocationRecipe()
-DEFAULT_RECIPE = DENSE_PRICES
-TUNED = AllocationRecipe(  # on SmolLM2 with two texts at once, see docs/explanation.md
+DEFAULT_RECIPE = AllocationRecipe(  # tuned on SmolLM2 with two texts at once, see docs/explanation.md
     fisher_weight=0.37,
     fisher_weight_by_size=0.12,
     attention=-0.05,
@@ -174,10 +173,8 @@ TUNED = AllocationRecipe(  # on SmolLM2 with two texts at once, see docs/explana
     mlp_curve=0.08,
     mlp_first=0.67,
     mlp_last=-0.18,
-    pruned_members=0.53,
-    width_exchanges=0.26,
 )
-RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES, "tuned": TUNED}
+RECIPES: Mapping[str, AllocationRecipe] = {"default": DEFAULT_RECIPE, "dense-prices": DENSE_PRICES}
 
 
 def recipe_of(word: str) -> AllocationRecipe:

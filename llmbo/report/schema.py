@@ -59,7 +59,7 @@ class RecipePart(_Part):
     of the path's excess over the dense model, on average at equal size. `paths`: at some sizes.
     """
 
-    names: list[Literal["own", "default", "dense-prices", "tuned", "best"]]
+    names: list[Literal["own", "default", "dense-prices", "best"]]
     numbers: Recipe
     words: str
     trials: list[int] = []

@@ -1,7 +1,7 @@
 "use strict";
 /* The recipes of the allocation path: in words, and what the path of each keeps along depth. */
 
-const RECIPE_NAMES = { own: "this run's", default: "default", "dense-prices": "dense prices", tuned: "tuned", best: "best found" };
+const RECIPE_NAMES = { own: "this run's", default: "default", "dense-prices": "dense prices", best: "best found" };
 const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
 const recipeName = (part) => part.names.map((name) => RECIPE_NAMES[name] ?? words(name)).join(" = ");
 

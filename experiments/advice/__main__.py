@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for seed in config.seeds:
         reply = (options.replies / f"{seed}.json").read_text(encoding="utf-8")
+        options.out.mkdir(parents=True, exist_ok=True)
         told = recorded(question, reply, options.by, options.out / f"{seed}.jsonl")
         print(f"seed {seed}: {len(told.candidates)} candidates, {len(told.rejections)} rejected", file=sys.stderr)
         for rejection in told.rejections:

@@ -19,6 +19,8 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from experiments.advice import __main__ as advice
+from llmbo.advisor.store import read_jsonl
 from llmbo.cli import app
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
 from llmbo.comparison.problems import OpenProblem
@@ -428,3 +430,32 @@ def test_rounds_of_an_earlier_version_are_refused_until_made_anew(compare: Compa
     assert len([line for line in answer.stderr.splitlines() if line.startswith("error:")]) == 1
     assert compare("--fresh", top=FEW).exit_code == 0
     assert compare.count("evaluations") == evaluations
+
+
+def test_each_seed_replays_the_reply_that_was_recorded_for_it(
+    compare: Compare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blind replies to what `experiments.advice ask` prints start the arm that names them, and no other."""
+    by = 'by = "replay:replies/{seed}.jsonl", hooks = ["warm_start"], warm_start = 2, num_initial = 6'
+    top = {
+        "name": '"advice"', "checkpoints": "[8]", "judged_points": "0", "method": '"model"',
+        "strategies": f'[{{strategy = "advised", label = "model", {by}}}]',
+    }  # fmt: skip
+    path = compare.write(top, {"recipe_search": "true"})
+    with chdir(compare.folder):
+        advice.main(["ask", str(path)])
+        assert "RECIPES" in capsys.readouterr().out
+        for seed, share in ((0, 0.55), (1, 0.75)):
+            recipe = {"numbers": {"mlp_slope": 0.9, "attention": -0.5}, "at": [share], "why": f"seed {seed}"}
+            (compare.folder / f"{seed}.json").write_text(json.dumps({"recipes": [recipe], "proposals": []}))
+        advice.main(["record", str(path), "--replies", ".", "--by", "blind, today", "--out", "replies"])
+    answer = compare(top=top, problem={"recipe_search": "true"})
+    assert answer.exit_code == 0, answer.output
+    for arm, share in zip(compare.result("comparisons/advice")["arms"], (0.55, 0.75), strict=True):
+        [advised] = [trial for trial in arm["trials"] if trial["origin"] == "advisor:warm_start"]
+        [recorded] = read_jsonl(compare.folder / "replies" / f"{arm['seed']}.jsonl")
+        assert recorded.answer and recorded.exchanges[0].model == "blind, today" and recorded.exchanges[0].digest
+        assert advised["values"]["params_share"] == pytest.approx(share, abs=0.15)
+        assert len(recorded.answer.candidates) == 1
+    first, second = (arm["trials"] for arm in compare.result("comparisons/advice")["arms"])
+    assert {t["digest"] for t in first[:6]} != {t["digest"] for t in second[:6]}

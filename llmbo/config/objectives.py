@@ -146,6 +146,12 @@ OBJECTIVES = {name: row for name, row in QUANTITIES.items() if isinstance(row, O
 MAX_OBJECTIVES = 3
 
 
+def priced_by(names: Sequence[str]) -> tuple[str, ...]:
+    """The known ones of some objectives, by which steps of the allocation path are priced; the share where all of them say the same."""
+    known = tuple(name for name in names if OBJECTIVES[name].known)
+    return known if set(known) - {"params", "params_share", "weight_bytes"} else ("params_share",)
+
+
 def objectives_help() -> str:
     """All names by how they are come by, for `--help`."""
     names: dict[str, list[str]] = {}

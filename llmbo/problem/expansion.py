@@ -29,7 +29,7 @@ ONE_LEVEL = [STEPS.index(-1), STEPS.index(1)]  # columns of those that may be ex
 
 
 def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Tensor:
-    """Which blocks should give a level to which at no larger size: `d` of -1, 0 and 1.
+    """Which blocks should give a level to which at no larger `SearchSpace.weight`: `d` of -1, 0 and 1.
 
     Args:
         costs: `d x 2`, what a level less and a level more of each block changes, all others staying (`pruning.exchanges`).
@@ -39,7 +39,7 @@ def best_exchanges(space: SearchSpace, x: tuple[int, ...], costs: Tensor) -> Ten
     levels = here[:, None] + steps
     possible = (levels >= 0) & (levels <= space.bounds[1][:, None])
     rows = [here.repeat(space.d, 1).diagonal_scatter(column.clamp(*space.bounds)) for column in levels.T]
-    sizes = torch.stack([space.share(row) for row in rows], dim=1) - space.share(here[None])
+    sizes = torch.stack([space.weight(row) for row in rows], dim=1) - space.weight(here[None])
     chosen = cheapest(list(changes.where(possible, np.inf).numpy()), list(sizes.numpy()), -np.inf, 0.0)
     return torch.zeros(space.d, dtype=torch.float64) if chosen is None else steps[chosen]
 
@@ -96,7 +96,7 @@ def informed(
         between = (steps >= low[:, None]) & (steps < high[:, None])
         size = prices.shares.where(between, 0.0).sum(-1)
         fall = (change.gather(1, low[:, None]) - change.gather(1, high[:, None]))[:, 0]
-        priced = prices.log_prices_of(recipe, share[None])[0]
+        priced = prices.log_prices_of(recipe, share[None])[0] - prices.per_weight
         said = priced.where(between, 0.0).sum(-1) / between.sum(-1)
         ratio = (fall / size).clamp_min(TINY).log() - said
         ratios[anchor] = (ratio - ratio.median()).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.refits import Order
+
+PricedBy = Literal["objectives", "params"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Method:
         scored_tokens: Of the calibration windows, so many score units; all of them enter the refits, which need more.
         allocation_tokens: Of them, at most a quarter, tell block sensitivity and width exchanges; four times as many do it no better.
         ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
+        priced_by: Whether a step of the path is worth what it brings per known objective of the search, or per parameter in any case.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
         allocation: What the path is made by.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
@@ -28,6 +31,7 @@ class Method:
     ridge: Ridge = RIDGE
     order: Order = "surgeon"
     allocation: AllocationRecipe = DEFAULT_RECIPE
+    priced_by: PricedBy = "objectives"
     anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
     second_order: float = 1.5
     operating_point: float = 0.35
@@ -40,14 +44,15 @@ class Method:
     @property
     def recipe(self) -> dict[str, Any]:
         """What trials' weights and the path depend on, to be stored with the run."""
-        return {**self.fits, "allocation": self.allocation.to_dict()}
+        return {**self.fits, "allocation": self.allocation.to_dict(), "priced_by": self.priced_by}
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any] | None) -> "Method":
         """The method of a run that has stored this; None for one of the first version. What it does not name had but one value then."""
         recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
         allocation = AllocationRecipe.of(recipe.get("allocation", {}))
-        return cls(ridge=Ridge(**recipe["ridge"]), order=recipe.get("order", "activation"), allocation=allocation)
+        order, priced_by = recipe.get("order", "activation"), recipe.get("priced_by", "params")
+        return cls(ridge=Ridge(**recipe["ridge"]), order=order, allocation=allocation, priced_by=priced_by)
 
 
 DEFAULT = Method()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmbo.config import RunConfig
-from llmbo.config.objectives import measured_limits
+from llmbo.config.objectives import measured_limits, priced_by
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, expansions, informed
@@ -162,6 +162,8 @@ def prepared(
     target = _target(config, loaded, space, phases, profiles)
     if target is not None:
         space = replace(space, extra_costs=target.costs())
+    if method.priced_by == "objectives":
+        space = replace(space, priced_by=priced_by(config.objectives))
     choices, heldout_choices = _choices(config, loaded)
     calibration = windows.calibration
     with phases.phase(FITTING, steps(space.num_layers)) as advance:

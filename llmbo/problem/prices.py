@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ from pruning.importance import Importance
 MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
 TINY = 1e-30  # a marginal cost of nothing, so that logarithms exist
 WIDTH_EXCHANGES = list(BOUNDS).index("width_exchanges")
+LIGHTEST = 1e-3  # of its parameters' share, what a step is taken to weigh at least: measured costs are noisy, and some blocks have none
 SLACK = 1e-9  # of the share that a model may have: sums of steps round otherwise than it does
 
 
@@ -31,6 +32,7 @@ class Prices:
         anchors: `k` shares, increasing, at which blocks were measured in pruned members; the dense model, whose prices these are, is last.
         corrections: `k x d`, how much dearer each block was found there, as a logarithm.
         exchanges: `k x d`, levels that blocks should give to each other there.
+        per_weight: `d x steps`, what makes a cost per parameter one per `SearchSpace.weight`, as a logarithm; 0 where that is parameters.
     """
 
     space: SearchSpace
@@ -39,12 +41,15 @@ class Prices:
     anchors: Tensor
     corrections: Tensor
     exchanges: Tensor
+    per_weight: Tensor
 
     @classmethod
     def of(cls, space: SearchSpace, fisher: MarginalCosts, sensitivity: MarginalCosts) -> "Prices":
         """From marginal costs at the dense model, `d` rows each."""
         one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, space.d, dtype=torch.float64)
-        return cls(space, _around_zero(fisher), _around_zero(sensitivity), one, nothing, nothing)
+        logs = _around_zero(fisher)
+        known = cls(space, logs, _around_zero(sensitivity), one, nothing, nothing, torch.zeros_like(logs))
+        return replace(known, per_weight=known._per_weight())
 
     @cached_property
     def steps(self) -> Tensor:
@@ -94,7 +99,7 @@ class Prices:
                 + number.get(f"{kind}_last", none) * near.flip(0)
             )
         corrections = interpolated(self.anchors, self.corrections, share)
-        found = torch.cat(parts, dim=-2) + number["pruned_members"] * corrections[..., None]
+        found = torch.cat(parts, dim=-2) + number["pruned_members"] * corrections[..., None] + self.per_weight
         if bonus is not None:
             found = found + bonus[:, None, :, None]
         return found.masked_fill(~self.steps, -math.inf).cummin(-1).values
@@ -132,6 +137,18 @@ class Prices:
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
         rows = self.members_of(recipe, sizes[sizes >= self.space.min_share - SLACK])
         return self.space.increasing(rows[self.space.legal(rows)])
+
+    def _per_weight(self) -> Tensor:
+        """By what every step adds to parameters and to the weight of the otherwise dense model."""
+        space, steps = self.space, self.steps.shape[1]
+        if space.priced_by == ("params_share",):
+            return torch.zeros(self.steps.shape, dtype=torch.float64)
+        levels = torch.arange(steps + 1, dtype=torch.float64).expand(space.d, -1).minimum(space.bounds[1][:, None])
+        points = space.bounds[1].repeat(space.d, steps + 1, 1)
+        points[torch.arange(space.d), :, torch.arange(space.d)] = levels
+        size = self.shares.where(self.steps, 1.0)
+        added = space.weight(points).diff().maximum(LIGHTEST * size)
+        return (size / added).log().where(self.steps, 0.0)
 
     def _exchanged(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Rows after width exchanges, those that would become illegal, by a limit for instance, as they were: `n x d`, `n` -> `n x d`."""

@@ -35,6 +35,7 @@ class SearchSpace:
         serving: What FLOPs and bytes are counted for.
         limits: Largest legal value of known costs, by name.
         extra_costs: Known costs beyond those that are counted, e.g. latency from a table, by name.
+        priced_by: Known costs that count equally in `weight`, each as a part of the dense model's.
 
     Raises:
         ConfigError: `min_share` outside (0, 1), or a step that leaves no choice.
@@ -46,6 +47,7 @@ class SearchSpace:
     serving: Serving = field(default_factory=Serving)
     limits: Mapping[str, float] = field(default_factory=dict)
     extra_costs: Mapping[str, CostFunction] = field(default_factory=dict)
+    priced_by: tuple[str, ...] = ("params_share",)
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share < 1:
@@ -136,6 +138,11 @@ class SearchSpace:
     def share(self, X: Tensor) -> Tensor:
         """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
         return self.cost("params_share", X)
+
+    def weight(self, X: Tensor) -> Tensor:
+        """What models of equal quality should have little of: `batch_shape x d` levels -> `batch_shape`, 1 for the dense model."""
+        parts = [self.cost(name, X) / self.cost(name, self.bounds[1]) for name in self.priced_by]
+        return torch.stack(parts).mean(0)
 
     def increasing(self, X: Tensor) -> Tensor:
         """Points by increasing share, of equal ones the first: `n x d` levels -> at most `n x d`."""

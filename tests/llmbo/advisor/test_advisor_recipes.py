@@ -23,7 +23,6 @@ from llmbo.advisor.render import render, token_limit
 from llmbo.advisor.replies import reply_schema
 from llmbo.advisor.roles import Answer, Question
 from llmbo.advisor.store import AdviceStore, Consultation, MemoryNotes
-from llmbo.problem.prices import Prices
 from llmbo.problem.recipe import BOUNDS, LARGEST_BONUS, WORDS, AllocationRecipe
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
@@ -198,8 +197,8 @@ def test_an_optimum_that_only_a_formula_names_is_found_with_it_and_missed_withou
     toy = make_priced(12, 60, 0.4, 7)
     uneven = torch.tensor([0.0] * 12 + [1.0, -1.0] * 6, dtype=torch.float64)
     prices = toy.family.prices
-    told = Prices(prices.space, prices.fisher, prices.sensitivity, torch.tensor([0.5, 1.0]).double(),
-                  torch.stack([0.5 * uneven, 0 * uneven]), torch.zeros(2, 24).double())  # fmt: skip
+    told = replace(prices, anchors=torch.tensor([0.5, 1.0]).double(), corrections=torch.stack([0.5 * uneven, 0 * uneven]),
+                   exchanges=torch.zeros(2, 24).double())  # fmt: skip
     family = replace(toy.family, prices=told)
     best = told.members(family.recipe.theta[None], torch.linspace(0.45, 0.9, 12).double(), 0.9 * uneven[None])[0]
     toy.__dict__["family"] = family

@@ -1,6 +1,7 @@
 """A recipe's path: the dense model's prices give the path of before, and every model is as large as it may be."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -57,6 +58,32 @@ def test_the_dense_models_prices_give_the_path_of_thresholds_member_for_member(
     )
     found = Prices.of(space, fisher, sensitivity).path(DENSE_PRICES)
     assert torch.equal(found, expected.path) and len(found) > 15
+
+
+@pytest.mark.parametrize("names", [("kv_bytes",), ("flops", "kv_bytes")])
+def test_steps_are_worth_what_they_bring_for_the_costs_that_are_searched(
+    space: SearchSpace, names: tuple[str, ...]
+) -> None:
+    """Log prices are per weight, but for what weighs hardly anything; levels that weigh nothing are taken before all others."""
+    costs = random_costs(space, 1)
+    plain, priced = (Prices.of(replace(space, priced_by=by), costs, costs) for by in (("params_share",), names))
+    share, dense = torch.tensor([0.5**0.5], dtype=torch.float64), space.bounds[1]
+    difference = (priced.log_prices_of(DENSE_PRICES, share) - plain.log_prices_of(DENSE_PRICES, share))[0]
+    for block in (0, space.d - 1):
+        for level in range(1, int(dense[block]) + 1):
+            less, more = dense.clone(), dense.clone()
+            less[block], more[block] = level - 1, level
+            weights = [
+                sum(float(space.cost(name, x) / space.cost(name, dense)) for name in names) / len(names)
+                for x in (less, more)
+            ]
+            size = float(space.share(more) - space.share(less))
+            per_weight = math.log(size / max(weights[1] - weights[0], 1e-3 * size))
+            assert float(priced.per_weight[block, level - 1]) == pytest.approx(per_weight, abs=1e-6)
+            assert float(difference[block, level - 1]) == pytest.approx(per_weight, abs=3.0)  # prices never rise
+    if names == ("kv_bytes",):
+        with_attention = priced.path(DENSE_PRICES)[:, : space.num_layers].sum(-1) < dense[: space.num_layers].sum()
+        assert (priced.path(DENSE_PRICES)[with_attention][:, space.num_layers :] == dense[-1]).all()
 
 
 def test_a_model_is_no_larger_than_asked_for_and_nothing_more_would_fit(prices: Prices) -> None:

@@ -25,7 +25,7 @@ from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 Draw = Callable[[Anatomy, int], Ranking]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt"]
+FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt-neox", "gpt2", "opt", "granite"]
 
 
 def generator() -> torch.Generator:

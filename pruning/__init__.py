@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from pruning.export import save_gguf as save_gguf
     from pruning.export import save_hf as save_hf
     from pruning.export import save_padded as save_padded
-    from pruning.families import Family as Family
-    from pruning.families import Places as Places
+    from pruning.family import Family as Family
+    from pruning.family import Places as Places
     from pruning.importance import Importance as Importance
     from pruning.importance import activation as activation
     from pruning.importance import block_influence as block_influence
@@ -89,7 +89,7 @@ _HOME = {
         "UnsupportedModel",
     ),
     "export": ("Pruned", "load_pruned", "save_gguf", "save_hf", "save_padded"),
-    "families": ("Family", "Places"),
+    "family": ("Family", "Places"),
     "importance": (
         "Importance",
         "activation",

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pruning.errors import InvalidFamily, UnsupportedModel
-from pruning.families import Family, Places, Role, find_family, known_families
+from pruning.families import find_family, known_families
+from pruning.family import Family, Places, Role
 from pruning.modeling_pruned import LayerConfig
 from pruning.projection import Projection, matrix_of
+from pruning.refusals import refusal
 
 BlockKind = Literal["attention", "mlp"]
 BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
@@ -70,6 +72,7 @@ class Block:
     Args:
         kind: "attention" or "mlp".
         places: Names of its modules.
+        entrance: Attribute of the decoder layer whose input is the residual stream before the block; empty for the layer itself.
         inputs: Input projection -> its rows.
         columns_per_unit: Columns of the output projection that one unit owns.
         counts, config_counts: As in `Places`, with what one unit adds to each number.
@@ -80,6 +83,7 @@ class Block:
 
     kind: BlockKind
     places: Places
+    entrance: str
     inputs: Mapping[str, Rows]
     columns_per_unit: int
     counts: Mapping[str, int]
@@ -105,9 +109,9 @@ class Block:
         """The module that holds the projections: the layer itself in families without a module for the block."""
         return _module(self.places, layer)
 
-    def norm_of(self, layer: nn.Module) -> nn.Module:
-        """The normalisation at the block's entrance; what goes in is the residual stream."""
-        return getattr(layer, self.places.norm)
+    def entrance_of(self, layer: nn.Module) -> nn.Module:
+        """The module at the block's entrance, mostly its norm; what goes in is the residual stream."""
+        return getattr(layer, self.entrance) if self.entrance else layer
 
     def output_of(self, layer: nn.Module) -> Projection:
         return getattr(self.module_of(layer), self.places.output)
@@ -152,19 +156,31 @@ class Anatomy(Sizes):
     """Sizes and places of a decoder. Equal for every layer.
 
     Args:
+        shared_parameters: Parameters of each layer that belong to both blocks and stay while one of them does.
         other_parameters: Parameters outside the decoder layers (embeddings, final norm, untied head).
         attention_spans: Tokens that each layer's attention can see, or None for all.
+        residual_scale: What blocks give is multiplied by it before it is added to the residual stream.
+        heads_as_one: KV heads of the model that are one here, see `Family.whole_attention`; `head_dim` is that of them together.
     """
 
     family: Family
     attention: Block
     mlp: Block
+    shared_parameters: int
     other_parameters: int
     attention_spans: tuple[int | None, ...]
+    residual_scale: float
+    heads_as_one: int
 
     @property
     def blocks(self) -> tuple[Block, Block]:
         return self.attention, self.mlp
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one dense decoder layer."""
+        blocks = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in self.blocks)
+        return blocks + self.shared_parameters
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         return getattr(model.get_decoder(), self.family.layers)
@@ -181,10 +197,9 @@ def family_of(config: PretrainedConfig) -> Family:
         InvalidFamily: A plug-in for it is broken.
     """
     family = find_family(config.model_type)
-    if family is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"Model type '{config.model_type}' is not supported. Supported decoder families: {', '.join(known_families())}."
-        )
+    if family is None or config.is_encoder_decoder:
+        reason = refusal(config) or f"there is no row for it. Supported decoder families: {', '.join(known_families())}"
+        raise UnsupportedModel(f"Model type '{config.model_type}' is not supported: {reason}.")
     for name, needed in family.required.items():
         if (found := getattr(config, name, needed)) != needed:
             raise UnsupportedModel(
@@ -235,9 +250,12 @@ def _anatomy(model: PreTrainedModel, family: Family) -> Anatomy:
         "query_heads": queries, "kv_heads": 1,
     }  # fmt: skip
     layers = list(getattr(model.get_decoder(), family.layers))
-    attention = _block("attention", family.attention, layers, owned, "query", sizes.num_key_value_heads)
-    mlp = _block("mlp", family.mlp, layers, owned, "neuron", sizes.intermediate_size)
-    per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in (attention, mlp))
+    attention = _block("attention", family, layers, owned, sizes.num_key_value_heads)
+    mlp = _block("mlp", family, layers, owned, sizes.intermediate_size)
+    shared = _count(getattr(layers[0], family.norm)) if family.norm else 0
+    per_layer = shared + sum(
+        block.units * block.parameters_per_unit + block.fixed_parameters for block in (attention, mlp)
+    )
     for index, layer in enumerate(layers):
         if _count(layer) != per_layer:
             raise UnsupportedModel(
@@ -248,32 +266,36 @@ def _anatomy(model: PreTrainedModel, family: Family) -> Anatomy:
         family=family,
         attention=attention,
         mlp=mlp,
+        shared_parameters=shared,
         other_parameters=_count(model) - len(layers) * per_layer,
         attention_spans=_attention_spans(model.config, len(layers)),
+        residual_scale=getattr(model.config, family.residual_scale) if family.residual_scale else 1.0,
+        heads_as_one=model.config.num_attention_heads // sizes.num_attention_heads,
     )
 
 
 def _sizes(config: PretrainedConfig, family: Family) -> Sizes:
     heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    as_one = kv_heads if family.whole_attention else 1
     return Sizes(
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_attention_heads=heads // as_one,
+        num_key_value_heads=kv_heads // as_one,
+        head_dim=as_one * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         intermediate_size=getattr(config, family.intermediate_size) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
     )
 
 
-def _block(
-    kind: BlockKind, places: Places, layers: list[nn.Module], owned: Mapping[Role, int], output_role: Role, units: int
-) -> Block:
+def _block(kind: BlockKind, family: Family, layers: list[nn.Module], owned: Mapping[Role, int], units: int) -> Block:
+    places: Places = getattr(family, kind)
     inputs = {
         name: Rows(tuple(sum(owned[role] for role in part) for part in parts), units)
         for name, parts in places.inputs.items()
     }
-    columns_per_unit = owned[output_role]
+    columns_per_unit = owned["query" if kind == "attention" else "neuron"]
     _check_widths(places, layers, inputs, units * columns_per_unit)
     module = _module(places, layers[0])
     output = getattr(module, places.output)
@@ -287,6 +309,8 @@ def _block(
     return Block(
         kind=kind,
         places=places,
+        # attention is called by keywords, which hooks do not see; but nothing stands before it in the layer
+        entrance=places.norm or family.norm or ("" if kind == "attention" else places.module),
         inputs=inputs,
         columns_per_unit=columns_per_unit,
         counts={name: owned[role] for name, role in places.counts.items()},

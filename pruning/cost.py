@@ -52,7 +52,7 @@ class Cost:
 
 def block_parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor) -> Tensor:
     """Parameters of the decoder layers."""
-    total = torch.zeros((), dtype=torch.int64)
+    total = ((kv_groups > 0) | (neurons > 0)).sum(-1) * anatomy.shared_parameters
     for block, units in ((anatomy.attention, kv_groups), (anatomy.mlp, neurons)):
         units = units.to(torch.int64)
         total = total + units.sum(-1) * block.parameters_per_unit + (units > 0).sum(-1) * block.fixed_parameters
@@ -61,9 +61,7 @@ def block_parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor) -> Te
 
 def dense_block_parameters(anatomy: Anatomy) -> int:
     """Parameters of the dense model's decoder layers."""
-    return anatomy.num_hidden_layers * sum(
-        block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks
-    )
+    return anatomy.num_hidden_layers * anatomy.layer_parameters
 
 
 def parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving) -> Tensor:

@@ -4,80 +4,13 @@ Other packages add rows by entry points of the group `llmbo.families`: the name 
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
-from typing import Any, Literal, get_args
 
 from pruning.errors import InvalidFamily
+from pruning.family import Family, Inputs, Places
 
 ENTRY_POINTS = "llmbo.families"
-# What a single unit owns: rows of its queries, keys and values, or a neuron's row; and how many heads a KV group is.
-Role = Literal["query", "key", "value", "neuron", "query_heads", "kv_heads"]
-Part = tuple[Role, ...]  # roles of the neighbouring rows of one unit, in their order
-Inputs = Mapping[str, tuple[Part, ...]]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where one kind of block lies, as attribute names.
-
-    Args:
-        module: The block in the decoder layer; empty when its projections are the layer's own.
-        norm: The normalisation before the block, in the decoder layer. It leaves with the block.
-        inputs: Input projection -> its parts, one below the other. In a part the rows of a unit are neighbours.
-        output: The projection back to the residual stream.
-        post_norm: The normalisation between block and residual stream, if there is one. It leaves with the block.
-        counts: Attributes of the block's module that its own forward pass takes for widths -> the role they count.
-        config_counts: The same for attributes that it reads from the config, which all layers share.
-
-    Raises:
-        InvalidFamily: What should be roles is none.
-    """
-
-    module: str
-    norm: str
-    inputs: Inputs
-    output: str
-    post_norm: str = ""
-    counts: Mapping[str, Role] = field(default_factory=dict)
-    config_counts: Mapping[str, Role] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        roles = get_args(Role)
-        for name, parts in self.inputs.items():
-            if not all(isinstance(part, tuple) and part and {*part} <= {*roles} for part in parts):
-                raise InvalidFamily(
-                    f"`inputs` of '{name}' must be a tuple of parts, each a tuple of roles ({', '.join(roles)}), got {parts!r}."
-                )
-        for name, role in {**self.counts, **self.config_counts}.items():
-            if role not in roles:
-                raise InvalidFamily(f"'{name}' must count one of {', '.join(roles)}, got {role!r}.")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Args:
-        model_type: The config's `model_type`.
-        models: Models that users know it by.
-        layers: Attribute of the decoder that holds its layers.
-        intermediate_size: Config attribute for the number of neurons; where that is None there are 4 for each hidden unit.
-        required: Config attributes of which any other value makes a model that is not supported.
-        notes: What is particular about it, for the table in the documentation.
-    """
-
-    model_type: str
-    models: str
-    attention: Places
-    mlp: Places
-    layers: str = "layers"
-    intermediate_size: str = "intermediate_size"
-    required: Mapping[str, Any] = field(default_factory=dict)
-    notes: str = ""
-
 
 _QKV: Inputs = {"q_proj": (("query",),), "k_proj": (("key",),), "v_proj": (("value",),)}
 _GATED: Inputs = {"gate_proj": (("neuron",),), "up_proj": (("neuron",),)}
@@ -85,6 +18,15 @@ _ATTENTION = Places("self_attn", "input_layernorm", _QKV, "o_proj")
 _MLP = Places("mlp", "post_attention_layernorm", _GATED, "down_proj")
 _GEMMA_ATTENTION = Places("self_attn", "input_layernorm", _QKV, "o_proj", post_norm="post_attention_layernorm")
 _GEMMA_MLP = Places("mlp", "pre_feedforward_layernorm", _GATED, "down_proj", post_norm="post_feedforward_layernorm")
+_UP: Inputs = {"up_proj": (("neuron",),)}  # an MLP without a gate
+_PLAIN_MLP = Places("mlp", "post_attention_layernorm", _UP, "down_proj")
+_FUSED_GATED: Inputs = {"gate_up_proj": (("neuron",), ("neuron",))}
+# Norms behind the blocks alone: what goes in is the residual stream.
+_POST_ATTENTION = Places("self_attn", "", _QKV, "o_proj", post_norm="post_attention_layernorm")
+_POST_MLP = Places("mlp", "", _GATED, "down_proj", post_norm="post_feedforward_layernorm")
+# One norm for both blocks, which add to the residual stream side by side.
+_PARALLEL_ATTENTION = Places("self_attn", "", _QKV, "o_proj")
+_PARALLEL_MLP = Places("mlp", "", _GATED, "down_proj")
 
 _ROWS = (
     Family(
@@ -111,7 +53,7 @@ _ROWS = (
             "self_attn", "input_layernorm", {"qkv_proj": (("query",), ("key",), ("value",))}, "o_proj",
             counts={"num_key_value_heads": "kv_heads"}, config_counts={"num_attention_heads": "query_heads"},
         ),
-        Places("mlp", "post_attention_layernorm", {"gate_up_proj": (("neuron",), ("neuron",))}, "down_proj"),
+        Places("mlp", "post_attention_layernorm", _FUSED_GATED, "down_proj"),
         notes="fused `qkv_proj` and `gate_up_proj`",
     ),
     Family(
@@ -139,6 +81,127 @@ _ROWS = (
         intermediate_size="ffn_dim",
         required={"do_layer_norm_before": True},  # a norm behind the residual sum cannot leave with its block
         notes="learned positions, biases; the MLP's projections are the layer's own",
+    ),
+    Family("arcee", "AFM", _ATTENTION, _PLAIN_MLP, notes="MLP without a gate"),
+    Family(
+        "apertus", "Apertus",
+        Places("self_attn", "attention_layernorm", _QKV, "o_proj"), Places("mlp", "feedforward_layernorm", _UP, "down_proj"),
+        notes="MLP without a gate, whose activation is learnt; norms of query and key",
+    ),
+    Family(
+        "biogpt", "BioGPT",
+        Places("self_attn", "self_attn_layer_norm", _QKV, "out_proj"),
+        Places("", "final_layer_norm", {"fc1": (("neuron",),)}, "fc2"),
+        notes="learned positions, biases; the MLP's projections are the layer's own",
+    ),
+    Family(
+        "cohere", "Command R, Aya 23 (not Command R+)", _PARALLEL_ATTENTION, _PARALLEL_MLP, norm="input_layernorm",
+        required={"use_qk_norm": False}, logits_times="logit_scale",  # each head would have weights of its own there
+        notes="both blocks side by side behind one norm; scaled logits, tied embeddings",
+    ),
+    Family(
+        "cohere2", "Command R7B, Command A, Aya", _PARALLEL_ATTENTION, _PARALLEL_MLP, norm="input_layernorm",
+        logits_times="logit_scale",
+        notes="both blocks side by side behind one norm; sliding windows, scaled logits, tied embeddings",
+    ),
+    Family("cwm", "Code World Model", _ATTENTION, _MLP, notes="sliding windows in most layers"),
+    Family("ernie4_5", "ERNIE 4.5 (0.3B)", _ATTENTION, _MLP, notes="biases where the config asks for them"),
+    Family(
+        "exaone4", "EXAONE 4", _POST_ATTENTION, _POST_MLP,
+        notes="norms behind both blocks alone, and of query and key; sliding windows in some layers",
+    ),
+    Family("gemma", "Gemma, CodeGemma", _ATTENTION, _MLP, notes="large heads, tied embeddings"),
+    Family(
+        "glm", "GLM-4 (9B), GLM-Edge", _ATTENTION, Places("mlp", "post_attention_layernorm", _FUSED_GATED, "down_proj"),
+        notes="fused `gate_up_proj`; biases of query, key and value",
+    ),
+    Family(
+        "glm4", "GLM-4-0414, GLM-Z1",
+        Places("self_attn", "input_layernorm", _QKV, "o_proj", post_norm="post_self_attn_layernorm"),
+        Places("mlp", "post_attention_layernorm", _FUSED_GATED, "down_proj", post_norm="post_mlp_layernorm"),
+        notes="fused `gate_up_proj`; norms behind both blocks",
+    ),
+    Family(
+        "gpt_bigcode", "StarCoder, SantaCoder",
+        Places("attn", "ln_1", {"c_attn": (("query",), ("key",), ("value",))}, "c_proj"),
+        Places("mlp", "ln_2", {"c_fc": (("neuron",),)}, "c_proj"),
+        layers="h", intermediate_size="n_inner", required={"multi_query": True, "add_cross_attention": False},
+        notes="one KV head: attention is kept whole or not at all; fused `c_attn`, learned positions, biases",
+    ),
+    Family(
+        "gptj", "GPT-J",
+        Places("attn", "", _QKV, "out_proj", counts={"num_attention_heads": "query_heads"}),
+        Places("mlp", "", {"fc_in": (("neuron",),)}, "fc_out"),
+        layers="h", intermediate_size="n_inner", norm="ln_1",
+        notes="both blocks side by side behind one norm; biases of MLP and head",
+    ),
+    Family(
+        "granite", "Granite 3 (dense)", _ATTENTION, _MLP, residual_scale="residual_multiplier", logits_over="logits_scaling",
+        notes="scaled embeddings, residual stream and logits",
+    ),
+    Family("helium", "Helium", _ATTENTION, _MLP, notes="as Llama, rotating pairs"),
+    Family("hunyuan_v1_dense", "Hunyuan (dense)", _ATTENTION, _MLP, notes="norms of query and key"),
+    Family(
+        "hyperclovax", "HyperCLOVA X SEED",
+        Places("self_attn", "input_layernorm", _QKV, "o_proj", post_norm="post_norm1"),
+        Places("mlp", "post_attention_layernorm", _GATED, "down_proj", post_norm="post_norm2"),
+        residual_scale="residual_multiplier", logits_times="logits_scaling",
+        notes="scaled embeddings, residual stream and logits; norms behind both blocks where the config asks for them",
+    ),
+    Family("internlm3", "InternLM3", _ATTENTION, _MLP, notes="loads as a Llama; biases where the config asks for them"),
+    Family("iquestcoder", "IQuest-Coder", _ATTENTION, _MLP, notes="loads as a Llama"),
+    Family("jais2", "Jais 2", _ATTENTION, _PLAIN_MLP, notes="MLP without a gate; biases"),
+    Family("ministral", "Ministral 8B", _ATTENTION, _MLP, notes="sliding windows in some layers"),
+    Family("ministral3", "Ministral 3 (text)", _ATTENTION, _MLP, notes="queries scaled by position"),
+    Family(
+        "nanochat", "nanochat", _ATTENTION, Places("mlp", "post_attention_layernorm", {"fc1": (("neuron",),)}, "fc2"),
+        notes="norms without weights, also of query and key; MLP without a gate, soft-capped logits",
+    ),
+    Family("nemotron", "Nemotron 4, Minitron", _ATTENTION, _PLAIN_MLP, notes="MLP without a gate; biases of norms"),
+    Family("olmo", "OLMo", _ATTENTION, _MLP, notes="norms without weights"),
+    Family(
+        "olmo2", "OLMo 2", _POST_ATTENTION, _POST_MLP, whole_attention=True,
+        notes="norms behind both blocks alone; one over all heads of query and of key, so attention is kept whole or not at all",
+    ),
+    Family(
+        "olmo3", "OLMo 3", _POST_ATTENTION, _POST_MLP, whole_attention=True,
+        notes="as OLMo 2, with sliding windows in most layers",
+    ),
+    Family(
+        "phi", "Phi-1, Phi-1.5, Phi-2",
+        Places("self_attn", "", _QKV, "dense"), Places("mlp", "", {"fc1": (("neuron",),)}, "fc2"), norm="input_layernorm",
+        notes="both blocks side by side behind one norm; MLP without a gate, biases, also of the head",
+    ),
+    Family("seed_oss", "Seed-OSS", _ATTENTION, _MLP, notes="biases of query, key and value"),
+    Family(
+        "smollm3", "SmolLM3", _ATTENTION, _MLP, per_layer=("no_rope_layers",),
+        notes="no positions in every fourth layer, tied embeddings",
+    ),
+    Family(
+        "stablelm", "StableLM 2 (1.6B), StableLM Zephyr",
+        Places(
+            "self_attn", "input_layernorm", _QKV, "o_proj",
+            counts={"num_heads": "query_heads", "num_key_value_heads": "kv_heads"},
+        ),
+        _MLP, required={"use_parallel_residual": False, "qk_layernorm": False},
+        notes="norms with biases; biases of query, key and value where the config asks for them",
+    ),
+    Family(
+        "starcoder2", "StarCoder2", _ATTENTION, Places("mlp", "post_attention_layernorm", {"c_fc": (("neuron",),)}, "c_proj"),
+        notes="MLP without a gate, biases, sliding windows",
+    ),
+    Family(
+        "vaultgemma", "VaultGemma", _ATTENTION, Places("mlp", "pre_feedforward_layernorm", _GATED, "down_proj"),
+        notes="alternating attention, soft-capped logits, tied embeddings",
+    ),
+    Family(
+        "xglm", "XGLM",
+        Places(
+            "self_attn", "self_attn_layer_norm", _QKV, "out_proj", counts={"num_heads": "query_heads", "embed_dim": "query"}
+        ),
+        Places("", "final_layer_norm", {"fc1": (("neuron",),)}, "fc2"),
+        intermediate_size="ffn_dim",
+        notes="sinusoidal positions, biases; the MLP's projections are the layer's own",
     ),
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _ROWS}

@@ -74,11 +74,6 @@ class Footprint:
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-def layer_parameters(anatomy: Anatomy) -> int:
-    """Parameters of one dense decoder layer."""
-    return sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
-
-
 def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: bool, refits: int | None) -> Footprint:
     """What preparation and search need at their peaks.
 
@@ -87,7 +82,7 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
         resident: All layers stay on the device; otherwise one is there at a time, and hidden states wait on the host.
         refits: Bytes of them that the device may keep, beside a layer's own; None where there are none, and no Gram matrices for them.
     """
-    layer, hidden = layer_parameters(anatomy) * itemsize, anatomy.hidden_size
+    layer, hidden = anatomy.layer_parameters * itemsize, anatomy.hidden_size
     columns = [block.columns for block in anatomy.blocks]
     widest, batch = max(columns), workload.batch_tokens
     forward, backward = activations(anatomy, itemsize, batch)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.families import find_family
+
 # Rows of logits worked on at once: 256 x 49,152 values fit a CPU's last-level cache in part and keep a GPU busy.
 CHUNK = 256
 # Values brought to float32 at once on a CPU, where 2 MB stay in the cache of a core: half the time of a whole chunk.
@@ -50,23 +52,30 @@ class Head:
     Args:
         projection: `hidden_size -> V`.
         softcap: Gemma 2 squeezes logits into (-softcap, softcap) by a tanh; None in most families.
+        scale: Granite and Cohere multiply logits by a number; 1 in most families.
     """
 
     projection: nn.Linear
     softcap: float | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        return cls(model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None))
+        config, family = model.config, find_family(model.config.model_type)
+        scale = getattr(config, family.logits_times, 1.0) / getattr(config, family.logits_over, 1.0) if family else 1.0
+        return cls(model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.projection(hidden)
+        if self.scale != 1:
+            logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def pull_back(self, logits: Tensor, gradient: Tensor) -> Tensor:
         """The gradient by the hidden states from the one by the logits; d(c tanh(u/c))/du = 1 - tanh(u/c)^2."""
         if self.softcap is not None:
             gradient = gradient * (1 - (logits / self.softcap).to(gradient.dtype) ** 2)
+        gradient = gradient if self.scale == 1 else gradient * self.scale
         return gradient.to(self.projection.weight.dtype) @ self.projection.weight
 
 

@@ -136,13 +136,23 @@ def sequential_refit(
                     attention = anatomy.attention if block.kind == "mlp" and architecture.kv_groups[index] else None
                     with own.narrowed(index, architecture):
                         weight, bias, inputs = _refit(
-                            pruned, index, layer, block, attention, goals.pop(block.kind), *own_columns, ridge
+                            pruned,
+                            index,
+                            layer,
+                            block,
+                            attention,
+                            goals.pop(block.kind),
+                            *own_columns,
+                            ridge,
+                            anatomy.residual_scale,
                         )
                     refits.put(index, block, weight, bias)
                 if anatomy.mlp in narrow:  # the last to add to the stream, whose inputs are known
                     for batch, (stream, z) in enumerate(inputs):
                         update = own.update(index, anatomy.mlp, z.to(weight.device), architecture.neurons[index])
-                        pruned.hidden[batch] = stream + update.view_as(stream).to(stream.device)
+                        pruned.hidden[batch] = stream + anatomy.residual_scale * update.view_as(stream).to(
+                            stream.device
+                        )
                 elif architecture.keeps_layer(index):
                     with own.narrowed(index, architecture):
                         pruned.forward(index, layer)
@@ -163,7 +173,8 @@ def _goals(walk: Walk, index: int, layer: nn.Module, anatomy: Anatomy) -> dict[B
         if not block.places.post_norm:
             outputs = written[block.kind]
             for batch, y in enumerate(outputs):
-                outputs[batch] = streams[batch] = streams[batch] + y.view_as(streams[batch])  # OPT flattens its tokens
+                written_now = anatomy.residual_scale * y.view_as(streams[batch])  # OPT flattens its tokens
+                outputs[batch] = streams[batch] = streams[batch] + written_now
     return written
 
 
@@ -188,6 +199,7 @@ def _refit(
     weight: Tensor,
     bias: Tensor | None,
     ridge: Ridge,
+    scale: float,
 ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
     """The solution for one block of a narrowed layer; and, batch by batch, the stream before the block and its z.
 
@@ -196,6 +208,7 @@ def _refit(
         attention: The layer's, where it adds to the stream before this block does.
         goals: As `_goals` has them.
         weight, bias: What the block has now, and is drawn to.
+        scale: What blocks give is multiplied by it before it is added to the stream.
     """
 
     def reach(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -216,11 +229,11 @@ def _refit(
                 walk.through(index, layer, hidden)
             except _Reached as reached:
                 z = reached.z.reshape(-1, weight.shape[1])
-            stream = hidden + added.pop().view_as(hidden).to(hidden.device) if added else hidden
+            stream = hidden + scale * added.pop().view_as(hidden).to(hidden.device) if added else hidden
             inputs.append((stream, z.to(hidden.device)))
             target = goal.to(affine).view(len(z), -1)
             if not block.places.post_norm:
-                target = target - stream.to(affine).view_as(target)
+                target = (target - stream.to(affine).view_as(target)) / scale
             if bias is not None:
                 z = torch.cat([z.new_ones(len(z), 1), z], dim=1)
             add_lower(gram, z)

@@ -45,6 +45,9 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | Non
     anatomy.set_layers(small, layers)
     small.config.num_hidden_layers = len(kept)
     attending = [position for position, index in enumerate(kept) if architecture.kv_groups[index]]
+    for name in anatomy.family.per_layer:
+        values = getattr(small.config, name)
+        setattr(small.config, name, [values[index] for index in kept])
     types = getattr(small.config, "layer_types", None)
     if types is not None:
         types = [types[index] for index in kept]

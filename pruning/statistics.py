@@ -198,8 +198,8 @@ def _summing(layer: nn.Module, statistics: Statistics, index: int, length: int, 
             if grams:
                 sums.gram[index] = torch.zeros(block.columns, block.columns, device=sums.square.device)
             stack.callback(output.register_forward_pre_hook(_sum_listener(sums, block, index)).remove)
-            keep, compare = _residual_listeners(sums, index)
-            stack.callback(block.norm_of(layer).register_forward_pre_hook(keep).remove)
+            keep, compare = _residual_listeners(sums, index, statistics.anatomy.residual_scale)
+            stack.callback(block.entrance_of(layer).register_forward_pre_hook(keep).remove)
             stack.callback(update.register_forward_hook(compare).remove)
         yield
 
@@ -301,8 +301,10 @@ def _layer_listener(cosine: Tensor, index: int) -> Callable[..., None]:
     return listen
 
 
-def _residual_listeners(sums: BlockStatistics, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A hook before the block's norm that keeps the residual stream, and one on what is added to it that compares."""
+def _residual_listeners(
+    sums: BlockStatistics, index: int, scale: float
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A hook before the block that keeps the residual stream, and one on what is added to it that compares."""
     residual: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -310,7 +312,7 @@ def _residual_listeners(sums: BlockStatistics, index: int) -> tuple[Callable[...
 
     def compare(module: nn.Module, args: tuple[Tensor, ...], update: Tensor) -> None:
         before = residual.pop()
-        sums.cosine[index] += _cosines(before, before + update.detach())
+        sums.cosine[index] += _cosines(before, before + scale * update.detach())
 
     return keep, compare
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -70,14 +71,21 @@ WINDOW = 6  # of sliding attention, shorter than the test windows
 PROSE, TRAINING_STEPS, TRAINING_RATE = 32, 70, 1e-2  # characters in a window; it ends at about 2.5 nats
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# One row per family and variant; a row added here joins every test that takes `model`.
+SLIDES = [SLIDING, SLIDING, FULL, SLIDING, FULL]
+MIXED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": SLIDES}
+UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def of(kind: str, sizes: Mapping[str, Any] = SIZES, **own: Any) -> Callable[[], PreTrainedConfig]:
+    """A config of this `model_type`, of which many are imported only when they are asked for."""
+    return lambda: CONFIG_MAPPING[kind](**sizes, **own)
+
+
+# One row per structure that families have; a row added here joins every test that takes `model`.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
-    "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
     "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
-    "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen2-sliding": lambda: Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING, FULL, SLIDING]
     ),
@@ -86,20 +94,64 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **SIZES | {"tie_word_embeddings": True}, sliding_window=WINDOW, query_pre_attn_scalar=8,
         final_logit_softcapping=20.0, attn_logit_softcapping=5.0,
     ),
-    "gemma3": lambda: Gemma3TextConfig(
-        **SIZES | {"tie_word_embeddings": True}, sliding_window=WINDOW, query_pre_attn_scalar=8,
-        layer_types=[SLIDING, SLIDING, FULL, SLIDING, FULL],
-    ),
     "phi3": lambda: Phi3Config(**SIZES, sliding_window=WINDOW),
     "gpt-neox": lambda: GPTNeoXConfig(**MHA),
     "gpt-neox-sequential": lambda: GPTNeoXConfig(**MHA, use_parallel_residual=False, attention_bias=False),
-    "gpt2": lambda: GPT2Config(
-        **MHA | {"tie_word_embeddings": True}, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    ),
+    "gpt2": lambda: GPT2Config(**MHA | {"tie_word_embeddings": True}, n_inner=24, **UNDROPPED),
     "opt": lambda: OPTConfig(
         **MHA | {"tie_word_embeddings": True}, ffn_dim=24, word_embed_proj_dim=32, init_std=0.3, dropout=0.0
     ),
+    "cohere2": of("cohere2", SIZES | {"tie_word_embeddings": True}, logit_scale=0.25, **MIXED),
+    "granite": of(
+        "granite", residual_multiplier=0.5, logits_scaling=2.0, embedding_multiplier=3.0, attention_multiplier=0.3
+    ),
+    "exaone4": of("exaone4", **MIXED),
 }  # fmt: skip
+
+# Families built like one of those, and variants: a row here joins `test_lookalikes.py`, and tests that name it.
+LOOKALIKES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES | {"tie_word_embeddings": True}, query_pre_attn_scalar=8, **MIXED),
+    "apertus": of("apertus"),
+    "arcee": of("arcee"),
+    "biogpt": of("biogpt", MHA, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layerdrop=0.0),
+    "cohere": of("cohere", logit_scale=0.25),
+    "cwm": of("cwm", rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **MIXED),
+    "ernie4_5": of("ernie4_5", use_bias=True),
+    "gemma": of("gemma"),
+    "glm": of("glm", attention_bias=True),
+    "glm4": of("glm4"),
+    "gpt_bigcode": of("gpt_bigcode", MHA, n_inner=24, **UNDROPPED),
+    "gptj": of("gptj", MHA, n_inner=24, rotary_dim=4, **UNDROPPED),
+    "helium": of("helium"),
+    "hunyuan_v1_dense": of("hunyuan_v1_dense"),
+    "hyperclovax": of("hyperclovax", residual_multiplier=0.5, logits_scaling=4.0, use_post_norm=True),
+    "hyperclovax-plain": of("hyperclovax", use_post_norm=False),
+    "internlm3": of("internlm3"),
+    "iquestcoder": of("iquestcoder"),
+    "jais2": of("jais2"),
+    "ministral": of("ministral", **MIXED),
+    "ministral3": of("ministral3"),
+    "nanochat": of("nanochat"),
+    "nemotron": of("nemotron"),
+    "olmo": of("olmo", clip_qkv=1.0),
+    "olmo2": of("olmo2"),
+    "olmo3": of("olmo3", **MIXED),
+    "phi": of("phi", **UNDROPPED),
+    "phi-normed": of("phi", qk_layernorm=True, **UNDROPPED),
+    "seed_oss": of("seed_oss", attention_bias=True, residual_dropout=0.0),
+    "smollm3": of("smollm3", no_rope_layers=[1, 0, 1, 1, 0]),
+    "stablelm": of("stablelm", use_qkv_bias=True),
+    "starcoder2": of(
+        "starcoder2", sliding_window=WINDOW, residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0
+    ),
+    "vaultgemma": of("vaultgemma", query_pre_attn_scalar=8, **MIXED),
+    "xglm": of(
+        "xglm", MHA, ffn_dim=24, init_std=0.3, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0
+    ),
+}
 
 
 # The first row of every family, by `model_type`.
@@ -198,7 +250,7 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _template(name: str) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]()).double().eval()
+        model = AutoModelForCausalLM.from_config((CONFIGS | LOOKALIKES)[name]()).double().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # biases start at zero and norms at one: make them matter
@@ -208,7 +260,7 @@ def _template(name: str) -> PreTrainedModel:
 
 @pytest.fixture
 def build() -> Callable[[str], PreTrainedModel]:
-    """Row name of `CONFIGS` -> a float64 model of one's own; equal names give equal weights."""
+    """Row name of `CONFIGS` or `LOOKALIKES` -> a float64 model of one's own; equal names give equal weights."""
     return lambda name: copy.deepcopy(_template(name))
 
 
@@ -227,14 +279,14 @@ def prose() -> Callable[[int, int], Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(prose: Callable[[int, int], Tensor]) -> Callable[[str], PreTrainedModel]:
-    """Row name of `CONFIGS` -> a float32 model that has learnt from prose for a second: what random weights do hides faults.
+    """As `build`, a float32 model that has learnt from prose for a second: what random weights do hides faults.
 
     Equal names give one and the same model: leave it as it was.
     """
 
     @functools.cache
     def train(name: str) -> PreTrainedModel:
-        config = CONFIGS[name]()
+        config = (CONFIGS | LOOKALIKES)[name]()
         setattr(config, "init_std" if hasattr(config, "init_std") else "initializer_range", 0.08)
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
@@ -260,16 +312,22 @@ def model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel
     return build(request.param)
 
 
+@pytest.fixture(params=LOOKALIKES)
+def lookalike(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """Every row of `LOOKALIKES` in turn."""
+    return build(request.param)
+
+
 @pytest.fixture(params=FAMILIES.values())
 def family_model(request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
-    """One model of every family in turn."""
+    """One model of every family of `CONFIGS` in turn."""
     return build(request.param)
 
 
 @pytest.fixture
 def tested_families() -> set[str]:
-    """Every `model_type` that has a row in `CONFIGS`."""
-    return set(FAMILIES)
+    """Every `model_type` that has a row in `CONFIGS` or `LOOKALIKES`."""
+    return {*FAMILIES, *(make().model_type for make in LOOKALIKES.values())}
 
 
 @pytest.fixture

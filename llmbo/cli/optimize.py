@@ -93,6 +93,12 @@ def optimize(
     neuron_step: Annotated[
         int, typer.Option(help="Neurons per step of the search; 0 takes about a twelfth of a layer.")
     ] = 0,
+    neuron_multiple: Annotated[
+        int,
+        typer.Option(
+            help="Multiple that such a twelfth is rounded to, if as large: 256 for K-quants, 128 for GPTQ, AWQ."
+        ),
+    ] = 256,
     calibration_tokens: Annotated[
         int,
         typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),

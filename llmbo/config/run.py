@@ -39,6 +39,7 @@ EARLIER: dict[str, Any] = {
     "heldout_text": "none",
     "recipe": "dense-prices",
     "recipe_search": False,
+    "neuron_multiple": 32,
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -76,6 +77,8 @@ class RunConfig:
         heldout_text: Text of another domain that a dozen models of the finished front are judged on as well, or `none`.
         min_share: Smallest parameter share a candidate may have.
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
+        neuron_multiple: What such a twelfth is rounded to a multiple of, where it is as much. K-quants of GGUF files cut rows into
+            blocks of 256 values, GPTQ and AWQ into groups of 128.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
@@ -119,6 +122,7 @@ class RunConfig:
     heldout_text: str = "python"
     min_share: Annotated[float, Within(0, 1, apart=True)] = 0.4
     neuron_step: Annotated[int, Within(0, MOST)] = 0
+    neuron_multiple: Annotated[int, Within(1, MOST)] = 256
     calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536

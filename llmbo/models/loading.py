@@ -231,11 +231,13 @@ def max_positions(model: PreTrainedModel) -> int:
 
 def _single_head(name: str, config: PretrainedConfig) -> tuple[str, ...]:
     """What the search cannot do with multi-query attention (arXiv:1911.02150)."""
-    if sizes_of(config).num_key_value_heads > 1:
+    sizes = sizes_of(config)
+    if sizes.num_key_value_heads > 1:
         return ()
-    return (
-        f"'{name}' has one KV head in a layer: a layer keeps all of its attention or none, as query heads are not searched alone.",
-    )
+    together = sizes.num_attention_heads < config.num_attention_heads
+    why = "normalises all heads together" if together else "has one KV head in a layer"
+    alone = "" if together else ", as query heads are not searched alone"
+    return (f"'{name}' {why}: a layer keeps all of its attention or none{alone}.",)
 
 
 def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Checkpoint:

@@ -16,7 +16,7 @@ from llmbo.problem.method import DEFAULT
 from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
 from pruning.compensation import solved_values
-from pruning.footprint import Footprint, Workload, footprint, layer_parameters
+from pruning.footprint import Footprint, Workload, footprint
 
 SMALLEST_WINDOW = 64  # that is worth proposing
 
@@ -96,7 +96,7 @@ def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Ma
     # On a CPU those that were kept are views of mapped files, which the kernel may drop.
     refits = None if not config.compensation else 0 if machine.shared else refit_bytes(config, anatomy, itemsize)
     found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
-    layers = anatomy.num_hidden_layers * layer_parameters(anatomy) * itemsize
+    layers = anatomy.num_hidden_layers * anatomy.layer_parameters * itemsize
     host = found.host + (layers if offload == "cpu" else 0)
     limit = min(machine.free, config.memory_bytes or machine.free)
     return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)

@@ -32,6 +32,7 @@ class SearchSpace:
         anatomy: The dense model's sizes.
         min_share: Smallest share of the decoder blocks' parameters that a candidate may keep.
         neuron_step: Neurons per grid level; by default about a twelfth of `intermediate_size`.
+        neuron_multiple: What the default step is a multiple of, where a twelfth is as much.
         serving: What FLOPs and bytes are counted for.
         limits: Largest legal value of known costs, by name.
         extra_costs: Known costs beyond those that are counted, e.g. latency from a table, by name.
@@ -48,12 +49,13 @@ class SearchSpace:
     limits: Mapping[str, float] = field(default_factory=dict)
     extra_costs: Mapping[str, CostFunction] = field(default_factory=dict)
     priced_by: tuple[str, ...] = ("params_share",)
+    neuron_multiple: int = RunConfig.neuron_multiple
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share < 1:
             raise ConfigError(f"--min-share must lie between 0 and 1, got {self.min_share}.")
         if self.neuron_step == 0:
-            object.__setattr__(self, "neuron_step", _default_step(self.anatomy.intermediate_size))
+            object.__setattr__(self, "neuron_step", _default_step(self.anatomy.intermediate_size, self.neuron_multiple))
         if not 1 <= self.neuron_step <= self.anatomy.intermediate_size:
             raise ConfigError(
                 f"--neuron-step must lie between 1 and {self.anatomy.intermediate_size}, got {self.neuron_step}."
@@ -168,14 +170,18 @@ class SearchSpace:
         return kept
 
 
-def _default_step(intermediate_size: int) -> int:
+def _default_step(intermediate_size: int, multiple: int) -> int:
     step = intermediate_size / NEURON_LEVELS
-    if step < HARDWARE_MULTIPLE:
-        return max(1, round(step))
-    return max(1, round(step / HARDWARE_MULTIPLE)) * HARDWARE_MULTIPLE
+    for tile in (multiple, HARDWARE_MULTIPLE):
+        if step >= tile:
+            return round(step / tile) * tile
+    return max(1, round(step))
 
 
 def space_of(config: RunConfig, anatomy: Anatomy) -> SearchSpace:
     """What a run searches, without costs that have to be measured."""
     serving = Serving(config.context, config.serve_batch)
-    return SearchSpace(anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits))
+    return SearchSpace(
+        anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits),
+        neuron_multiple=config.neuron_multiple,
+    )  # fmt: skip

@@ -22,7 +22,6 @@ from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
 from llmbo.types import FITTING
 from pruning.anatomy import Anatomy, Sizes
-from pruning.footprint import layer_parameters
 from pruning.surgeon import AT_ONCE
 
 MOST_MEASURED = 4096  # rows of a matrix whose product is timed
@@ -133,7 +132,7 @@ class Counted:
     def forward(self, tokens: float, share: float = 1.0) -> Work:
         """Tokens through layers that keep this share of their parameters."""
         a, heads = self.anatomy, self.anatomy.num_attention_heads * self.anatomy.head_dim
-        products = 2 * layer_parameters(a) + 4 * self.window * heads
+        products = 2 * a.layer_parameters + 4 * self.window * heads
         passes = PASSES["hidden"] * a.hidden_size + PASSES["heads"] * heads + PASSES["neurons"] * a.intermediate_size
         return Work(matmul=products, passes=passes) * (share * tokens * a.num_hidden_layers)
 
@@ -148,7 +147,7 @@ class Counted:
 
     def walk(self, times: float = 1) -> Work:
         """All layers, as often as they are brought and sorted."""
-        values = self.anatomy.num_hidden_layers * layer_parameters(self.anatomy)
+        values = self.anatomy.num_hidden_layers * self.anatomy.layer_parameters
         return Work(moved=values * self.itemsize, passes=COPIED * values) * (times * self.brought)
 
     def updates(self, tokens: float, columns: float, widths: float) -> Work:

@@ -134,10 +134,11 @@ def _layer_widths(config: PreTrainedConfig, anatomy: Anatomy, architecture: Arch
 
 def _sizes(config: PreTrainedConfig, anatomy: Anatomy, groups: int, neurons: int) -> dict[str, Any]:
     """Config entries of a layer of this size."""
-    sizes = {"num_attention_heads": groups * anatomy.queries_per_group, anatomy.family.intermediate_size: neurons}
+    heads, head_dim = groups * anatomy.heads_as_one, anatomy.head_dim // anatomy.heads_as_one
+    sizes = {"num_attention_heads": heads * anatomy.queries_per_group, anatomy.family.intermediate_size: neurons}
     if hasattr(config, "num_key_value_heads"):
-        sizes["num_key_value_heads"] = groups
-    return {config.attribute_map.get(name, name): size for name, size in sizes.items()} | {"head_dim": anatomy.head_dim}
+        sizes["num_key_value_heads"] = heads
+    return {config.attribute_map.get(name, name): size for name, size in sizes.items()} | {"head_dim": head_dim}
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

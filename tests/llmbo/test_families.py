@@ -1,4 +1,4 @@
-"""Every supported kind of decoder goes through the whole command, and the documentation lists exactly these."""
+"""Every structure of decoders goes through the whole command."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Starcoder2Config
+from transformers import AutoModelForCausalLM, PersimmonConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmbo.models import loading as models
 from pruning.families import FAMILIES
@@ -52,10 +52,10 @@ def test_no_family_is_left_out(tested_families: set[str]) -> None:
     assert tested_families == set(FAMILIES)
 
 
-def tiny_starcoder() -> PreTrainedModel:
-    config = Starcoder2Config(
+def tiny_persimmon() -> PreTrainedModel:
+    config = PersimmonConfig(
         vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
 
@@ -63,18 +63,18 @@ def tiny_starcoder() -> PreTrainedModel:
 def example() -> tuple[str, str]:
     """Entry points and code of the package in the documentation."""
     toml, code = re.findall(r"```(?:toml|python)\n(.+?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
-    point = re.search(r"^starcoder2 = \"(.+)\"$", toml, flags=re.MULTILINE)
+    point = re.search(r"^persimmon = \"(.+)\"$", toml, flags=re.MULTILINE)
     assert point
-    return f"[llmbo.families]\nstarcoder2 = {point[1]}\n", code
+    return f"[llmbo.families]\npersimmon = {point[1]}\n", code
 
 
 def test_the_documented_plugin_is_optimized(
     llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[..., None]
 ) -> None:
-    model = tiny_starcoder()
+    model = tiny_persimmon()
     folder = saved(model)
     refused = llmbo(model=folder, budget=4)
-    assert refused.exit_code == 2 and "'starcoder2' is not supported" in refused.output
+    assert refused.exit_code == 2 and "'persimmon' is not supported" in refused.output
     points, code = example()
     install("my_package", code, points)
     check(llmbo, model, folder)
@@ -83,10 +83,10 @@ def test_the_documented_plugin_is_optimized(
 def test_a_broken_plugin_is_refused_in_one_line_and_disturbs_no_other_model(
     llmbo: Any, saved: Callable[[PreTrainedModel], Path], install: Callable[..., None]
 ) -> None:
-    install("my_package", "", "[llmbo.families]\nstarcoder2 = my_package:GONE\n")
-    result = llmbo(model=saved(tiny_starcoder()), budget=4, name="refused")
+    install("my_package", "", "[llmbo.families]\npersimmon = my_package:GONE\n")
+    result = llmbo(model=saved(tiny_persimmon()), budget=4, name="refused")
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert (
-        "error: Cannot use 'starcoder2 = my_package:GONE' of the package 'my_package'" in result.output.splitlines()[-1]
+        "error: Cannot use 'persimmon = my_package:GONE' of the package 'my_package'" in result.output.splitlines()[-1]
     )
     assert llmbo(budget=4).exit_code == 0

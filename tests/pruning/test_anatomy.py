@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
@@ -14,6 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaModel,
     OPTConfig,
+    PersimmonConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -21,18 +23,20 @@ from transformers import (
 from pruning.anatomy import Anatomy, Rows, anatomy_of, family_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedModel
-from pruning.families import FAMILIES
 from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of
+from pruning.refusals import REASONS
 from pruning.shrinking import shrink
 
 
 def test_sizes_are_the_configs(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
         assert getattr(anatomy, name) == getattr(model.config, name)
-    assert anatomy.num_key_value_heads == getattr(model.config, "num_key_value_heads", anatomy.num_attention_heads)
+    heads = model.config.num_attention_heads
+    assert (anatomy.num_attention_heads, anatomy.heads_as_one) == (heads, 1)
+    assert anatomy.num_key_value_heads == getattr(model.config, "num_key_value_heads", heads)
     assert anatomy.mlp.units == anatomy.intermediate_size == 24
-    assert anatomy.attention.units * anatomy.queries_per_group == model.config.num_attention_heads
+    assert anatomy.attention.units * anatomy.queries_per_group == anatomy.num_attention_heads
     assert len(anatomy.layers_of(model)) == 5
 
 
@@ -62,7 +66,8 @@ def test_fixed_parameters_are_norms_and_output_biases(model: PreTrainedModel, an
     for block in anatomy.blocks:
         inputs = {id(p) for projection, _ in block.inputs_of(layer) for p in projection.parameters()}
         cut = inputs | {id(block.output_of(layer).weight)}
-        stay = [block.norm_of(layer), block.update_of(layer), block.output_of(layer)]
+        stay = [block.update_of(layer), block.output_of(layer)]
+        stay += [getattr(layer, block.places.norm)] if block.places.norm else []
         stay += [
             module for module in block.module_of(layer).children() if block.places.module
         ]  # norms of queries and keys
@@ -71,9 +76,16 @@ def test_fixed_parameters_are_norms_and_output_biases(model: PreTrainedModel, an
 
 
 def test_parameters_add_up(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    per_layer = sum(block.units * block.parameters_per_unit + block.fixed_parameters for block in anatomy.blocks)
-    total = anatomy.other_parameters + anatomy.num_hidden_layers * per_layer
+    total = anatomy.other_parameters + anatomy.num_hidden_layers * anatomy.layer_parameters
     assert total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["olmo2"], indirect=True)
+def test_heads_that_are_normalised_together_are_one(anatomy: Anatomy) -> None:
+    """As many queries to a key as ever, and as wide: costs of attention and cache count what is there."""
+    assert (anatomy.heads_as_one, anatomy.num_key_value_heads) == (2, 1)
+    assert (anatomy.num_attention_heads, anatomy.queries_per_group, anatomy.head_dim) == (2, 2, 16)
+    assert anatomy.attention.columns == 4 * 8
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -98,8 +110,29 @@ def test_other_families_are_refused_by_name(other: Callable[[], PreTrainedModel]
     model = other()
     with pytest.raises(UnsupportedModel) as error:
         anatomy_of(model)
-    assert f"'{model.config.model_type}'" in str(error.value)
-    assert all(family in str(error.value) for family in FAMILIES)
+    assert f"'{model.config.model_type}' is not supported: {REASONS[model.config.model_type]}." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("mixtral", "mixture of experts"), ("deepseek_v3", "mixture of experts"), ("mamba", "state-space"),
+        ("t5", "encoder-decoder"), ("bart", "encoder-decoder"), ("bert", "an encoder"), ("vit", "no causal language model"),
+    ],
+)  # fmt: skip
+def test_what_no_row_can_hold_is_refused_with_the_reason(kind: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{kind}' is not supported: .*{reason}.*\\.$"):
+        family_of(AutoConfig.for_model(kind))
+
+
+def test_a_type_that_nothing_is_known_of_is_refused_with_the_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(REASONS, "persimmon")
+    with pytest.raises(UnsupportedModel, match=r"'persimmon' .*there is no row for it.* gpt2, .* llama, "):
+        family_of(PersimmonConfig())
+    config = PersimmonConfig()
+    config.num_local_experts = 8
+    with pytest.raises(UnsupportedModel, match="mixture of experts"):
+        family_of(config)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pruning.choices import Choices, accuracy
 from pruning.continuations import Rows, score
 from pruning.items import Item
 
-SOME_FAMILIES = pytest.mark.parametrize("model", ["llama", "gemma2", "mistral"], indirect=True)
+SOME_FAMILIES = pytest.mark.parametrize("model", ["llama", "gemma2"], indirect=True)  # gemma2 slides too
 
 
 class Letters:

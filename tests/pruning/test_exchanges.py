@@ -25,7 +25,14 @@ from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
 
 Draw = Callable[[Anatomy, int], Ranking]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2", "opt"]
+FAMILIES = [
+    "llama",
+    "gemma2",
+    "gpt-neox",
+    "gpt2",
+    "opt",
+    "granite",
+]  # each adds to the residual stream in a way of its own
 
 
 def generator() -> torch.Generator:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pruning.anatomy import Anatomy, BlockKind, anatomy_of
 from pruning.architecture import Architecture
-from pruning.footprint import BATCH, Workload, activations, footprint, layer_parameters
+from pruning.footprint import BATCH, Workload, activations, footprint
 from pruning.likelihood import frozen
 from pruning.memory import _Allocations
 from pruning.refits import fit
@@ -50,7 +50,7 @@ def test_what_stays_is_all_parameters_or_one_layers(anatomy: Anatomy, model: Pre
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = anatomy.num_hidden_layers
     one = sum(parameter.numel() for parameter in anatomy.layers_of(model)[0].parameters())
-    assert layer_parameters(anatomy) == one
+    assert anatomy.layer_parameters == one
     assert footprint(anatomy, 2, LOAD, resident=True, refits=MANY).weights == 2 * total
     assert footprint(anatomy, 2, LOAD, resident=False, refits=MANY).weights == 2 * (total - (layers - 1) * one)
 
@@ -97,7 +97,7 @@ def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_mor
     load = Workload(windows.numel(), 8 * 32, 32)
     found = footprint(anatomy, 4, load, resident, refits=0)
     # On a CPU all is one memory, and the weights are there before.
-    most = found.peak + found.host - found.weights + (0 if resident else layer_parameters(anatomy) * 4)
+    most = found.peak + found.host - found.weights + (0 if resident else anatomy.layer_parameters * 4)
     gram = 4 * 1024**2
     with _Allocations(torch.device("cpu")) as fitting:
         fitted = fit(model, windows, widths, TensorFiles(tmp_path), scored=8, batch_size=BATCH)

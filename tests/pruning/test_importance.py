@@ -244,7 +244,7 @@ def test_influence_is_one_minus_the_cosine_of_the_residual_stream(
     updates: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
     for layer in anatomy.layers_of(model):
         for block in anatomy.blocks:
-            block.norm_of(layer).register_forward_pre_hook(lambda _, args: streams.append(args[0].view(5, 10, -1)))
+            block.entrance_of(layer).register_forward_pre_hook(lambda _, args: streams.append(args[0].view(5, 10, -1)))
             block.update_of(layer).register_forward_hook(
                 lambda _, args, update, kind=block.kind: updates[kind].append(update.view(5, 10, -1))
             )
@@ -252,7 +252,7 @@ def test_influence_is_one_minus_the_cosine_of_the_residual_stream(
     final.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
     with torch.no_grad():
         model(windows, use_cache=False)
-    attention, mlp = (torch.stack(updates[kind]) for kind in ("attention", "mlp"))
+    attention, mlp = (anatomy.residual_scale * torch.stack(updates[kind]) for kind in ("attention", "mlp"))
     before, between, after = (torch.stack(streams[first::2][:5]) for first in (0, 1, 2))  # L x B x T x hidden_size
     torch.testing.assert_close(before + attention + mlp, after, rtol=0, atol=1e-12)
 

@@ -19,7 +19,7 @@ from pruning.shrinking import shrink
 V = 97
 CHUNKS = pytest.mark.parametrize("chunk", [1, 4, 9, 256])  # 9 = positions of one window
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
-SOME_FAMILIES = pytest.mark.parametrize("model", ["llama-tied", "gemma2"], indirect=True)  # plain, soft-capped
+SOME_FAMILIES = pytest.mark.parametrize("model", ["llama-tied", "gemma2", "granite"], indirect=True)  # capped, scaled
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def architecture(anatomy: Anatomy) -> Architecture:
 class Seen:
     """What passes a block of a running model: `z`, the output projection's result `y`, the layer's input and output, all `tokens x`."""
 
-    def __init__(self, model: PreTrainedModel, layer: nn.Module, block: Block, text: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, layer: nn.Module, block: Block, text: Tensor, scale: float) -> None:
         output = block.output_of(layer)
         seen: dict[str, Tensor] = {}
 
@@ -68,14 +68,14 @@ class Seen:
                 output.register_forward_pre_hook(keep("z")),
                 output.register_forward_hook(keep("y")),
                 block.update_of(layer).register_forward_hook(keep("update")),
-                block.norm_of(layer).register_forward_pre_hook(keep("norm")),
+                block.entrance_of(layer).register_forward_pre_hook(keep("norm")),
                 layer.register_forward_hook(keep("after")),
             ):
                 stack.callback(handle.remove)
             model(text, use_cache=False)
         self.z, self.y, self.update = seen["z"], seen["y"], seen["update"]
         # attention adds to what enters the layer, the MLP comes last; in a parallel layer the two have one norm's input
-        self.before = seen["norm"] if block.kind == "attention" else seen["after"] - seen["update"]
+        self.before = seen["norm"] if block.kind == "attention" else seen["after"] - scale * seen["update"]
 
 
 def narrowed(architecture: Architecture, anatomy: Anatomy) -> list[tuple[int, Block, int]]:
@@ -88,20 +88,23 @@ def narrowed(architecture: Architecture, anatomy: Anatomy) -> list[tuple[int, Bl
 
 
 @pytest.mark.parametrize(
-    "model", ["llama", "gemma2", "phi3", "gpt-neox", "gpt-neox-sequential", "gpt2", "opt"], indirect=True
+    "model",
+    ["llama", "gemma2", "phi3", "gpt-neox", "gpt-neox-sequential", "gpt2", "opt", "cohere2", "granite", "exaone4"],
+    indirect=True,
 )
 def test_every_block_is_the_least_squares_fit_at_the_pruned_models_inputs(
     supernet: Supernet, anatomy: Anatomy, architecture: Architecture, text: Tensor
 ) -> None:
     refits = sequential_refit(supernet, architecture, text, RIDGE, batch_size=16)
     blocks = narrowed(architecture, anatomy)
+    scale = anatomy.residual_scale
     assert len(blocks) == 6
     for index, block, units in blocks:
         layer = anatomy.layers_of(supernet.model)[index]
-        dense = Seen(supernet.model, layer, block, text)
+        dense = Seen(supernet.model, layer, block, text, scale)
         with supernet.using(refits).active(architecture) as model:
-            pruned = Seen(model, layer, block, text)
-        target = dense.y if block.places.post_norm else dense.before + dense.y - pruned.before
+            pruned = Seen(model, layer, block, text, scale)
+        target = dense.y if block.places.post_norm else dense.y + (dense.before - pruned.before) / scale
         output = supernet.output_of(index, block)
         anchor, z = matrix_of(output)[:, : units * block.columns_per_unit].detach().T, pruned.z
         damping = (RIDGE.share * z.square().mean(0) * len(z)).sqrt().clamp_min(1e-6)  # type: ignore[operator]  # ReLU leaves units dead

@@ -109,7 +109,7 @@ def test_rounds_that_were_stored_before_there_was_a_setting_are_found() -> None:
     def key(**settings: Any) -> str:
         return arm_key(replace(arm, problem=ProblemConfig(replace(run, **settings))), 3, config, problem)
 
-    run = RunConfig("tiny", calibration_tokens=1024, recipe="dense-prices", recipe_search=False)
+    run = RunConfig("tiny", calibration_tokens=1024, recipe="dense-prices", neuron_multiple=32)
     arm = Arm("mine", "random", {"num_initial": 4}, ProblemConfig(run))
     config, problem = Mock(batch=2), Mock(identity="0123")
     what = ["random", {"num_initial": 4}, {name: getattr(run, name) for name in FIRST_KEYED}, 2, "0123"]

@@ -23,6 +23,7 @@ from llmbo.errors import ConfigError
         ({"seed": -1}, "--seed .* -1"),
         ({"seed": 2**64}, "--seed .* 18446744073709551616"),
         ({"neuron_step": -4}, "--neuron-step .* -4"),
+        ({"neuron_multiple": 0}, "--neuron-multiple .* 0"),
         ({"min_share": 0.0}, "--min-share .* 0.0"),
         ({"min_share": 1.0}, "--min-share .* 1.0"),
         ({"min_share": float("nan")}, "--min-share .* nan"),
@@ -84,7 +85,8 @@ def test_a_config_cannot_be_changed() -> None:
 
 CHANGED: dict[str, Any] = {
     "model": "other", "batch": 5, "seed": 1, "strategy": "random", "objectives": ("loss", "params"), "reference_point": (1.0, 0.9),
-    "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "calibration_tokens": 5120, "proxy_tokens": 5120,
+    "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "neuron_multiple": 64,
+    "calibration_tokens": 5120, "proxy_tokens": 5120,
     "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
     "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_warm_start": 2,
     "advisor_context": "none", "advisor_every": 1, "maximum": ("kl=0.5",),

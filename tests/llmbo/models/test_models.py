@@ -82,7 +82,7 @@ def test_an_unreachable_hub_is_said_in_one_line_and_soon(answers: str, monkeypat
     ("config", "message"),
     [
         (T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2), r"\(t5\).*encoder-decoder"),
-        (BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2), "'bloom'.*gpt2.*llama"),
+        (BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2), "'bloom'.*ALiBi"),
     ],
     ids=["t5", "bloom"],
 )

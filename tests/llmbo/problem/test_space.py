@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from llmbo.config import RunConfig
 from llmbo.errors import LlmboError
-from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS, SearchSpace, _default_step
+from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS, SearchSpace, _default_step, space_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 
@@ -114,8 +115,23 @@ def test_neighbouring_widths_are_those_of_a_level_less_and_more(make_space: Call
         assert found["mlp"].tolist() == [[below, above]] * space.num_layers
 
 
+@pytest.mark.parametrize("multiple", [256, 128, 32])
 @pytest.mark.parametrize("size", [11008, 14336, 8192, 18944, 9728, 12288, 6912, 4864, 3072, 1536])
-def test_a_default_step_is_what_hardware_likes_and_gives_about_as_many_levels_as_wanted(size: int) -> None:
-    step = _default_step(size)
-    assert step % HARDWARE_MULTIPLE == 0 and size / step == pytest.approx(NEURON_LEVELS, rel=0.2)
-    assert _default_step(24) == 24 // NEURON_LEVELS and _default_step(3) == 1  # models of tests
+def test_a_default_step_is_what_files_and_hardware_like_and_gives_about_as_many_levels_as_wanted(
+    size: int, multiple: int
+) -> None:
+    step = _default_step(size, multiple)
+    assert step % (multiple if size >= 12 * multiple else HARDWARE_MULTIPLE) == 0
+    assert size / step == pytest.approx(NEURON_LEVELS, rel=0.35 if multiple == 256 else 0.2)
+    assert _default_step(24, multiple) == 24 // NEURON_LEVELS and _default_step(3, multiple) == 1  # models of tests
+
+
+def test_every_width_of_an_8b_model_is_whole_blocks_of_k_quants_and_an_older_run_keeps_its_own(
+    make_space: Callable[..., SearchSpace],
+) -> None:
+    anatomy = make_space(2, 14336).anatomy
+    widths = space_of(RunConfig(model="llama"), anatomy).widths["mlp"]
+    assert len(widths) == 13 and widths[-1] == 14336 and not any(width % 256 for width in widths)
+    started = {"model": "llama", "neuron_step": 0}  # as stored before there was the setting
+    assert space_of(RunConfig.from_settings(started), anatomy).neuron_step == 1184
+    assert space_of(RunConfig(model="llama", neuron_step=896), anatomy).neuron_step == 896

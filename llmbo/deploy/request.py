@@ -75,6 +75,8 @@ class ExportRequest:
         request = cls(report, folder, found, row, dtype, out, shard_size, refit_of(report, found, refit))
         if row.check_type:
             resolve_name(row.check_type)(report.model.model_type, request.architecture)
+        if row.check_attention:
+            resolve_name(row.check_attention)(report.model.num_key_value_heads, request.architecture)
         check_out(out)
         check_disk(out, request.bytes_needed)
         return request

@@ -100,7 +100,7 @@ def test_an_exported_trial_measures_what_the_run_measured(
         ("nowhere", {}, "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
         ("tiny", {"trial": -1}, "--trial must be at least 0, got -1"),
-        ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
+        ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, vllm, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
         *(
@@ -178,10 +178,11 @@ def test_too_little_disk(
 
 
 def test_a_uniform_search_finds_models_for_stock_configs(llmbo: Any, export: Export, tmp_path: Path) -> None:
-    assert llmbo(uniform=True, budget=3).exit_code == 0
+    assert llmbo(uniform=True, deploy="hf-stock", budget=3).exit_code == 0
     trials = llmbo.report()["trials"]
     assert all(len(set(widths)) == 1 for trial in trials for widths in trial["architecture"].values())
     assert "--uniform is a strategy of its own" in refused(llmbo(uniform=True, strategy="random", name="other"))
+    assert "hf-stock has a strategy of its own" in refused(llmbo(deploy="hf-stock", strategy="random", name="other"))
     assert export("tiny", tmp_path, trial=0, format="hf", out=tmp_path / "out").exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config

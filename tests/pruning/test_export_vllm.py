@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export import Pruned, save_vllm
-from pruning.export.vllm import check_vllm
+from pruning.export.vllm import check_vllm, decilm
 from pruning.masks import PruningMask
-from pruning.shrinking import shrink
+from pruning.shrinking import shrink, shrink_to
 
 LLAMAS = ["llama-tied", "llama-biased", "mistral", "qwen2", "phi3"]
 
@@ -91,3 +91,21 @@ def test_what_vllm_cannot_hold_is_refused(model: PreTrainedModel, build: Any, cu
             check_vllm(model, None, Architecture.full(anatomy_of(model)))
         model.config.hidden_act = "silu"
     assert not (tmp_path / "out").exists()
+
+
+SERVED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "vllm.json").read_text())
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_vllm_itself_has_served_what_is_written(name: str) -> None:
+    """`make test-vllm` leaves what it found, and the tensors that it was found with."""
+    told = SERVED[name]
+    assert told["served_as"] == "DeciLMForCausalLM" and told["generated_alike"] and told["largest_difference"] < 1e-3
+    config = AutoConfig.for_model(**told["base"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    architecture = Architecture.from_dict(told["architecture"])
+    state = decilm(Pruned(shrink_to(model, architecture), anatomy_of(model), architecture)).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    assert {key: list(values.shape) for key, values in state.items()} == told["tensors"]

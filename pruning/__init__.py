@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pruning.export import save_gguf as save_gguf
     from pruning.export import save_hf as save_hf
     from pruning.export import save_padded as save_padded
+    from pruning.export import save_vllm as save_vllm
     from pruning.family import Family as Family
     from pruning.family import Places as Places
     from pruning.importance import Importance as Importance
@@ -88,7 +89,7 @@ _HOME = {
         "UnsupportedExport",
         "UnsupportedModel",
     ),
-    "export": ("Pruned", "load_pruned", "save_gguf", "save_hf", "save_padded"),
+    "export": ("Pruned", "load_pruned", "save_gguf", "save_hf", "save_padded", "save_vllm"),
     "family": ("Family", "Places"),
     "importance": (
         "Importance",

@@ -157,7 +157,7 @@ def share_of(space: SearchSpace, x: Sequence[int]) -> float:
 
 def parameters_per_level(space: SearchSpace) -> dict[BlockKind, int]:
     """Parameters that one grid level of a block holds."""
-    step = {"attention": 1, "mlp": space.neuron_step}
+    step = {"attention": space.widths["attention"][1], "mlp": space.neuron_step}
     return {block.kind: block.parameters_per_unit * step[block.kind] for block in space.anatomy.blocks}
 
 

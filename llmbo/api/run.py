@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmbo.config import RunConfig
 from llmbo.config.objectives import QUANTITIES
 from llmbo.deploy.export import export
+from llmbo.deploy.fit import best_within, parse_budgets, sign_of
 from llmbo.deploy.reader import started
 from llmbo.deploy.request import ExportRequest
 from llmbo.display.progress import Show, build_display
@@ -101,6 +102,20 @@ class Run:
         judged = _judged(dense.heldout), _judged(dense.elsewhere)
         return Point(None, architecture, _measured(dense.objectives), judged[0], elsewhere=judged[1], **_seen(dense))
 
+    def best_within(self, budgets: Mapping[str, float]) -> Point:
+        """The best model of the front within budgets, as `llmbo export --fit` takes it: `run.best_within({"params": 1e8})`.
+
+        Args:
+            budgets: Largest values by name of any objective or cost that the report holds; of accuracy the smallest.
+
+        Raises:
+            ConfigError: No model is within all of them: the nearest is named.
+        """
+        words = [f"{name}{sign_of(name)}{value!r}" for name, value in budgets.items()]
+        found = best_within(self.report, parse_budgets(words)).trial
+        assert found is not None  # a point of the front
+        return self._point(self.report.trials[found])
+
     @property
     def page(self) -> Path:
         """The report as a page for people."""
@@ -188,7 +203,7 @@ class Run:
 
         Args:
             out: Folder to make; it must be empty or not exist.
-            format: hf, gguf or padded.
+            format: hf, gguf, vllm or padded.
             dtype: By default the run's own, and f16 in a GGUF file.
             refit: As in `model`.
 

@@ -26,9 +26,17 @@ def _dtype_help() -> str:
 
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
-    trial: Annotated[int, typer.Option(help="Number of a finished trial, usually one of the front.")],
     format: Annotated[str, typer.Option(help=_format_help())],
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
+    trial: Annotated[int | None, typer.Option(help="Number of a finished trial, usually one of the front.")] = None,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME<=VALUE",
+            help="Instead of --trial: the best model of the front within this budget on any objective that the report holds, e.g. "
+            '"params<=1e8"; may be repeated.',
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")] = "5GB",
     refit: Annotated[
@@ -46,6 +54,7 @@ def export(
     What was written is loaded again in a fresh process and its logits compared before the folder appears.
 
     Example: llmbo export runs/llama --trial 38 --format gguf --out exports/llama-54
+    Example: llmbo export runs/llama --fit "params_share<=0.6" --format hf --out exports/llama-small
     """
     from llmbo.deploy.reader import started
     from llmbo.display.console import Console
@@ -57,14 +66,15 @@ def export(
         from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit)
+        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, fit or ())
         with Display(Console(stderr=True), 0) as display:
             check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device, read)
+    chosen = f"trial {request.trial.number}, " if fit else ""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None
     say(
-        f"{out}: {values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
+        f"{out}: {chosen}{values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
         f"Refits: {request.refit}. Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
     if warning := caveat(request.format):

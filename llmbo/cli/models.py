@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from llmbo.cli.common import one_line_errors, say
+from llmbo.config.formats import engines_help
+from llmbo.errors import ConfigError
 
 
 def models(
@@ -16,12 +18,16 @@ def models(
             metavar="MODEL",
         ),
     ] = None,
+    deploy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ENGINE", help=f"With --check: an engine that is to run them. {engines_help()}."),
+    ] = None,
 ) -> None:
     """List the model aliases, or check one model before anything is measured. Any local folder or hub name works as well.
 
-    Example: llmbo models --check llama
+    Example: llmbo models --check llama --deploy vllm
     """
-    if check is None:
+    if check is None and not deploy:
         from llmbo.models.aliases import ALIASES
 
         for alias in ALIASES.values():
@@ -32,5 +38,7 @@ def models(
         from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        for finding in findings(check):
+        if check is None:
+            raise ConfigError("--deploy belongs to --check MODEL here: name the model.")
+        for finding in findings(check, deploy or ()):
             say(finding)

@@ -9,6 +9,7 @@ import typer
 
 from llmbo.cli.common import EXIT_NOTHING_COUNTS, numbers, one_line_errors, say, split_list
 from llmbo.config import RunConfig
+from llmbo.config.formats import engines_help
 from llmbo.config.objectives import limits_help, objectives_help
 from llmbo.errors import ConfigError
 
@@ -32,6 +33,12 @@ def optimize(
             help="Only models whose layers are all equal, which any tool can load: --strategy uniform.",
         ),
     ] = False,
+    deploy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE", help=f"Search only what this engine can run; may be repeated. {engines_help()}."
+        ),
+    ] = None,
     objectives: Annotated[str, typer.Option(help=objectives_help())] = "kl,params_share",
     reference_point: Annotated[
         str | None, typer.Option(help="Worst values that count, one per objective, e.g. 1.2,1.0.")
@@ -173,6 +180,7 @@ def optimize(
             raise ConfigError("--quiet and --json-logs exclude each other: choose one.")
         settings = {item.name: typed[item.name] for item in fields(RunConfig)} | {
             "strategy": _tied(strategy) if uniform else strategy,
+            "deploy": tuple(deploy or ()),
             "objectives": tuple(split_list(objectives)),
             "reference_point": numbers("--reference-point", reference_point),
             "maximum": tuple(maximum or ()),

@@ -1,10 +1,13 @@
-"""What a trial can be exported as: one row for each format, from which flags, messages, disk check, model card and report page follow.
+"""What a trial can be exported as, and where it is to run: one row for each format and engine, from which all else follows.
 
-A new format is a row here and a writer in `pruning/export/`.
+Flags, messages, disk check, model card and report page go by the formats, the search space by the engines. A new format is a row here and
+a writer in `pruning/export/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from llmbo.errors import ConfigError, unknown
 
 SAVES_NOTHING = "saves no memory and no time"
 FOLDER_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,6 +31,7 @@ class Format:
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
         check_model: `(dense model, its tokenizer, Architecture)`, refuses before anything is cut, without looking at weights.
+        check_attention: `(KV groups of a dense layer, Architecture)`, refuses widths of attention; empty if there is nothing to refuse.
         saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
         checking: Bytes per parameter of what lies beside the result while it is checked.
     """
@@ -43,6 +47,7 @@ class Format:
     load: str
     load_unequal: str = ""
     check_type: str = ""
+    check_attention: str = ""
     saves: bool = True
     checking: float = 0.0
 
@@ -120,6 +125,27 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         checking=2,  # bf16 and q8_0 are checked by an f16 twin
     ),
     Format(
+        name="vllm",
+        title="folder for vLLM, attention whole or absent in each layer",
+        loads_with="vLLM (`--trust-remote-code`, for the config's class), and transformers with `trust_remote_code=True`",
+        dtypes=FOLDER_DTYPES,
+        default="auto",
+        save="pruning.export:save_vllm",
+        options=("max_shard_size", "read"),
+        load="""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```
+
+or, in vLLM, `vllm serve {path} --trust-remote-code`: the model's class is vLLM's own (`DeciLMForCausalLM`), that of its config is in
+`modeling_decilm.py`.""",
+        check_type="pruning.export.vllm:check_type",
+        check_attention="pruning.export.vllm:check_attention",
+        check_model="pruning.export.vllm:check_vllm",
+    ),
+    Format(
         name="padded",
         title="stock Hugging Face folder, every layer padded with zeros to the widest",
         loads_with="plain `from_pretrained`, in tools that know no other shape",
@@ -133,3 +159,67 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where pruned models are to run: a search for it finds nothing that it cannot run.
+
+    Args:
+        name: What the user types after `--deploy`.
+        title: What it is, in a line.
+        format: What to export for it, a name in `FORMATS`, which brings weights, writer and check.
+        all_heads: Families by `model_type` whose layers must keep all of their heads or none. "*" stands for every family.
+        equal_layers: Whether all layers must have the same size.
+        check_model: Instead of the format's.
+    """
+
+    name: str
+    title: str
+    format: str
+    all_heads: tuple[str, ...] = ()
+    equal_layers: bool = False
+    check_model: str = ""
+
+    @property
+    def check(self) -> str:
+        """`(dense model, its tokenizer, Architecture)`, as `Format.check_model`."""
+        return self.check_model or FORMATS[self.format].check_model
+
+    def needs_all_heads(self, model_type: str) -> bool:
+        return bool({"*", model_type} & {*self.all_heads})
+
+
+_ENGINES = (
+    Engine("hf", "transformers, with the modelling file that is exported along", "hf"),
+    Engine(
+        "hf-stock",
+        "whatever loads transformers' own classes: equal layers, no code",
+        "hf",
+        all_heads=("gpt2", "gpt_neox", "opt"),
+        equal_layers=True,
+        check_model="pruning.export.hf:check_stock",
+    ),
+    Engine("llama.cpp", "llama.cpp and what builds on it", "gguf", all_heads=("gpt2", "gpt_neox")),
+    Engine("vllm", "vLLM: Llama-like families, attention whole or absent", "vllm", all_heads=("*",)),
+)
+ENGINES = {row.name: row for row in _ENGINES}
+
+
+def engines_help() -> str:
+    """All rows, for `--help`."""
+    return "; ".join(f"{row.name}: {row.title}" for row in ENGINES.values())
+
+
+def engines_of(names: Sequence[str]) -> tuple[Engine, ...]:
+    """Rows by name.
+
+    Raises:
+        ConfigError: A name is unknown, or given twice.
+    """
+    for name in names:
+        if name not in ENGINES:
+            raise ConfigError(unknown("--deploy", name, ENGINES))
+        if names.count(name) > 1:
+            raise ConfigError(f"--deploy {name} is given twice: keep one.")
+    return tuple(ENGINES[name] for name in names)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
 from llmbo.config.advisor import CONTEXT_LEVELS, DEFAULT_HOOKS, check_hooks, parse_spec
+from llmbo.config.formats import engines_of
 from llmbo.config.numbers import (
     MOST,
     MOST_CONTEXT,
@@ -40,6 +41,7 @@ EARLIER: dict[str, Any] = {
     "recipe": "dense-prices",
     "recipe_search": False,
     "neuron_multiple": 32,
+    "deploy": (),
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -58,6 +60,8 @@ class RunConfig:
         model: Alias, local folder or hub name.
         budget: Candidates to evaluate.
         batch: Candidates proposed at a time.
+        deploy: Engines that are to run what is found (`llmbo.config.formats.ENGINES`): only what all of them can run is searched. Where one
+            needs equal layers, the strategy is `uniform`.
         objectives: Two or three names; at least one measured quality and one known cost.
         reference_point: One number per objective, or None for the defaults.
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
@@ -104,6 +108,7 @@ class RunConfig:
     batch: Annotated[int, Within(1, MOST)] = 4
     seed: Annotated[int, SEED] = 0
     strategy: str = "qnehvi"
+    deploy: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("kl", "params_share")
     reference_point: tuple[float, ...] | None = None
     maximum: tuple[str, ...] = ()
@@ -158,6 +163,13 @@ class RunConfig:
             raise ConfigError("--chat is of no use with --text self, which is sampled and not read: leave one out.")
         if self.heldout_text == "self" or self.heldout_text.startswith("mix:"):
             raise ConfigError(f"--heldout-text must be one text that can be read, or none, got '{self.heldout_text}'.")
+        equal = [engine.name for engine in engines_of(self.deploy) if engine.equal_layers]
+        if equal and self.strategy == "qnehvi":  # the default
+            object.__setattr__(self, "strategy", "uniform")
+        if equal and self.strategy != "uniform":
+            raise ConfigError(
+                f"--deploy {equal[0]} has a strategy of its own, uniform: leave out --strategy {self.strategy}."
+            )
         strategy_plugin(self.strategy)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")

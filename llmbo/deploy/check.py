@@ -1,41 +1,53 @@
 """What can become of a model, told by its config and tokenizer alone: no weights are read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pkgutil import resolve_name
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmbo.config import RunConfig
 from llmbo.config.formats import FORMATS, Format
 from llmbo.models.loading import find_prunable, load_tokenizer
-from llmbo.problem.space import SearchSpace
+from llmbo.models.stored import model_of_config
+from llmbo.problem.engines import check_engines, engines_line
+from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import PruningError
 
 
-def findings(name: str) -> Iterator[str]:
+def findings(name: str, deploy: Sequence[str] = ()) -> Iterator[str]:
     """What of a model can be searched, and which export formats hold the results, one line for each.
 
     Args:
         name: Alias, local folder or hub name.
+        deploy: Engines that are to run the results.
 
     Raises:
-        LlmboError, PruningError: It cannot be pruned.
+        LlmboError, PruningError: It cannot be pruned, or an engine cannot run what is left of it.
     """
+    config = RunConfig(name, deploy=tuple(deploy))
     found = find_prunable(name)
     tokenizer = load_tokenizer(found)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False)
+    model = model_of_config(found)
     anatomy = anatomy_of(model)
     family = anatomy.family
     yield f"family: {family.model_type} ({family.models}), {model.num_parameters():,} parameters in {anatomy.num_hidden_layers} layers"
-    levels = SearchSpace(anatomy).widths
+    check_engines(config, model, tokenizer)
+    widths = space_of(config, anatomy).widths
+    equal = config.strategy == "uniform"
+    groups, levels = widths["attention"][equal:], len(widths["mlp"])
+    several = (
+        f"{groups[0]} to {groups[-1]}"
+        if len(groups) == groups[-1] - groups[0] + 1 > 2
+        else " or ".join(map(str, groups))
+    )
     yield (
-        f"search: every layer keeps 0 to {anatomy.num_key_value_heads} of its KV groups, each of "
-        f"{anatomy.queries_per_group} query heads, and 0 to {anatomy.intermediate_size} neurons in {len(levels['mlp'])} levels"
+        f"search: every layer keeps {several} of its KV groups, each of {anatomy.queries_per_group} query heads, and 0 to "
+        f"{anatomy.intermediate_size} neurons in {levels} levels{', all layers the same' if equal else ''}"
     )
     yield from found.notes
+    yield f"engines: {engines_line(config, model, tokenizer)}"
     for format in FORMATS.values():
         yield f"--format {format.name}: {_held(format, model, tokenizer, anatomy)}"
 
@@ -59,6 +71,9 @@ def _kinds(anatomy: Anatomy) -> dict[str, Architecture]:
     fewer, narrower = max(1, groups - 1), max(1, neurons // 2)
     return {
         "layers of any size": Architecture((fewer, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))),
+        "layers with all heads or none, and MLPs of any size": Architecture(
+            (0, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))
+        ),
         "equal layers": Architecture((fewer,) * layers, (narrower,) * layers),
         "equal layers with all heads": Architecture((groups,) * layers, (narrower,) * layers),
     }

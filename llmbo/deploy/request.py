@@ -1,5 +1,6 @@
 """What to export, where and how: refused here if it can be refused without a model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -8,6 +9,7 @@ from typing import Any
 from llmbo.config.formats import FORMATS, Format
 from llmbo.config.numbers import MOST, Within, bytes_of
 from llmbo.deploy.disk import check_disk
+from llmbo.deploy.fit import best_within, parse_budgets
 from llmbo.errors import ConfigError
 from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
@@ -42,26 +44,33 @@ class ExportRequest:
     def of(
         cls,
         run: str,
-        trial: int,
+        trial: int | None,
         format: str,
         out: Path,
         dtype: str = "",
         max_shard_size: str = "5GB",
         refit: str = "",
+        fit: Sequence[str] = (),
     ) -> "ExportRequest":
         """Check a request against the stored run, the format and the disk. Writes nothing.
 
         Args:
             run: Folder of a run, or its name below `runs/`.
+            trial: A finished one; None to choose by `fit`.
             format: A name in `FORMATS`.
             dtype: One of the format's choices; empty takes its default.
             max_shard_size: In bytes, or in KB, MB, GB or TB (powers of ten).
             refit: "sequential" or "table"; empty takes sequential where the run has measured the trial so.
+            fit: Budgets such as `params<=1e8`, of which the best model of the front keeps all.
 
         Raises:
             ConfigError, StorageError, PruningError: One line for the user.
         """
-        Within(0, MOST).check("--trial", trial, whole=True)
+        budgets = parse_budgets(fit)
+        if (trial is None) == (not budgets):
+            raise ConfigError("Which model? Give either --trial, or --fit to choose by budget.")
+        if trial is not None:
+            Within(0, MOST).check("--trial", trial, whole=True)
         shard_size = bytes_of("--max-shard-size", max_shard_size)
         report, folder = read_run(run), find_run(run)
         if format not in FORMATS:
@@ -71,10 +80,14 @@ class ExportRequest:
         if dtype not in row.choices:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
         dtype = report.run.dtype if dtype == "auto" else dtype
-        found = find_trial(report, trial)
+        chosen = best_within(report, budgets).trial if trial is None else trial
+        assert chosen is not None  # a point of the front
+        found = find_trial(report, chosen)
         request = cls(report, folder, found, row, dtype, out, shard_size, refit_of(report, found, refit))
         if row.check_type:
             resolve_name(row.check_type)(report.model.model_type, request.architecture)
+        if row.check_attention:
+            resolve_name(row.check_attention)(report.model.num_key_value_heads, request.architecture)
         check_out(out)
         check_disk(out, request.bytes_needed)
         return request

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmbo.errors import ModelError
 from llmbo.models.loading import Found, told
@@ -32,7 +32,12 @@ class StoredWeights:
 
 
 def anatomy_of_config(found: Found) -> Anatomy:
-    """Of the model that this config makes; nothing is allocated.
+    """Of the model that this config makes; as `model_of_config`."""
+    return anatomy_of(model_of_config(found))
+
+
+def model_of_config(found: Found) -> PreTrainedModel:
+    """The model that this config makes; nothing is allocated.
 
     Raises:
         ModelError: It cannot be built, or pruned.
@@ -40,9 +45,11 @@ def anatomy_of_config(found: Found) -> Anatomy:
     with told(found.name, found.source):
         try:
             with torch.device("meta"):
-                return anatomy_of(AutoModelForCausalLM.from_config(found.config, trust_remote_code=False))
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False)
+            anatomy_of(model)
         except UnsupportedModel as error:
             raise ModelError(f"Cannot prune '{found.name}'. {error}") from error
+    return model
 
 
 def stored_weights(source: str) -> StoredWeights | None:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from llmbo.config import RunConfig
+from llmbo.config.formats import engines_of
 from llmbo.config.objectives import OBJECTIVES, known_limits
 from llmbo.errors import ConfigError
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind
 from pruning.architecture import Architecture
 from pruning.cost import Serving
 
 NEURON_LEVELS = 12
 HARDWARE_MULTIPLE = 32  # widths that are no multiple of this waste lanes of vector units and tensor cores
+
+UNITS = {"attention": "KV groups", "mlp": "neurons"}
 
 CostFunction = Callable[[Tensor, Tensor], Tensor]  # kv_groups, neurons (`batch_shape x L` units) -> `batch_shape`
 
@@ -37,6 +40,7 @@ class SearchSpace:
         limits: Largest legal value of known costs, by name.
         extra_costs: Known costs beyond those that are counted, e.g. latency from a table, by name.
         priced_by: Known costs that count equally in `weight`, each as a part of the dense model's.
+        kv_groups: Numbers of KV groups that a layer with attention may keep, increasing, the dense one last; empty for any.
 
     Raises:
         ConfigError: `min_share` outside (0, 1), or a step that leaves no choice.
@@ -50,6 +54,7 @@ class SearchSpace:
     extra_costs: Mapping[str, CostFunction] = field(default_factory=dict)
     priced_by: tuple[str, ...] = ("params_share",)
     neuron_multiple: int = RunConfig.neuron_multiple
+    kv_groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share < 1:
@@ -66,7 +71,7 @@ class SearchSpace:
         """Units kept at each grid level; level 0 drops the block, the last keeps all of it."""
         neurons = self.anatomy.intermediate_size
         return {
-            "attention": list(range(self.anatomy.num_key_value_heads + 1)),
+            "attention": [0, *(self.kv_groups or range(1, self.anatomy.num_key_value_heads + 1))],
             "mlp": [*range(0, neurons, self.neuron_step), neurons],
         }
 
@@ -82,7 +87,7 @@ class SearchSpace:
     @cached_property
     def max_levels(self) -> tuple[int, ...]:
         """The dense model's point."""
-        return tuple(len(self.widths[kind]) - 1 for kind in ("attention", "mlp") for _ in range(self.num_layers))
+        return tuple(len(self.widths[kind]) - 1 for kind in BLOCK_KINDS for _ in range(self.num_layers))
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -97,29 +102,38 @@ class SearchSpace:
                 yield f"layer_{layer:02d}.{part}"
 
     def decode(self, x: tuple[int, ...]) -> Architecture:
-        groups, neurons = x[: self.num_layers], x[self.num_layers :]
-        widths = self.widths["mlp"]
-        return Architecture(tuple(groups), tuple(widths[level] for level in neurons))
+        groups, neurons = self.units(torch.tensor(x))
+        return Architecture(tuple(groups.tolist()), tuple(neurons.tolist()))
+
+    def units(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """KV groups and neurons kept, `... x d` levels -> `... x num_layers` each."""
+        groups, neurons = (torch.tensor(self.widths[kind]) for kind in BLOCK_KINDS)
+        attention, mlp = levels.long().split(self.num_layers, dim=-1)
+        return groups[attention], neurons[mlp]
 
     def neighbouring_widths(self, x: tuple[int, ...], steps: Sequence[int]) -> dict[BlockKind, Tensor]:
         """Units of every block `steps` levels from its own, as far as there are so many: `num_layers x steps` by kind."""
         levels = torch.tensor(x)[:, None] + torch.tensor(steps)
-        groups, neurons = levels.clamp_min(0).minimum(torch.tensor(self.max_levels)[:, None]).split(self.num_layers)
-        return {"attention": groups, "mlp": torch.tensor(self.widths["mlp"])[neurons]}
+        groups, neurons = self.units(levels.clamp_min(0).minimum(torch.tensor(self.max_levels)[:, None]).T)
+        return {"attention": groups.T, "mlp": neurons.T}
 
     def encode(self, architecture: Architecture) -> tuple[int, ...]:
         """The point of an architecture on the grid.
 
         Raises:
-            ConfigError: A layer's neurons lie between two grid levels.
+            ConfigError: A layer's KV groups or neurons lie between two grid levels.
         """
-        levels = {width: level for level, width in enumerate(self.widths["mlp"])}
-        for layer, neurons in enumerate(architecture.neurons):
-            if neurons not in levels:
-                raise ConfigError(
-                    f"Layer {layer} keeps {neurons} neurons, which is no multiple of the step {self.neuron_step}."
-                )
-        return (*architecture.kv_groups, *(levels[neurons] for neurons in architecture.neurons))
+        found: list[int] = []
+        for kind in BLOCK_KINDS:
+            levels = {width: level for level, width in enumerate(self.widths[kind])}
+            for layer, units in enumerate(architecture.units(kind)):
+                if units not in levels:
+                    known = ", ".join(map(str, levels))
+                    raise ConfigError(
+                        f"Layer {layer} keeps {units} {UNITS[kind]}, which is none of the search's levels ({known})."
+                    )
+                found.append(levels[units])
+        return tuple(found)
 
     @cached_property
     def costs(self) -> dict[str, CostFunction]:
@@ -133,9 +147,7 @@ class SearchSpace:
 
     def cost(self, name: str, X: Tensor) -> Tensor:
         """A known cost, `batch_shape x d` levels -> `batch_shape`, float64."""
-        levels = X.round().long()
-        neurons = torch.tensor(self.widths["mlp"])[levels[..., self.num_layers :]]
-        return self.costs[name](levels[..., : self.num_layers], neurons).double()
+        return self.costs[name](*self.units(X.round())).double()
 
     def share(self, X: Tensor) -> Tensor:
         """Kept share of the decoder blocks' parameters, `batch_shape x d` levels -> `batch_shape`, float64."""
@@ -180,8 +192,22 @@ def _default_step(intermediate_size: int, multiple: int) -> int:
 
 def space_of(config: RunConfig, anatomy: Anatomy) -> SearchSpace:
     """What a run searches, without costs that have to be measured."""
-    serving = Serving(config.context, config.serve_batch)
+    serving, limits = Serving(config.context, config.serve_batch), known_limits(config.limits)
+    groups = deployed_groups(config.deploy, anatomy)
     return SearchSpace(
-        anatomy, config.min_share, config.neuron_step, serving, known_limits(config.limits),
-        neuron_multiple=config.neuron_multiple,
+        anatomy, config.min_share, config.neuron_step, serving, limits, kv_groups=groups, neuron_multiple=config.neuron_multiple
     )  # fmt: skip
+
+
+def deployed_groups(deploy: Sequence[str], anatomy: Anatomy) -> tuple[int, ...]:
+    """Numbers of KV groups that a layer with attention may keep where all these engines are to run it; empty for any.
+
+    Stock configs of some families want the number of heads to divide the hidden size.
+    """
+    engines, most = engines_of(deploy), anatomy.num_key_value_heads
+    if any(engine.needs_all_heads(anatomy.family.model_type) for engine in engines):
+        return (most,)
+    if any(engine.equal_layers for engine in engines):
+        heads = {groups: groups * anatomy.queries_per_group for groups in range(1, most + 1)}
+        return tuple(groups for groups in heads if anatomy.hidden_size % heads[groups] == 0 or groups == most)
+    return ()

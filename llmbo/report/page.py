@@ -12,7 +12,7 @@ from importlib import resources
 from importlib.metadata import version
 from typing import Any
 
-from llmbo.config.formats import FORMATS
+from llmbo.config.formats import ENGINES, FORMATS, Format
 from llmbo.errors import printable
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
@@ -45,7 +45,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             | {"elsewhere": elsewhere_name(report)}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
-        "formats": [{"name": row.name, "title": row.description} for row in FORMATS.values()],
+        "formats": [{"name": row.name, "title": row.description} for row in _formats(runs[0][1])],
     }
     style, library, script = _asset("page.css"), _asset(LIBRARY), "\n".join(map(_asset, SCRIPTS))
     headings, rows = front_rows(runs, labels)
@@ -69,6 +69,12 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         rows=rows,
         version=version("llmbo"),
     )
+
+
+def _formats(report: Mapping[str, Any]) -> list[Format]:
+    """All of them, first what the run's engines take."""
+    asked = [ENGINES[name].format for name in report["run"]["settings"].get("deploy", ()) if name in ENGINES]
+    return [FORMATS[name] for name in dict.fromkeys([*asked, *FORMATS])]
 
 
 def _asset(name: str) -> str:

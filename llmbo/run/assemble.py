@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.advisor.assemble import AdvisorInputs, build_advised, check_advisor
 from llmbo.advisor.context import Setting
@@ -16,7 +16,8 @@ from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
-from llmbo.models.stored import anatomy_of_config
+from llmbo.models.stored import anatomy_of_config, model_of_config
+from llmbo.problem.engines import check_engines, engines_line
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.method import DEFAULT, Method
@@ -157,6 +158,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
+    if config.deploy:
+        check_engines(config, *_parts(base))
     if named:
         named[0].bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
@@ -177,7 +180,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 if isinstance(base, LoadedModel)
                 else load_model(config.model, *placed(config, base, dtype, device))
             )
-            for note in loaded.notes:
+            for note in (*loaded.notes, engines_line(config, loaded.model, loaded.tokenizer)):
                 phases.note(note)
             judged_by = () if "accuracy" in config.objectives else items
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
@@ -238,6 +241,13 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                     items,
                     exams,
                 )
+
+
+def _parts(base: Found | LoadedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, without its weights where it is not loaded, and its tokenizer."""
+    if isinstance(base, LoadedModel):
+        return base.model, base.tokenizer
+    return model_of_config(base), load_tokenizer(base)
 
 
 def _new_method(config: RunConfig, named: tuple[AllocationRecipe, str] | None) -> Method:

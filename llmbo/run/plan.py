@@ -18,9 +18,10 @@ from llmbo.config.advisor import parse_spec
 from llmbo.config.formats import FORMATS
 from llmbo.errors import ConfigError
 from llmbo.models.aliases import cache_dir
-from llmbo.models.loading import find_prunable
+from llmbo.models.loading import find_prunable, load_tokenizer
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
-from llmbo.models.stored import StoredWeights, anatomy_of_config, stored_weights
+from llmbo.models.stored import StoredWeights, anatomy_of_config, model_of_config, stored_weights
+from llmbo.problem.engines import check_engines
 from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
     Machine,
@@ -216,6 +217,8 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
     itemsize = DTYPES[dtype].itemsize
     anatomy = anatomy_of_config(found)
+    if config.deploy:
+        check_engines(config, model_of_config(found), load_tokenizer(found))
     space = space_of(config, anatomy)
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)

@@ -16,7 +16,7 @@ from pruning.errors import UnsupportedExport
 from pruning.export.gguf_tensors import Array, stored_widths, tensors
 from pruning.export.gguf_tokenizer import add_tokenizer
 from pruning.export.hf import Pruned
-from pruning.export.rebuild import is_uniform
+from pruning.export.rebuild import context_length, is_uniform
 
 FILE_TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -205,12 +205,6 @@ def _add_sliding(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-
-
-def context_length(config: Any) -> int:
-    """Up to its sliding window a model attends to everything, which is all that the architectures other than Gemma's can do."""
-    window = None if config.model_type.startswith("gemma") else getattr(config, "sliding_window", None)
-    return min(config.max_position_embeddings, window) if window else int(config.max_position_embeddings)
 
 
 def gguf_tensors(pruned: Pruned) -> Iterator[tuple[str, Array]]:

@@ -14,8 +14,8 @@ from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
 from pruning.export.reader import Read, reader
-from pruning.export.rebuild import cast, class_for, local_class, rebuilt, stock_config
-from pruning.export.verify import Check, check_equal, expected_logits, probe
+from pruning.export.rebuild import cast, class_for, is_uniform, local_class, rebuilt, stock_config
+from pruning.export.verify import PROBE_LENGTH, Check, check_equal, expected_logits, probe
 from pruning.projection import matrix_of
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
@@ -49,6 +49,19 @@ def check_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
     class_for(model, anatomy_of(model), architecture)
 
 
+def check_stock(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
+    """Refuse what needs the modelling file.
+
+    Raises:
+        UnsupportedExport: No stock config can tell the sizes.
+    """
+    _, config = class_for(model, anatomy_of(model), architecture)
+    if config is None:
+        kept = f"equal layers with {max(architecture.kv_groups)} KV groups each"
+        what = kept if is_uniform(architecture) else "layers of unequal size"
+        raise UnsupportedExport(f"A stock '{model.config.model_type}' config cannot tell {what}: export --format hf.")
+
+
 def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture) -> None:
     """Refuse early what `save_padded` would refuse of the dense `model` cut to `architecture`.
 
@@ -77,7 +90,7 @@ def save_hf(
         ExportFailed: What was written does not load, or computes something else. Nothing is left.
     """
     model = rebuilt(pruned.model, pruned.anatomy, pruned.architecture)
-    return _save(pruned, model, out, files or {}, max_shard_size, read)
+    return save_model(pruned, model, out, files or {}, max_shard_size, read)
 
 
 def save_padded(
@@ -88,7 +101,7 @@ def save_padded(
     read: Read | None = None,
 ) -> Check:
     """Write a stock folder with every layer padded by zeros to the widest, as `save_hf`. Same logits; it saves little or nothing."""
-    return _save(pruned, padded(pruned), out, files or {}, max_shard_size, read)
+    return save_model(pruned, padded(pruned), out, files or {}, max_shard_size, read)
 
 
 def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -147,7 +160,7 @@ def _padded_config(pruned: Pruned) -> PreTrainedConfig:
     )
 
 
-def _save(
+def save_model(
     pruned: Pruned,
     model: PreTrainedModel,
     out: Path,
@@ -155,7 +168,8 @@ def _save(
     max_shard_size: int | str,
     read: Read | None,
 ) -> Check:
-    tokens = probe(model)
+    """Save `model`, which is to compute what `pruned` does, and read it back; as `save_hf`."""
+    tokens = probe(model, min(PROBE_LENGTH, getattr(model.config, "max_position_embeddings", PROBE_LENGTH)))
     with whole_folder(out, files) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if pruned.tokenizer is not None:

@@ -14,10 +14,11 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import ExportFailed
 from pruning.export.folder import whole_folder
-from pruning.export.gguf_file import check_gguf, context_length, gguf_tensors, write_gguf
+from pruning.export.gguf_file import check_gguf, gguf_tensors, write_gguf
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.hf import Pruned
 from pruning.export.reader import reader
+from pruning.export.rebuild import context_length
 from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe
 
 # Logits in llama.cpp as a share of their spread. On SmolLM2 f16 differs by 0.004 and 0.03 (dense, half of all neurons gone), but

@@ -105,6 +105,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def context_length(config: Any) -> int:
+    """Up to its sliding window a model attends to everything, which is all that other programs can do with a Llama that has one."""
+    window = None if config.model_type.startswith("gemma") else getattr(config, "sliding_window", None)
+    return min(config.max_position_embeddings, window) if window else int(config.max_position_embeddings)
+
+
 def _unequal_config(
     config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture, config_class: Any
 ) -> PreTrainedConfig:

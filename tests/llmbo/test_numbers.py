@@ -41,6 +41,7 @@ WRITTEN = {
     ("optimize", "--memory"): ("{}GB",),
     ("compare", "--seeds"): ("{}",),
     ("export", "--max-shard-size"): ("{}", "{}GB"),
+    ("export", "--fit"): ("params<={}",),
 }
 
 

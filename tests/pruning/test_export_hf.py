@@ -265,6 +265,25 @@ def test_adapters_attach_train_and_merge(
 
 
 @ONE_FAMILY
+def test_it_is_compiled_in_one_graph_and_trained_by_a_trainer(
+    model: PreTrainedModel, windows: Tensor, pruned: Draw, saved: Any, logits: Any, tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments  # seconds, which only this test needs
+
+    found = load_pruned(saved(pruned(model, "MA---")), torch.float32)
+    expected = logits(found, windows)
+    torch.testing.assert_close(logits(torch.compile(found, backend="eager", fullgraph=True), windows), expected)
+    rows = [{"input_ids": row, "labels": row} for row in windows]
+    options = TrainingArguments(tmp_path / "trained", max_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[])
+    trainer = Trainer(found, options, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    trained = logits(found.eval(), windows)
+    assert not torch.allclose(trained, expected)
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "trained"), windows), trained)
+
+
+@ONE_FAMILY
 @pytest.mark.usefixtures("fresh_processes")
 def test_a_checked_export(model: PreTrainedModel, windows: Tensor, pruned: Draw, logits: Any, tmp_path: Path) -> None:
     cut = pruned(model, "ABMB-")

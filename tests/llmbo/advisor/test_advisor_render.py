@@ -12,7 +12,7 @@ import pytest
 import torch
 from jinja2 import meta
 
-from llmbo.advisor.context import change_text, levels_text, offset_text
+from llmbo.advisor.context import change_text, levels_text, offset_text, parameters_per_level
 from llmbo.advisor.parse import parse_reply
 from llmbo.advisor.render import environment, estimated_tokens, render, render_repair, token_limit
 from llmbo.advisor.roles import Question, Rejection
@@ -189,3 +189,13 @@ def test_a_repair_quotes_the_reply_and_the_reasons(question: Callable[..., Quest
 
 def test_no_markup_is_lost(question: Callable[..., Any]) -> None:
     assert "&" not in render(question()).user
+
+
+@pytest.mark.parametrize("kv_groups", [(), (2,)])
+def test_a_level_of_attention_is_told_with_what_it_holds(make_space: Any, kv_groups: tuple[int, ...]) -> None:
+    space = replace(make_space(), kv_groups=kv_groups)
+    top, attention = space.bounds[1], space.anatomy.blocks[0]
+    emptied = top.clone()
+    emptied[0] = 0
+    gone = float(space.cost("params", top) - space.cost("params", emptied))
+    assert gone == parameters_per_level(space)["attention"] * top[0] + attention.fixed_parameters

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config import RunConfig
+from llmbo.config.formats import FORMATS
+from llmbo.problem.space import space_of
+from llmbo.search.baselines.designs import UniformProposer
+from pruning.anatomy import anatomy_of
+from pruning.architecture import Architecture
+from pruning.errors import UnsupportedExport
+from pruning.export.hf import check_stock
 
 Build = Callable[[str], PreTrainedModel]
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
 
 
-def check(folder: object) -> Any:
-    return CliRunner().invoke(app, ["models", "--check", str(folder)])
+def check(folder: object, *deploy: str) -> Any:
+    engines = [word for engine in deploy for word in ("--deploy", engine)]
+    return CliRunner().invoke(app, ["models", "--check", str(folder), *engines])
 
 
 @pytest.fixture
@@ -51,13 +61,63 @@ def test_every_format_says_what_it_holds(
     bytewise.save_pretrained(tmp_path)
     result = check(tmp_path)
     assert result.exit_code == 0, result.output
-    family, search, *formats = result.stdout.splitlines()
+    family, search, engines, *formats = result.stdout.splitlines()
     assert family.startswith(f"family: {config.model_type} ") and f" in {config.num_hidden_layers} layers" in family
     groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    assert f"0 to {groups} of its KV groups" in search and "0 to 24 neurons" in search
-    assert [line.split(":")[0] for line in formats] == ["--format hf", "--format gguf", "--format padded"]
-    assert formats[0].endswith(": layers of any size") and formats[2].endswith(": layers of any size")
+    assert f"0 {'or' if groups == 1 else 'to'} {groups} of its KV groups" in search and "0 to 24 neurons" in search
+    assert [line.split(":")[0] for line in formats] == [f"--format {name}" for name in FORMATS]
+    assert formats[0].endswith(": layers of any size") and formats[3].endswith(": layers of any size")
     assert re.search(f"^--format gguf: {gguf}", formats[1])
+    loads = not changed and row == "llama"
+    assert ("llama.cpp" in engines.partition(";")[0]) == loads and "runs in hf" in engines
+    vllm = "with all heads or none, and MLPs of any size, no others: .*gone in layers 0:" if loads else ": none: vLLM"
+    assert re.search(vllm, formats[2])
+
+
+def test_engines_narrow_what_is_searched_or_say_why_they_cannot(
+    build: Build, bytewise: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for row, engines, says in (
+        ("llama-mha", ("vllm", "hf"), "keeps 0 or 4 of its KV groups"),
+        (
+            "llama-mha",
+            ("hf-stock",),
+            "keeps 1 or 2 or 4 of its KV groups.*all layers the same$",
+        ),  # 3 heads: hidden is 32
+        ("llama-mha", ("hf-stock", "vllm", "llama.cpp"), "keeps 4 of its .*same$"),
+        ("gpt2", ("hf-stock", "llama.cpp"), "keeps 4 of its .*same$"),
+        ("gemma2", ("llama.cpp",), "error: --deploy llama.cpp cannot run .*unequal size: .*can: --deploy hf, hf-stock"),
+        ("gpt2", ("vllm",), "error: --deploy vllm cannot .* not of 'gpt2': .* What can: --deploy hf, hf-stock"),
+        ("llama", ("onnx",), "error: Unknown --deploy 'onnx': Expected one of hf, hf-stock, llama.cpp, vllm"),
+        ("llama", ("vllm", "vllm"), "error: --deploy vllm is given twice"),
+    ):
+        build(row).config.save_pretrained(tmp_path)
+        bytewise.save_pretrained(tmp_path)
+        result = check(tmp_path, *engines)
+        refused = says.startswith("error")
+        assert result.exit_code == 2 * refused and (len(result.stderr.splitlines()) == 1) == refused, result.output
+        assert re.search(says, result.stderr if refused else result.stdout, re.MULTILINE)
+        if not refused:
+            assert all(engine in result.stdout.splitlines()[2] for engine in engines)
+    build("gpt2").config.save_pretrained(tmp_path)
+    for flag in ("--quiet", "--plan"):  # before anything is done
+        with chdir(tmp_path):
+            words = ["--model", str(tmp_path), "--window", "32", "--deploy", "vllm", flag]
+            result = CliRunner().invoke(app, ["optimize", *words])
+        assert result.exit_code == 2 and "not of 'gpt2'" in result.stderr and not (tmp_path / "runs").exists()
+    assert "--check MODEL" in CliRunner().invoke(app, ["models", "--deploy", "vllm"]).stderr
+
+
+def test_a_search_for_stock_models_holds_nothing_else(family_model: PreTrainedModel) -> None:
+    """In any family."""
+    anatomy = anatomy_of(family_model)
+    space = space_of(RunConfig("it", deploy=("hf-stock",)), anatomy)
+    layers, groups = anatomy.num_hidden_layers, space.widths["attention"][1:]
+    assert groups and UniformProposer(space).propose([], 1, 0)
+    for kept in groups:
+        check_stock(family_model, None, Architecture((kept,) * layers, (5,) * layers))
+    with pytest.raises(UnsupportedExport, match="cannot tell layers of unequal size"):
+        check_stock(family_model, None, Architecture(groups[-1:] * layers, (5, *(24,) * (layers - 1))))
 
 
 def test_a_single_kv_group_is_told(build: Build, bytewise: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -16,11 +16,15 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import llmbo
 from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.deploy import disk
+from llmbo.deploy.fit import best_within
+from llmbo.errors import ConfigError
 from llmbo.models.loading import load_model
 from llmbo.problem.texts import load_windows
+from llmbo.run.rebuild import read_run
 from pruning.export import load_pruned
 from pruning.likelihood import quality
 
@@ -94,13 +98,39 @@ def test_an_exported_trial_measures_what_the_run_measured(
     assert "is not empty" in again
 
 
+def test_the_best_model_within_a_budget_is_taken(export: Export, finished: Any, tmp_path: Path) -> None:
+    """Of the whole front, whatever is asked for; several budgets are all kept."""
+    report = read_run(str(finished.folder / "runs" / "tiny"))
+    points = [point.objectives for point in report.front]
+    assert len(points) > 3
+    for name in ("params", "params_share", "kv_bytes", "kl"):
+        for bound in sorted(getattr(point, name) for point in points):
+            for share in (1.0, 0.8, 0.6):
+                budgets = {name: bound} | ({} if name == "params_share" else {"params_share": share})
+                kept = [p for p in points if all(getattr(p, key) <= value for key, value in budgets.items())]
+                if not kept:
+                    with pytest.raises(ConfigError, match="the nearest is trial"):
+                        best_within(report, budgets)
+                    continue
+                best = best_within(report, budgets).objectives
+                assert best in kept and best.kl == min(point.kl for point in kept)
+    bound = sorted(point.params for point in points)[1]
+    wanted = best_within(report, {"params": bound}).trial
+    result = export("tiny", fit=f"params<={bound}", format="hf", out=tmp_path / "out")
+    assert result.exit_code == 0 and f"/out: trial {wanted}, " in result.stdout and " MB" in result.stdout, (
+        result.output
+    )
+    assert json.loads((tmp_path / "out" / "llmbo.json").read_text())["trial"] == wanted
+    assert llmbo.load_run(finished.folder / "runs" / "tiny").best_within({"params": bound}).trial == wanted
+
+
 @pytest.mark.parametrize(
     ("run", "flags", "says"),
     [
         ("nowhere", {}, "There is no run 'nowhere'.*Known runs: tiny"),
         ("tiny", {"trial": 99}, "no trial 99: it has 0 to 17; on the front are"),
         ("tiny", {"trial": -1}, "--trial must be at least 0, got -1"),
-        ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, padded"),
+        ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, vllm, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
         *(
@@ -114,6 +144,17 @@ def test_an_exported_trial_measures_what_the_run_measured(
         ("tiny", {"out": __file__}, "is a file"),
         ("tiny", {"out": f"{__file__}/deeper"}, "cannot be made, since .* is a file"),
         ("tiny", {"model": "/no/such/model"}, "no model folder '/no/such/model'"),
+        ("tiny", {"fit": "params<=1e8"}, "either --trial, or --fit"),
+        ("tiny", {"trial": None}, "either --trial, or --fit"),
+        ("tiny", {"trial": None, "fit": "params=1e8"}, "--fit needs NAME<=VALUE.*got 'params=1e8'"),
+        ("tiny", {"trial": None, "fit": "parms<=1e8"}, "name after --fit 'parms': did you mean params"),
+        ("tiny", {"trial": None, "fit": "params>=1e8"}, "less params is better, so it must be params<=1e8"),
+        ("tiny", {"trial": None, "fit": "energy<=3"}, "holds no energy, only kl, loss, params, "),
+        (
+            "tiny",
+            {"trial": None, "fit": "params_share<=0.01"},
+            r"has params_share<=0.01: the nearest is trial \d+ with .* 0\.\d+\. Ask",
+        ),
     ],
 )
 def test_bad_input(
@@ -122,6 +163,7 @@ def test_bad_input(
     import re
 
     given = {"trial": trial["trial"], "format": "hf", "out": tmp_path / "out", **flags}
+    given = {name: value for name, value in given.items() if value is not None}
     assert re.search(says, refused(export(run, **given)))
     assert not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
 
@@ -178,10 +220,11 @@ def test_too_little_disk(
 
 
 def test_a_uniform_search_finds_models_for_stock_configs(llmbo: Any, export: Export, tmp_path: Path) -> None:
-    assert llmbo(uniform=True, budget=3).exit_code == 0
+    assert llmbo(uniform=True, deploy="hf-stock", budget=3).exit_code == 0
     trials = llmbo.report()["trials"]
     assert all(len(set(widths)) == 1 for trial in trials for widths in trial["architecture"].values())
     assert "--uniform is a strategy of its own" in refused(llmbo(uniform=True, strategy="random", name="other"))
+    assert "hf-stock has a strategy of its own" in refused(llmbo(deploy="hf-stock", strategy="random", name="other"))
     assert export("tiny", tmp_path, trial=0, format="hf", out=tmp_path / "out").exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config

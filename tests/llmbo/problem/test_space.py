@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS, SearchSpace, _
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 
-# layers, neurons, min_share, neuron_step; steps 5 and 7 divide neither 24 nor 100
-CASES = [(4, 24, 0.4, 0), (4, 24, 0.4, 5), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 1, 0.5, 1), (2, 500, 0.3, 0)]
+# layers, neurons, min_share, neuron_step, numbers of KV groups; steps 5 and 7 divide neither 24 nor 100
+CASES = [
+    (4, 24, 0.4, 0, ()), (4, 24, 0.4, 5, ()), (3, 100, 0.1, 7, (2,)), (2, 24, 0.9, 24, ()), (5, 1, 0.5, 1, ()),
+    (2, 500, 0.3, 0, (2,)),
+]  # fmt: skip
 
 
 @pytest.fixture(params=CASES, ids=str)
 def space(request: pytest.FixtureRequest, make_space: Callable[..., SearchSpace]) -> SearchSpace:
-    return make_space(*request.param)
+    *sizes, groups = request.param
+    return replace(make_space(*sizes), kv_groups=groups)
 
 
 def random_levels(space: SearchSpace, n: int, seed: int = 0, margin: int = 0) -> torch.Tensor:
@@ -91,6 +96,8 @@ def test_an_architecture_off_the_grid_is_refused(make_space: Callable[..., Searc
     space = make_space(2, 24, 0.4, 5)
     with pytest.raises(LlmboError, match="Layer 1 keeps 7 neurons"):
         space.encode(Architecture((1, 1), (5, 7)))
+    with pytest.raises(LlmboError, match="Layer 0 keeps 1 KV groups"):
+        replace(space, kv_groups=(2,)).encode(Architecture((1, 2), (5, 5)))
 
 
 @pytest.mark.parametrize("min_share", [0.0, 1.0, -0.1, 1.5, float("nan")])

@@ -24,12 +24,18 @@ def _dtype_help() -> str:
     return f"The first is the default. {choices}. auto: as the run measured."
 
 
+def _quantize_help() -> str:
+    choices = "; ".join(f"{row.name}: {', '.join(row.quantised)}" for row in FORMATS.values() if row.quantised)
+    return f"In place of --dtype, a file type of llama.cpp. {choices}; or recipe:FILE, JSON of tensors' patterns and types."
+
+
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
     trial: Annotated[int, typer.Option(help="Number of a finished trial, usually one of the front.")],
     format: Annotated[str, typer.Option(help=_format_help())],
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
     dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
+    quantize: Annotated[str, typer.Option(help=_quantize_help())] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")] = "5GB",
     refit: Annotated[
         str,
@@ -57,16 +63,18 @@ def export(
         from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit)
+        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, quantize)
         with Display(Console(stderr=True), 0) as display:
             check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device, read)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None
     say(
-        f"{out}: {values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
+        f"{out}: {values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.label}, {size / 1e6:.1f} MB. "
         f"Refits: {request.refit}. Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
+    for note in check.notes:
+        say(note)
     if warning := caveat(request.format):
         say(warning)
     say(f"How to load it: {out / 'README.md'}")

@@ -23,13 +23,14 @@ class Format:
         dtypes: Bytes per parameter on disk, by what `--dtype` may say.
         default: One of `dtypes`, or "auto" for the dtype the run measured in.
         save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
-        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size` and `read`.
+        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows` and `read`.
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
         check_model: `(dense model, its tokenizer, Architecture)`, refuses before anything is cut, without looking at weights.
         saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
         checking: Bytes per parameter of what lies beside the result while it is checked.
+        quantised: What `--quantize` may say, beside `recipe:FILE`; nothing where the format has no blocks.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Format:
     check_type: str = ""
     saves: bool = True
     checking: float = 0.0
+    quantised: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -62,7 +64,10 @@ class Format:
         Args:
             params, dense_params: Parameters of the pruned and of the dense model.
         """
-        return round(self.dtypes[dtype] * (params if self.saves else dense_params))
+        coarse = (
+            self.dtypes["q8_0"] if dtype in self.quantised else max(self.dtypes.values())
+        )  # what rows may fall back to
+        return round(self.dtypes.get(dtype, coarse) * (params if self.saves else dense_params))
 
 
 def caveat(format: Format) -> str:
@@ -107,7 +112,7 @@ Its layers differ in size, which no stock class of transformers can hold: `model
         dtypes={"f16": 2, "bf16": 2, "q8_0": 1.0625, "f32": 4},
         default="f16",
         save="pruning.export:save_gguf",
-        options=("dtype", "name"),
+        options=("dtype", "name", "windows"),
         load="""```python
 from llama_cpp import Llama
 
@@ -117,7 +122,8 @@ model = Llama("{path}/{name}-{dtype}.gguf")
 or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         check_type="pruning.export.gguf_file:gguf_architecture",
         check_model="pruning.export.llama_cpp:check_model",
-        checking=2,  # bf16 and q8_0 are checked by an f16 twin
+        checking=2,  # what f16 and f32 are coarser than is checked by an f16 twin
+        quantised=("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0"),
     ),
     Format(
         name="padded",

@@ -47,6 +47,7 @@ NOT_RUN = {
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/problem/test_accuracy.py brings one",
     "llmbo optimize --model llama --budget 60 --refit-front": "tests/llmbo/run/test_refit_front.py does that",
     "llmbo export runs/llama --trial 37 --format hf --refit": "tests/llmbo/run/test_refit_front.py does that",
+    "llmbo export runs/llama --trial 37 --format gguf --quantize": "tests/pruning/test_export_gguf.py does that",
     "llmbo optimize --model llama --items": "needs files of items; tests/llmbo/run/test_judgement.py brings some",
     "llmbo evaluate llama exports/llama-54 --items": "needs files of items; tests/llmbo/evaluation/test_evaluation.py brings some",
     "llmbo optimize --model llama --budget 60 --advisor mail:": "ends for a reply; tests/llmbo/advisor/test_advisor_cli.py gives some",

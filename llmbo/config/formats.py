@@ -5,6 +5,7 @@ A new format is a row here and a writer in `pruning/export/`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 SAVES_NOTHING = "saves no memory and no time"
 FOLDER_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -23,7 +24,7 @@ class Format:
         dtypes: Bytes per parameter on disk, by what `--dtype` may say.
         default: One of `dtypes`, or "auto" for the dtype the run measured in.
         save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
-        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows` and `read`.
+        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows`, `title` and `read`.
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
@@ -76,6 +77,15 @@ def caveat(format: Format) -> str:
     return "" if format.saves else f"This format {SAVES_NOTHING}: use {better} for that."
 
 
+def title(model: str) -> str:
+    """What a file says its model is, the same for every trial: sizes are known of what is not there yet.
+
+    Args:
+        model: The base model's name or folder.
+    """
+    return f"{Path(model).name}, pruned"
+
+
 _TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,7 +122,7 @@ Its layers differ in size, which no stock class of transformers can hold: `model
         dtypes={"f16": 2, "bf16": 2, "q8_0": 1.0625, "f32": 4},
         default="f16",
         save="pruning.export:save_gguf",
-        options=("dtype", "name", "windows"),
+        options=("dtype", "name", "windows", "title"),
         load="""```python
 from llama_cpp import Llama
 
@@ -139,3 +149,10 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}
+FILE_TYPE = "f16"  # of the files whose size is counted, where nothing else is said
+
+
+def counted_types() -> tuple[str, ...]:
+    """What files `file_bytes` can count."""
+    row = FORMATS["gguf"]
+    return tuple(dict.fromkeys((*row.dtypes, *row.quantised)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmbo.config.formats import FORMATS, Format
+from llmbo.config.formats import FORMATS, Format, title
 from llmbo.config.numbers import MOST, Within, bytes_of
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, unknown
@@ -111,6 +111,7 @@ class ExportRequest:
             windows: The run's calibration text, `num_windows x length` token ids.
         """
         known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size, "read": read}
+        known["title"] = title(self.report.model.name)
         known["windows"] = windows[: max(1, ENERGY_TOKENS // windows.shape[1])]
         return {name: known[name] for name in self.format.options}
 

@@ -8,7 +8,6 @@ first layer without attention gets one head of zeros; and `openelm`, where every
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import gguf
 import numpy as np
@@ -48,6 +47,14 @@ def tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     factors = _rotary_factors(pruned)
     if architecture in ("llama", "deci") and factors is not None:
         yield "rope_freqs.weight", factors
+
+
+def shapes(pruned: Pruned, architecture: str) -> dict[str, tuple[int, ...]]:
+    """Of all tensors without stand-ins, by GGUF's names; weights are not looked at."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in _matrices(pruned.model).items()}
+    found = {name: tuple(values.shape) for name, _, values in _named(state, pruned, architecture)}
+    factors = _rotary_factors(pruned) if architecture in ("llama", "deci") else None
+    return found | ({} if factors is None else {"rope_freqs.weight": factors.shape})
 
 
 def with_matrices(pruned: Pruned, architecture: str, stored: Callable[[str], Array]) -> PreTrainedModel:
@@ -151,29 +158,34 @@ def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def stand_ins(anatomy: Anatomy, architecture: str, attention: bool, mlp: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of blocks of zeros, by their names in a layer."""
+    hidden, head = anatomy.hidden_size, anatomy.head_dim
+    queries, found = head * anatomy.queries_per_group, dict[str, tuple[int, ...]]()
+    if attention:
+        found |= {"attn_norm": (hidden,), "attn_output": (hidden, queries)}
+        if architecture == "openelm":
+            found |= {"attn_qkv": (queries + 2 * head, hidden), "attn_q_norm": (head,), "attn_k_norm": (head,)}
+        else:
+            found |= {"attn_q": (queries, hidden), "attn_k": (head, hidden), "attn_v": (head, hidden)}
+    if mlp:
+        found |= {
+            "ffn_norm": (hidden,),
+            "ffn_gate": (THIN, hidden),
+            "ffn_up": (THIN, hidden),
+            "ffn_down": (hidden, THIN),
+        }
+    return {f"{name}.weight": shape for name, shape in found.items()}
+
+
 def _stand_ins(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     """Blocks of zeros where llama.cpp cannot do without one; they add nothing to the residual stream."""
-    anatomy, hidden = pruned.anatomy, pruned.anatomy.hidden_size
-    head, queries = anatomy.head_dim, anatomy.head_dim * anatomy.queries_per_group
     pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
-    stored = stored_widths(anatomy, pruned.architecture, architecture)
+    stored = stored_widths(pruned.anatomy, pruned.architecture, architecture)
     for position, (real, (groups, _)) in enumerate(zip([pair for pair in pairs if any(pair)], stored, strict=True)):
-        layer = f"blk.{position}"
-        if groups and not real[0]:
-            rows: dict[str, Any] = {"attn_q": (queries, hidden), "attn_k": (head, hidden), "attn_v": (head, hidden)}
-            if architecture == "openelm":
-                rows = {"attn_qkv": (queries + 2 * head, hidden)}
-                yield from ((f"{layer}.attn_{part}_norm.weight", np.ones(head, dtype=np.float32)) for part in "qk")
-            yield from _zeros(layer, "attn_norm", hidden, {**rows, "attn_output": (hidden, queries)})
-        if not real[1]:
-            rows = dict.fromkeys(("ffn_gate", "ffn_up"), (THIN, hidden))
-            yield from _zeros(layer, "ffn_norm", hidden, {**rows, "ffn_down": (hidden, THIN)})
-
-
-def _zeros(layer: str, norm: str, hidden: int, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Array]]:
-    yield f"{layer}.{norm}.weight", np.ones(hidden, dtype=np.float32)
-    for name, shape in shapes.items():
-        yield f"{layer}.{name}.weight", np.zeros(shape, dtype=np.float32)
+        found = stand_ins(pruned.anatomy, architecture, bool(groups and not real[0]), not real[1])
+        for name, shape in found.items():
+            yield f"blk.{position}.{name}", (np.ones if len(shape) == 1 else np.zeros)(shape, dtype=np.float32)
 
 
 def _rotary_factors(pruned: Pruned) -> Array | None:

@@ -55,6 +55,7 @@ def save_gguf(
     dtype: str = "f16",
     name: str = "model",
     windows: Tensor | None = None,
+    title: str = "",
 ) -> Check:
     """Write `out/NAME-DTYPE.gguf`, tokenizer and chat template included.
 
@@ -63,6 +64,7 @@ def save_gguf(
         files: More texts for the folder, by file name.
         dtype: A file type of llama.cpp, one of `FILE_TYPES`, or `recipe:FILE` (see `Mixture.of`).
         windows: As in `write_gguf`.
+        title: The model's name in the file, by default `name`.
 
     Raises:
         UnsupportedExport: GGUF or llama.cpp has no place for the architecture, tokenizer or dtype, or `out` is taken.
@@ -71,7 +73,7 @@ def save_gguf(
     mixture = Mixture.of(dtype)
     with whole_folder(out, files or {}) as folder:
         path = folder / f"{name}-{mixture.name}.gguf"
-        notes = told(write_gguf(pruned, path, mixture, name, windows))
+        notes = told(write_gguf(pruned, path, mixture, title or name, windows))
         if importlib.util.find_spec("llama_cpp") is None:
             how = "reading its tensors back (llama-cpp-python is not installed)"
             return Check(how, _read_back(pruned, path), notes)

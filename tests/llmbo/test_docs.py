@@ -44,6 +44,7 @@ NOT_RUN = {
     "llmbo optimize --model ./my-qwen --text hf:": "needs the hub's data sets",
     "llmbo evaluate llama exports/llama-54 --tasks arc_easy": "needs the hub's data sets",
     "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/problem/test_hardware.py does that",
+    "python -m experiments.bits": "takes minutes; tests/llmbo/comparison/test_bits.py measures a tiny model",
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/problem/test_accuracy.py brings one",
     "llmbo optimize --model llama --budget 60 --refit-front": "tests/llmbo/run/test_refit_front.py does that",
     "llmbo export runs/llama --trial 37 --format hf --refit": "tests/llmbo/run/test_refit_front.py does that",

@@ -24,12 +24,13 @@ from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, llama_cpp, save_gguf
 from pruning.export.energies import column_energies
 from pruning.export.gguf_file import check_gguf, context_length, gguf_architecture, write_gguf
+from pruning.export.gguf_size import GgufSize
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.quantise import FALLBACKS, FILE_TYPES, PLAIN, Mixture, _ggml
 from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import magnitude
 from pruning.masks import PruningMask
-from pruning.shrinking import shrink
+from pruning.shrinking import shrink, shrink_to
 from pruning.statistics import collect_statistics
 from pruning.text import read_text
 
@@ -109,6 +110,8 @@ def test_llama_cpp_computes_the_same(
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3  # its KV cache is float16
+    predicted = GgufSize(model, None, Mixture.of("f32"), "x")(torch.tensor(kv_groups), torch.tensor(neurons))
+    assert int(predicted) == (tmp_path / "x.gguf").stat().st_size
 
 
 @needs_llama_cpp
@@ -170,6 +173,8 @@ def test_unequal_layers_with_norms_of_queries_and_keys(
     model = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True})).double().eval()
     cut = pruned_to(model, kv_groups, neurons)
     write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
+    predicted = GgufSize(model, None, Mixture.of("f32"), "x")(torch.tensor(kv_groups), torch.tensor(neurons))
+    assert int(predicted) == (tmp_path / "x.gguf").stat().st_size
     tokens = probe(cut.model, 32)
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -319,7 +324,9 @@ def test_a_checked_file(wide: Pruned, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     tensors, *fallen = check.notes
     assert re.match(r"Tensors: \d+ q4_k \(.* MB\).* q6_k .* f32 ", tensors)
-    assert any(re.match(r"q5_0 instead of q4_k, .* rows of 32, 96, 128: .*blk.N.ffn_down.weight", line) for line in fallen)
+    assert any(
+        re.match(r"q5_0 instead of q4_k, .* rows of 32, 96, 128: .*blk.N.ffn_down.weight", line) for line in fallen
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
@@ -345,6 +352,30 @@ def test_without_llama_cpp_the_file_is_read_back(
     with pytest.raises(ExportFailed, match="other weights"):
         save_gguf(cut, tmp_path / "bad", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m", "q4_0"])
+def test_the_size_of_a_file_is_known_to_the_byte(kind: str, tmp_path: Path) -> None:
+    """Of several architectures at once: numbers of two digits, equal and unequal layers, dropped ones and dropped blocks, any rows."""
+    config = LlamaConfig(
+        vocab_size=340, hidden_size=64, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=64,
+    )  # fmt: skip
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), fast(byte_level())
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.randint(3, (2, 3, 12), generator=rng)
+    neurons = torch.tensor([0, 32, 64, 90, 96])[torch.randint(5, (2, 3, 12), generator=rng)]
+    groups[1, 1], neurons[1, 1] = 1, 32
+    groups[1, 1, 4], neurons[1, 1, 4], groups[1, 2], neurons[1, 2] = 0, 0, 2, 96
+    found = GgufSize(model, tokenizer, Mixture.of(kind), "any name")(groups, neurons)
+    assert found.shape == (2, 3) and len(found.unique()) == 6
+    for some, others, size in zip(
+        groups.view(6, 12).tolist(), neurons.view(6, 12).tolist(), found.view(6).tolist(), strict=True
+    ):
+        architecture = Architecture(tuple(some), tuple(others))
+        cut = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture, tokenizer)
+        write_gguf(cut, tmp_path / "x.gguf", Mixture.of(kind), "any name")
+        assert size == (tmp_path / "x.gguf").stat().st_size, architecture
 
 
 @pytest.mark.parametrize(
@@ -431,17 +462,29 @@ def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide() -> Pruned:
-    """Rows of 512 and 256, which K-quants can cut, and of 96 and 32, which they cannot; all that llama.cpp counts layers for."""
+def dense() -> PreTrainedModel:
+    """With rows that K-quants can cut."""
     config = LlamaConfig(
         vocab_size=340, hidden_size=512, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
         intermediate_size=256, initializer_range=0.05, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def wide(dense: PreTrainedModel) -> Pruned:
+    """Rows of 512 and 256, which K-quants can cut, and of 128, 96 and 32, which they cannot; all that llama.cpp counts layers for."""
     neurons = (256, 256, 0, 256, 96, 256, 256, 0, 256, 256)
-    return pruned_to(model, (2, 0, 2, 2, 1, 2, 2, 0, 2, 2), neurons, fast(byte_level()))
+    return pruned_to(dense, (2, 0, 2, 2, 1, 2, 2, 0, 2, 2), neurons, fast(byte_level()))
+
+
+def with_tied(model: PreTrainedModel, tied: bool) -> PreTrainedModel:
+    """A copy whose config says so."""
+    model = copy.deepcopy(model)
+    model.config.tie_word_embeddings = tied
+    return model
 
 
 def by_llama_cpp(path: Path, out: Path, kind: str, energies: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -465,15 +508,19 @@ def by_llama_cpp(path: Path, out: Path, kind: str, energies: dict[str, np.ndarra
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", [kind for kind, (type, _) in FILE_TYPES.items() if type not in PLAIN])
-def test_llama_cpps_own_quantiser_writes_the_same(kind: str, wide: Pruned, tmp_path: Path) -> None:
+def test_llama_cpps_own_quantiser_writes_the_same(
+    kind: str, dense: PreTrainedModel, wide: Pruned, tmp_path: Path
+) -> None:
     """To the bit, types and fallbacks included. Where energies are known, llama.cpp heeds them in blocks of 32 too: the one difference."""
     windows = torch.arange(64).view(2, 32) if kind == "q4_k_m" else None
     if kind == "q5_k_m":  # a head of its own
-        model = copy.deepcopy(wide.model)
-        model.config.tie_word_embeddings = False
-        wide = replace(wide, model=model)
+        wide = replace(wide, model=with_tied(wide.model, False))
     write_gguf(wide, tmp_path / "f32.gguf", Mixture.of("f32"), "x")
     plan = write_gguf(wide, tmp_path / "own.gguf", Mixture.of(kind), "x", windows)
+    untied = with_tied(dense, wide.model.config.tie_word_embeddings)
+    size = GgufSize(untied, wide.tokenizer, Mixture.of(kind), "x")
+    widths = torch.tensor([wide.architecture.kv_groups, wide.architecture.neurons])
+    assert int(size(*widths)) == (tmp_path / "own.gguf").stat().st_size
     energies = column_energies(wide, windows) if windows is not None else {}
     expected = by_llama_cpp(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", kind, energies)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "own.gguf").tensors}

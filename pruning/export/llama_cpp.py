@@ -95,7 +95,7 @@ def with_weights_of(pruned: Pruned, path: Path) -> PreTrainedModel:
     return with_matrices(
         pruned,
         gguf_architecture(pruned.anatomy.family.model_type, pruned.architecture),
-        lambda name: gguf.quants.dequantize(held[name].data, held[name].tensor_type),
+        lambda name: gguf.quants.dequantize(held[name].data, held[name].tensor_type).copy(),
     )
 
 

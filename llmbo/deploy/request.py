@@ -75,7 +75,7 @@ class ExportRequest:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
         row = FORMATS[format]
         if quantize:
-            _check_quantize(row, quantize, dtype)
+            _check_quantize(row, quantize, dtype, report.model.hidden_size)
         dtype = quantize or dtype or row.default
         if dtype not in row.choices and not quantize:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
@@ -124,7 +124,7 @@ class ExportRequest:
         return written + round(self.format.checking * params)
 
 
-def _check_quantize(format: Format, quantize: str, dtype: str) -> None:
+def _check_quantize(format: Format, quantize: str, dtype: str, hidden_size: int) -> None:
     """Refuse what cannot be, or cannot be here.
 
     Raises:
@@ -137,4 +137,4 @@ def _check_quantize(format: Format, quantize: str, dtype: str) -> None:
         raise ConfigError(f"--dtype {dtype} and --quantize {quantize} both say how weights are stored: leave one out.")
     if quantize not in format.quantised and not quantize.startswith(RECIPE):
         raise ConfigError(unknown("--quantize", quantize, [*format.quantised, f"{RECIPE}FILE"]))
-    Mixture.of(quantize).check_library()
+    Mixture.of(quantize).check_library(hidden_size)

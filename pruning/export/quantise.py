@@ -92,13 +92,14 @@ class Mixture:
             raise UnsupportedExport(f"The recipe '{path}' cannot be used: {reason}.") from error
         return cls(path.stem, Type.F16, None, tuple((pattern, TYPES[kind]) for pattern, kind in patterns.items()))
 
-    def check_library(self) -> None:
-        """Refuse early what `quantised` would refuse of most tensors.
+    def check_library(self, hidden_size: int) -> None:
+        """Refuse early what `quantised` would refuse of a model's layers or head.
 
         Raises:
             UnsupportedExport: Some are K-quants, and llama.cpp's library is not there.
         """
-        check_library([self.kind, *(kind for _, kind in self.patterns)])
+        head = fitting(self.wanted("output.weight", hidden_size, head=True, more=False), hidden_size)
+        check_library([self.kind, head, *(kind for _, kind in self.patterns)])
 
     def wanted(self, name: str, columns: int, head: bool, more: bool) -> Type:
         """What llama.cpp's rules say of a matrix, whether its rows fit or not.

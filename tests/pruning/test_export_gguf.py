@@ -420,8 +420,10 @@ def test_a_recipe_names_the_type_of_each_tensor(
     with pytest.raises(UnsupportedExport, match=r"'mine' has the pattern 'attn_qkv'.*there are .*blk.N.attn_k.weight"):
         save_gguf(cut, tmp_path / "bad", dtype=f"recipe:{recipe}")
     recipe.write_text('{"ffn": "q4_k"}')
-    with pytest.raises(UnsupportedExport, match=r"q4_k.*pip install 'llmbo\[llama-cpp\]'"):
-        Mixture.of(f"recipe:{recipe}").check_library()
+    for said, hidden in ((f"recipe:{recipe}", 64), ("q5_k_m", 64), ("q4_0", 256)):  # whose head would be q6_k
+        with pytest.raises(UnsupportedExport, match=r"q4_k.*pip install 'llmbo\[llama-cpp\]'"):
+            Mixture.of(said).check_library(hidden)
+    Mixture.of("q4_0").check_library(64)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 

@@ -118,12 +118,13 @@ def main() -> None:
     cast(dense, torch.float32)
     expected, rows = dense_distribution(dense, windows.heldout), list[Row]()
     print("   share  type          MB      KL", flush=True)
-    with prepared(config, loaded, windows, Quiet()) as problem, tempfile.TemporaryDirectory() as folder:
+    with prepared(config, loaded, windows, Quiet()) as problem:
+        ranking, refits = problem.supernet.ranking, problem.supernet.compensation
+        chosen = [problem.space.decode(problem.family.at(share)) for share in options.shares]
+    with tempfile.TemporaryDirectory() as folder:  # the supernet, while open, keeps units in another order
         path = Path(folder, "file.gguf")
-        for share in options.shares:
-            architecture = problem.space.decode(problem.family.at(share))
-            mask = PruningMask.from_architecture(architecture, problem.supernet.ranking)
-            small = shrink(loaded.model, mask, problem.supernet.compensation)
+        for architecture in chosen:
+            small = shrink(loaded.model, PruningMask.from_architecture(architecture, ranking), refits)
             pruned = Pruned(small, anatomy_of(loaded.model), architecture, loaded.tokenizer)
             for kind in options.types:
                 rows.append(measured(pruned, path, kind, windows.heldout, expected, windows.calibration[:32]))

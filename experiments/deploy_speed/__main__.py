@@ -30,7 +30,8 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
 from pruning.export import Pruned
-from pruning.export.gguf_file import FILE_TYPES, write_gguf
+from pruning.export.gguf_file import write_gguf
+from pruning.export.quantise import FILE_TYPES, Mixture
 from pruning.export.rebuild import rebuilt
 from pruning.shrinking import shrink_to
 
@@ -56,7 +57,7 @@ def main() -> None:
         for name, architecture in chosen.items():
             pruned = Pruned(shrink_to(loaded.model, architecture), anatomy, architecture)
             path = Path(folder, f"{name}.gguf")
-            write_gguf(pruned, path, options.gguf_dtype, name)
+            write_gguf(pruned, path, Mixture.of(options.gguf_dtype), name)
             sizes["llama.cpp"][name] = path.stat().st_size
             hf = rebuilt(pruned.model, anatomy, architecture)
             sizes["transformers"][name] = sum(weight.numel() * weight.element_size() for weight in hf.parameters())

@@ -198,6 +198,7 @@ class Run:
         dtype: str = "",
         max_shard_size: str = "5GB",
         refit: str = "",
+        quantize: str = "",
     ) -> Check:
         """Write a trial's model as a folder that loads where people deploy, as `llmbo export` does.
 
@@ -206,15 +207,17 @@ class Run:
             format: hf, gguf, vllm or padded.
             dtype: By default the run's own, and f16 in a GGUF file.
             refit: As in `model`.
+            quantize: In place of `dtype`, a file type of llama.cpp, or `recipe:FILE`.
 
         Returns:
-            How what was written was checked before the folder appeared, and how far its logits were off.
+            How what was written was checked before the folder appeared, and how far its logits were off; `notes` tell what tensors are.
 
         Raises:
             LlmboError, PruningError: One line for the user; nothing is left in `out`.
         """
-        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size, refit)
+        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size, refit, quantize)
         arguments = {"trial": trial, "format": format, "out": str(out)} | ({"refit": refit} if refit else {})
+        arguments |= {"quantize": quantize} if quantize else {}
         command = call_text("export", arguments, f"llmbo.load_run({str(self.folder)!r})")
         with started(format) as read, libraries_silenced(), build_display(self._show, 0, self.name) as display:
             return export(request, command, display, self._base, read=read)

@@ -35,6 +35,7 @@ def optimize(
     maximum: Mapping[str, float] | Sequence[str] = (),
     context: int = RunConfig.context,
     serve_batch: int = RunConfig.serve_batch,
+    quantize: str = RunConfig.quantize,
     latency_target: str = RunConfig.latency_target,
     items: str | Sequence[str] = RunConfig.items,
     samples: bool = RunConfig.samples,
@@ -88,7 +89,7 @@ def optimize(
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
-        batch, seed, strategy, deploy, objectives, reference_point, context, serve_batch, latency_target, items, samples,
+        batch, seed, strategy, deploy, objectives, reference_point, context, serve_batch, quantize, latency_target, items, samples,
             refit_front, racing, compensation, recipe, recipe_search, text, chat, heldout_text, min_share, neuron_step, neuron_multiple,
             calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload, name, storage, advisor, advisor_hooks,
             advisor_share, advisor_warm_start, advisor_context, advisor_every, advisor_max_calls, advisor_max_tokens,

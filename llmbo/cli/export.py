@@ -24,6 +24,11 @@ def _dtype_help() -> str:
     return f"The first is the default. {choices}. auto: as the run measured."
 
 
+def _quantize_help() -> str:
+    choices = "; ".join(f"{row.name}: {', '.join(row.quantised)}" for row in FORMATS.values() if row.quantised)
+    return f"In place of --dtype, a file type of llama.cpp. {choices}; or recipe:FILE, JSON of tensors' patterns and types."
+
+
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
     format: Annotated[str, typer.Option(help=_format_help())],
@@ -38,6 +43,7 @@ def export(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
+    quantize: Annotated[str, typer.Option(help=_quantize_help())] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")] = "5GB",
     refit: Annotated[
         str,
@@ -66,7 +72,7 @@ def export(
         from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, fit or ())
+        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, quantize, fit or ())
         with Display(Console(stderr=True), 0) as display:
             check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device, read)
     chosen = f"trial {request.trial.number}, " if fit else ""
@@ -74,9 +80,11 @@ def export(
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None
     say(
-        f"{out}: {chosen}{values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.dtype}, {size / 1e6:.1f} MB. "
+        f"{out}: {chosen}{values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.label}, {size / 1e6:.1f} MB. "
         f"Refits: {request.refit}. Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
+    for note in check.notes:
+        say(note)
     if warning := caveat(request.format):
         say(warning)
     say(f"How to load it: {out / 'README.md'}")

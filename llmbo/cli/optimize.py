@@ -9,7 +9,7 @@ import typer
 
 from llmbo.cli.common import EXIT_NOTHING_COUNTS, numbers, one_line_errors, say, split_list
 from llmbo.config import RunConfig
-from llmbo.config.formats import engines_help
+from llmbo.config.formats import counted_types, engines_help
 from llmbo.config.objectives import limits_help, objectives_help
 from llmbo.errors import ConfigError
 
@@ -49,6 +49,10 @@ def optimize(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of context that costs are counted or measured for.")] = 2048,
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time that costs are counted or measured for.")] = 1,
+    quantize: Annotated[
+        str,
+        typer.Option(help=f"File type that file_bytes is counted of: {', '.join(counted_types())}; f16 by default."),
+    ] = "",
     latency_target: Annotated[
         str, typer.Option(help="Where the model will run, for latency, energy and peak_memory: auto, cpu, cuda.")
     ] = "auto",

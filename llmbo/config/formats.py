@@ -6,6 +6,7 @@ a writer in `pruning/export/`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmbo.errors import ConfigError, unknown
 
@@ -26,7 +27,7 @@ class Format:
         dtypes: Bytes per parameter on disk, by what `--dtype` may say.
         default: One of `dtypes`, or "auto" for the dtype the run measured in.
         save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
-        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size` and `read`.
+        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows`, `title` and `read`.
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
@@ -34,6 +35,7 @@ class Format:
         check_attention: `(KV groups of a dense layer, Architecture)`, refuses widths of attention; empty if there is nothing to refuse.
         saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
         checking: Bytes per parameter of what lies beside the result while it is checked.
+        quantised: What `--quantize` may say, beside `recipe:FILE`; nothing where the format has no blocks.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Format:
     check_attention: str = ""
     saves: bool = True
     checking: float = 0.0
+    quantised: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -67,13 +70,25 @@ class Format:
         Args:
             params, dense_params: Parameters of the pruned and of the dense model.
         """
-        return round(self.dtypes[dtype] * (params if self.saves else dense_params))
+        coarse = (
+            self.dtypes["q8_0"] if dtype in self.quantised else max(self.dtypes.values())
+        )  # what rows may fall back to
+        return round(self.dtypes.get(dtype, coarse) * (params if self.saves else dense_params))
 
 
 def caveat(format: Format) -> str:
     """What a user of the format must know; empty for one that saves memory and time."""
     better = " or ".join(other.name for other in FORMATS.values() if other.saves)
     return "" if format.saves else f"This format {SAVES_NOTHING}: use {better} for that."
+
+
+def title(model: str) -> str:
+    """What a file says its model is, the same for every trial: sizes are known of what is not there yet.
+
+    Args:
+        model: The base model's name or folder.
+    """
+    return f"{Path(model).name}, pruned"
 
 
 _TRANSFORMERS = """```python
@@ -112,7 +127,7 @@ Its layers differ in size, which no stock class of transformers can hold: `model
         dtypes={"f16": 2, "bf16": 2, "q8_0": 1.0625, "f32": 4},
         default="f16",
         save="pruning.export:save_gguf",
-        options=("dtype", "name"),
+        options=("dtype", "name", "windows", "title"),
         load="""```python
 from llama_cpp import Llama
 
@@ -122,7 +137,8 @@ model = Llama("{path}/{name}-{dtype}.gguf")
 or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         check_type="pruning.export.gguf_file:gguf_architecture",
         check_model="pruning.export.llama_cpp:check_model",
-        checking=2,  # bf16 and q8_0 are checked by an f16 twin
+        checking=2,  # what f16 and f32 are coarser than is checked by an f16 twin
+        quantised=("q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0"),
     ),
     Format(
         name="vllm",
@@ -223,3 +239,12 @@ def engines_of(names: Sequence[str]) -> tuple[Engine, ...]:
         if names.count(name) > 1:
             raise ConfigError(f"--deploy {name} is given twice: keep one.")
     return tuple(ENGINES[name] for name in names)
+
+
+FILE_TYPE = "f16"  # of the files whose size is counted, where nothing else is said
+
+
+def counted_types() -> tuple[str, ...]:
+    """What files `file_bytes` can count."""
+    row = FORMATS["gguf"]
+    return tuple(dict.fromkeys((*row.dtypes, *row.quantised)))

@@ -50,11 +50,13 @@ class ObjectiveKind(Quantity):
     Args:
         function: Of what is counted, `module:function` of anatomy, KV groups, neurons and serving as in `pruning.cost`.
         table: Of what follows from blocks measured on the device: which table; values come from a `Profile` in `llmbo.problem.hardware`.
+        file: Of the file that a trial would be exported as: counted by `pruning.export.gguf_size` for runs that ask for it.
         default: The reference point, from the dense model's value.
     """
 
     function: str = ""
     table: TableKind | None = None
+    file: bool = False
     default: Callable[[float], float] = lambda dense: dense
 
     @property
@@ -126,6 +128,13 @@ QUANTITIES = {
         integer=True,
         required=True,
         function="pruning.cost:weight_bytes",
+    ),
+    "file_bytes": ObjectiveKind(
+        "bytes",
+        "the GGUF file that `export --format gguf` writes, to the byte, of the type that `--quantize` names (f16)",
+        format="bytes",
+        integer=True,
+        file=True,
     ),
     "kv_bytes": ObjectiveKind(
         "bytes",

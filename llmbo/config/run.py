@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
 from llmbo.config.advisor import CONTEXT_LEVELS, DEFAULT_HOOKS, check_hooks, parse_spec
-from llmbo.config.formats import engines_of
+from llmbo.config.formats import FILE_TYPE, counted_types, engines_of
 from llmbo.config.numbers import (
     MOST,
     MOST_CONTEXT,
@@ -42,6 +42,7 @@ EARLIER: dict[str, Any] = {
     "recipe_search": False,
     "neuron_multiple": 32,
     "deploy": (),
+    "quantize": "",
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -67,6 +68,7 @@ class RunConfig:
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
+        quantize: File type of llama.cpp that `file_bytes` is counted of, and a reason to count it; empty for f16.
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of items, or several. The finished front is judged on them; with the objective `accuracy` they must be multiple
             choice, and one half is for the search, the other for the judgement.
@@ -114,6 +116,7 @@ class RunConfig:
     maximum: tuple[str, ...] = ()
     context: Annotated[int, Within(1, MOST_CONTEXT)] = 2048
     serve_batch: Annotated[int, Within(1, MOST_SERVED)] = 1
+    quantize: str = ""
     latency_target: str = "auto"
     items: str | tuple[str, ...] = ""
     samples: bool = True
@@ -177,6 +180,8 @@ class RunConfig:
             bytes_of("--memory", self.memory)
         if self.offload not in OFFLOAD_CHOICES:
             raise ConfigError(unknown("--offload", self.offload, OFFLOAD_CHOICES))
+        if self.quantize and self.quantize not in counted_types():
+            raise ConfigError(unknown("--quantize", self.quantize, counted_types()))
         check_objectives(self.objectives, self.reference_point)
         share = self.limits.get("params_share", 1.0)
         if share < self.min_share:
@@ -240,6 +245,12 @@ class RunConfig:
     def limits(self) -> dict[str, float]:
         """Largest allowed values by name."""
         return parse_limits(self.maximum)
+
+    @property
+    def counted_type(self) -> str:
+        """File type that `file_bytes` is counted of; empty where nobody wants to know."""
+        wanted = "file_bytes" in (*self.objectives, *self.limits)
+        return self.quantize or (FILE_TYPE if wanted else "")
 
     @property
     def memory_bytes(self) -> int | None:

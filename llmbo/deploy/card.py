@@ -67,11 +67,11 @@ def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, comman
             "",
             f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
             f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
-            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.dtype}. Not trained after pruning.",
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. Not trained after pruning.",
             "",
             "## Load",
             "",
-            load.format(path=request.out, name=request.name, dtype=request.dtype),
+            load.format(path=request.out, name=request.name, dtype=request.label),
             "",
             *([f"**{warning}**", ""] if warning else []),
             "## Measured",

@@ -59,7 +59,9 @@ def export(
         "llmbo.json": details(request, cut, command),
     }
     with phases.phase("writing and reading back"):
-        check: Check = resolve_name(format.save)(pruned, request.out, files, **request.options(read))
+        check: Check = resolve_name(format.save)(
+            pruned, request.out, files, **request.options(read, windows.calibration)
+        )
     return check
 
 

@@ -6,17 +6,22 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from llmbo.config.formats import FORMATS, Format
+from torch import Tensor
+
+from llmbo.config.formats import FORMATS, Format, title
 from llmbo.config.numbers import MOST, Within, bytes_of
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.fit import best_within, parse_budgets
-from llmbo.errors import ConfigError
+from llmbo.errors import ConfigError, unknown
 from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run, refit_of
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
+from pruning.export.quantise import RECIPE, Mixture
 from pruning.export.reader import Read
+
+ENERGY_TOKENS = 8192  # that tell K-quants how much goes through each column
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class ExportRequest:
 
     Args:
         folder: The run's.
-        dtype: A key of `format.dtypes`.
+        dtype: A key of `format.dtypes`, or what `--quantize` said.
         out: Folder to make.
         max_shard_size: Of the largest safetensors file in bytes, for formats that have some.
         refit: As `llmbo.run.rebuild.refit_of` names it.
@@ -50,6 +55,7 @@ class ExportRequest:
         dtype: str = "",
         max_shard_size: str = "5GB",
         refit: str = "",
+        quantize: str = "",
         fit: Sequence[str] = (),
     ) -> "ExportRequest":
         """Check a request against the stored run, the format and the disk. Writes nothing.
@@ -61,6 +67,7 @@ class ExportRequest:
             dtype: One of the format's choices; empty takes its default.
             max_shard_size: In bytes, or in KB, MB, GB or TB (powers of ten).
             refit: "sequential" or "table"; empty takes sequential where the run has measured the trial so.
+            quantize: In place of `dtype`: one of `Format.quantised`, or `recipe:FILE`.
             fit: Budgets such as `params<=1e8`, of which the best model of the front keeps all.
 
         Raises:
@@ -76,8 +83,10 @@ class ExportRequest:
         if format not in FORMATS:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
         row = FORMATS[format]
-        dtype = dtype or row.default
-        if dtype not in row.choices:
+        if quantize:
+            _check_quantize(row, quantize, dtype, report.model.hidden_size)
+        dtype = quantize or dtype or row.default
+        if dtype not in row.choices and not quantize:
             raise ConfigError(f"--format {format} has no --dtype '{dtype}': expected one of {', '.join(row.choices)}.")
         dtype = report.run.dtype if dtype == "auto" else dtype
         chosen = best_within(report, budgets).trial if trial is None else trial
@@ -101,9 +110,22 @@ class ExportRequest:
         """Of the model, for formats that keep one."""
         return f"{self.report.run.name}-trial-{self.trial.number}"
 
-    def options(self, read: Read | None) -> dict[str, Any]:
-        """For the format's `save`."""
+    @property
+    def label(self) -> str:
+        """What the weights are stored as, in a word."""
+        return (
+            self.dtype if self.dtype in (*self.format.choices, *self.format.quantised) else Mixture.of(self.dtype).name
+        )
+
+    def options(self, read: Read | None, windows: Tensor) -> dict[str, Any]:
+        """For the format's `save`.
+
+        Args:
+            windows: The run's calibration text, `num_windows x length` token ids.
+        """
         known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size, "read": read}
+        known["title"] = title(self.report.model.name)
+        known["windows"] = windows[: max(1, ENERGY_TOKENS // windows.shape[1])]
         return {name: known[name] for name in self.format.options}
 
     @property
@@ -113,3 +135,19 @@ class ExportRequest:
         params = self.trial.objectives.params
         written = self.format.bytes_on_disk(self.dtype, params, self.report.model.params)
         return written + round(self.format.checking * params)
+
+
+def _check_quantize(format: Format, quantize: str, dtype: str, hidden_size: int) -> None:
+    """Refuse what cannot be, or cannot be here.
+
+    Raises:
+        ConfigError, UnsupportedExport: One line for the user.
+    """
+    if not format.quantised:
+        known = ", ".join(row.name for row in FORMATS.values() if row.quantised)
+        raise ConfigError(f"--format {format.name} cannot be quantised (--quantize {quantize}): take --format {known}.")
+    if dtype:
+        raise ConfigError(f"--dtype {dtype} and --quantize {quantize} both say how weights are stored: leave one out.")
+    if quantize not in format.quantised and not quantize.startswith(RECIPE):
+        raise ConfigError(unknown("--quantize", quantize, [*format.quantised, f"{RECIPE}FILE"]))
+    Mixture.of(quantize).check_library(hidden_size)

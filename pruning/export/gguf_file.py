@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGUFWriter
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
+from pruning.export.energies import column_energies
 from pruning.export.gguf_tensors import Array, stored_widths, tensors
 from pruning.export.gguf_tokenizer import add_tokenizer
 from pruning.export.hf import Pruned
+from pruning.export.quantise import FALLBACKS, Mixture, Stored, check_library, quantised, storage
 from pruning.export.rebuild import context_length, is_uniform
 
-FILE_TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 # Family -> architecture for (equal, unequal) layers.
 ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
@@ -114,38 +111,58 @@ def _ropes(config: Any) -> dict[str, dict[str, Any]]:
     return {"full_attention": rope} if "rope_type" in rope else rope
 
 
-def write_gguf(pruned: Pruned, path: Path, dtype: str, name: str) -> None:
+def write_gguf(
+    pruned: Pruned, path: Path, mixture: Mixture, name: str, windows: Tensor | None = None
+) -> dict[str, Stored]:
     """Write the file; `write_gguf` alone neither checks it nor protects what is there.
 
     Args:
-        dtype: A key of `FILE_TYPES`. Vectors stay float32, and a matrix whose rows q8_0 cannot cut into blocks is f16.
         name: The model's name in the file.
+        windows: `num_windows x length` token ids of text; K-quants go by how much of it passes through each column.
+
+    Returns:
+        What each tensor is stored as.
 
     Raises:
-        UnsupportedExport: The architecture, rotary scaling, activation, tokenizer or dtype has no place in GGUF.
+        UnsupportedExport: The architecture, rotary scaling, activation, tokenizer or mixture has no place in GGUF.
     """
     config, anatomy = pruned.model.config, pruned.anatomy
-    if dtype not in FILE_TYPES:
-        raise UnsupportedExport(f"Unknown GGUF dtype '{dtype}': expected one of {', '.join(FILE_TYPES)}.")
     architecture = check_gguf(config, anatomy, pruned.architecture)
-    quantization, file_type = FILE_TYPES[dtype]
+    weights = dict(tensors(pruned, architecture))
+    plan = storage({tensor: values.shape for tensor, values in weights.items()}, mixture)
+    kinds = {stored.kind for stored in plan.values()}
+    check_library(kinds)
+    weighed = windows is not None and not kinds.isdisjoint(FALLBACKS)
+    energies = column_energies(pruned, windows) if windows is not None and weighed else {}
     writer = GGUFWriter(path, architecture)
     try:
-        writer.add_type("model")
-        writer.add_name(name)
-        writer.add_file_type(file_type)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_sizes(writer, config, anatomy, pruned.architecture, architecture)
-        if pruned.tokenizer is None:
-            writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes and gives token ids only
-        else:
-            add_tokenizer(writer, pruned.tokenizer, anatomy.vocab_size)
-        for tensor, values in tensors(pruned, architecture):
-            kind = _storage(values, quantization)
-            writer.add_tensor(tensor, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        add_metadata(writer, pruned, mixture, name)
+        for tensor, stored in plan.items():
+            data = quantised(weights.pop(tensor), stored.kind, energies.get(tensor))
+            writer.add_tensor(tensor, data, raw_dtype=stored.kind)
         _write(writer)
     finally:
         writer.close()
+    return plan
+
+
+def add_metadata(writer: GGUFWriter, pruned: Pruned, mixture: Mixture, name: str) -> None:
+    """All that the file says beside its tensors.
+
+    Args:
+        pruned: Of whose model only the config is looked at.
+    """
+    anatomy, architecture = pruned.anatomy, pruned.architecture
+    writer.add_type("model")
+    writer.add_name(name)
+    if mixture.file_type is not None:
+        writer.add_file_type(mixture.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, pruned.model.config, anatomy, architecture, writer.arch)
+    if pruned.tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes and gives token ids only
+    else:
+        add_tokenizer(writer, pruned.tokenizer, anatomy.vocab_size)
 
 
 def _write(writer: GGUFWriter) -> None:
@@ -210,10 +227,3 @@ def _add_sliding(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
 def gguf_tensors(pruned: Pruned) -> Iterator[tuple[str, Array]]:
     """GGUF names and values in float32, every one once."""
     return tensors(pruned, gguf_architecture(pruned.anatomy.family.model_type, pruned.architecture))
-
-
-def _storage(values: Array, quantization: GGMLQuantizationType) -> GGMLQuantizationType:
-    if values.ndim == 1:
-        return GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[quantization]
-    return quantization if values.shape[-1] % block == 0 else GGMLQuantizationType.F16

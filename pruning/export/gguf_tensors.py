@@ -6,18 +6,21 @@ silently lose its attention and gets a thin MLP of zeros, and where the head siz
 first layer without attention gets one head of zeros; and `openelm`, where every layer needs both blocks.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.hf import Pruned
+from pruning.export.rebuild import cast
 from pruning.projection import matrix_of
 
 THIN = 32  # neurons of the MLP that stands in for none: the block size of q8_0
@@ -36,21 +39,79 @@ def stored_widths(anatomy: Anatomy, architecture: Architecture, name: str) -> li
 
 def tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     """GGUF names and values in float32, every one once."""
+    state = {name: tensor.detach().float().cpu() for name, tensor in _matrices(pruned.model).items()}
+    for name, source, values in _named(state, pruned, architecture):
+        shift, factor = _scaling(pruned, source)
+        yield name, ((values + shift) * factor).contiguous().numpy()
+    yield from _stand_ins(pruned, architecture)
+    factors = _rotary_factors(pruned)
+    if architecture in ("llama", "deci") and factors is not None:
+        yield "rope_freqs.weight", factors
+
+
+def shapes(pruned: Pruned, architecture: str) -> dict[str, tuple[int, ...]]:
+    """Of all tensors without stand-ins, by GGUF's names; weights are not looked at."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in _matrices(pruned.model).items()}
+    found = {name: tuple(values.shape) for name, _, values in _named(state, pruned, architecture)}
+    factors = _rotary_factors(pruned) if architecture in ("llama", "deci") else None
+    return found | ({} if factors is None else {"rope_freqs.weight": factors.shape})
+
+
+def with_matrices(pruned: Pruned, architecture: str, stored: Callable[[str], Array]) -> PreTrainedModel:
+    """A copy of the model, in float32, that computes with the matrices of a GGUF file.
+
+    Args:
+        stored: A tensor of the file in float32, by its name there.
+    """
+    model = copy.deepcopy(pruned.model)
+    cast(model, torch.float32)
+    matrices = {name: tensor for name, tensor in _matrices(model).items() if tensor.ndim == 2}
+    places = {name: (index << 32) + torch.arange(len(matrix)) for index, (name, matrix) in enumerate(matrices.items())}
+    targets = list(matrices.values())
+    with torch.no_grad():
+        for name, source, rows in _named(places, pruned, architecture):
+            values = torch.from_numpy(stored(name)) / _scaling(pruned, source)[1]
+            for index in (rows >> 32).unique().tolist():  # some are made of several
+                own = rows >> 32 == index
+                targets[index][rows[own] & 0xFFFFFFFF] = values[own]
+    return model
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights by Hugging Face's names, matrices as `outputs x inputs`; writing to them writes to the model."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            state[f"{name}.weight"] = matrix_of(module).detach()
+    return state
+
+
+def _named(state: Mapping[str, Tensor], pruned: Pruned, architecture: str) -> Iterator[tuple[str, str, Tensor]]:
+    """GGUF's names, Hugging Face's, and rows in llama.cpp's order.
+
+    Args:
+        state: Weights or their rows' numbers, by Hugging Face's names.
+    """
     config, layers = pruned.model.config, pruned.anatomy.layers_of(pruned.model)
     names = gguf.get_tensor_name_map(
         next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture), len(layers)
     )
-    for name, values in _translated(pruned, architecture):
+    for name, values in _arranged(state, pruned.anatomy, architecture):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UnsupportedExport(f"llama.cpp's '{architecture}' has no tensor for '{name}'.")
-        yield found, values.contiguous().numpy()
-    yield from _stand_ins(pruned, architecture)
-    factors = _rotary_factors(pruned)
-    if architecture in ("llama", "deci") and factors is not None:
-        yield "rope_freqs.weight", factors
+        yield found, name, values
+
+
+def _scaling(pruned: Pruned, name: str) -> tuple[float, float]:
+    """What llama.cpp wants added to a weight and then multiplied by."""
+    family, module = pruned.anatomy.family.model_type, name.split(".")[-2]
+    if not family.startswith("gemma") or not module.endswith(("norm", "q_proj")):
+        return 0.0, 1.0
+    scaled = module == ("q_proj" if family == "gemma2" else "q_norm")
+    return float(module.endswith("norm")), attention_scale(pruned) if scaled else 1.0
 
 
 def attention_scale(pruned: Pruned) -> float:
@@ -62,12 +123,9 @@ def attention_scale(pruned: Pruned) -> float:
     return float((divisor / pruned.model.config.query_pre_attn_scalar) ** 0.5)
 
 
-def _translated(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's names and values, with projections fused or split, and rows ordered, as in llama.cpp."""
-    anatomy = pruned.anatomy
-    head_dim, family = anatomy.head_dim, anatomy.family.model_type
-    state = {name: tensor.detach().float().cpu() for name, tensor in pruned.model.state_dict().items()}
-    scale = attention_scale(pruned) if family.startswith("gemma") else 1.0
+def _arranged(state: Mapping[str, Tensor], anatomy: Anatomy, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's names and rows, with projections fused or split, and rows ordered, as in llama.cpp."""
+    head_dim = anatomy.head_dim
     for name, values in state.items():
         parent, _, kind = name.rpartition(".")
         owner, _, module = parent.rpartition(".")
@@ -91,12 +149,6 @@ def _translated(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Tensor
                 yield f"{owner}.qkv_proj.{kind}", torch.cat([state[f"{owner}.{part}_proj.{kind}"] for part in "qkv"])
         elif architecture in ("llama", "deci") and module in ("q_proj", "k_proj"):
             yield name, _interleaved(values, head_dim)
-        elif family == "gpt2" and kind == "weight" and module.startswith("c_"):
-            yield name, matrix_of(pruned.model.get_submodule(parent)).detach().float().cpu()  # type: ignore[arg-type]
-        elif family.startswith("gemma") and module.endswith("norm"):
-            yield name, (values + 1) * (scale if module == "q_norm" else 1.0)
-        elif family == "gemma2" and module == "q_proj":
-            yield name, values * scale
         else:
             yield name, values
 
@@ -106,29 +158,34 @@ def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def stand_ins(anatomy: Anatomy, architecture: str, attention: bool, mlp: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of blocks of zeros, by their names in a layer."""
+    hidden, head = anatomy.hidden_size, anatomy.head_dim
+    queries, found = head * anatomy.queries_per_group, dict[str, tuple[int, ...]]()
+    if attention:
+        found |= {"attn_norm": (hidden,), "attn_output": (hidden, queries)}
+        if architecture == "openelm":
+            found |= {"attn_qkv": (queries + 2 * head, hidden), "attn_q_norm": (head,), "attn_k_norm": (head,)}
+        else:
+            found |= {"attn_q": (queries, hidden), "attn_k": (head, hidden), "attn_v": (head, hidden)}
+    if mlp:
+        found |= {
+            "ffn_norm": (hidden,),
+            "ffn_gate": (THIN, hidden),
+            "ffn_up": (THIN, hidden),
+            "ffn_down": (hidden, THIN),
+        }
+    return {f"{name}.weight": shape for name, shape in found.items()}
+
+
 def _stand_ins(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     """Blocks of zeros where llama.cpp cannot do without one; they add nothing to the residual stream."""
-    anatomy, hidden = pruned.anatomy, pruned.anatomy.hidden_size
-    head, queries = anatomy.head_dim, anatomy.head_dim * anatomy.queries_per_group
     pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
-    stored = stored_widths(anatomy, pruned.architecture, architecture)
+    stored = stored_widths(pruned.anatomy, pruned.architecture, architecture)
     for position, (real, (groups, _)) in enumerate(zip([pair for pair in pairs if any(pair)], stored, strict=True)):
-        layer = f"blk.{position}"
-        if groups and not real[0]:
-            rows: dict[str, Any] = {"attn_q": (queries, hidden), "attn_k": (head, hidden), "attn_v": (head, hidden)}
-            if architecture == "openelm":
-                rows = {"attn_qkv": (queries + 2 * head, hidden)}
-                yield from ((f"{layer}.attn_{part}_norm.weight", np.ones(head, dtype=np.float32)) for part in "qk")
-            yield from _zeros(layer, "attn_norm", hidden, {**rows, "attn_output": (hidden, queries)})
-        if not real[1]:
-            rows = dict.fromkeys(("ffn_gate", "ffn_up"), (THIN, hidden))
-            yield from _zeros(layer, "ffn_norm", hidden, {**rows, "ffn_down": (hidden, THIN)})
-
-
-def _zeros(layer: str, norm: str, hidden: int, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Array]]:
-    yield f"{layer}.{norm}.weight", np.ones(hidden, dtype=np.float32)
-    for name, shape in shapes.items():
-        yield f"{layer}.{name}.weight", np.zeros(shape, dtype=np.float32)
+        found = stand_ins(pruned.anatomy, architecture, bool(groups and not real[0]), not real[1])
+        for name, shape in found.items():
+            yield f"blk.{position}.{name}", (np.ones if len(shape) == 1 else np.zeros)(shape, dtype=np.float32)
 
 
 def _rotary_factors(pruned: Pruned) -> Array | None:

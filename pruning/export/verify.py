@@ -19,10 +19,12 @@ class Check:
     Args:
         by: Who read it back.
         difference: Of its logits (of its weights, if nobody here can run it) from the model in memory, in units of their spread.
+        notes: What else a user should know of the result, a line each.
     """
 
     by: str
     difference: float
+    notes: tuple[str, ...] = ()
 
 
 def probe(model: PreTrainedModel, length: int = PROBE_LENGTH) -> Tensor:

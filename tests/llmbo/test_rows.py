@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.config.objectives import OBJECTIVES, QUANTITIES
-from llmbo.problem import hardware
+from llmbo.problem import hardware, preparation
 from llmbo.report import json_schema
 from llmbo.report.comparison import counting
 from llmbo.report.quantities import quality_of, quantities
 from llmbo.types import Trial, TrialState
 from pruning import latency as blocks
+from pruning.export.gguf_size import GgufSize
 
 ROOT = Path(__file__).parents[2]
 GENERATED: dict[str, Callable[[str], str]] = runpy.run_path(str(ROOT / "experiments" / "generated.py"))["GENERATED"]
@@ -42,7 +43,7 @@ def test_what_is_generated_is_up_to_date(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_row_says_how_its_value_is_come_by(name: str) -> None:
     row = OBJECTIVES[name]
-    assert [row.measured, bool(row.function), row.table is not None].count(True) == 1
+    assert [row.measured, bool(row.function), row.table is not None, row.file].count(True) == 1
     assert row.unit and row.description
     if row.function:
         assert callable(resolve_name(row.function))
@@ -55,7 +56,7 @@ def page_data(page: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Times and joules in proportion to the number of parameters, and a cache of its own."""
+    """Times and joules in proportion to the number of parameters, a cache of its own, and files without the tests' tokenizer."""
 
     def run(model: PreTrainedModel, *others: object) -> dict[str, list[float]]:
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -63,6 +64,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(blocks, "_run", run)
     monkeypatch.setattr(hardware, "energy_counter", lambda device: time.perf_counter)
+    monkeypatch.setattr(preparation, "GgufSize", lambda model, _, *others: GgufSize(model, None, *others))
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "cache"))
 
 

@@ -1,9 +1,12 @@
 """GGUF files as llama.cpp itself reads them: logits, tokens, greedy text. Skipped, and said so, where it is not installed."""
 
+import copy
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import ExportFailed, UnsupportedExport
 from pruning.export import Pruned, llama_cpp, save_gguf
+from pruning.export.energies import column_energies
 from pruning.export.gguf_file import check_gguf, context_length, gguf_architecture, write_gguf
+from pruning.export.gguf_size import GgufSize
 from pruning.export.gguf_tokenizer import check_tokenizer
+from pruning.export.quantise import FALLBACKS, FILE_TYPES, PLAIN, Mixture, _ggml
 from pruning.export.verify import difference, expected_logits, probe
 from pruning.importance import magnitude
 from pruning.masks import PruningMask
-from pruning.shrinking import shrink
+from pruning.shrinking import shrink, shrink_to
 from pruning.statistics import collect_statistics
 from pruning.text import read_text
 
@@ -100,10 +106,12 @@ def test_llama_cpp_computes_the_same(
     model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tmp_path: Path
 ) -> None:
     cut = pruned_to(model, kv_groups, neurons)
-    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3  # its KV cache is float16
+    predicted = GgufSize(model, None, Mixture.of("f32"), "x")(torch.tensor(kv_groups), torch.tensor(neurons))
+    assert int(predicted) == (tmp_path / "x.gguf").stat().st_size
 
 
 @needs_llama_cpp
@@ -119,7 +127,7 @@ def test_llama_cpp_computes_the_same(
 def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any], tmp_path: Path) -> None:
     scaled = with_config(model, rope_parameters={"rope_theta": 500.0, **rope})
     cut = pruned_to(scaled, (2, 1, 2, 1, 2), (24, 8, 3, 16, 9))
-    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -133,7 +141,7 @@ def test_families_with_equal_layers(model: PreTrainedModel, groups: int, tmp_pat
     if model.config.model_type != "qwen3":
         model = with_config(model, query_pre_attn_scalar=11)
     cut = pruned_to(model, (groups, groups, 0, groups, groups), (8, 8, 0, 8, 8))
-    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -148,7 +156,7 @@ def test_families_with_equal_layers(model: PreTrainedModel, groups: int, tmp_pat
 def test_families_with_all_heads(model: PreTrainedModel, changes: dict[str, Any], tmp_path: Path) -> None:
     model = with_config(model, **changes)
     cut = pruned_to(model, (4, 4, 0, 4, 4), (8, 8, 0, 8, 8))
-    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
     tokens = probe(cut.model, 32)
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -164,7 +172,9 @@ def test_unequal_layers_with_norms_of_queries_and_keys(
 ) -> None:
     model = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True})).double().eval()
     cut = pruned_to(model, kv_groups, neurons)
-    write_gguf(cut, tmp_path / "x.gguf", "f32", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
+    predicted = GgufSize(model, None, Mixture.of("f32"), "x")(torch.tensor(kv_groups), torch.tensor(neurons))
+    assert int(predicted) == (tmp_path / "x.gguf").stat().st_size
     tokens = probe(cut.model, 32)
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -258,7 +268,7 @@ def speaking() -> PreTrainedModel:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_llama_cpp_splits_text_alike(kind: str, speaking: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = fast(TOKENIZERS[kind]())
-    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", "f16", "x")
+    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", Mixture.of("f16"), "x")
     model = opened(tmp_path / "x.gguf", 64)
     for text in (TEXT, "the cat ate 2026 hats", "  two  spaces\n\n"):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -291,7 +301,7 @@ def test_the_default_chat_template_and_the_named_ones_are_written(
 ) -> None:
     tokenizer = fast(byte_level())
     tokenizer.chat_template = templates
-    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", "f16", "x")
+    write_gguf(pruned_to(speaking, (1, 2, 1), (64, 32, 96), tokenizer), tmp_path / "x.gguf", Mixture.of("f16"), "x")
     fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
     found = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items() if "chat_t" in name}
     found |= {"chat_templates": sorted(found["chat_templates"])} if "chat_templates" in found else {}
@@ -306,12 +316,17 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused() -> None:
 
 
 @needs_llama_cpp
-def test_a_checked_file(speaking: PreTrainedModel, tmp_path: Path) -> None:
-    cut = pruned_to(speaking, (1, 0, 2), (64, 32, 0), fast(byte_level()))
-    check = save_gguf(cut, tmp_path / "out", {"README.md": "words"}, dtype="q8_0", name="tiny")
-    assert "llama.cpp" in check.by and 0 < check.difference < 0.1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "tiny-q8_0.gguf"]
+def test_a_checked_file(wide: Pruned, tmp_path: Path) -> None:
+    windows = torch.arange(64).view(2, 32)
+    check = save_gguf(wide, tmp_path / "out", {"README.md": "words"}, dtype="q4_k_m", name="tiny", windows=windows)
+    assert "the file's own weights" in check.by and 0 < check.difference < 1e-2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "tiny-q4_k_m.gguf"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    tensors, *fallen = check.notes
+    assert re.match(r"Tensors: \d+ q4_k \(.* MB\).* q6_k .* f32 ", tensors)
+    assert any(
+        re.match(r"q5_0 instead of q4_k, .* rows of 32, 96, 128: .*blk.N.ffn_down.weight", line) for line in fallen
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
@@ -326,16 +341,90 @@ def test_without_llama_cpp_the_file_is_read_back(
 
     write = llama_cpp.write_gguf
 
-    def mistaken(pruned: Pruned, path: Path, *args: str) -> None:
-        write(pruned, path, *args)
+    def mistaken(pruned: Pruned, path: Path, *args: Any) -> Any:
+        plan = write(pruned, path, *args)
         reader = gguf.GGUFReader(path, "r+")
         reader.tensors[-1].data[:] = 1
         reader.data.flush()
+        return plan
 
     monkeypatch.setattr(llama_cpp, "write_gguf", mistaken)
     with pytest.raises(ExportFailed, match="other weights"):
         save_gguf(cut, tmp_path / "bad", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m", "q4_0"])
+def test_the_size_of_a_file_is_known_to_the_byte(kind: str, tmp_path: Path) -> None:
+    """Of several architectures at once: numbers of two digits, equal and unequal layers, dropped ones and dropped blocks, any rows."""
+    config = LlamaConfig(
+        vocab_size=340, hidden_size=64, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=64,
+    )  # fmt: skip
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), fast(byte_level())
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.randint(3, (2, 3, 12), generator=rng)
+    neurons = torch.tensor([0, 32, 64, 90, 96])[torch.randint(5, (2, 3, 12), generator=rng)]
+    groups[1, 1], neurons[1, 1] = 1, 32
+    groups[1, 1, 4], neurons[1, 1, 4], groups[1, 2], neurons[1, 2] = 0, 0, 2, 96
+    found = GgufSize(model, tokenizer, Mixture.of(kind), "any name")(groups, neurons)
+    assert found.shape == (2, 3) and len(found.unique()) == 6
+    for some, others, size in zip(
+        groups.view(6, 12).tolist(), neurons.view(6, 12).tolist(), found.view(6).tolist(), strict=True
+    ):
+        architecture = Architecture(tuple(some), tuple(others))
+        cut = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture, tokenizer)
+        write_gguf(cut, tmp_path / "x.gguf", Mixture.of(kind), "any name")
+        assert size == (tmp_path / "x.gguf").stat().st_size, architecture
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[1]", "needs an object"),
+        ("{", "Expecting property name"),
+        ('{"ffn": "q7_0"}', "unknown type \"q7_0\" of 'ffn': expected one of f32, f16, bf16, q8_0"),
+        ('{"ffn": 4}', "unknown type 4 of 'ffn'"),
+        ('{"(": "q8_0"}', "missing \\), unterminated"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_one_line(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UnsupportedExport, match=f"x.json' cannot be used: .*{says}") as refused:
+        Mixture.of(f"recipe:{tmp_path / 'x.json'}")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_names_the_type_of_each_tensor(
+    speaking: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pattern that is found counts; rows of 5 values fit no block, and vectors are float32 whatever is said."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _ggml.cache_clear()
+    cut = pruned_to(speaking, (1, 0, 2), (64, 5, 32), fast(byte_level()))
+    recipe = tmp_path / "mine.json"
+    recipe.write_text('{"blk.0.ffn_down": "q8_0", "ffn_down": "q4_0", "attn_q": "q5_1", "norm|ffn": "bf16"}')
+    check = save_gguf(cut, tmp_path / "out", dtype=f"recipe:{recipe}")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-mine.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == ["Q8_0", "F16", "Q4_0"]
+    named = ("blk.2.attn_q", "blk.1.ffn_up", "token_embd", "blk.1.ffn_norm")
+    assert [kinds[f"{name}.weight"] for name in named] == ["Q5_1", "BF16", "F16", "F32"]
+    assert "general.file_type" not in reader.fields
+    assert (
+        "f16 instead of q4_0, whose blocks of 32 do not divide rows of 5: 1 tensors (blk.N.ffn_down.weight)."
+        in check.notes
+    )
+
+    recipe.write_text('{"ffn": "q8_0", "attn_qkv": "q8_0"}')
+    with pytest.raises(UnsupportedExport, match=r"'mine' has the pattern 'attn_qkv'.*there are .*blk.N.attn_k.weight"):
+        save_gguf(cut, tmp_path / "bad", dtype=f"recipe:{recipe}")
+    recipe.write_text('{"ffn": "q4_k"}')
+    for said, hidden in ((f"recipe:{recipe}", 64), ("q5_k_m", 64), ("q4_0", 256)):  # whose head would be q6_k
+        with pytest.raises(UnsupportedExport, match=r"q4_k.*pip install 'llmbo\[llama-cpp\]'"):
+            Mixture.of(said).check_library(hidden)
+    Mixture.of("q4_0").check_library(64)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
 @needs_llama_cpp
@@ -350,7 +439,7 @@ def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
     kv_groups = tuple((3, 3, 2, 3, 0)[layer % 5] if 8 < layer < 28 else 3 for layer in range(30))
     neurons = tuple((1536, 1408, 0, 1280, 1536)[layer % 5] if 8 < layer < 28 else 1536 for layer in range(30))
     cut = pruned_to(model, kv_groups, neurons, tokenizer)
-    write_gguf(cut, tmp_path / "x.gguf", "f16", "x")
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f16"), "x")
     llama = opened(tmp_path / "x.gguf", 512)
 
     text = read_text("builtin").content[5000:9000]
@@ -372,3 +461,73 @@ def test_smollm2_in_llama_cpp(tmp_path: Path) -> None:
     said = llama.generate(start, temp=0.0, repeat_penalty=1.0, logits_processor=no_end(tokenizer.eos_token_id))
     assert [next(said) for _ in range(32)] == answer
     assert os.path.getsize(tmp_path / "x.gguf") < 2.1 * sum(p.numel() for p in cut.model.parameters()) + 8e6
+
+
+@pytest.fixture(scope="module")
+def dense() -> PreTrainedModel:
+    """With rows that K-quants can cut."""
+    config = LlamaConfig(
+        vocab_size=340, hidden_size=512, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+        intermediate_size=256, initializer_range=0.05, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def wide(dense: PreTrainedModel) -> Pruned:
+    """Rows of 512 and 256, which K-quants can cut, and of 128, 96 and 32, which they cannot; all that llama.cpp counts layers for."""
+    neurons = (256, 256, 0, 256, 96, 256, 256, 0, 256, 256)
+    return pruned_to(dense, (2, 0, 2, 2, 1, 2, 2, 0, 2, 2), neurons, fast(byte_level()))
+
+
+def with_tied(model: PreTrainedModel, tied: bool) -> PreTrainedModel:
+    """A copy whose config says so."""
+    model = copy.deepcopy(model)
+    model.config.tie_word_embeddings = tied
+    return model
+
+
+def by_llama_cpp(path: Path, out: Path, kind: str, energies: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The tensors that llama.cpp's own program makes of a file."""
+    import ctypes
+
+    import llama_cpp.llama_cpp as api
+
+    params = api.llama_model_quantize_default_params()
+    params.nthread, params.ftype = 1, int(FILE_TYPES[kind][1])
+    rows = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in energies.items()}
+    data = (api.llama_model_imatrix_data * (len(rows) + 1))()
+    for entry, (name, values) in zip(data, rows.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if rows:
+        params.imatrix = data
+    assert api.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(params)) == 0
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", [kind for kind, (type, _) in FILE_TYPES.items() if type not in PLAIN])
+def test_llama_cpps_own_quantiser_writes_the_same(
+    kind: str, dense: PreTrainedModel, wide: Pruned, tmp_path: Path
+) -> None:
+    """To the bit, types and fallbacks included. Where energies are known, llama.cpp heeds them in blocks of 32 too: the one difference."""
+    windows = torch.arange(64).view(2, 32) if kind == "q4_k_m" else None
+    if kind == "q5_k_m":  # a head of its own
+        wide = replace(wide, model=with_tied(wide.model, False))
+    write_gguf(wide, tmp_path / "f32.gguf", Mixture.of("f32"), "x")
+    plan = write_gguf(wide, tmp_path / "own.gguf", Mixture.of(kind), "x", windows)
+    untied = with_tied(dense, wide.model.config.tie_word_embeddings)
+    size = GgufSize(untied, wide.tokenizer, Mixture.of(kind), "x")
+    widths = torch.tensor([wide.architecture.kv_groups, wide.architecture.neurons])
+    assert int(size(*widths)) == (tmp_path / "own.gguf").stat().st_size
+    energies = column_energies(wide, windows) if windows is not None else {}
+    expected = by_llama_cpp(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", kind, energies)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "own.gguf").tensors}
+    assert {name: t.tensor_type for name, t in found.items()} == {name: t.tensor_type for name, t in expected.items()}
+    assert {name: stored.kind for name, stored in plan.items()} == {name: t.tensor_type for name, t in found.items()}
+    for name, tensor in found.items():
+        if not energies or tensor.tensor_type in FALLBACKS:
+            np.testing.assert_array_equal(tensor.data, expected[name].data, err_msg=name)

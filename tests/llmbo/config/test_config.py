@@ -90,7 +90,7 @@ CHANGED: dict[str, Any] = {
     "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
     "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_warm_start": 2,
     "advisor_context": "none", "advisor_every": 1, "maximum": ("kl=0.5",),
-    "context": 99, "serve_batch": 2, "latency_target": "cpu", "racing": True, "items": "x.jsonl",
+    "context": 99, "serve_batch": 2, "quantize": "q4_k_m", "latency_target": "cpu", "racing": True, "items": "x.jsonl",
     "chat": True, "heldout_text": "none", "recipe": "dense-prices", "recipe_search": True, "deploy": ("vllm",),
 }  # fmt: skip
 

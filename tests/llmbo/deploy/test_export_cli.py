@@ -133,6 +133,18 @@ def test_the_best_model_within_a_budget_is_taken(export: Export, finished: Any, 
         ("tiny", {"format": "onnx"}, "Unknown --format 'onnx': expected one of hf, gguf, vllm, padded"),
         ("tiny", {"dtype": "q8_0"}, "--format hf has no --dtype 'q8_0': expected one of auto, float32"),
         ("tiny", {"format": "gguf"}, "WordLevel.*--format hf"),
+        ("tiny", {"quantize": "q8_0"}, "--format hf cannot be quantised .*: take --format gguf"),
+        (
+            "tiny",
+            {"format": "gguf", "quantize": "q8_0", "dtype": "f16"},
+            "--dtype f16 and --quantize q8_0 .* leave one out",
+        ),
+        ("tiny", {"format": "gguf", "quantize": "q4_k"}, "Unknown --quantize 'q4_k': did you mean .*recipe:FILE"),
+        (
+            "tiny",
+            {"format": "gguf", "quantize": "recipe:no/such.json"},
+            "recipe 'no/such.json' cannot be used: No such file",
+        ),
         *(
             ("tiny", {"max_shard_size": size}, f"--max-shard-size .* '{size}'")
             for size in ("huge", "1.5GB", "-1", "5 GB", "GB", "nan")

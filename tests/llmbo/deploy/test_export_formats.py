@@ -82,7 +82,9 @@ def folder(finished: Any, tmp_path_factory: pytest.TempPathFactory, text_file: P
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(place / "model")
-    result = replace(finished, folder=place)(model=place / "model", budget=8, neuron_step=32, deploy="vllm")
+    result = replace(finished, folder=place)(
+        model=place / "model", budget=8, neuron_step=32, deploy="vllm", objectives="kl,file_bytes", quantize="q8_0"
+    )
     assert result.exit_code == 0, result.output
     return place
 
@@ -171,6 +173,9 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
     assert cut.num_parameters() < 0.8 * base.parameters  # or the next line would not tell the two apart
     assert least < weights < 1.05 * announced + 20_000, "names, vectors in float32 and the vocabulary"
 
+    if dtype == "q8_0":  # what the run searched for
+        [file] = out.glob("*.gguf")
+        assert file.stat().st_size == request.trial.objectives.model_dump()["file_bytes"]
     if dtype == format.default and format.name != "vllm":  # tests/pruning/test_export_vllm.py loads it as its card says
         assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
 

@@ -20,6 +20,7 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.gguf_file import write_gguf
 from pruning.export.hf import Pruned
+from pruning.export.quantise import Mixture
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site / "llm_tiny" / "__init__.py").write_text("raise AssertionError('it is found, not imported')\n")
     anatomy = anatomy_of(model)
     write_gguf(
-        Pruned(model, anatomy, Architecture.full(anatomy), tokenizer), site / "llm_tiny" / "tiny.gguf", "f32", "tiny"
+        Pruned(model, anatomy, Architecture.full(anatomy), tokenizer),
+        site / "llm_tiny" / "tiny.gguf",
+        Mixture.of("f32"),
+        "tiny",
     )
     return site
 

@@ -83,7 +83,7 @@ class Problem:
     files: TensorFiles
     target: Target | None
     heldout_choices: Choices | None
-    _marginals: dict[str, Marginals] = field(default_factory=dict, repr=False)
+    _marginals: dict[str, Marginals] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def statistics(self) -> LayerStatistics:

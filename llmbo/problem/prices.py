@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -32,7 +32,6 @@ class Prices:
         anchors: `k` shares, increasing, at which blocks were measured in pruned members; the dense model, whose prices these are, is last.
         corrections: `k x d`, how much dearer each block was found there, as a logarithm.
         exchanges: `k x d`, levels that blocks should give to each other there.
-        per_weight: `d x steps`, what makes a cost per parameter one per `SearchSpace.weight`, as a logarithm; 0 where that is parameters.
     """
 
     space: SearchSpace
@@ -41,15 +40,12 @@ class Prices:
     anchors: Tensor
     corrections: Tensor
     exchanges: Tensor
-    per_weight: Tensor
 
     @classmethod
     def of(cls, space: SearchSpace, fisher: MarginalCosts, sensitivity: MarginalCosts) -> "Prices":
         """From marginal costs at the dense model, `d` rows each."""
         one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, space.d, dtype=torch.float64)
-        logs = _around_zero(fisher)
-        known = cls(space, logs, _around_zero(sensitivity), one, nothing, nothing, torch.zeros_like(logs))
-        return replace(known, per_weight=known._per_weight())
+        return cls(space, _around_zero(fisher), _around_zero(sensitivity), one, nothing, nothing)
 
     @cached_property
     def steps(self) -> Tensor:
@@ -67,6 +63,19 @@ class Prices:
             points[:, first] = torch.arange(levels + 1)
             found[first : first + L, :levels] = self.space.share(points).diff()
         return found
+
+    @cached_property
+    def per_weight(self) -> Tensor:
+        """What makes a step's cost per parameter one per `SearchSpace.weight` of the otherwise dense model, `d x steps` logarithms."""
+        space, steps = self.space, self.steps.shape[1]
+        if space.priced_by == ("params_share",):
+            return torch.zeros(self.steps.shape, dtype=torch.float64)
+        levels = torch.arange(steps + 1, dtype=torch.float64).expand(space.d, -1).minimum(space.bounds[1][:, None])
+        points = space.bounds[1].repeat(space.d, steps + 1, 1)
+        points[torch.arange(space.d), :, torch.arange(space.d)] = levels
+        size = self.shares.where(self.steps, 1.0)
+        added = space.weight(points).diff().maximum(LIGHTEST * size)
+        return (size / added).log().where(self.steps, 0.0)
 
     def log_prices(self, theta: Tensor, share: Tensor, bonus: Tensor | None = None) -> Tensor:
         """Prices of all steps, never rising within a block: `m x len(BOUNDS)` numbers, `n` shares, `m x d` profiles (None: no bonus)
@@ -137,18 +146,6 @@ class Prices:
         sizes = self._nothing + self._taken(prices, torch.tensor([torch.inf], dtype=torch.float64))[1].cumsum(0)
         rows = self.members_of(recipe, sizes[sizes >= self.space.min_share - SLACK])
         return self.space.increasing(rows[self.space.legal(rows)])
-
-    def _per_weight(self) -> Tensor:
-        """By what every step adds to parameters and to the weight of the otherwise dense model."""
-        space, steps = self.space, self.steps.shape[1]
-        if space.priced_by == ("params_share",):
-            return torch.zeros(self.steps.shape, dtype=torch.float64)
-        levels = torch.arange(steps + 1, dtype=torch.float64).expand(space.d, -1).minimum(space.bounds[1][:, None])
-        points = space.bounds[1].repeat(space.d, steps + 1, 1)
-        points[torch.arange(space.d), :, torch.arange(space.d)] = levels
-        size = self.shares.where(self.steps, 1.0)
-        added = space.weight(points).diff().maximum(LIGHTEST * size)
-        return (size / added).log().where(self.steps, 0.0)
 
     def _exchanged(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Rows after width exchanges, those that would become illegal, by a limit for instance, as they were: `n x d`, `n` -> `n x d`."""

@@ -104,6 +104,7 @@ def fit(
     scored: int | None = None,
     batch_size: int = 2,
     on_layer: Callable[[int], None] | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Fitted:
     """Walk through the dense model, or take what an earlier walk has left in `files`.
 
@@ -118,6 +119,7 @@ def fit(
         order: Of the units, which all widths keep prefixes of. Without refits it is always "activation": the other presumes them.
         scored: As for `collect_statistics`.
         on_layer: Called with the number of layers done, out of `steps(...)`.
+        cache_bytes: Of refits that are kept on the device, once they are asked for.
     """
     anatomy, device = anatomy_of(model), device_of(model)
     layers = range(anatomy.num_hidden_layers)
@@ -142,7 +144,7 @@ def fit(
         statistics = collect_statistics(model, windows, batch_size, on_layer, scored, missing, solve)
         files.put(STATISTICS, statistics.to_tensors())
     ranking = activation(statistics).ranking() if widths is None else _ranking_of(files, anatomy)
-    return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device))
+    return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device, cache_bytes))
 
 
 def layer_name(index: int) -> str:

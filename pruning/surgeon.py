@@ -64,7 +64,7 @@ def surgeon_order(gram: Tensor, mean: Tensor, output: Projection, block: Block, 
     if output.bias is not None and ridge.biases:
         inverse.addr_(mean, mean, alpha=-1)
     inverse = torch.linalg.cholesky(inverse)  # by the same name, so that no more than two of them are there at a time
-    inverse = torch.cholesky_inverse(inverse)
+    torch.cholesky_inverse(inverse, out=inverse)  # a GPU takes one copy to work in, and without `out` another one
     weight = matrix_of(output).detach().T.to(gram).contiguous()  # C x hidden_size, V^T
     units = torch.arange(block.units, device=gram.device)
     gone: list[Tensor] = []

@@ -25,7 +25,7 @@ from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.models.placement import DTYPES, choose_device
 from llmbo.models.stored import anatomy_of_config
-from llmbo.problem.residence import Machine, choose_residence
+from llmbo.problem.residence import Machine, choose_residence, refit_cache
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.run.duration import Rates
 from pruning.architecture import Architecture
@@ -85,34 +85,41 @@ def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loaded = load_model(str(source), config.dtype, device, residence.offload)
     weights = torch.cuda.memory_allocated(device) if torch.device(device).type == "cuda" else 0
     space = space_of(config, anatomy)
-    preparation, search = _measured(loaded, config, space, folder / "prepared", options.candidates)
-    products = 2 * cost_of(anatomy, candidate(space)).parameters * config.windows["proxy"] * config.window
-    floor = products / rates.matmul
+    cached = refit_cache(config, anatomy, dtype.itemsize, Machine.of(device), residence.offload)
+    preparation, first, again = _measured(loaded, config, space, folder / "prepared", options.candidates, cached)
+    tokens = config.windows["proxy"] * config.window
+    products = [2 * cost_of(anatomy, one).parameters * tokens for one in some_candidates(space, options.candidates)]
+    floor = sum(products) / len(products) / rates.matmul
     return {
         "device": torch.cuda.get_device_name(device) if weights else device,
         "matrix products, TFLOP/s": round(rates.matmul / 1e12, 3),
         "layers wait": residence.offload,
         "weights on the device, GB": round(weights / 1e9, 3),
         "peak of preparation, GB": round((weights + preparation.bytes) / 1e9, 3),
-        "peak of candidates, GB": round((weights + search.bytes) / 1e9, 3),
+        "peak of candidates, GB": round((weights + first.bytes) / 1e9, 3),
+        "of these for refits, GB": round(cached / 1e9, 3),
         "peak by the formula, GB": round(residence.needed / 1e9, 3),
         "preparation, seconds": round(preparation.seconds, 2),
         "tokens": options.tokens,
-        "a candidate, seconds": round(search.seconds / options.candidates, 3),
         "its matrix products alone": round(floor, 3),
-        "a candidate / its products": round(search.seconds / options.candidates / floor, 2),
+        **{
+            f"a candidate, {when}": f"{one.seconds / options.candidates:.3f} s: {one.seconds / options.candidates / floor:.2f}"
+            for when, one in (("refits from files", first), ("refits kept", again))
+        },
     }
 
 
-def candidate(space: SearchSpace) -> Architecture:
-    """Six tenths of the units of every block, on the grid."""
-    return space.decode(tuple(round(0.6 * most) for most in space.max_levels))
+def some_candidates(space: SearchSpace, number: int) -> list[Architecture]:
+    """About six tenths of the units, every block at a level of its own: what a search asks for shares few refits."""
+    most = torch.tensor(space.max_levels)
+    shares = 0.6 + 0.4 * (torch.rand(number, len(most), generator=torch.Generator().manual_seed(0)) - 0.5)
+    return [space.decode(tuple(levels)) for levels in (shares * most).round().int().tolist()]
 
 
 def _measured(
-    loaded: LoadedModel, config: RunConfig, space: SearchSpace, folder: Path, candidates: int
-) -> tuple[Taken, Taken]:
-    """Preparation up to the refits, and so many candidates together."""
+    loaded: LoadedModel, config: RunConfig, space: SearchSpace, folder: Path, candidates: int, cached: int
+) -> tuple[Taken, Taken, Taken]:
+    """Preparation up to the refits, so many candidates together, and the same ones again."""
     device, draw = torch.device(loaded.device), torch.Generator().manual_seed(0)
     calibration, proxy = (
         torch.randint(space.anatomy.vocab_size, (config.windows[part], config.window), generator=draw)
@@ -122,15 +129,19 @@ def _measured(
     batch = 8 if device.type == "cuda" else 2
 
     def prepare() -> Supernet:
-        fitted = fit(loaded.model, calibration, space.widths, TensorFiles(folder), scored=scored, batch_size=batch)
+        files = TensorFiles(folder)
+        fitted = fit(
+            loaded.model, calibration, space.widths, files, scored=scored, batch_size=batch, cache_bytes=cached
+        )
         return Supernet(loaded.model, fitted.ranking, fitted.refits, loaded.resident)
 
     supernet, preparation = _taken(device, prepare)
     with supernet:
         dense = supernet.distribution(proxy)
-        supernet.qualities([candidate(space)], proxy[:1])  # what is made once and stays
-        _, search = _taken(device, lambda: supernet.qualities([candidate(space)] * candidates, proxy, dense))
-    return preparation, search
+        supernet.qualities([Architecture.full(space.anatomy)], proxy, dense)  # what is made once and stays
+        own = some_candidates(space, candidates)
+        first, again = (_taken(device, lambda: supernet.qualities(own, proxy, dense))[1] for _ in range(2))
+    return preparation, first, again
 
 
 def _taken(device: torch.device, run: Callable[[], Any]) -> tuple[Any, Taken]:

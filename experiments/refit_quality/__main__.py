@@ -2,9 +2,11 @@
 
     python -m experiments.refit_quality --text text:path/to/wikitext2-valid.txt
     python -m experiments.refit_quality --show
+    python -m experiments.refit_quality --curve 8192,16384,32768,65536,131072 --out curve.json
 
 Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean, units by activation energy), the same with today's ridge,
-with today's order of units (`pruning.surgeon`), with four times the tokens, and in sequence on those. A seed deals out the windows that
+with today's order of units (`pruning.surgeon`), with four times the tokens, and in sequence on those; or, as a curve, today's table and
+refits in sequence at several numbers of tokens, all judged on the same windows. A seed deals out the windows that
 calibrate and those that judge. Architectures are members of the allocation path that a run on the built-in text prepares. Every figure
 is stored as soon as it is known, and what is stored is not measured anew, unless its step has another order of units now.
 """
@@ -12,7 +14,7 @@ is stored as soon as it is known, and what is stored is not measured anew, unles
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,14 +63,26 @@ def main() -> None:
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="by commas")
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
     parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
+    parser.add_argument("--curve", help="numbers of tokens by commas, in place of the steps")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
     options = parser.parse_args()
+    if options.curve:
+        STEPS.clear()
+        STEPS.update(curve(map(int, options.curve.split(","))))
+        options.steps = ",".join(STEPS)
     stored = read(options.out)
     if not options.show:
         measure(options, stored)
     show(stored)
+
+
+def curve(tokens: Iterable[int]) -> Iterator[tuple[str, tuple[int, Ridge, Order]]]:
+    """Steps in pairs: a table, and refits in sequence."""
+    for number in tokens:
+        for kind in ("table", "sequence"):
+            yield f"{kind} {number}", (number, RIDGE, "surgeon")
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -88,6 +102,9 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     text = read_text(options.text)
     text = Text(text.source, undo_spacing(text.content))
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
+    most = max(tokens for tokens, _, _ in STEPS.values())
+    if most != 4 * TOKENS:  # windows are dealt out for the most demanding step
+        facts["calibration"] = most
     if stored.setdefault("facts", facts) != facts:
         raise SystemExit(f"'{options.out}' holds figures of {stored['facts']}, not of {facts}: give another --out.")
     figures: dict[str, Any] = stored["figures"]
@@ -101,7 +118,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
         keep()
     architectures = {name: Architecture.from_dict(one) for name, one in stored["architectures"].items()}
     for seed in range(options.seeds):
-        counts = {"calibration": 4 * TOKENS // WINDOW, "proxy": 0, "heldout": options.judged}
+        counts = {"calibration": most // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
         for step in options.steps.split(","):
             missing = {s: architectures[s] for s in options.shares.split(",") if f"{seed}/{s}/{step}" not in figures}
@@ -114,8 +131,9 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
                     if time.monotonic() - start > 60 * options.minutes:
                         break
                     before, used = time.monotonic(), supernet
-                    if step == "sequence":
-                        used = supernet.using(sequential_refit(supernet, architecture, windows.calibration))
+                    if step.startswith("sequence"):
+                        calibration = windows.calibration[: STEPS[step][0] // WINDOW]
+                        used = supernet.using(sequential_refit(supernet, architecture, calibration))
                     seconds = time.monotonic() - before
                     quality = used.quality(architecture, windows.heldout, dense)
                     figure = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds, "order": STEPS[step][2]}

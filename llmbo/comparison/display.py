@@ -10,7 +10,7 @@ from rich.table import Table
 from llmbo.comparison.config import Arm
 from llmbo.comparison.runner import Outcome
 from llmbo.comparison.schema import BandPart, Comparison
-from llmbo.display.console import Console
+from llmbo.display.console import Console, decimals
 from llmbo.display.results import result_table
 
 
@@ -64,7 +64,7 @@ class CompareDisplay:
         heldout = "" if last.heldout is None else f", held-out {last.heldout:.4f}"
         left = (self._clock() - self._started) / self._finished * (self._total - self._finished)
         self._console.print(
-            f"{outcome.arm.label}, seed {outcome.seed}: hypervolume {last.hypervolume:.4f}{heldout} after {len(outcome.trials)} "
+            f"{outcome.arm.label}, seed {outcome.seed}: hypervolume {decimals(last.hypervolume)}{heldout} after {len(outcome.trials)} "
             f"evaluations ({self._finished}/{self._total}, about {_duration(left)} left)",
             highlight=False,
             soft_wrap=True,
@@ -97,4 +97,4 @@ def table(result: Comparison) -> Table:
 
 
 def _mean(band: BandPart | None) -> str:
-    return f"{band.mean:.4f}" if band else "–"
+    return decimals(band.mean) if band else "–"

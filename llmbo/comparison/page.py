@@ -9,6 +9,7 @@ import numpy as np
 
 from llmbo.comparison.schema import BandPart, Comparison, SummaryPart
 from llmbo.comparison.statistics import FEWEST_SEEDS
+from llmbo.display.console import decimals
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -111,9 +112,7 @@ def _test_table(result: Comparison) -> str:
         where = "held-out" if test.metric == "heldout_hypervolume" else "proxy"
         p = "–" if test.p is None else f"{test.p:.3f}"
         verdict = f" {test.verdict}" if test.verdict else ""
-        shown = (
-            f'<span class="{test.verdict}">{difference.mean:+.4f}{verdict}</span>{_interval(difference, "+.4f", " … ")}'
-        )
+        shown = f'<span class="{test.verdict}">{decimals(difference.mean, "+")}{verdict}</span>{_interval(difference, " … ", "+")}'
         rows.append([html.escape(test.label), where, str(test.evaluations), shown, f"{test.wins}/{test.seeds}", p])
     return _table(["against", "windows", "evaluations", "difference", "won", "p"], rows)
 
@@ -159,14 +158,14 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _band(band: BandPart | None) -> str:
     if band is None:
         return "–"
-    return f"{band.mean:.4f}{_interval(band, '.4f', '…')}"
+    return f"{decimals(band.mean)}{_interval(band, '…')}"
 
 
-def _interval(band: BandPart, format: str, between: str) -> str:
+def _interval(band: BandPart, between: str, sign: str = "") -> str:
     """Nothing where there is none, or it has no width."""
     if band.low is None or band.high is None or band.low == band.high:
         return ""
-    return f" <small>{band.low:{format}}{between}{band.high:{format}}</small>"
+    return f" <small>{decimals(band.low, sign)}{between}{decimals(band.high, sign)}</small>"
 
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:
@@ -255,5 +254,5 @@ def _finish(axes: Any, x: str, y: str, result: Comparison) -> None:
         )
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
-    if result.summaries:
+    if axes.get_legend_handles_labels()[0]:  # none where arms have problems of their own
         axes.legend(fontsize=8, ncols=2)

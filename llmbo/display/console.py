@@ -10,6 +10,11 @@ from rich.segment import Segment
 from llmbo.errors import printable
 
 
+def decimals(value: float, sign: str = "") -> str:
+    """Four decimals; of what is large, such as a hypervolume over bytes, four digits."""
+    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
+
+
 class Console(RichConsole):
     """Rich's, for text that is not trusted: no markup in it, and nothing that a terminal obeys."""
 

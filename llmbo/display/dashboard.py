@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from llmbo.display.console import decimals
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.report import front_of
 from llmbo.search.gain import trial_gains
@@ -62,7 +63,9 @@ class Progress:
 
     @cached_property
     def summary(self) -> str:
-        return f"hypervolume {volume(self.trials, self.objectives):.4f}   {trade_offs(self.trials, self.objectives)}"
+        return (
+            f"hypervolume {decimals(volume(self.trials, self.objectives))}   {trade_offs(self.trials, self.objectives)}"
+        )
 
     @property
     def size(self) -> Objective:

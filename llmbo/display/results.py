@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmbo.advisor.parts import AdvisorPart
+from llmbo.display.console import decimals
 from llmbo.display.dashboard import volume
 from llmbo.problem.objectives import Objective
 from llmbo.report import Report
@@ -21,7 +22,7 @@ def trial_line(trial: Trial, trials: Sequence[Trial], objectives: Sequence[Objec
     result = measured or f"failed: {trial.failure}"
     count = f"{trial.number + 1}/{budget}" if budget else f"{trial.number + 1}"
     seconds = f"{trial.seconds:.1f} s" if trial.seconds is not None else "?"
-    return f"trial {count} {trial.origin}: {result} ({seconds}) hypervolume {volume(trials, objectives):.4f}"
+    return f"trial {count} {trial.origin}: {result} ({seconds}) hypervolume {decimals(volume(trials, objectives))}"
 
 
 def result_table(title: str) -> Table:
@@ -32,7 +33,9 @@ def result_table(title: str) -> Table:
 def summary(report: Report, rows: int = 12) -> Table:
     """The front as a short table: at most `rows` points, spread evenly over it."""
     counts = f"{len(report.front)} points from {len(report.trials)} trials"
-    table = result_table(f"Pareto front of {report.model.name}: {counts}, hypervolume {report.hypervolume.final:.4f}")
+    table = result_table(
+        f"Pareto front of {report.model.name}: {counts}, hypervolume {decimals(report.hypervolume.final)}"
+    )
     own, other = text_name(report.data.source), report.elsewhere and text_name(report.elsewhere.source)
     for heading in ("trial", "params", "share"):
         table.add_column(f"\n\n{heading}", justify="right")

@@ -23,12 +23,14 @@ from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.recipe import recipe_of
+from llmbo.problem.residence import Machine, refit_cache
 from llmbo.problem.space import CostFunction, SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
 from pruning.anatomy import BlockKind, anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
+from pruning.compensation import CACHE_BYTES
 from pruning.exchanges import ORDERS, exchange_costs
 from pruning.export.gguf_size import GgufSize
 from pruning.export.quantise import Mixture
@@ -123,13 +125,14 @@ def fitted(
     compensation: bool = True,
     tell: Callable[[str], None] = lambda line: None,
     on_layer: Callable[[int], None] | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> tuple[Fitted, TensorFiles]:
     """Statistics, ranking and refits of a model, with the files that they are kept in.
 
     Args:
         calibration: `num_windows x length` token ids.
         files: Where they may be already; by default where all runs keep theirs.
-        compensation: Whether there are refits at all.
+        compensation: Whether there are refits at all, of which the device keeps `cache_bytes`.
 
     Raises:
         ModelError: The model computes NaN or infinite numbers.
@@ -139,7 +142,7 @@ def fitted(
     if files is None:
         files = files_of(loaded, calibration, widths, *recipe, tell)
     try:
-        return fit(loaded.model, calibration, widths, files, *recipe, on_layer=on_layer), files
+        return fit(loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, cache_bytes=cache_bytes), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise
@@ -170,7 +173,8 @@ def prepared(
     choices, heldout_choices = _choices(config, loaded)
     calibration = windows.calibration
     with phases.phase(FITTING, steps(space.num_layers)) as advance:
-        found, files = fitted(loaded, calibration, space, None, method, config.compensation, phases.note, advance)
+        room = refit_cache(config, space.anatomy, model.dtype.itemsize, Machine.of(loaded.device), loaded.offload)
+        found, files = fitted(loaded, calibration, space, None, method, config.compensation, phases.note, advance, room)
         statistics = found.statistics
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
         check_finite(loaded.name, loaded.dtype, *sums)

@@ -15,10 +15,11 @@ from llmbo.problem.hardware import KIND_OF
 from llmbo.problem.method import DEFAULT
 from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
-from pruning.compensation import solved_values
+from pruning.compensation import CACHE_BYTES, solved_values
 from pruning.footprint import Footprint, Workload, footprint
 
 SMALLEST_WINDOW = 64  # that is worth proposing
+SPARE = 0.9  # of the limit is filled with what need not be there
 
 
 def readable(size: float) -> str:
@@ -45,7 +46,10 @@ class Machine:
         host = psutil.virtual_memory().available
         kind = torch.device(device).type
         if kind == "cuda":
-            return cls(device, torch.cuda.mem_get_info(torch.device(device))[0], host)
+            own = torch.cuda.memory_reserved(
+                torch.device(device)
+            )  # a model that lies there already is needed bytes too
+            return cls(device, torch.cuda.mem_get_info(torch.device(device))[0] + own, host)
         if kind == "mps":
             return cls(device, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), host)
         return cls(device, host, host)
@@ -100,6 +104,17 @@ def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Ma
     host = found.host + (layers if offload == "cpu" else 0)
     limit = min(machine.free, config.memory_bytes or machine.free)
     return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)
+
+
+def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> int:
+    """Bytes of refits that the device may keep: what is counted as needed, and most of what is left over.
+
+    Candidates that ask for others wait for them to come from the host, which on a GPU takes longer than computing with them.
+    """
+    if machine.shared or not config.compensation:
+        return CACHE_BYTES
+    found = residence_of(config, anatomy, itemsize, machine, offload)
+    return CACHE_BYTES + max(0, round(SPARE * found.limit) - found.needed)
 
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:

@@ -15,8 +15,9 @@ from experiments.gpu_check.__main__ import check
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
-from llmbo.problem.residence import Machine, choose_residence, placed, placed_to_cut, residence_of
+from llmbo.problem.residence import Machine, choose_residence, placed, placed_to_cut, refit_cache, residence_of
 from pruning.anatomy import Anatomy, anatomy_of
+from pruning.compensation import CACHE_BYTES
 
 CONFIG = RunConfig("big", calibration_tokens=65536)
 PLENTY = 10**13
@@ -50,6 +51,21 @@ def test_more_room_never_chooses_a_slower_place(anatomy: Anatomy) -> None:
     assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host)) == "cpu"
     assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host - 1)) == "disk"
     assert chosen(anatomy, Machine("cuda", PLENTY, PLENTY), offload="disk") == "disk"
+
+
+def test_refits_fill_what_a_gpu_has_left_and_no_more(anatomy: Anatomy) -> None:
+    """Within nine tenths of the limit, what is needed counted; a model with no room to spare keeps what is needed alone."""
+    needed = residence_of(CONFIG, anatomy, 2, Machine("cuda", PLENTY, PLENTY), "none").needed
+    for limit in (needed, 24 * 10**9, 80 * 10**9):
+        allowed = replace(CONFIG, memory=str(limit))
+        cached = refit_cache(allowed, anatomy, 2, Machine("cuda", PLENTY, PLENTY), "none")
+        assert cached == refit_cache(CONFIG, anatomy, 2, Machine("cuda", limit, PLENTY), "none") >= CACHE_BYTES
+        assert (cached > CACHE_BYTES) == (0.9 * limit > needed) and needed - CACHE_BYTES + cached <= max(
+            needed, 0.9 * limit
+        )
+    assert (
+        cached > 40 * 10**9 and refit_cache(CONFIG, anatomy, 2, Machine("cpu", PLENTY, PLENTY), "none") == CACHE_BYTES
+    )
 
 
 def test_on_a_cpu_what_waits_is_in_the_same_memory_unless_it_is_mapped(anatomy: Anatomy) -> None:
@@ -144,3 +160,4 @@ def test_what_a_large_model_takes_is_measured_by_a_script_that_runs_anywhere(
     assert found["layers wait"] == offload and found["tokens"] == 128
     assert 0 <= found["peak of candidates, GB"] <= found["peak by the formula, GB"] + 0.001 < 0.01
     assert all(value > 0 for name, value in found.items() if "seconds" in name)
+    assert {"a candidate, refits from files", "a candidate, refits kept"} < found.keys()

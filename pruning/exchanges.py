@@ -42,10 +42,11 @@ def exchange_costs(
     generator: torch.Generator,
     batch_size: int = 2,
     on_layer: Callable[[int], None] | None = None,
-) -> dict[BlockKind, Tensor]:
-    """Change of KL when one block alone gets another width, all others as in `architecture`, nats per token.
+) -> tuple[dict[BlockKind, Tensor], Tensor]:
+    """Change of KL when one block alone gets another width, all others as in `architecture`, nats per token; and KL as it is.
 
-    Memory: what `pruning.walk.Walk` says, every block at the widest of its widths, and one refitted weight at a time.
+    Memory: what `pruning.walk.Walk` says, every block at the widest of its widths, what each width changes for a batch's tokens, and
+    one refitted weight at a time.
 
     Args:
         supernet: Open.
@@ -56,7 +57,7 @@ def exchange_costs(
         on_layer: Called with the number of layers passed, there and back.
 
     Returns:
-        `num_layers x num_widths x 2` by kind, float32: the two orders.
+        `num_layers x num_widths x 2` by kind, float32: the two orders. `num_windows` float64 on the CPU.
     """
     model, device = supernet.model, device_of(supernet.model)
     costs = {kind: torch.zeros(*units.shape, ORDERS, device=device) for kind, units in widths.items()}
@@ -66,37 +67,33 @@ def exchange_costs(
     head, batches, done, predicted = Head.of(model), windows.split(batch_size), count(1), windows.shape[1] - 1
     layers = range(supernet.anatomy.num_hidden_layers)
 
-    @contextmanager
-    def standing(index: int, collecting: bool) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
-        with supernet.layer(index) as layer, supernet.narrowed(index, widest):
-            listener = _Listener(supernet, architecture, index, widths, costs, collecting)
-            with listener.on(layer, widest):
-                yield layer, listener.take_up
-
     with frozen(model):
         walk = Walk(model, batches, keep=len(batches))
         for index in layers:
-            if widest.keeps_layer(index):
-                with standing(index, False) as (layer, _):
+            if widest.keeps_layer(index):  # also where this one does not: its inputs are wanted
+                with supernet.layer(index) as layer, supernet.narrowed(index, architecture):
                     walk.forward(index, layer)
             if on_layer:
                 on_layer(next(done))
         first: list[Tensor] = []
         second: list[Tensor] = []
+        kls: list[Tensor] = []
         for place, batch in enumerate(batches):
             rows = dense.rows(place * batch_size, place * batch_size + len(batch))
             hidden, read = walk.last_hidden(place, leaf=True)
             # Of every token's own loss, not of the window's mean.
-            both = [predicted * part for part in divergence_gradients(read.detach(), head, rows, generator)]
+            *both, kl = divergence_gradients(read.detach(), head, rows, generator)
+            kls.append(kl)
             for into, part, retain in zip((first, second), both, (True, False), strict=True):
-                into.append(*torch.autograd.grad(read, hidden, part, retain_graph=retain))
+                into.append(*torch.autograd.grad(read, hidden, predicted * part, retain_graph=retain))
         for index in reversed(layers):
             if widest.keeps_layer(index):
-                with standing(index, True) as (layer, take_up):
-                    walk.backward(index, layer, first, second, on_pass=take_up)
+                listener = _Listener(supernet, architecture, index, widths, costs)
+                with supernet.layer(index) as layer, supernet.narrowed(index, widest), listener.on(layer, widest):
+                    walk.backward(index, layer, first, second, on_pass=listener.take_up)
             if on_layer:
                 on_layer(next(done))
-    return {kind: cost / (windows.shape[0] * predicted) for kind, cost in costs.items()}
+    return {kind: cost / (windows.shape[0] * predicted) for kind, cost in costs.items()}, torch.cat(kls)
 
 
 def _widest(kept: Sequence[int], tried: Tensor) -> tuple[int, ...]:
@@ -113,10 +110,9 @@ class _Listener:
         index: int,
         widths: Mapping[BlockKind, Tensor],
         costs: Mapping[BlockKind, Tensor],
-        collecting: bool,
     ) -> None:
         self._supernet, self._architecture, self._index = supernet, architecture, index
-        self._widths, self._costs, self._collecting = widths, costs, collecting
+        self._widths, self._costs = widths, costs
         self._order = 0
 
     def take_up(self, order: int) -> None:
@@ -134,7 +130,8 @@ class _Listener:
 
     def _narrowed(self, layer: nn.Module, block: Block) -> Iterator[RemovableHandle]:
         own = self._architecture.units(block.kind)[self._index]
-        tried = self._widths[block.kind][self._index].tolist()
+        tried = self._widths[block.kind][self._index]
+        others = [units for units in dict.fromkeys(tried.tolist()) if units != own]
         into, update = self._costs[block.kind][self._index], partial(self._supernet.update, self._index, block)
         passing: list[Tensor] = []  # z on its way to the residual stream
 
@@ -144,15 +141,14 @@ class _Listener:
         def narrow(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             live = passing.pop()
             u = update(live, own)
-            if not self._collecting:
-                return u
-            z, before = live.detach(), u.detach()
+            z, before, changes = live.detach(), u.detach(), dict[int, Tensor]()
 
             def on_gradient(gradient: Tensor) -> None:
-                for column, units in enumerate(tried):
-                    if units != own:
-                        change = (gradient * (update(z, units) - before)).float().sum(-1)
-                        into[column, self._order] += change.square().sum() / 2 if self._order else change.sum()
+                for units in others:
+                    if units not in changes:
+                        changes[units] = update(z, units) - before
+                    change = (gradient * changes[units]).float().sum(-1)
+                    into[tried == units, self._order] += change.square().sum() / 2 if self._order else change.sum()
 
             u.requires_grad_()  # what a dropped block adds depends on nothing
             u.register_hook(on_gradient)

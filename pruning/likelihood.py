@@ -7,7 +7,7 @@ Everything is in nats and averaged over the T - 1 predicted positions of each wi
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,22 @@ class DenseDistribution:
         top_ids: `num_windows x (T-1) x k` token ids.
         top_logprobs: `num_windows x (T-1) x k` log-probabilities, float32 (float64 for float64 logits).
         rest_logprobs: `num_windows x (T-1)` log of the remaining mass, like them.
+        losses: `num_windows x (T-1)`, of the text's own next tokens, like them.
     """
 
     top_ids: Tensor
     top_logprobs: Tensor
     rest_logprobs: Tensor
+    losses: Tensor
 
     def rows(self, first: int, last: int) -> "DenseDistribution":
-        return DenseDistribution(
-            self.top_ids[first:last], self.top_logprobs[first:last], self.rest_logprobs[first:last]
-        )
+        return DenseDistribution(*(part[first:last] for part in vars(self).values()))
+
+    @property
+    def qualities(self) -> "WindowQualities":
+        """The dense model's own: it does not diverge from itself."""
+        loss = _by_window(self.losses)
+        return WindowQualities(loss, torch.zeros_like(loss))
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,9 @@ def loss_gradient(hidden: Tensor, head: Head, windows: Tensor, generator: torch.
 @torch.no_grad()
 def divergence_gradients(
     hidden: Tensor, head: Head, dense: DenseDistribution, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Gradients by `hidden` of every window's mean KL divergence from the dense model, and of the loss of tokens drawn from this one.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by `hidden` of every window's mean KL divergence from the dense model, and of the loss of tokens drawn from this one;
+    and that divergence.
 
     With P the model's probabilities and D the dense model's the first is P - D for the tokens kept, and P scaled by
     1 - D(rest) / P(rest) for all others, which only count together. The second is `loss_gradient`'s.
@@ -127,8 +134,9 @@ def divergence_gradients(
         generator: Draws tokens, on the device of `hidden`.
 
     Returns:
-        Two `B x T x hidden_size` tensors; the last position predicts nothing and gets zero.
+        Two `B x T x hidden_size` tensors; the last position predicts nothing and gets zero. `B` divergences, float64, on the CPU.
     """
+    tokens = torch.empty_like(dense.losses)
     divergence, loss = torch.zeros_like(hidden), torch.zeros_like(hidden)
     predicted = hidden.shape[1] - 1
     for window, rows, logits, excess in _probabilities(hidden, head):
@@ -137,11 +145,12 @@ def divergence_gradients(
         excess.scatter_add_(-1, drawn, excess.new_full((len(excess), 1), -1.0))
         loss[window, rows] = head.pull_back(logits, excess) / predicted
         excess.scatter_add_(-1, drawn, excess.new_full((len(excess), 1), 1.0))
+        tokens[window, rows] = _divergence(dense, (window, rows), top.clamp_min(torch.finfo(top.dtype).tiny).log())
         rest = (1 - top.sum(-1, keepdim=True)).clamp_min(torch.finfo(excess.dtype).eps)
         excess.mul_(1 - dense.rest_logprobs[window, rows, None].exp() / rest)
         excess.scatter_(-1, ids, top - dense.top_logprobs[window, rows].exp())
         divergence[window, rows] = head.pull_back(logits, excess) / predicted
-    return divergence, loss
+    return divergence, loss, _by_window(tokens)
 
 
 def _probabilities(hidden: Tensor, head: Head) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -168,29 +177,23 @@ def dense_distribution(
     model: PreTrainedModel, windows: Tensor, batch_size: int = 4, k: int = TOP_K
 ) -> DenseDistribution:
     """Remember what `model` predicts on `windows` (`num_windows x T` token ids)."""
-    states = (last_hidden(model, batch.to(model.device)) for batch in windows.split(batch_size))
-    return distribution_of(Head.of(model), states, k)
+    batches = windows.split(batch_size)
+    states = (last_hidden(model, batch.to(model.device)) for batch in batches)
+    return distribution_of(Head.of(model), batches, states, k)
 
 
 @torch.inference_mode()
-def distribution_of(head: Head, states: Iterable[Tensor], k: int = TOP_K) -> DenseDistribution:
-    """The distributions behind what a model's head reads, `B x T x hidden_size` for each batch of windows."""
-    ids, logprobs, rest = [], [], []
-    length = 0
-    for hidden in states:
-        length = hidden.shape[1] - 1
-        for rows in hidden[:, :-1].flatten(0, 1).split(CHUNK):
-            logits = head(rows)
-            normaliser = log_normaliser(logits)
-            top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
-            logprob = top.to(normaliser.dtype) - normaliser[:, None]
-            ids.append(index)
-            logprobs.append(logprob)
-            rest.append(_log_rest(logprob))
-    shape = (-1, length)
-    return DenseDistribution(
-        torch.cat(ids).unflatten(0, shape), torch.cat(logprobs).unflatten(0, shape), torch.cat(rest).unflatten(0, shape)
-    )
+def distribution_of(
+    head: Head, batches: Sequence[Tensor], states: Iterable[Tensor], k: int = TOP_K
+) -> DenseDistribution:
+    """The distributions behind what a model's head reads; `batches` and `states` as in `judged`."""
+    parts: list[tuple[Tensor, ...]] = []
+    for targets, logits, normaliser in _predictions(head, batches, states):
+        top, index = logits.topk(min(k, logits.shape[-1] - 1), dim=-1)
+        logprob = top.to(normaliser.dtype) - normaliser[:, None]
+        parts.append((index, logprob, _log_rest(logprob), _losses(targets, logits, normaliser)))
+    shape = (-1, batches[0].shape[1] - 1)
+    return DenseDistribution(*(torch.cat(part).unflatten(0, shape) for part in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -240,25 +243,38 @@ def judged(
         dense: The dense model's distribution on all of them.
     """
     losses, kls = [], []  # of tokens
-    first = 0
+    first, shape = 0, (sum(map(len, batches)), -1)
+    flat = dense and DenseDistribution(*(part.flatten(0, 1) for part in vars(dense).values()))
+    for targets, logits, normaliser in _predictions(head, batches, states):
+        losses.append(_losses(targets, logits, normaliser))
+        if flat:
+            rows = slice(first, first + len(logits))
+            top = logits.gather(-1, flat.top_ids[rows]).to(normaliser.dtype) - normaliser[:, None]
+            kls.append(_divergence(flat, rows, top))
+        first += len(logits)
+    return WindowQualities(
+        _by_window(torch.cat(losses).view(shape)), _by_window(torch.cat(kls).view(shape)) if dense else None
+    )
+
+
+def _predictions(
+    head: Head, batches: Sequence[Tensor], states: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The token that came next, logits (`rows x V`) and their `log_normaliser`, for all predicted positions in their order."""
     for batch, hidden in zip(batches, states, strict=True):
-        rows_of = hidden[:, :-1].flatten(0, 1)
         targets = batch[:, 1:].flatten().to(hidden.device)
-        reference = dense.rows(first, first + len(batch)) if dense else None
-        first += len(batch)
-        for start in range(0, len(rows_of), CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = head(rows_of[rows])
-            normaliser = log_normaliser(logits)
-            picked = logits.gather(-1, targets[rows, None]).squeeze(-1).to(normaliser.dtype)
-            losses.append(normaliser - picked)
-            if reference:
-                kls.append(_kl(reference, rows, logits, normaliser))
+        for wanted, rows in zip(targets.split(CHUNK), hidden[:, :-1].flatten(0, 1).split(CHUNK), strict=True):
+            logits = head(rows)
+            yield wanted, logits, log_normaliser(logits)
 
-    def by_window(tokens: list[Tensor]) -> Tensor:
-        return torch.cat(tokens).cpu().double().view(first, -1).mean(-1)  # not every device has float64
 
-    return WindowQualities(by_window(losses), by_window(kls) if dense else None)
+def _losses(targets: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
+    return normaliser - logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype)
+
+
+def _by_window(tokens: Tensor) -> Tensor:
+    """`num_windows x (T-1)` -> `num_windows` means, float64, on the CPU: not every device has float64."""
+    return tokens.cpu().double().mean(-1)
 
 
 def last_hidden(model: PreTrainedModel, batch: Tensor, leaf: bool = False) -> Tensor:
@@ -304,10 +320,12 @@ def _log_rest(logprobs: Tensor) -> Tensor:
     return torch.log((1 - logprobs.exp().sum(-1)).clamp_min(eps))
 
 
-def _kl(reference: DenseDistribution, rows: slice, logits: Tensor, normaliser: Tensor) -> Tensor:
-    """KL divergence from the dense model's distribution, token by token."""
-    top_ids = reference.top_ids.flatten(0, 1)[rows]
-    top = reference.top_logprobs.flatten(0, 1)[rows]
-    rest = reference.rest_logprobs.flatten()[rows]
-    logprobs = logits.gather(-1, top_ids).to(normaliser.dtype) - normaliser[:, None]
-    return (top.exp() * (top - logprobs)).sum(-1) + rest.exp() * (rest - _log_rest(logprobs))
+def _divergence(dense: DenseDistribution, rows: Any, top: Tensor) -> Tensor:
+    """KL divergence from the dense model's distribution, token by token.
+
+    Args:
+        rows: Where in it these tokens are.
+        top: Log-probabilities of its kept tokens, `num_tokens x k`.
+    """
+    kept, rest = dense.top_logprobs[rows], dense.rest_logprobs[rows]
+    return (kept.exp() * (kept - top)).sum(-1) + rest.exp() * (rest - _log_rest(top))

@@ -109,6 +109,8 @@ def _listeners(
         def on_gradient(gradient: Tensor) -> None:
             gradient = gradient * predicted  # of the token's own loss, not of the window's mean
             for units, cost in costs.items():
+                if units == block.units:
+                    continue  # dense
                 change = gradient * (supernet.update(index, block, z, units) - dense)
                 cost += change.float().sum(-1).square().sum()
 

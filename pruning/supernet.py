@@ -111,8 +111,9 @@ class Supernet:
 
     def distribution(self, windows: Tensor, batch_size: int = 4) -> DenseDistribution:
         """What the dense model predicts on `num_windows x length` token ids."""
-        states = next(self.states([Architecture.full(self.anatomy)], windows.split(batch_size)))
-        return distribution_of(Head.of(self.model), states)
+        batches = windows.split(batch_size)
+        states = next(self.states([Architecture.full(self.anatomy)], batches))
+        return distribution_of(Head.of(self.model), batches, states)
 
     def states(self, architectures: Sequence[Architecture], batches: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
         """What the head reads, for each sub-network in turn, for each batch of `B x T` token ids: `B x T x hidden_size`.

@@ -28,6 +28,7 @@ from llmbo.problem.space import CostFunction, SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
 from pruning.anatomy import BlockKind, anatomy_of
+from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
 from pruning.compensation import CACHE_BYTES
@@ -202,7 +203,7 @@ def prepared(
                 family = replace(family, prices=None)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
-            [dense] = proxy.evaluate([space.max_levels])
+            dense = proxy.evaluate_dense()
             check_finite(loaded.name, loaded.dtype, dense["loss"])
         families = {
             "family": family,
@@ -274,15 +275,13 @@ def with_exchanges(
     half = (len(windows) + 1) // 2
     dense = cache(partial(supernet.distribution, windows))
 
-    def measured_kl(point: torch.Tensor) -> float:
-        architecture = space.decode(tuple(point.int().tolist()))
+    def kl_of(windows: int) -> dict[str, torch.Tensor]:
+        return {"kl": torch.empty(windows, dtype=torch.float64, device="meta")}
 
-        def measure(drawn: torch.Generator) -> dict[str, torch.Tensor]:
-            found = supernet.quality(architecture, windows[:half], dense().rows(0, half))
-            return {"kl": torch.tensor(found.kl, dtype=torch.float64)}
-
-        name = f"kl_{digest(architecture.to_dict())}"
-        return float(keep(name, {"kl": torch.empty((), dtype=torch.float64)}, measure)["kl"])
+    def kl_at(architecture: Architecture, drawn: torch.Generator) -> Tensors:
+        found = supernet.qualities([architecture], windows[:half], dense().rows(0, half))[0].kl
+        assert found is not None
+        return {"kl": found}
 
     def costs_at(
         x: tuple[int, ...], tried: Mapping[BlockKind, torch.Tensor], before: int, drawn: torch.Generator
@@ -290,18 +289,21 @@ def with_exchanges(
         def advance(done: int) -> None:
             on_layer(before + done)
 
-        return exchange_costs(supernet, space.decode(x), tried, windows, dense(), drawn, on_layer=advance)
+        costs, kl = exchange_costs(supernet, space.decode(x), tried, windows, dense(), drawn, on_layer=advance)
+        return {**costs, "kl": kl}
 
     for index, x in enumerate(anchors):
         tried = space.neighbouring_widths(x, STEPS)
         measure = partial(costs_at, x, tried, index * steps(space.num_layers))
-        like = _empty({kind: (*units.shape, ORDERS) for kind, units in tried.items()})
+        like = _empty({kind: (*units.shape, ORDERS) for kind, units in tried.items()}) | kl_of(len(windows))
         costs = keep(f"exchange_{digest(space.decode(x).to_dict(), STEPS)}", like, measure)
         first, second = torch.cat([costs[block.kind].cpu() for block in space.anatomy.blocks]).unbind(-1)
         exchange = best_exchanges(space, x, (first + method.second_order * second)[:, ONE_LEVEL])
         plain = torch.tensor(x, dtype=torch.float64)
         if exchange.any() and bool(space.legal((plain + exchange)[None])):
-            before, after = measured_kl(plain), measured_kl(plain + exchange)
+            changed = space.decode(tuple((plain + exchange).int().tolist()))
+            found = keep(f"kl_{digest(changed.to_dict())}", kl_of(half), partial(kl_at, changed))
+            before, after = float(costs["kl"][:half].mean()), float(found["kl"].mean())
             if after > LOSS_OF_EXCHANGES * before + UNSEEN:
                 tell(
                     f"Width exchanges at share {float(space.share(plain[None])):.2f} would have raised KL from {before:.3g} to "

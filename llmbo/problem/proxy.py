@@ -50,12 +50,11 @@ class ProxyEvaluator:
         """`kl`, `loss` (nats/token), `perplexity`, `accuracy` if there are items, and every known cost of each candidate."""
         architectures = [self.space.decode(x) for x in batch]
         found = self.supernet.qualities(architectures, self.windows, self.dense)
-        measured = [self.measured(x, by_window(own)) for x, own in zip(batch, found, strict=True)]
-        if self.choices is not None:
-            for values, architecture in zip(measured, architectures, strict=True):
-                with self.supernet.active(architecture) as model:
-                    values["accuracy"] = accuracy(model, self.choices)
-        return measured
+        return [self._complete(x, own) for x, own in zip(batch, found, strict=True)]
+
+    def evaluate_dense(self) -> Measurement:
+        """What `evaluate` returns for the dense model, which has seen these windows already."""
+        return self._complete(self.space.max_levels, self.dense.qualities)
 
     def measure(self, model: PreTrainedModel, first: int, last: int) -> dict[str, Tensor]:
         """`kl` and `loss` of a candidate on each of some windows, `last - first` each."""
@@ -72,6 +71,13 @@ class ProxyEvaluator:
         quality = means or {name: float(values.mean()) for name, values in windows.items()}
         values = with_perplexity(quality) | known_values(self.space, x)
         return Measurement(values, {name: values.tolist() for name, values in windows.items()})
+
+    def _complete(self, x: tuple[int, ...], found: WindowQualities) -> Measurement:
+        values = self.measured(x, by_window(found))
+        if self.choices is not None:
+            with self.supernet.active(self.space.decode(x)) as model:
+                values["accuracy"] = accuracy(model, self.choices)
+        return values
 
 
 def by_window(found: WindowQualities) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def measure_heldout(run: RunParts) -> None:
     if not missing and "dense_heldout" in run.store.facts:
         return
     evaluator, top = run.problem.heldout(), run.problem.space.max_levels
-    [dense] = evaluator.evaluate([top])
+    dense = evaluator.evaluate_dense()
     run.store.set_heldout(None, dense)
     run.store.set_fact("dense_heldout", {**dense, **run.problem.deployed(top)})
     for trial, found in _measured(missing, evaluator):
@@ -76,7 +76,7 @@ def measure_elsewhere(run: RunParts) -> None:
     if not missing and digest_elsewhere(run.store.facts) == part["digest"]:
         return
     evaluator = ProxyEvaluator.on(run.elsewhere.heldout, run.problem.space, run.problem.supernet)
-    [dense] = evaluator.evaluate([run.problem.space.max_levels])
+    dense = evaluator.evaluate_dense()
     run.store.set_heldout(None, dense, part["digest"])
     run.store.set_fact("elsewhere", {**part, "dense": dense})
     for trial, found in _measured(missing, evaluator):

@@ -67,7 +67,8 @@ def test_first_orders_are_derivatives_of_the_divergence(
     architecture, widths = pruned(anatomy), all_widths(anatomy)
     dense = dense_distribution(model, windows, k=8)
     with opened(model, windows, random_ranking(anatomy, 2), compensated) as supernet:
-        found = exchange_costs(supernet, architecture, widths, windows, dense, generator())
+        found, kl = exchange_costs(supernet, architecture, widths, windows, dense, generator())
+        torch.testing.assert_close(kl, supernet.qualities([architecture], windows, dense)[0].kl, rtol=1e-6, atol=1e-9)
         for block in anatomy.blocks:
             assert found[block.kind].shape == (*widths[block.kind].shape, 2)
             for layer, own in enumerate(architecture.units(block.kind)):
@@ -194,7 +195,7 @@ def test_on_trained_models_expansions_tell_sign_and_size_of_the_true_change(
     dense = dense_distribution(model, windows, k=model.config.vocab_size - 1)
     with Supernet(model, ranking, CompensationTable(model, statistics, ranking)) as supernet:
         architecture, widths = around(anatomy)
-        found = exchange_costs(supernet, architecture, widths, windows, dense, generator())
+        found, _ = exchange_costs(supernet, architecture, widths, windows, dense, generator())
         changes = true_changes(supernet, architecture, widths, windows, dense)
         some = {block.kind: sorted({0, block.units // 4, block.units // 2}) for block in anatomy.blocks}
         sensitivity = block_sensitivity(supernet, windows, some, generator())
@@ -214,7 +215,9 @@ def test_at_the_dense_model_changes_are_the_block_sensitivity(
     widths = all_widths(anatomy)
     dense = dense_distribution(model, windows)
     with opened(model, windows, random_ranking(anatomy, 3), True) as supernet:
-        found = exchange_costs(supernet, Architecture.full(anatomy), widths, windows, dense, generator(), batch_size=2)
+        found, _ = exchange_costs(
+            supernet, Architecture.full(anatomy), widths, windows, dense, generator(), batch_size=2
+        )
         rows = {kind: units[0].tolist() for kind, units in widths.items()}
         sensitivity = block_sensitivity(supernet, windows, rows, generator(), batch_size=2)
     for kind, costs in found.items():
@@ -238,8 +241,8 @@ def test_a_dropped_layer_can_come_back_and_asking_leaves_no_trace(
     dense = dense_distribution(model, windows)
     done: list[int] = []
     with unchanged(model), opened(model, windows, random_ranking(anatomy, 1), False) as supernet:
-        found = exchange_costs(supernet, dropped, up, windows, dense, generator(), on_layer=done.append)
-        stay = exchange_costs(
+        found, _ = exchange_costs(supernet, dropped, up, windows, dense, generator(), on_layer=done.append)
+        stay, _ = exchange_costs(
             supernet,
             dropped,
             {kind: torch.zeros_like(units) for kind, units in up.items()},

@@ -169,7 +169,7 @@ def test_divergence_gradients_are_autograds(
 ) -> None:
     """Against the merged divergence, written out; it vanishes where the model is the dense one. Tokens are drawn as ever."""
 
-    def gradients(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return divergence_gradients(hidden, head, dense, torch.Generator().manual_seed(3))
 
     monkeypatch.setattr(likelihood, "CHUNK", chunk)
@@ -184,8 +184,9 @@ def test_divergence_gradients_are_autograds(
     rest = torch.log(1 - logprobs.exp().sum(-1))
     kl = (top.exp() * (top - logprobs)).sum(-1) + others.exp() * (others - rest)
     (expected,) = torch.autograd.grad(kl.mean(1).sum(), hidden)
-    found, drawn = gradients(hidden)
+    found, drawn, value = gradients(hidden)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(value, kl.mean(1).detach(), rtol=1e-9, atol=0)
     expected = loss_gradient(hidden, head, windows, torch.Generator().manual_seed(3))
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-12)
     assert not found.requires_grad

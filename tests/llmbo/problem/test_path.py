@@ -63,7 +63,7 @@ class Opened:
         for part in DEFAULT.anchors:
             x = family.at(low + (1 - low) * part)
             widths, generator = space.neighbouring_widths(x, STEPS), torch.Generator().manual_seed(0)
-            costs = exchange_costs(supernet, space.decode(x), widths, self.windows, dense, generator)
+            costs, _ = exchange_costs(supernet, space.decode(x), widths, self.windows, dense, generator)
             first, second = torch.cat([costs[block.kind] for block in space.anatomy.blocks]).double().unbind(-1)
             yield x, first, second
 

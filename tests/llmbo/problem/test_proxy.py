@@ -31,7 +31,7 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
     ]
     with Supernet(model, ranking) as supernet:
         evaluator = ProxyEvaluator.on(windows, space, supernet)
-        found = evaluator.evaluate(candidates)
+        found, itself = evaluator.evaluate(candidates), evaluator.evaluate_dense()
     for x, values, windowed in zip(candidates, found, expected, strict=True):
         target = windowed.mean()
         assert target.kl is not None and windowed.kl is not None
@@ -44,6 +44,7 @@ def test_the_proxy_agrees_with_the_shrunk_model(model_folder: Path) -> None:
             assert values[name] == pytest.approx(sum(values.windows[name]) / 4, rel=1e-12)
         assert {name: values[name] for name in space.costs} == known_values(space, x)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-5) and found[0]["params_share"] == 1
+    assert itself == pytest.approx(found[0], abs=1e-6) and itself.windows["loss"] == found[0].windows["loss"]
     assert found[0]["params"] == sum(p.numel() for p in model.parameters())
     assert found[1]["kl"] > 0.01 and found[2]["kl"] > 0.01
 

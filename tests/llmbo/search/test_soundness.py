@@ -57,7 +57,8 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
     real, make, made = preparation.exchange_costs, preparation.informed, list[Any]()
 
     def wrong(*args: Any, **options: Any) -> Any:
-        return {kind: -1e4 * cost for kind, cost in real(*args, **options).items()}
+        costs, kl = real(*args, **options)
+        return {kind: -1e4 * cost for kind, cost in costs.items()}, kl
 
     def watched(prices: Prices, recipe: Any, exchanges: Any, *rest: Any) -> Prices:
         found = make(prices, recipe, exchanges, *rest)

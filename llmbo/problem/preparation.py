@@ -26,7 +26,8 @@ from llmbo.problem.recipe import recipe_of
 from llmbo.problem.space import CostFunction, SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
-from pruning.anatomy import BlockKind, anatomy_of
+from pruning.anatomy import anatomy_of
+from pruning.block import BlockKind
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
 from pruning.exchanges import ORDERS, exchange_costs
@@ -139,7 +140,9 @@ def fitted(
     if files is None:
         files = files_of(loaded, calibration, widths, *recipe, tell)
     try:
-        return fit(loaded.model, calibration, widths, files, *recipe, on_layer=on_layer), files
+        return fit(
+            loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, queries=space.query_heads
+        ), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise

@@ -105,7 +105,7 @@ def weight_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: 
 
 def cost_of(anatomy: Anatomy, architecture: Architecture, serving: Serving | None = None) -> Cost:
     """Count the costs of `architecture`."""
-    units = [torch.tensor(architecture.units(block.kind)) for block in anatomy.blocks]
+    units = torch.tensor(architecture.units("attention")), torch.tensor(architecture.neurons)
     serving = serving or Serving()
     return Cost(
         parameters=int(parameters(anatomy, *units, serving)),

@@ -118,11 +118,9 @@ class PruningMask:
         """
         architecture.check(anatomy)
         layers = anatomy.num_hidden_layers
-        ranking = Ranking(
-            *(torch.arange(block.units).repeat(layers, 1) for block in anatomy.blocks),
-            torch.arange(anatomy.attention.units * anatomy.attention.queries).repeat(layers, 1),
-        )
-        return cls.from_architecture(architecture, ranking)
+        units = (anatomy.attention.units, anatomy.mlp.units, anatomy.attention.by_query.units)
+        groups, neurons, heads = (torch.arange(number).repeat(layers, 1) for number in units)
+        return cls.from_architecture(architecture, Ranking(groups, neurons, heads))
 
     @classmethod
     def from_architecture(cls, architecture: Architecture, ranking: Ranking) -> "PruningMask":

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pruning.anatomy import Anatomy as Anatomy
-    from pruning.anatomy import Block as Block
     from pruning.anatomy import anatomy_of as anatomy_of
     from pruning.architecture import Architecture as Architecture
+    from pruning.block import Block as Block
     from pruning.calibration import TokenWindows as TokenWindows
     from pruning.calibration import cut_windows as cut_windows
     from pruning.compensation import CompensationTable as CompensationTable
@@ -71,8 +71,9 @@ if TYPE_CHECKING:
     from pruning.text import read_text as read_text
 
 _HOME = {
-    "anatomy": ("Anatomy", "Block", "anatomy_of"),
+    "anatomy": ("Anatomy", "anatomy_of"),
     "architecture": ("Architecture",),
+    "block": ("Block",),
     "calibration": ("TokenWindows", "cut_windows"),
     "compensation": ("CompensationTable",),
     "cost": ("Cost", "Serving", "cost_of"),

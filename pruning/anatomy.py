@@ -8,130 +8,26 @@ the same units. Everything else in this package works on `Block`, never on names
     attention   KV group (its queries too)   query: Q*head_dim, key, value: head_dim   Q*head_dim
     mlp         neuron                       1 in each                                 1
 
-with Q the number of query heads that share a KV group (grouped-query attention, arXiv:2305.13245; Q = 1 is MHA).
+with Q the number of query heads that share a KV group (grouped-query attention, arXiv:2305.13245; Q = 1 is MHA). A *width* is a number of
+units; of attention also one of KV groups that lack some of their query heads, see `pruning.widths`.
 
 A *fused* projection holds several of these one below the other: it has one *part* for each, and within a part every
 unit owns the same number of neighbouring rows. Phi-3's `qkv_proj` has three parts, Llama's `q_proj` has one; GPT-NeoX
 keeps query, key and value of a head together, which is one part again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pruning.block import Block, BlockKind, Rows, module_of
 from pruning.errors import InvalidFamily, UnsupportedModel
 from pruning.families import find_family, known_families
 from pruning.family import Family, Places, Role
-from pruning.modeling_pruned import LayerConfig
 from pruning.projection import Projection, matrix_of
 from pruning.refusals import refusal
-
-BlockKind = Literal["attention", "mlp"]
-BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of an input projection that belong to units.
-
-    Args:
-        parts: Rows that one unit owns in each part of the projection.
-        units: Units in the dense projection.
-    """
-
-    parts: tuple[int, ...]
-    units: int
-
-    @property
-    def per_unit(self) -> int:
-        return sum(self.parts)
-
-    @property
-    def total(self) -> int:
-        return self.units * self.per_unit
-
-    def prefix(self, units: int) -> list[slice]:
-        """The first `units` units: a run of rows in every part."""
-        starts = [self.units * sum(self.parts[:index]) for index in range(len(self.parts))]
-        return [slice(start, start + units * rows) for start, rows in zip(starts, self.parts, strict=True)]
-
-    def of(self, units: Tensor) -> Tensor:
-        """Indices of the rows of these units, part by part: `n` -> `n * per_unit`."""
-        parts = zip(self.prefix(self.units), self.parts, strict=True)
-        return torch.cat([part.start + expand_units(units, rows) for part, rows in parts])
-
-
-@dataclass(frozen=True)
-class Block:
-    """One of the two residual blocks of every decoder layer.
-
-    Args:
-        kind: "attention" or "mlp".
-        places: Names of its modules.
-        entrance: Attribute of the decoder layer whose input is the residual stream before the block; empty for the layer itself.
-        inputs: Input projection -> its rows.
-        columns_per_unit: Columns of the output projection that one unit owns.
-        counts, config_counts: As in `Places`, with what one unit adds to each number.
-        units: Units in the dense block.
-        parameters_per_unit: Parameters that leave with one unit.
-        fixed_parameters: Parameters that stay while any unit stays (norms, output bias).
-    """
-
-    kind: BlockKind
-    places: Places
-    entrance: str
-    inputs: Mapping[str, Rows]
-    columns_per_unit: int
-    counts: Mapping[str, int]
-    config_counts: Mapping[str, int]
-    units: int
-    parameters_per_unit: int
-    fixed_parameters: int
-
-    @property
-    def columns(self) -> int:
-        """Columns of the dense output projection."""
-        return self.units * self.columns_per_unit
-
-    def columns_of(self, units: Tensor) -> Tensor:
-        """Indices of the output projection's columns of these units, in their order."""
-        return expand_units(units, self.columns_per_unit)
-
-    def per_unit(self, columns: Tensor) -> Tensor:
-        """Values of the output projection's columns summed over the columns of each unit: `... x columns` -> `... x units`."""
-        return columns.unflatten(-1, (self.units, self.columns_per_unit)).sum(-1)
-
-    def module_of(self, layer: nn.Module) -> nn.Module:
-        """The module that holds the projections: the layer itself in families without a module for the block."""
-        return _module(self.places, layer)
-
-    def entrance_of(self, layer: nn.Module) -> nn.Module:
-        """The module at the block's entrance, mostly its norm; what goes in is the residual stream."""
-        return getattr(layer, self.entrance) if self.entrance else layer
-
-    def output_of(self, layer: nn.Module) -> Projection:
-        return getattr(self.module_of(layer), self.places.output)
-
-    def update_of(self, layer: nn.Module) -> nn.Module:
-        """The module whose result is added to the residual stream."""
-        return getattr(layer, self.places.post_norm) if self.places.post_norm else self.output_of(layer)
-
-    def inputs_of(self, layer: nn.Module) -> Iterator[tuple[Projection, Rows]]:
-        """The block's input projections with the rows of its units."""
-        for name, rows in self.inputs.items():
-            yield getattr(self.module_of(layer), name), rows
-
-    def attributes_at(self, layer: nn.Module, units: int) -> dict[str, Any]:
-        """What the attributes of the block's module that tell its width must say when `units` units are kept."""
-        values: dict[str, Any] = {name: count * units for name, count in self.counts.items()}
-        if self.config_counts:
-            own = {name: count * units for name, count in self.config_counts.items()}
-            values["config"] = LayerConfig(self.module_of(layer).config, own)
-        return values
 
 
 @dataclass(frozen=True)
@@ -233,11 +129,6 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         ) from error
 
 
-def expand_units(units: Tensor, width: int) -> Tensor:
-    """Indices of the rows or columns that units own when each owns `width` consecutive ones: `n` -> `n * width`."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
 def _anatomy(model: PreTrainedModel, family: Family) -> Anatomy:
     sizes = _sizes(model.config, family)
     if model.get_output_embeddings() is None:
@@ -291,18 +182,30 @@ def _sizes(config: PretrainedConfig, family: Family) -> Sizes:
 
 def _block(kind: BlockKind, family: Family, layers: list[nn.Module], owned: Mapping[Role, int], units: int) -> Block:
     places: Places = getattr(family, kind)
+    fused = any("query" in part and len(part) > 1 for parts in places.inputs.values() for part in parts)
+    alone = not fused and not family.whole_attention
+    heads = owned["query_heads"] if kind == "attention" and alone else 1
     inputs = {
-        name: Rows(tuple(sum(owned[role] for role in part) for part in parts), units)
+        name: Rows(
+            tuple(sum(owned[role] for role in part) for part in parts),
+            units,
+            tuple(heads if "query" in part else 1 for part in parts),
+        )
         for name, parts in places.inputs.items()
     }
     columns_per_unit = owned["query" if kind == "attention" else "neuron"]
     _check_widths(places, layers, inputs, units * columns_per_unit)
-    module = _module(places, layers[0])
+    module = module_of(places, layers[0])
     output = getattr(module, places.output)
     projections = {name: getattr(module, name) for name in inputs}
-    per_unit = columns_per_unit * len(matrix_of(output)) + sum(
-        rows.per_unit * (matrix_of(projections[name]).shape[1] + (projections[name].bias is not None))
+    row = {name: matrix_of(each).shape[1] + (each.bias is not None) for name, each in projections.items()}
+    columns = columns_per_unit * len(matrix_of(output))
+    per_unit = columns + sum(rows.per_unit * row[name] for name, rows in inputs.items())
+    of_queries = columns + sum(
+        row[name] * own
         for name, rows in inputs.items()
+        for own, queries in zip(rows.parts, rows.queries, strict=True)
+        if queries > 1
     )
     modules = [module] if places.module else [*projections.values(), output]
     norms = [getattr(layers[0], name) for name in (places.norm, places.post_norm) if name]
@@ -318,6 +221,8 @@ def _block(kind: BlockKind, family: Family, layers: list[nn.Module], owned: Mapp
         units=units,
         parameters_per_unit=per_unit,
         fixed_parameters=sum(_count(module) for module in (*modules, *norms)) - units * per_unit,
+        queries=heads,
+        parameters_per_query=of_queries // heads if heads > 1 else 0,
     )
 
 
@@ -326,7 +231,7 @@ def _check_widths(places: Places, layers: list[nn.Module], inputs: Mapping[str, 
     expected = {name: (0, rows.total) for name, rows in inputs.items()} | {places.output: (1, columns)}
     for index, layer in enumerate(layers):
         for name, (axis, width) in expected.items():
-            projection = getattr(_module(places, layer), name, None)
+            projection = getattr(module_of(places, layer), name, None)
             found = matrix_of(projection).shape[axis] if isinstance(projection, Projection) else 0
             if found != width:
                 raise UnsupportedModel(
@@ -340,10 +245,6 @@ def _attention_spans(config: PretrainedConfig, layers: int) -> tuple[int | None,
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _module(places: Places, layer: nn.Module) -> nn.Module:
-    return getattr(layer, places.module) if places.module else layer
 
 
 def _count(module: nn.Module) -> int:

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind, Sizes
+from pruning.anatomy import Anatomy, Sizes
+from pruning.block import Block, BlockKind
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
 from pruning.statistics import Statistics
+from pruning.widths import lacking_of, units_of
 
 CACHE_BYTES = 2 << 30
 
@@ -111,7 +113,7 @@ class Refits(Protocol):
         ...
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
-        """The `hidden_size x (units * columns_per_unit)` weight of a block that keeps its best `units`, on the model's device."""
+        """The `hidden_size x block.columns_at(units)` weight of a block that keeps its best at this width, on the model's device."""
         ...
 
     def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
@@ -146,19 +148,25 @@ class CompensationTable:
         self._dtype = model.dtype
         self._cache: OrderedDict[tuple[BlockKind, int, int], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._cache_bytes = cache_bytes
-        self._factors: dict[BlockKind, list[Factor]] = {}
+        self._factors: dict[BlockKind, list[list[Factor]]] = {}  # layer -> by query heads that each group lacks
         layers = self.anatomy.layers_of(model)
         for block in self.anatomy.blocks:
             sums, tokens = statistics.blocks[block.kind], statistics.num_tokens
             factors = []
             for index, layer in enumerate(layers):
                 gram, mean = sums.gram.pop(index) / tokens, sums.total[index] / tokens
-                order = block.columns_of(ranking.of(block.kind)[index]).to(gram.device)
-                factors.append(Factor.of(gram, mean, block.output_of(layer), order, ridge, tokens))
+                orders = [
+                    ranking.columns(index, block, lacking).to(gram.device)
+                    for lacking in range(block.queries if ranking.heads is not None else 1)
+                ]
+                factors.append(
+                    [Factor.of(gram.clone(), mean, block.output_of(layer), o, ridge, tokens) for o in orders[1:]]
+                )
+                factors[-1].insert(0, Factor.of(gram, mean, block.output_of(layer), orders[0], ridge, tokens))
             self._factors[block.kind] = factors
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
-        """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking."""
+        """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking."""
         return self._solved(layer, block, units)[0]
 
     def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
@@ -168,7 +176,7 @@ class CompensationTable:
     def _solved(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
         key = (block.kind, layer, units)
         if key not in self._cache:
-            weight, bias = self._factors[block.kind][layer].solve(units * block.columns_per_unit)
+            weight, bias = self._factors[block.kind][layer][lacking_of(units)].solve(block.columns_at(units))
             self._cache[key] = (
                 weight.to(self._dtype).contiguous(),
                 None if bias is None else bias.to(self._dtype).contiguous(),
@@ -181,7 +189,8 @@ class CompensationTable:
     @property
     def num_values(self) -> tuple[int, int]:
         """Values in the refitted weights that are kept, and in the factors."""
-        factors = [part for each in self._factors.values() for factor in each for part in (factor.lower, factor.rhs)]
+        every = [factor for layers in self._factors.values() for each in layers for factor in each]
+        factors = [part for factor in every for part in (factor.lower, factor.rhs)]
         return sum(weight.numel() for weight, _ in self._cache.values()), sum(part.numel() for part in factors)
 
     def fill(self, widths: dict[BlockKind, list[int]]) -> None:
@@ -194,9 +203,15 @@ class CompensationTable:
 
 def solved_values(sizes: Sizes, widths: Mapping[BlockKind, Sequence[int]]) -> int:
     """Values in the refitted weights of these widths in all layers; a dense width needs none."""
-    columns = {"attention": sizes.queries_per_group * sizes.head_dim, "mlp": 1}
+    heads = {"attention": sizes.queries_per_group, "mlp": 1}
+    columns = {"attention": sizes.head_dim, "mlp": 1}
     dense = {"attention": sizes.num_key_value_heads, "mlp": sizes.intermediate_size}
-    each = sum(units * columns[kind] for kind, some in widths.items() for units in some if units < dense[kind])
+    each = sum(
+        units_of(width) * (heads[kind] - lacking_of(width)) * columns[kind]
+        for kind, some in widths.items()
+        for width in some
+        if width != dense[kind]
+    )
     return sizes.num_hidden_layers * sizes.hidden_size * each
 
 

@@ -1,6 +1,6 @@
 """What an architecture costs, by arithmetic alone. Exact, so the search never models it.
 
-Many architectures at once: `kv_groups` and `neurons` are `batch_shape x num_layers` counts of kept units, results are
+Many architectures at once: `kv_groups` and `neurons` are `batch_shape x num_layers` widths (`pruning.widths`), results are
 `batch_shape` tensors of int64 where nothing else is said. What can be searched for takes `serving` too, whether it depends on it
 or not.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
+from pruning.widths import lacking_of, units_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Cost:
 def block_parameters(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor) -> Tensor:
     """Parameters of the decoder layers."""
     total = ((kv_groups > 0) | (neurons > 0)).sum(-1) * anatomy.shared_parameters
-    for block, units in ((anatomy.attention, kv_groups), (anatomy.mlp, neurons)):
-        units = units.to(torch.int64)
-        total = total + units.sum(-1) * block.parameters_per_unit + (units > 0).sum(-1) * block.fixed_parameters
+    for block, widths in ((anatomy.attention, kv_groups), (anatomy.mlp, neurons)):
+        kept = block.parameters_at(widths.to(torch.int64))
+        total = total + kept.sum(-1) + (widths > 0).sum(-1) * block.fixed_parameters
     return total
 
 
@@ -80,7 +81,9 @@ def flops(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serving
     Norms, softmax and activation functions are left out, as is usual.
     """
     weights = block_parameters(anatomy, kv_groups, neurons) + anatomy.vocab_size * anatomy.hidden_size
-    attended = kv_groups.to(torch.int64) * anatomy.queries_per_group * _seen(anatomy, serving.context)
+    widths = kv_groups.to(torch.int64)
+    heads = units_of(widths) * (anatomy.queries_per_group - lacking_of(widths))
+    attended = heads * _seen(anatomy, serving.context)
     return 2 * weights + 4 * anatomy.head_dim * attended.sum(-1)
 
 
@@ -91,7 +94,7 @@ def kv_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: Serv
 
 def kv_bytes_by_layer(anatomy: Anatomy, kv_groups: Tensor, serving: Serving) -> Tensor:
     """As `kv_bytes`, `batch_shape x num_layers`."""
-    held = kv_groups.to(torch.int64) * _seen(anatomy, serving.context)
+    held = units_of(kv_groups.to(torch.int64)) * _seen(anatomy, serving.context)
     return 2 * anatomy.head_dim * serving.sequences * serving.bytes_per_value * held
 
 
@@ -102,7 +105,7 @@ def weight_bytes(anatomy: Anatomy, kv_groups: Tensor, neurons: Tensor, serving: 
 
 def cost_of(anatomy: Anatomy, architecture: Architecture, serving: Serving | None = None) -> Cost:
     """Count the costs of `architecture`."""
-    units = torch.tensor(architecture.kv_groups), torch.tensor(architecture.neurons)
+    units = torch.tensor(architecture.units("attention")), torch.tensor(architecture.neurons)
     serving = serving or Serving()
     return Cost(
         parameters=int(parameters(anatomy, *units, serving)),

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pruning.anatomy import Block, BlockKind
 from pruning.architecture import Architecture
+from pruning.block import Block, BlockKind
 from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen
 from pruning.supernet import Supernet
 from pruning.walk import Walk, device_of
+from pruning.widths import LACK, attention_width, lacking_of, units_of
 
 ORDERS = 2  # first and second
 
@@ -61,8 +62,8 @@ def exchange_costs(
     """
     model, device = supernet.model, device_of(supernet.model)
     costs = {kind: torch.zeros(*units.shape, ORDERS, device=device) for kind, units in widths.items()}
-    widest = Architecture(
-        _widest(architecture.kv_groups, widths["attention"]), _widest(architecture.neurons, widths["mlp"])
+    widest = Architecture.of(
+        *(_widest(architecture.units(block.kind), widths[block.kind]) for block in supernet.anatomy.blocks)
     )
     head, batches, done, predicted = Head.of(model), windows.split(batch_size), count(1), windows.shape[1] - 1
     layers = range(supernet.anatomy.num_hidden_layers)
@@ -97,7 +98,10 @@ def exchange_costs(
 
 
 def _widest(kept: Sequence[int], tried: Tensor) -> tuple[int, ...]:
-    return tuple(torch.cat([torch.tensor(kept)[:, None], tried], -1).amax(-1).tolist())
+    """The smallest width of each block that holds all of these."""
+    each = torch.cat([torch.tensor(kept)[:, None], tried], -1)
+    lacking = lacking_of(each).masked_fill(each == 0, LACK).amin(-1) % LACK  # what is dropped lacks nothing
+    return tuple(attention_width(units_of(each).amax(-1), lacking).tolist())
 
 
 class _Listener:
@@ -124,15 +128,16 @@ class _Listener:
         with ExitStack() as stack:
             for block in self._supernet.anatomy.blocks:
                 if widest.units(block.kind)[self._index]:
-                    for handle in self._narrowed(layer, block):
+                    for handle in self._narrowed(layer, block, widest.units(block.kind)[self._index]):
                         stack.callback(handle.remove)
             yield
 
-    def _narrowed(self, layer: nn.Module, block: Block) -> Iterator[RemovableHandle]:
+    def _narrowed(self, layer: nn.Module, block: Block, held: int) -> Iterator[RemovableHandle]:
         own = self._architecture.units(block.kind)[self._index]
         tried = self._widths[block.kind][self._index]
         others = [units for units in dict.fromkeys(tried.tolist()) if units != own]
-        into, update = self._costs[block.kind][self._index], partial(self._supernet.update, self._index, block)
+        into = self._costs[block.kind][self._index]
+        update = partial(self._supernet.update, self._index, block, held=held)
         passing: list[Tensor] = []  # z on its way to the residual stream
 
         def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:

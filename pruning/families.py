@@ -123,10 +123,13 @@ _ROWS = (
     ),
     Family(
         "gpt_bigcode", "StarCoder, SantaCoder",
-        Places("attn", "ln_1", {"c_attn": (("query",), ("key",), ("value",))}, "c_proj"),
+        Places(
+            "attn", "ln_1", {"c_attn": (("query",), ("key",), ("value",))}, "c_proj",
+            counts={"num_heads": "query_heads", "embed_dim": "query"},
+        ),
         Places("mlp", "ln_2", {"c_fc": (("neuron",),)}, "c_proj"),
         layers="h", intermediate_size="n_inner", required={"multi_query": True, "add_cross_attention": False},
-        notes="one KV head: attention is kept whole or not at all; fused `c_attn`, learned positions, biases",
+        notes="one KV head, of whose query heads some may go; fused `c_attn`, learned positions, biases",
     ),
     Family(
         "gptj", "GPT-J",

@@ -6,11 +6,12 @@ Scores are `L x U`; larger means "hurts more if removed". Only `taylor` and `fis
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from pruning.anatomy import Block, BlockKind
+from pruning.block import Block, BlockKind
 from pruning.masks import Ranking
 from pruning.statistics import BlockStatistics, Statistics
 
@@ -67,6 +68,24 @@ def order_of(statistics: Statistics, block: Block, index: int) -> Tensor:
     sums = statistics.blocks[block.kind]
     energy = block.per_unit(sums.square[index] / statistics.num_tokens * sums.column_norms[index])
     return energy.argsort(descending=True, stable=True)
+
+
+def activation_ranking(statistics: Statistics, queries: bool) -> Ranking:
+    """That of `activation`, of query heads too if `queries`."""
+    ranking, block = activation(statistics).ranking(), statistics.anatomy.attention
+    if not queries:
+        return ranking
+    orders = [
+        within_groups(order_of(statistics, block.by_query, index).cpu(), groups, block.queries)
+        for index, groups in enumerate(ranking.groups)
+    ]
+    return replace(ranking, heads=torch.stack(orders))
+
+
+def within_groups(heads: Tensor, groups: Tensor, queries: int) -> Tensor:
+    """Query heads, best first, as `Ranking.heads` has them: those of the best of `groups` first, `queries` of each."""
+    places = groups.argsort()
+    return heads[places[heads // queries].argsort(stable=True)]
 
 
 def fluctuation(statistics: Statistics) -> Importance:

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils import benchmark
 from transformers import PreTrainedModel
 
-from pruning.anatomy import BLOCK_KINDS, Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BLOCK_KINDS, BlockKind
 from pruning.errors import PruningError
 from pruning.shrinking import shrink_to
 
@@ -72,7 +73,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class PhaseTable:
-    """Seconds of one phase. `blocks` holds (width, seconds) by kind, widths ascending from (0, 0)."""
+    """Seconds of one phase. `blocks` holds (width, seconds) by kind, sizes ascending from (0, 0)."""
 
     fixed: float
     layer: float
@@ -165,7 +166,7 @@ def measured_seconds(
     Like the table's they are seconds at the speed that the machine had when the table was measured.
     """
     full = Architecture.full(anatomy_of(model))
-    units = torch.tensor(full.kv_groups), torch.tensor(full.neurons)
+    units = [torch.tensor(full.units(kind)) for kind in BLOCK_KINDS]
     timed = time_architecture(model, architecture, table.workload, clock, tuple(table.phases))
     return {phase: timing.ratio * float(table.phases[phase].seconds(*units)) for phase, timing in timed.items()}
 
@@ -174,8 +175,8 @@ def stacks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> li
     """Architectures whose times determine all unknowns of the sum. The dense model is the first."""
     layers, groups, neurons = anatomy.num_hidden_layers, anatomy.num_key_value_heads, anatomy.intermediate_size
     stacks = [Architecture.full(anatomy)]
-    for units in sorted({0, *widths["attention"]} - {groups}):  # a model needs attention somewhere
-        stacks.append(Architecture((groups, *(units,) * (layers - 1)), (neurons,) * layers))
+    for width in sorted({0, *widths["attention"]} - {groups}):  # a model needs attention somewhere
+        stacks.append(Architecture.of((groups, *(width,) * (layers - 1)), (neurons,) * layers))
     for units in sorted({0, *widths["mlp"]} - {neurons}):
         stacks.append(Architecture((groups,) * layers, (units,) * layers))
     few = min(FEW_LAYERS, layers - 1)
@@ -185,15 +186,20 @@ def stacks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> li
 
 
 def blocks_of(anatomy: Anatomy, widths: Mapping[BlockKind, Sequence[int]]) -> list[tuple[BlockKind, int]]:
-    """Every kind of block at every width that has any unit, the dense width among them."""
+    """Every kind of block at every width that has any unit, the dense width among them, the smaller first."""
     return [
-        (block.kind, units) for block in anatomy.blocks for units in sorted({*widths[block.kind], block.units} - {0})
+        (block.kind, width)
+        for block in anatomy.blocks
+        for width in sorted({*widths[block.kind], block.units} - {0}, key=block.parameters_at)
     ]
 
 
 def at_widths(rows: Sequence[tuple[int, float]], units: Tensor) -> Tensor:
-    """What (width, value) rows, widths ascending, say of blocks of any width, linear between them: the shape of `units`."""
-    widths, values = zip(*rows, strict=True)
+    """What (width, value) rows say of blocks of any width, linear between them: the shape of `units`.
+
+    Widths that lack query heads are of those that were measured.
+    """
+    widths, values = zip(*sorted(rows), strict=True)
     return torch.from_numpy(np.interp(units.numpy(), widths, values))
 
 

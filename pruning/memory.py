@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.cost import Serving, kv_bytes_by_layer, weight_bytes
 from pruning.latency import PHASES, Phase, a_prompt, at_widths, blocks_of
 from pruning.shrinking import shrink_to
+from pruning.widths import attention_width, lacking_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class MemoryTable:
 
     Args:
         serving: Context, sequences and bytes per value.
-        phases: (width, bytes) by phase and kind, widths ascending; the block's own share of the KV cache is not among them.
+        phases: (width, bytes) by phase and kind, sizes ascending; the block's own share of the KV cache is not among them.
     """
 
     serving: Serving
@@ -73,12 +75,14 @@ def measure_memory_table(
     serving = Serving(context, sequences, model.dtype.itemsize)
     phases: dict[Phase, dict[BlockKind, list[tuple[int, int]]]] = {phase: {} for phase in PHASES}
     # The block stands behind a small one, because a layer's input is only kept where it is not the embeddings themselves.
-    # Less than one group of attention no model has, so that this one adds nothing to the peak.
+    # No model has less attention than this one, so that it adds nothing to the peak.
     position = min(1, anatomy.num_hidden_layers - 1)
+    lacking = anatomy.attention.queries - 1 if any(map(lacking_of, widths["attention"])) else 0
     for index, (kind, units) in enumerate(blocks_of(anatomy, widths)):
-        groups, neurons = ([1, *(0,) * (anatomy.num_hidden_layers - 1)], [0] * anatomy.num_hidden_layers)
+        rest = [0] * (anatomy.num_hidden_layers - 1)
+        groups, neurons = [attention_width(1, lacking), *rest], [0, *rest]
         (groups if kind == "attention" else neurons)[position] = units
-        needs = _needs(shrink_to(model, Architecture(tuple(groups), tuple(neurons))), context, sequences)
+        needs = _needs(shrink_to(model, Architecture.of(groups, neurons)), context, sequences)
         own = int(kv_bytes_by_layer(anatomy, torch.tensor(groups), serving).sum())
         # Once the prompt is read the cache is there, and what comes on top does not hold it.
         found: dict[Phase, int] = {"prefill": needs.prefill - own, "decode": needs.decode}

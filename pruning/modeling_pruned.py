@@ -122,6 +122,8 @@ def narrow(layer: nn.Module, own: Any, shared: Any) -> None:
         for name, parts in places["inputs"].items():
             _cut(getattr(block, name), outputs=sum(sizes[role] for part in parts for role in part))
         _cut(getattr(block, places["output"]), inputs=sizes[columns])
+        if kind == "attention" and hasattr(block, "num_key_value_groups"):
+            block.num_key_value_groups = heads // groups
         for name, role in places["counts"].items():
             setattr(block, name, sizes[role])
         if places["config_counts"]:

@@ -9,21 +9,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.block import Block, BlockKind, expand_units
 from pruning.compensation import CACHE_BYTES, RIDGE, Factor, Ridge
 from pruning.errors import InvalidArchitecture
-from pruning.importance import activation, order_of
+from pruning.importance import activation_ranking, order_of, within_groups
 from pruning.masks import Ranking
 from pruning.statistics import Statistics, collect_statistics, steps
 from pruning.surgeon import surgeon_order
 from pruning.tensor_files import TensorFiles
 from pruning.walk import device_of
+from pruning.widths import lacking_of, width_text
 
 STATISTICS = "statistics"
 Order = Literal[
@@ -61,7 +64,7 @@ class GridRefits:
         self._cached = 0
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
-        """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking.
+        """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking.
 
         Raises:
             InvalidArchitecture: The width is not on the grid.
@@ -81,9 +84,10 @@ class GridRefits:
         if key not in self._cache:
             kept = self._files.get(layer_name(layer)) or {}
             if key[1] not in kept:
-                known = sorted(int(name.split(".")[1]) for name in kept if name.startswith(f"{block.kind}.")) or "none"
+                known = sorted(int(name.split(".")[1]) for name in kept if name.startswith(f"{block.kind}."))
+                told = [width_text(width) if lacking_of(width) else width for width in known] or "none"
                 raise InvalidArchitecture(
-                    f"Layer {layer} has no refit for {units} units of {block.kind}: expected one of {known}."
+                    f"Layer {layer} has no refit for {width_text(units)} of {block.kind}: expected one of {told}."
                 )
             weight, bias = kept[key[1]].to(self._device, non_blocking=True), kept.get(f"bias.{key[1]}")
             self._cached += weight.nbytes
@@ -105,6 +109,7 @@ def fit(
     batch_size: int = 2,
     on_layer: Callable[[int], None] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    queries: bool = False,
 ) -> Fitted:
     """Walk through the dense model, or take what an earlier walk has left in `files`.
 
@@ -120,6 +125,7 @@ def fit(
         scored: As for `collect_statistics`.
         on_layer: Called with the number of layers done, out of `steps(...)`.
         cache_bytes: Of refits that are kept on the device, once they are asked for.
+        queries: Whether query heads are ranked too, which widths that lack some of them need.
     """
     anatomy, device = anatomy_of(model), device_of(model)
     layers = range(anatomy.num_hidden_layers)
@@ -127,12 +133,12 @@ def fit(
     def missing(index: int) -> bool:
         if widths is None:
             return False
-        kept = files.get(layer_name(index), _expected(anatomy, anatomy.layers_of(model)[index], widths, ridge))
-        return kept is None or not all(_is_order(kept[f"order.{kind}"]) for kind in BLOCK_KINDS)
+        kept = files.get(layer_name(index), _expected(anatomy, anatomy.layers_of(model)[index], widths, ridge, queries))
+        return kept is None or not all(_is_order(kept[name]) for name in kept if name.startswith("order."))
 
     def solve(statistics: Statistics, index: int, layer: nn.Module) -> None:
         if widths is not None and missing(index):
-            files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge, order))
+            files.put(layer_name(index), _solved(statistics, index, layer, widths, ridge, order, queries))
 
     nothing = Statistics.empty(model, windows, len(windows) if scored is None else scored)
     stored = files.get(STATISTICS, nothing.to_tensors(), finite=True)
@@ -143,7 +149,7 @@ def fit(
     else:
         statistics = collect_statistics(model, windows, batch_size, on_layer, scored, missing, solve)
         files.put(STATISTICS, statistics.to_tensors())
-    ranking = activation(statistics).ranking() if widths is None else _ranking_of(files, anatomy)
+    ranking = activation_ranking(statistics, queries) if widths is None else _ranking_of(files, anatomy)
     return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device, cache_bytes))
 
 
@@ -168,6 +174,7 @@ def _solved(
     widths: Mapping[BlockKind, Sequence[int]],
     ridge: Ridge,
     order: Order,
+    queries: bool,
 ) -> dict[str, Tensor]:
     """The refits of a layer that is on the device, and the order of units that they follow; its Gram matrices are gone then."""
     solved: dict[str, Tensor] = {}
@@ -176,25 +183,33 @@ def _solved(
         output = block.output_of(layer)
         gram = sums.gram.pop(index).div_(tokens)
         mean = sums.total[index] / tokens
-        best = (
-            surgeon_order(gram, mean, output, block, ridge, tokens)
+        best, *alone = (
+            surgeon_order(gram, mean, output, units, ridge, tokens)
             if order == "surgeon"
-            else order_of(statistics, block, index)
+            else order_of(statistics, units, index)
+            for units in ((block, block.by_query) if queries and block.kind == "attention" else (block,))
         )
         solved[f"order.{block.kind}"] = best.int()
-        factor = Factor.of(gram, mean, output, block.columns_of(best), ridge, tokens)
-        del gram
-        for units in widths[block.kind]:
-            if 0 < units < block.units:
-                weight, bias = factor.solve(units * block.columns_per_unit)
-                solved[_key(block.kind, units)] = weight.to(output.weight).cpu().contiguous()
+        heads = expand_units(best, block.queries)
+        if alone:
+            heads = within_groups(alone[0], best, block.queries)
+            solved["order.heads"] = heads.int()
+        wanted = sorted(({*widths[block.kind]} - {0, block.units}), key=lacking_of, reverse=True)
+        for lacking, some in groupby(wanted, lacking_of):  # one order of columns, and so one factor, for each
+            by_unit = heads.view(block.units, block.queries)
+            first = torch.cat([part.flatten() for part in by_unit.split([block.queries - lacking, lacking], dim=1)])
+            columns = expand_units(first, block.columns_per_unit // block.queries)
+            factor = Factor.of(gram.clone() if lacking else gram, mean, output, columns, ridge, tokens)
+            for width in some:
+                weight, bias = factor.solve(block.columns_at(width))
+                solved[_key(block.kind, width)] = weight.to(output.weight).cpu().contiguous()
                 if bias is not None:
-                    solved[f"bias.{_key(block.kind, units)}"] = bias.to(output.weight).cpu().contiguous()
+                    solved[f"bias.{_key(block.kind, width)}"] = bias.to(output.weight).cpu().contiguous()
     return solved
 
 
 def _expected(
-    anatomy: Anatomy, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge
+    anatomy: Anatomy, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge, queries: bool
 ) -> dict[str, Tensor]:
     """Names, shapes and dtypes of what `_solved` gives, on the meta device."""
     expected: dict[str, Tensor] = {}
@@ -202,11 +217,12 @@ def _expected(
         output = block.output_of(layer)
         empty = partial(torch.empty, dtype=output.weight.dtype, device="meta")
         expected[f"order.{block.kind}"] = torch.empty(block.units, dtype=torch.int32, device="meta")
-        for units in widths[block.kind]:
-            if 0 < units < block.units:
-                expected[_key(block.kind, units)] = empty(anatomy.hidden_size, units * block.columns_per_unit)
-                if output.bias is not None and ridge.biases:
-                    expected[f"bias.{_key(block.kind, units)}"] = empty(anatomy.hidden_size)
+        if queries and block.kind == "attention":
+            expected["order.heads"] = torch.empty(block.units * block.queries, dtype=torch.int32, device="meta")
+        for width in {*widths[block.kind]} - {0, block.units}:
+            expected[_key(block.kind, width)] = empty(anatomy.hidden_size, block.columns_at(width))
+            if output.bias is not None and ridge.biases:
+                expected[f"bias.{_key(block.kind, width)}"] = empty(anatomy.hidden_size)
     return expected
 
 
@@ -216,10 +232,11 @@ def _is_order(units: Tensor) -> bool:
 
 def _ranking_of(files: TensorFiles, anatomy: Anatomy) -> Ranking:
     """As the refits have it: summing up again on another number of threads may order equals otherwise."""
-    rows: dict[BlockKind, list[Tensor]] = {kind: [] for kind in BLOCK_KINDS}
+    rows: dict[str, list[Tensor]] = {"attention": [], "mlp": [], "heads": []}
     for index in range(anatomy.num_hidden_layers):
         kept = files.get(layer_name(index))
         assert kept is not None  # `fit` has just seen to it
-        for kind in BLOCK_KINDS:
-            rows[kind].append(kept[f"order.{kind}"].long())
-    return Ranking(torch.stack(rows["attention"]), torch.stack(rows["mlp"]))
+        for name in rows:
+            if f"order.{name}" in kept:
+                rows[name].append(kept[f"order.{name}"].long())
+    return Ranking(*(torch.stack(orders) for orders in rows.values() if orders))

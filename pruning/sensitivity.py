@@ -21,7 +21,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from pruning.anatomy import Block, BlockKind
+from pruning.block import Block, BlockKind
 from pruning.likelihood import Head, frozen, loss_gradient
 from pruning.supernet import Supernet
 from pruning.walk import Walk, device_of

@@ -21,8 +21,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pruning.anatomy import BLOCK_KINDS, Anatomy, Block, BlockKind
+from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
+from pruning.block import BLOCK_KINDS, Block, BlockKind
 from pruning.compensation import Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.likelihood import frozen
@@ -32,6 +33,7 @@ from pruning.statistics import add_lower, mirror_lower
 from pruning.supernet import Supernet
 from pruning.tensor_files import Tensors
 from pruning.walk import Walk
+from pruning.widths import width_text
 
 # On SmolLM2 at 0.65 of the blocks best between 0.3 and 0.6 on 16,384 tokens; 0.1 does on four times as many.
 SEQUENTIAL_RIDGE = Ridge(times=8)
@@ -50,6 +52,8 @@ class SequentialRefits:
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it by name, the order of units included."""
         tensors = {f"order.{kind}": self.ranking.of(kind) for kind in BLOCK_KINDS}
+        if self.ranking.heads is not None:
+            tensors["order.heads"] = self.ranking.heads
         for (kind, layer), (weight, bias) in self._fitted.items():
             tensors[f"{kind}.{layer}"] = weight
             if bias is not None:
@@ -59,7 +63,11 @@ class SequentialRefits:
     @classmethod
     def from_tensors(cls, tensors: Tensors, device: torch.device | str) -> Self:
         """What `to_tensors` gave, its weights brought to `device`."""
-        refits = cls(Ranking(tensors["order.attention"].cpu(), tensors["order.mlp"].cpu()))
+        heads = tensors.get("order.heads")
+        ranking = Ranking(
+            tensors["order.attention"].cpu(), tensors["order.mlp"].cpu(), None if heads is None else heads.cpu()
+        )
+        refits = cls(ranking)
         for kind in BLOCK_KINDS:
             for name in (name for name in tensors if name.startswith(f"{kind}.")):
                 bias = tensors.get(f"bias.{name}")
@@ -72,7 +80,7 @@ class SequentialRefits:
         self._fitted[block.kind, layer] = weight, bias
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
-        """The `hidden_size x (units * columns_per_unit)` weight whose columns follow the ranking.
+        """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking.
 
         Raises:
             InvalidArchitecture: The sub-network has another width there.
@@ -89,10 +97,11 @@ class SequentialRefits:
 
     def _of(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
         found = self._fitted.get((block.kind, layer))
-        fitted = found[0].shape[1] // block.columns_per_unit if found else "none"
-        if found is None or fitted != units:
+        if found is None or found[0].shape[1] != block.columns_at(units):
+            fitted = found[0].shape[1] // block.columns_per_unit if found else "none"
             raise InvalidArchitecture(
-                f"Layer {layer} has no refit for {units} units of {block.kind}: these refits are of another sub-network, expected {fitted}."
+                f"Layer {layer} has no refit for {width_text(units)} of {block.kind}: these refits are of another sub-network, "
+                f"expected {fitted}."
             )
         return found
 
@@ -123,12 +132,14 @@ def sequential_refit(
     with frozen(supernet.model):
         dense, pruned = Walk(supernet.model, batches), Walk(supernet.model, batches)
         for index in range(anatomy.num_hidden_layers):
-            narrow = [block for block in anatomy.blocks if 0 < architecture.units(block.kind)[index] < block.units]
+            narrow = [
+                block for block in anatomy.blocks if architecture.units(block.kind)[index] not in (0, block.units)
+            ]
             with supernet.layer(index) as layer:
                 goals = _goals(dense, index, layer, anatomy)
                 for block in narrow:  # until it is fitted, a block has its own columns
                     output, units = supernet.output_of(index, block), architecture.units(block.kind)[index]
-                    refits.put(index, block, matrix_of(output)[:, : units * block.columns_per_unit], output.bias)
+                    refits.put(index, block, block.first_columns(matrix_of(output), units), output.bias)
                 inputs: list[tuple[Tensor, Tensor]] = []
                 for block in narrow:
                     units = architecture.units(block.kind)[index]

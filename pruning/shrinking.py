@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block, anatomy_of
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import Block, expand_units
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
 from pruning.masks import PruningMask
@@ -40,7 +41,8 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | Non
     for index in kept:
         layer = copy.deepcopy(dense_layers[index], {id(model.config): small.config})
         for block in anatomy.blocks:
-            _cut(layer, index, block, mask.kept(block.kind, index), compensation)
+            width = architecture.units(block.kind)[index]
+            _cut(layer, index, block, width, mask.kept(block.kind, index), mask.kept_heads(block, index), compensation)
         layers.append(layer)
     anatomy.set_layers(small, layers)
     small.config.num_hidden_layers = len(kept)
@@ -60,39 +62,44 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | Non
 
 
 def shrink_to(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
-    """As `shrink`, keeping the first units of every layer: for speed and memory, which depend on their number alone."""
+    """As `shrink`, keeping the first units and query heads of every layer: for speed and memory, which depend on their number alone."""
     return shrink(model, PruningMask.first_units(anatomy_of(model), architecture))
 
 
-def _cut(layer: nn.Module, index: int, block: Block, units: Tensor, compensation: Refits | None) -> None:
-    """Keep `units` (ascending indices) of one block of a copied layer."""
-    if len(units) == 0:
+def _cut(
+    layer: nn.Module, index: int, block: Block, width: int, units: Tensor, heads: Tensor, compensation: Refits | None
+) -> None:
+    """Keep units and query heads (ascending indices) of one block of a copied layer."""
+    if not width:
         for name, module in absent(block).items():
             setattr(layer, name, module)
         return
-    if len(units) == block.units:
+    if width == block.units:
         return
     for projection, rows in block.inputs_of(layer):
-        kept = rows.of(units).to(projection.weight.device)
+        kept = rows.of(units, heads).to(projection.weight.device)
         own = projection.bias
         resize(projection, matrix_of(projection).detach()[kept], None if own is None else own.detach()[kept])
     output = block.output_of(layer)
-    columns = block.columns_of(units).to(output.weight.device)
+    columns = expand_units(heads, block.columns_per_unit // block.queries).to(output.weight.device)
     bias = None if output.bias is None else output.bias.detach()
     dense = matrix_of(output).detach()[:, columns]
-    weight, refitted = (dense, None) if compensation is None else _refitted(index, block, units, compensation)
+    weight, refitted = (dense, None) if compensation is None else _refitted(index, block, width, heads, compensation)
     resize(output, weight.to(output.weight), bias if refitted is None else refitted.to(output.weight))
-    for name, value in block.attributes_at(layer, len(units)).items():
+    for name, value in block.attributes_at(layer, width).items():
         setattr(block.module_of(layer), name, value)
 
 
-def _refitted(index: int, block: Block, units: Tensor, compensation: Refits) -> tuple[Tensor, Tensor | None]:
-    """The repaired output weight with its columns in the order of `units`, and the bias that goes with it."""
-    ranked = compensation.ranking.of(block.kind)[index][: len(units)]
+def _refitted(
+    index: int, block: Block, width: int, heads: Tensor, compensation: Refits
+) -> tuple[Tensor, Tensor | None]:
+    """The repaired output weight with its columns in the order of `heads`, and the bias that goes with it."""
+    ranked = compensation.ranking.kept(index, block, width)[1]
     ascending = ranked.argsort()
-    if not torch.equal(ranked[ascending], units):
+    if not torch.equal(ranked[ascending], heads):
         raise InvalidMask(
             f"Layer {index}: the mask keeps other {block.kind} units than the ranking of the compensation table."
         )
-    weight = compensation.weight(index, block, len(units))
-    return weight[:, block.columns_of(ascending).to(weight.device)], compensation.bias(index, block, len(units))
+    weight = compensation.weight(index, block, width)
+    columns = expand_units(ascending, block.columns_per_unit // block.queries)
+    return weight[:, columns.to(weight.device)], compensation.bias(index, block, width)

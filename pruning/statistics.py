@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.block import Block, BlockKind
 from pruning.likelihood import Head, frozen, loss_gradient
 from pruning.projection import Projection, matrix_of
 from pruning.walk import Walk, brought, device_of

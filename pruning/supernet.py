@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block, Rows, anatomy_of
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import Block, Rows, expand_units
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
 from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, distribution_of, judged, last_hidden
@@ -60,10 +61,8 @@ class Supernet:
         self.resident = resident
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
-        if compensation is not None:
-            for block in self.anatomy.blocks:
-                if not torch.equal(compensation.ranking.of(block.kind), ranking.of(block.kind)):
-                    raise InvalidMask(f"The compensation table was made for another ranking of {block.kind} units.")
+        if compensation is not None and not compensation.ranking.same(ranking):
+            raise InvalidMask("The compensation table was made for another ranking of units.")
         self.ranking = ranking
         self.compensation = compensation
         places = [
@@ -165,25 +164,26 @@ class Supernet:
         return self._outputs[block.kind, index]
 
     def output_weight(self, index: int, block: Block, units: int) -> Tensor:
-        """The `hidden_size x (units * columns_per_unit)` weight that a block of layer `index` writes with at this width."""
-        if self.compensation is not None and units < block.units:
+        """The `hidden_size x block.columns_at(units)` weight that a block of layer `index` writes with at this width."""
+        if self.compensation is not None and units != block.units:
             return self.compensation.weight(index, block, units)
-        return matrix_of(self.output_of(index, block))[:, : units * block.columns_per_unit]
+        return block.first_columns(matrix_of(self.output_of(index, block)), units)
 
     def output_bias(self, index: int, block: Block, units: int) -> Tensor | None:
         """The `hidden_size` bias that goes with it, None where the projection has none."""
         refitted = None
-        if self.compensation is not None and units < block.units:
+        if self.compensation is not None and units != block.units:
             refitted = self.compensation.bias(index, block, units)
         return self.output_of(index, block).bias if refitted is None else refitted
 
-    def update(self, index: int, block: Block, z: Tensor, units: int) -> Tensor:
+    def update(self, index: int, block: Block, z: Tensor, units: int, held: int | None = None) -> Tensor:
         """What a block of layer `index` would add to the residual stream at this width: its closing norm included, nothing at 0.
 
         Runs no hook of the model's.
 
         Args:
-            z: `... x columns`, what goes into its output projection at this width or a larger one.
+            z: `... x columns`, what goes into its output projection at the width `held`, which holds this one.
+            held: None for the dense width, or where z's query heads are those of this width.
 
         Returns:
             `... x hidden_size`.
@@ -192,7 +192,7 @@ class Supernet:
             return z.new_zeros(*z.shape[:-1], self.anatomy.hidden_size)
         output, norm = self.output_of(index, block), self._updates[block.kind, index]
         weight, bias = self.output_weight(index, block, units), self.output_bias(index, block, units)
-        y = F.linear(z[..., : units * block.columns_per_unit], weight, bias)
+        y = F.linear(block.first_columns(z, units, held), weight, bias)
         return y if norm is output else norm.forward(y)
 
     @contextmanager
@@ -247,19 +247,19 @@ class Supernet:
     def _reorder(self, index: int, inverse: bool) -> None:
         """Permute the units of a layer's blocks in place; one projection is copied at a time."""
         for block in self.anatomy.blocks:
-            order = self.ranking.of(block.kind)[index].to(device_of(self.model))
-            order = order.argsort() if inverse else order
+            orders = [each.to(device_of(self.model)) for each in self.ranking.kept(index, block, block.units)]
+            order, heads = (each.argsort() for each in orders) if inverse else orders
             for projection, rows in block.inputs_of(self._layers[index]):
-                row_order = rows.of(order)
+                row_order = rows.of(order, heads)
                 matrix_of(projection).copy_(matrix_of(projection)[row_order])
                 if projection.bias is not None:
                     projection.bias.copy_(projection.bias[row_order])
             output = matrix_of(self.output_of(index, block))
-            output.copy_(output[:, block.columns_of(order)])
+            output.copy_(output[:, expand_units(heads, block.columns_per_unit // block.queries)])
 
 
 def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:
-    """The rows of the first `units` units, as views."""
+    """The rows of the first units and query heads, as views."""
     parts = rows.prefix(units)
     bias = projection.bias
     return Narrow(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block
+from pruning.block import Block
 from pruning.compensation import RIDGE, Ridge
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of

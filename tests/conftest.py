@@ -48,6 +48,7 @@ from transformers import (
 import pruning.export.reader
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.importance import within_groups
 from pruning.masks import PruningMask, Ranking
 from pruning.text import read_text
 
@@ -113,6 +114,9 @@ LOOKALIKES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
     "qwen2": lambda: Qwen2Config(**SIZES),
+    "gemma3-mqa": lambda: Gemma3TextConfig(
+        **SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}, query_pre_attn_scalar=8, **MIXED
+    ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES | {"tie_word_embeddings": True}, query_pre_attn_scalar=8, **MIXED),
     "apertus": of("apertus"),
     "arcee": of("arcee"),
@@ -392,15 +396,15 @@ def windows() -> Tensor:
 @pytest.fixture
 def random_architecture() -> Callable[..., Architecture]:
     """(anatomy, seed, pattern) -> random widths. The pattern has one letter per layer, shuffled when none is given:
-    B keeps both blocks, A attention alone, M the MLP alone, - nothing."""
+    B keeps both blocks, A attention alone, M the MLP alone, - nothing. `whole` keeps all query heads of a KV group."""
 
-    def draw(anatomy: Anatomy, seed: int, pattern: str | None = None) -> Architecture:
+    def draw(anatomy: Anatomy, seed: int, pattern: str | None = None, whole: bool = False) -> Architecture:
         rng = random.Random(seed)
         letters = pattern or rng.sample("BBAM-", 5)
-        return Architecture(
-            tuple((letter in "BA") * rng.randint(1, anatomy.num_key_value_heads) for letter in letters),
-            tuple((letter in "BM") * rng.randint(1, anatomy.intermediate_size) for letter in letters),
-        )
+        groups = tuple((letter in "BA") * rng.randint(1, anatomy.num_key_value_heads) for letter in letters)
+        neurons = tuple((letter in "BM") * rng.randint(1, anatomy.intermediate_size) for letter in letters)
+        fewer = tuple(kept and not whole and rng.randrange(anatomy.attention.queries) for kept in groups)
+        return Architecture(groups, neurons, fewer)
 
     return draw
 
@@ -415,7 +419,10 @@ def random_ranking() -> Callable[[Anatomy, int], Ranking]:
         def orders(units: int) -> Tensor:
             return torch.stack([torch.randperm(units, generator=rng) for _ in range(anatomy.num_hidden_layers)])
 
-        return Ranking(orders(anatomy.num_key_value_heads), orders(anatomy.intermediate_size))
+        groups, neurons = orders(anatomy.num_key_value_heads), orders(anatomy.intermediate_size)
+        queries, heads = anatomy.attention.queries, orders(anatomy.attention.units * anatomy.attention.queries)
+        inside = [within_groups(*each, queries) for each in zip(heads, groups, strict=True)]
+        return Ranking(groups, neurons, torch.stack(inside) if queries > 1 else None)
 
     return draw
 

@@ -40,8 +40,9 @@ from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.space import SearchSpace
-from pruning.anatomy import BLOCK_KINDS, Anatomy, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BLOCK_KINDS
 from pruning.calibration import TokenWindows, cut_windows
 from pruning.compensation import CompensationTable
 from pruning.cost import block_parameters

@@ -30,8 +30,8 @@ from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.preparation import prepared
 from llmbo.problem.texts import load_windows
-from pruning.anatomy import BLOCK_KINDS
 from pruning.architecture import Architecture
+from pruning.block import BLOCK_KINDS
 from pruning.calibration import TokenWindows, cut_windows
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.refits import Order, fit

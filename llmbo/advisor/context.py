@@ -22,7 +22,7 @@ from llmbo.search.gain import trial_gains
 from llmbo.search.noise import gain_errors
 from llmbo.search.pareto import pareto_front
 from llmbo.types import Outlook, Proposal, Trial, TrialState
-from pruning.anatomy import BlockKind
+from pruning.block import BlockKind
 
 MAX_TRIALS = 20  # beside the advisor's own
 MAX_GAPS = 4
@@ -156,9 +156,15 @@ def share_of(space: SearchSpace, x: Sequence[int]) -> float:
 
 
 def parameters_per_level(space: SearchSpace) -> dict[BlockKind, int]:
-    """Parameters that one grid level of a block holds."""
-    step = {"attention": space.widths["attention"][1], "mlp": space.neuron_step}
-    return {block.kind: block.parameters_per_unit * step[block.kind] for block in space.anatomy.blocks}
+    """Parameters that one grid level of a block holds; levels that lack query heads are of different sizes, and this is their mean."""
+    attention, mlp = space.anatomy.blocks
+    levels = space.widths["attention"]
+    held = (
+        attention.parameters_at(levels[-1]) // (len(levels) - 1)
+        if space.query_heads
+        else attention.parameters_at(levels[1])
+    )
+    return {"attention": held, "mlp": mlp.parameters_per_unit * space.neuron_step}
 
 
 def offset_from_path(family: ThresholdFamily, x: Sequence[int]) -> Tensor:

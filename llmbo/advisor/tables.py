@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmbo.advisor.context import Context, z_scores
 from llmbo.problem.family import Expansions
-from pruning.anatomy import BLOCK_KINDS, BlockKind
+from pruning.block import BLOCK_KINDS, BlockKind
 
 NAMES: dict[BlockKind, str] = {"attention": "kv", "mlp": "neurons"}
 SHARES = 6  # sizes at which the path is told

@@ -110,6 +110,13 @@ def optimize(
             help="Multiple that such a twelfth is rounded to, if as large: 256 for K-quants, 128 for GPTQ, AWQ."
         ),
     ] = 256,
+    query_heads: Annotated[
+        bool | None,
+        typer.Option(
+            "--query-heads/--no-query-heads",
+            help="Let KV groups lack query heads; by default only where a layer has a single group.",
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         int,
         typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),

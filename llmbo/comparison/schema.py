@@ -99,6 +99,7 @@ class UnionPoint(_Part):
     digest: str
     kv_groups: list[int]
     neurons: list[int]
+    fewer_queries: list[int] = []
     found_by: list[str]
     values: dict[str, float]
     heldout: dict[str, float] | None

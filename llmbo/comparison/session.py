@@ -114,9 +114,10 @@ def arm_key(arm: Arm, seed: int, config: CompareConfig, problem: OpenProblem) ->
     runs did before there was the setting (`EARLIER`) does not count, so that what was stored then is found.
     """
     settings = asdict(arm)
+    searched = {"query_heads": problem.space.query_heads}  # what was left open, too
     run = {
         key: value
-        for key, value in settings["problem"]["run"].items()
+        for key, value in (settings["problem"]["run"] | searched).items()
         if key not in (*PLACES, *SINCE) and not (key in EARLIER and value == EARLIER[key])
     }
     what = [arm.strategy, settings["options"], run, config.batch, problem.identity]

@@ -48,7 +48,7 @@ class ObjectiveKind(Quantity):
     """What can be optimised and limited: it is measured, or else known of every architecture before any evaluation.
 
     Args:
-        function: Of what is counted, `module:function` of anatomy, KV groups, neurons and serving as in `pruning.cost`.
+        function: Of what is counted, `module:function` of anatomy, widths of attention and MLPs and serving as in `pruning.cost`.
         table: Of what follows from blocks measured on the device: which table; values come from a `Profile` in `llmbo.problem.hardware`.
         file: Of the file that a trial would be exported as: counted by `pruning.export.gguf_size` for runs that ask for it.
         default: The reference point, from the dense model's value.

@@ -43,6 +43,7 @@ EARLIER: dict[str, Any] = {
     "neuron_multiple": 32,
     "deploy": (),
     "quantize": "",
+    "query_heads": False,
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -85,6 +86,7 @@ class RunConfig:
         neuron_step: Neurons per grid level, 0 for about a twelfth of `intermediate_size`.
         neuron_multiple: What such a twelfth is rounded to a multiple of, where it is as much. K-quants of GGUF files cut rows into
             blocks of 256 values, GPTQ and AWQ into groups of 128.
+        query_heads: Whether KV groups may lack some of their query heads; None for where a layer has a single group.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
@@ -131,6 +133,7 @@ class RunConfig:
     min_share: Annotated[float, Within(0, 1, apart=True)] = 0.4
     neuron_step: Annotated[int, Within(0, MOST)] = 0
     neuron_multiple: Annotated[int, Within(1, MOST)] = 256
+    query_heads: bool | None = None
     calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536

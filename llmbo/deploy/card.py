@@ -43,7 +43,8 @@ def details(request: ExportRequest, cut: Cut, command: str) -> str:
 
 def mask_digest(mask: PruningMask) -> str:
     """Sixteen hexadecimal digits that name which units stay, not only how many."""
-    bits = torch.cat([mask.groups.flatten(), mask.neurons.flatten()]).to(torch.uint8)
+    heads = [] if mask.heads is None else [mask.heads.flatten()]
+    bits = torch.cat([mask.groups.flatten(), mask.neurons.flatten(), *heads]).to(torch.uint8)
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -148,7 +149,8 @@ def _architecture_table(base: ModelPart, trial: TrialPart) -> str:
     ]
     lines.append("|---|---|---|---|")
     queries = base.num_attention_heads // base.num_key_value_heads
-    for layer, (groups, neurons) in enumerate(zip(widths.kv_groups, widths.neurons, strict=True)):
-        kept = f"{groups} | {groups * queries} | {neurons}" if groups or neurons else "dropped | | "
+    fewer = widths.fewer_queries or [0] * len(widths.neurons)
+    for layer, (groups, neurons, gone) in enumerate(zip(widths.kv_groups, widths.neurons, fewer, strict=True)):
+        kept = f"{groups} | {groups * (queries - gone)} | {neurons}" if groups or neurons else "dropped | | "
         lines.append(f"| {layer} | {kept} |")
     return "\n".join(lines)

@@ -10,10 +10,11 @@ from llmbo.config.formats import FORMATS, Format
 from llmbo.models.loading import find_prunable, load_tokenizer
 from llmbo.models.stored import model_of_config
 from llmbo.problem.engines import check_engines, engines_line
-from llmbo.problem.space import space_of
+from llmbo.problem.space import attention_ladder, space_of
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import PruningError
+from pruning.widths import lacking_of, units_of
 
 
 def findings(name: str, deploy: Sequence[str] = ()) -> Iterator[str]:
@@ -36,14 +37,16 @@ def findings(name: str, deploy: Sequence[str] = ()) -> Iterator[str]:
     check_engines(config, model, tokenizer)
     widths = space_of(config, anatomy).widths
     equal = config.strategy == "uniform"
-    groups, levels = widths["attention"][equal:], len(widths["mlp"])
+    groups, levels = sorted({*map(units_of, widths["attention"][equal:])}), len(widths["mlp"])
+    queries, lacking = anatomy.queries_per_group, max(map(lacking_of, widths["attention"]))
+    heads = f"with {queries - lacking} to {queries} of its {queries}" if lacking else f"of {queries}"
     several = (
         f"{groups[0]} to {groups[-1]}"
         if len(groups) == groups[-1] - groups[0] + 1 > 2
         else " or ".join(map(str, groups))
     )
     yield (
-        f"search: every layer keeps {several} of its KV groups, each of {anatomy.queries_per_group} query heads, and 0 to "
+        f"search: every layer keeps {several} of its KV groups, each {heads} query heads, and 0 to "
         f"{anatomy.intermediate_size} neurons in {levels} levels{', all layers the same' if equal else ''}"
     )
     yield from found.notes
@@ -68,12 +71,14 @@ def _held(format: Format, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _kinds(anatomy: Anatomy) -> dict[str, Architecture]:
     """From what every search finds to what a format may ask for."""
     layers, groups, neurons = anatomy.num_hidden_layers, anatomy.num_key_value_heads, anatomy.intermediate_size
-    fewer, narrower = max(1, groups - 1), max(1, neurons // 2)
+    fewer, narrower = groups - 1 or attention_ladder(anatomy.attention)[0], max(1, neurons // 2)
     return {
-        "layers of any size": Architecture((fewer, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))),
+        "layers of any size": Architecture.of(
+            (fewer, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))
+        ),
         "layers with all heads or none, and MLPs of any size": Architecture(
             (0, *(groups,) * (layers - 1)), (narrower, *(neurons,) * (layers - 1))
         ),
-        "equal layers": Architecture((fewer,) * layers, (narrower,) * layers),
+        "equal layers": Architecture.of((fewer,) * layers, (narrower,) * layers),
         "equal layers with all heads": Architecture((groups,) * layers, (narrower,) * layers),
     }

@@ -230,14 +230,12 @@ def max_positions(model: PreTrainedModel) -> int:
 
 
 def _single_head(name: str, config: PretrainedConfig) -> tuple[str, ...]:
-    """What the search cannot do with multi-query attention (arXiv:1911.02150)."""
+    """What the search cannot do where no head of a layer can leave without the others."""
     sizes = sizes_of(config)
-    if sizes.num_key_value_heads > 1:
+    if sizes.num_attention_heads == config.num_attention_heads > 1:
         return ()
-    together = sizes.num_attention_heads < config.num_attention_heads
-    why = "normalises all heads together" if together else "has one KV head in a layer"
-    alone = "" if together else ", as query heads are not searched alone"
-    return (f"'{name}' {why}: a layer keeps all of its attention or none{alone}.",)
+    why = "normalises all heads together" if config.num_attention_heads > 1 else "has one head in a layer"
+    return (f"'{name}' {why}: a layer keeps all of its attention or none.",)
 
 
 def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Checkpoint:

@@ -64,12 +64,12 @@ def _widest(space: SearchSpace, equal: bool) -> Iterator[Architecture]:
     """Shapes that say of all others of the space whether an engine can hold them.
 
     Args:
-        equal: Whether layers are equal, so that every number of KV groups is another case.
+        equal: Whether layers are equal, so that every width of attention is another case.
     """
     layers, neurons, (_, *groups) = space.num_layers, space.widths["mlp"], space.widths["attention"]
     narrow = neurons[1] if len(neurons) > 2 else 0
     if equal:
-        yield from (Architecture((kept,) * layers, (narrow or neurons[-1],) * layers) for kept in groups)
+        yield from (Architecture.of((kept,) * layers, (narrow or neurons[-1],) * layers) for kept in groups)
         return
     for kept in {groups[0], groups[-1]}:
-        yield Architecture((kept, *groups[-1:] * (layers - 1)), (narrow, *neurons[-1:] * (layers - 1)))
+        yield Architecture.of((kept, *groups[-1:] * (layers - 1)), (narrow, *neurons[-1:] * (layers - 1)))

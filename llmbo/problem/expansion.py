@@ -21,7 +21,7 @@ from llmbo.problem.knapsack import cheapest
 from llmbo.problem.prices import TINY, Prices
 from llmbo.problem.recipe import AllocationRecipe
 from llmbo.problem.space import SearchSpace
-from pruning.anatomy import BlockKind
+from pruning.block import BlockKind
 
 LARGEST_CORRECTION = 0.75  # of a log price
 STEPS = (-2, -1, 1, 2)  # levels that every block is tried away from an anchor

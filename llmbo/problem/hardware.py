@@ -23,8 +23,9 @@ from llmbo.models.loading import LoadedModel, load_model, max_positions
 from llmbo.models.placement import choose_device
 from llmbo.problem.energy import energy_counter
 from llmbo.problem.space import CostFunction, SearchSpace
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
+from pruning.block import BLOCK_KINDS, BlockKind
 from pruning.latency import (
     PHASES,
     LatencyTable,
@@ -36,6 +37,7 @@ from pruning.latency import (
     stacks_of,
 )
 from pruning.memory import MemoryTable, measure_memory_table, peak_bytes
+from pruning.widths import lacking_of
 
 MAX_WIDTHS = 12  # per kind; widths between two measured ones are interpolated
 ENERGY_STEPS = 64  # decoded tokens per reading: counters are renewed every few milliseconds at best
@@ -252,12 +254,13 @@ def _scaled(phase: PhaseTable, factor: float) -> CostFunction:
 
 
 def measured_widths(space: SearchSpace) -> dict[BlockKind, list[int]]:
-    """Of the grid's widths as many as are worth a stack, evenly spread, the dense one among them."""
+    """Of the grid's widths as many as are worth a stack, evenly spread, the dense one among them; all that lack query heads."""
 
     def some(widths: Sequence[int]) -> list[int]:
-        if len(widths) <= MAX_WIDTHS + 1:
-            return list(widths)
-        return [widths[index] for index in np.linspace(0, len(widths) - 1, MAX_WIDTHS + 1).round().astype(int)]
+        whole = [width for width in widths if not lacking_of(width)]
+        if len(whole) > MAX_WIDTHS + 1:
+            whole = [whole[index] for index in np.linspace(0, len(whole) - 1, MAX_WIDTHS + 1).round().astype(int)]
+        return [width for width in widths if lacking_of(width) or width in whole]
 
     return {kind: some(widths) for kind, widths in space.widths.items()}
 
@@ -277,7 +280,7 @@ def check(target: Target, architectures: Sequence[Architecture], on_done: Callab
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in costs}
     for index, architecture in enumerate(architectures):
         measured = target.measure(architecture)
-        units = torch.tensor(architecture.kv_groups), torch.tensor(architecture.neurons)
+        units = [torch.tensor(architecture.units(kind)) for kind in BLOCK_KINDS]
         for name, cost in costs.items():
             pairs[name].append((float(cost(*units)), measured[name]))
         on_done(index + 1)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from llmbo.errors import first_line
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
+from pruning.block import BlockKind
 from pruning.compensation import Ridge
 from pruning.refits import Order, names_of
 from pruning.tensor_files import TensorFiles

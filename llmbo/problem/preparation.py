@@ -27,8 +27,9 @@ from llmbo.problem.residence import Machine, refit_cache
 from llmbo.problem.space import CostFunction, SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
-from pruning.anatomy import BlockKind, anatomy_of
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
 from pruning.compensation import CACHE_BYTES
@@ -143,7 +144,10 @@ def fitted(
     if files is None:
         files = files_of(loaded, calibration, widths, *recipe, tell)
     try:
-        return fit(loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, cache_bytes=cache_bytes), files
+        heads = space.query_heads
+        return fit(
+            loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, cache_bytes=cache_bytes, queries=heads
+        ), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)
         raise

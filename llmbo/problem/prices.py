@@ -12,7 +12,7 @@ from torch import Tensor
 from llmbo.problem.interpolation import interpolated
 from llmbo.problem.recipe import BOUNDS, AllocationRecipe
 from llmbo.problem.space import SearchSpace
-from pruning.anatomy import BlockKind
+from pruning.block import BlockKind
 from pruning.importance import Importance
 
 MarginalCosts = Sequence[Sequence[float]]  # per dimension, of every step up from level 0; never rising
@@ -196,11 +196,15 @@ def _around_zero(costs: Sequence[Sequence[float]]) -> Tensor:
 
 
 def unit_marginal_costs(space: SearchSpace, importance: Importance) -> list[list[float]]:
-    """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it."""
+    """Marginal costs by the scores of units, `d` rows: a level is reached half-way to its width, where the count rounds to it.
+
+    Groups that lack query heads count as the part of their parameters that is left.
+    """
     costs: list[list[float]] = []
     for block in space.anatomy.blocks:
         density = importance.of(block.kind).cpu().double() / block.parameters_per_unit
-        midpoints = torch.tensor([(low + high - 1) // 2 for low, high in pairwise(space.widths[block.kind])])
+        units = [block.parameters_at(width) / block.parameters_per_unit for width in space.widths[block.kind]]
+        midpoints = torch.tensor([math.ceil((low + high) / 2) - 1 for low, high in pairwise(units)])
         costs += density.sort(-1, descending=True).values[:, midpoints].tolist()
     return costs
 
@@ -214,8 +218,7 @@ def block_marginal_costs(space: SearchSpace, sensitivity: Mapping[BlockKind, Ten
     costs: list[list[float]] = []
     for block in space.anatomy.blocks:
         sizes = [
-            units * block.parameters_per_unit + (units > 0) * block.fixed_parameters
-            for units in space.widths[block.kind]
+            block.parameters_at(width) + (width > 0) * block.fixed_parameters for width in space.widths[block.kind]
         ]
         rows = sensitivity[block.kind].cpu().double().cummin(-1).values.tolist()
         costs += [_hull_slopes(sizes, row) for row in rows]

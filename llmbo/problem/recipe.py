@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llmbo.errors import ConfigError, first_line, unknown
-from pruning.anatomy import BLOCK_KINDS
+from pruning.block import BLOCK_KINDS
 
 LARGEST_BONUS = 2.0  # of a log price; numbers at both ends of their bounds make no block dearer by more
 

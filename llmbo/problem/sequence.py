@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
-from pruning.anatomy import BLOCK_KINDS, Sizes
+from pruning.anatomy import Sizes
 from pruning.architecture import Architecture
 from pruning.sequential import SequentialRefits, sequential_refit
 from pruning.supernet import Supernet
@@ -82,7 +82,7 @@ def sequential(
         on_layer: Called with the number of layers done.
     """
     found = kept_refits(files, trial, architecture, device_of(supernet.model))
-    if found and all(torch.equal(found.ranking.of(kind), supernet.ranking.of(kind)) for kind in BLOCK_KINDS):
+    if found and found.ranking.same(supernet.ranking):
         return found
     refits = sequential_refit(supernet, architecture, windows, on_layer=on_layer)
     files.put(_name(trial, architecture), refits.to_tensors())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pruning.anatomy import BLOCK_KINDS, BlockKind
+from pruning.block import BLOCK_KINDS, BlockKind
 
 
 @dataclass(frozen=True)

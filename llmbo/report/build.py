@@ -30,6 +30,7 @@ from llmbo.report.schema import (
 from llmbo.search.gain import trial_gains
 from llmbo.search.pareto import hypervolume_trace, pareto_front
 from llmbo.types import Trial
+from pruning.widths import units_of
 
 PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")
 
@@ -83,7 +84,7 @@ def build_report(
         items=facts.get("item_files", []),
         space=SpacePart(
             dimensions=space.d,
-            kv_group_levels=space.widths["attention"],
+            kv_group_levels=sorted({units_of(width) for width in space.widths["attention"]}),
             neuron_levels=space.widths["mlp"],
             min_share=space.min_share,
         ),

@@ -3,7 +3,14 @@
 import json
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from llmbo.advisor.parts import AdvisorPart
 from llmbo.config.objectives import QUANTITIES, Quantity
@@ -41,8 +48,16 @@ class ConstraintPart(_Part):
 
 
 class ArchitecturePart(_Part):
+    """`fewer_queries`: query heads that each KV group of a layer lacks; left out where none lacks any."""
+
     kv_groups: list[int]
     neurons: list[int]
+    fewer_queries: list[int] = []
+
+    @model_serializer(mode="wrap")
+    def _as_it_always_was(self, told: SerializerFunctionWrapHandler) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = told(self)
+        return found if self.fewer_queries else {"kv_groups": found["kv_groups"], "neurons": found["neurons"]}
 
 
 class PathPart(_Part):
@@ -246,13 +261,14 @@ class Report(_Part):
         for place, number in enumerate(point.trial for point in self.front):
             if number is None or not 0 <= number < len(self.trials):
                 raise ValueError(f"front.{place}.trial: there is no trial {number}")
-        model = self.model
+        model, queries = self.model, self.model.num_attention_heads // self.model.num_key_value_heads
         parts: dict[str, FrontPoint | TrialPart | PathPart] = {f"trials.{trial.number}": trial for trial in self.trials}
         for place, recipe in enumerate(self.recipes):
             parts |= {f"recipes.{place}.paths.{index}": path for index, path in enumerate(recipe.paths)}
         for name, part in {"dense": self.dense, **parts}.items():
             for kind, units, most in (
                 ("kv_groups", part.architecture.kv_groups, model.num_key_value_heads),
+                ("fewer_queries", part.architecture.fewer_queries or [0] * model.num_hidden_layers, queries - 1),
                 ("neurons", part.architecture.neurons, model.intermediate_size),
             ):
                 if len(units) != model.num_hidden_layers or not all(0 <= kept <= most for kept in units):

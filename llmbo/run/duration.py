@@ -174,7 +174,7 @@ def seconds_by_phase(
     allocation = max(1, min(DEFAULT.allocation_tokens // config.window, counts["calibration"] // 4)) * config.window
     columns = {block.kind: block.columns for block in a.blocks}
     both = sum(columns.values())
-    tried = {block.kind: [width * block.columns_per_unit for width in space.widths[block.kind]] for block in a.blocks}
+    tried = {block.kind: [block.columns_at(width) for width in space.widths[block.kind]] for block in a.blocks}
     mean = (1 + config.min_share) / 2  # of the candidates' shares
     shares = [config.min_share + (1 - config.min_share) * part for part in DEFAULT.anchors]
     refits = Work(moved=mean * a.num_hidden_layers * both * a.hidden_size * itemsize * config.compensation)

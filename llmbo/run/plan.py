@@ -39,7 +39,8 @@ from llmbo.run.assemble import check_window, item_files
 from llmbo.run.duration import Rates, seconds_by_phase
 from llmbo.run.recipes import recipe_named
 from llmbo.run.tokens import settled
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
+from pruning.block import BlockKind
 from pruning.cost import dense_block_parameters
 from pruning.text import read_mix
 

@@ -1,7 +1,7 @@
 """Trials in an Optuna study: SQLite in the run folder by default, any database by URL.
 
-What a reader of the study sees: one integer parameter per layer and part (KV groups, neurons, in units kept), objective
-values in the user's direction, and user attributes for the rest.
+What a reader of the study sees: one integer parameter per layer and part (KV groups and neurons kept, query heads that groups lack),
+objective values in the user's direction, and user attributes for the rest.
 
 Why nothing is lost: a round's proposals are stored as one attribute in one transaction *before* any is evaluated, and
 trial k is the k-th stored proposal. Whenever the process dies, the stored rounds say what to do next; a trial left
@@ -80,6 +80,8 @@ class TrialStore:
         self._lease = lease
         self._settings = study.user_attrs["settings"]
         self._names = list(space.names)
+        if space.query_heads:
+            self._names += [f"layer_{layer:02d}.fewer_queries" for layer in range(space.num_layers)]
 
     @classmethod
     def open(cls, url: str, name: str, space: SearchSpace) -> Self:
@@ -162,7 +164,8 @@ class TrialStore:
         if number < len(frozen_trials(self._study)):
             return
         architecture = self._space.decode(proposal.x)
-        units = (*architecture.kv_groups, *architecture.neurons)
+        fewer = architecture.fewer_queries or (0,) * self._space.num_layers
+        units = (*architecture.kv_groups, *architecture.neurons, *(fewer if self._space.query_heads else ()))
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.RUNNING,
@@ -251,14 +254,18 @@ class TrialStore:
     def _distributions(self) -> dict[str, BaseDistribution]:
         anatomy, step = self._space.anatomy, self._space.neuron_step
         even = step if anatomy.intermediate_size % step == 0 else 1
-        attention = IntDistribution(0, anatomy.num_key_value_heads)
-        mlp = IntDistribution(0, anatomy.intermediate_size, step=even)
-        return {name: attention if name.endswith("kv_groups") else mlp for name in self._names}
+        each = {
+            "kv_groups": IntDistribution(0, anatomy.num_key_value_heads),
+            "neurons": IntDistribution(0, anatomy.intermediate_size, step=even),
+            "fewer_queries": IntDistribution(0, anatomy.attention.queries - 1),
+        }
+        return {name: each[name.partition(".")[2]] for name in self._names}
 
     def _trial(self, frozen: FrozenTrial, number: int) -> Trial:
         if missing := [name for name in self._names if name not in frozen.params]:
             raise ValueError(f"trial {number} has no {missing[0]}")
         units = [frozen.params[name] for name in self._names]
         layers = self._space.num_layers
-        x = self._space.encode(Architecture(tuple(units[:layers]), tuple(units[layers:])))
+        parts = [tuple(units[first : first + layers]) for first in range(0, len(units), layers)]
+        x = self._space.encode(Architecture(*parts))
         return trial_of(frozen, number, x, self._settings)

@@ -20,6 +20,7 @@ from pruning.export.gguf_tokenizer import add_tokenizer
 from pruning.export.hf import Pruned
 from pruning.export.quantise import FALLBACKS, Mixture, Stored, check_library, quantised, storage
 from pruning.export.rebuild import context_length, is_uniform
+from pruning.widths import units_of
 
 # Family -> architecture for (equal, unequal) layers.
 ARCHITECTURES: dict[str, tuple[str, str | None]] = {
@@ -98,7 +99,7 @@ def _needs(config: Any, anatomy: Anatomy, architecture: Architecture, name: str)
     yield "needs the embeddings as head", name not in ("openelm", "gemma2") or config.tie_word_embeddings
     yield "needs a head of its own", name != "gptneox" or not config.tie_word_embeddings
     yield "needs biases", name != "gptneox" or config.attention_bias
-    heads = {groups for groups in architecture.kv_groups if groups}
+    heads = {width for width in architecture.units("attention") if width}
     yield "keeps all attention heads", name not in ALL_HEADS or heads == {anatomy.num_key_value_heads}
     yield "caps all logits", name != "gemma2" or bool(config.attn_logit_softcapping and config.final_logit_softcapping)
     yield "attends backwards only", not getattr(config, "use_bidirectional_attention", False)
@@ -185,8 +186,9 @@ def _write(writer: GGUFWriter) -> None:
 
 def _add_sizes(writer: GGUFWriter, config: Any, anatomy: Anatomy, architecture: Architecture, name: str) -> None:
     widths = stored_widths(anatomy, architecture, name)
-    groups, neurons = ([width[index] for width in widths] for index in (0, 1))
-    heads = [count * anatomy.queries_per_group for count in groups]
+    attention, neurons = ([width[index] for width in widths] for index in (0, 1))
+    groups = [units_of(width) for width in attention]
+    heads = [anatomy.attention.columns_at(width) // anatomy.head_dim for width in attention]
     per_layer = not is_uniform(architecture)
     writer.add_vocab_size(anatomy.vocab_size)
     writer.add_context_length(context_length(config))

@@ -18,9 +18,11 @@ from pruning.export.gguf_file import add_metadata, check_gguf
 from pruning.export.gguf_tensors import shapes, stand_ins
 from pruning.export.hf import Pruned
 from pruning.export.quantise import Mixture, Shape, Stored, fitting, more_bits
+from pruning.widths import lacking_of, units_of
 
 ROWS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_gate", "ffn_up")  # which units share equally
 COLUMNS = ("attn_output", "ffn_down")
+QUERIES = ("attn_q", "attn_qkv", "attn_output")  # where query heads have rows or columns
 PER_LAYER = 12  # bytes that a layer takes in the three arrays of sizes
 Size = tuple[int, int]  # bytes of what the file says of tensors, and of the tensors
 
@@ -52,7 +54,7 @@ class GgufSize:
         self.layers: dict[tuple[int, ...], Size] = {}
 
     def __call__(self, kv_groups: Tensor, neurons: Tensor) -> Tensor:
-        """`batch_shape x num_layers` counts of kept units -> `batch_shape` bytes, int64."""
+        """`batch_shape x num_layers` widths -> `batch_shape` bytes, int64."""
         batch, layers = kv_groups.shape[:-1], kv_groups.shape[-1]
         groups, neurons = kv_groups.reshape(-1, layers).long(), neurons.reshape(-1, layers).long()
         kept = (groups > 0) | (neurons > 0)
@@ -66,8 +68,10 @@ class GgufSize:
         attends = (groups > 0) | stands_in
         more_values = more_bits(attends.cumsum(-1) - 1, attends.sum(-1, keepdim=True))
         digits = 1 + (position > 9).long() + (position > 99).long()
-        parts = (equal.expand_as(kept), groups, neurons, stands_in, digits, more_values, more_bits(position, number))
-        counts = (2, self.anatomy.num_key_value_heads + 1, self.anatomy.intermediate_size + 1, 2, 4, 2, 2)
+        attention, more_down = (units_of(groups), lacking_of(groups)), more_bits(position, number)
+        parts = (equal.expand_as(kept), *attention, neurons, stands_in, digits, more_values, more_down)
+        whole_block = self.anatomy.num_key_value_heads + 1, self.anatomy.attention.queries
+        counts = (2, *whole_block, self.anatomy.intermediate_size + 1, 2, 4, 2, 2)
         codes = np.ravel_multi_index([part[kept].long().numpy() for part in parts], counts)
         kinds, where = np.unique(codes, return_inverse=True)  # few kinds of layers make up all models
         sizes = [self._layer(*map(int, row)) for row in zip(*np.unravel_index(kinds, counts), strict=True)]
@@ -86,15 +90,23 @@ class GgufSize:
         return told + self.metadata[equal], held
 
     def _layer(
-        self, equal: int, groups: int, neurons: int, stands_in: int, digits: int, more_values: int, more_down: int
+        self,
+        equal: int,
+        groups: int,
+        lacking: int,
+        neurons: int,
+        stands_in: int,
+        digits: int,
+        more_values: int,
+        more_down: int,
     ) -> Size:
         """Of one layer, by what it keeps, how long its number is, and where a mixture has more bits for it."""
-        key = (equal, groups, neurons, stands_in, digits, more_values, more_down)
+        key = (equal, groups, lacking, neurons, stands_in, digits, more_values, more_down)
         if key not in self.layers:
             found = stand_ins(self.anatomy, self.names[equal], bool(stands_in), not neurons)
             for name, shape in self.dense[equal].items():
                 if name.startswith("blk.0."):
-                    found |= self._kept(name.removeprefix("blk.0."), shape, groups, neurons)
+                    found |= self._kept(name.removeprefix("blk.0."), shape, groups, lacking, neurons)
             prefix = f"blk.{'0' * digits}."
             more = {True: bool(more_down), False: bool(more_values)}
             self.layers[key] = _sum(
@@ -102,15 +114,15 @@ class GgufSize:
             )
         return self.layers[key]
 
-    def _kept(self, name: str, dense: Shape, groups: int, neurons: int) -> dict[str, Shape]:
+    def _kept(self, name: str, dense: Shape, groups: int, lacking: int, neurons: int) -> dict[str, Shape]:
         """A layer's tensor where so many units are kept, if it is there at all."""
         mlp = name.startswith(("ffn", "post_ffw"))
         kept, units = (neurons, self.anatomy.intermediate_size) if mlp else (groups, self.anatomy.num_key_value_heads)
-        part = name.split(".")[0]
+        part, missing = name.split(".")[0], lacking * kept * self.anatomy.head_dim  # rows and columns of query heads
         if part in ROWS:
-            dense = (dense[0] * kept // units, *dense[1:])
+            dense = (dense[0] * kept // units - missing * (part in QUERIES), *dense[1:])
         elif part in COLUMNS and len(dense) > 1:
-            dense = (dense[0], dense[1] * kept // units)
+            dense = (dense[0], dense[1] * kept // units - missing * (part in QUERIES))
         return {name: dense} if kept else {}
 
     def _tensor(self, name: str, shape: Shape, head: bool = False, more: bool = False) -> Size:

@@ -22,14 +22,15 @@ from pruning.errors import UnsupportedExport
 from pruning.export.hf import Pruned
 from pruning.export.rebuild import cast
 from pruning.projection import matrix_of
+from pruning.widths import units_of
 
 THIN = 32  # neurons of the MLP that stands in for none: the block size of q8_0
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def stored_widths(anatomy: Anatomy, architecture: Architecture, name: str) -> list[tuple[int, int]]:
-    """KV groups and neurons of every kept layer as llama.cpp's architecture `name` holds them, stand-ins of zeros included."""
-    pairs = zip(architecture.kv_groups, architecture.neurons, strict=True)
+    """Widths of every kept layer as llama.cpp's architecture `name` holds them, stand-ins of zeros included."""
+    pairs = zip(architecture.units("attention"), architecture.neurons, strict=True)
     kept = [pair for pair in pairs if any(pair)]
     return [
         (groups or int(position == 0 or name == "openelm"), neurons or THIN)
@@ -96,7 +97,7 @@ def _named(state: Mapping[str, Tensor], pruned: Pruned, architecture: str) -> It
     names = gguf.get_tensor_name_map(
         next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture), len(layers)
     )
-    for name, values in _arranged(state, pruned.anatomy, architecture):
+    for name, values in _arranged(state, pruned, architecture):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -117,23 +118,23 @@ def _scaling(pruned: Pruned, name: str) -> tuple[float, float]:
 def attention_scale(pruned: Pruned) -> float:
     """What Gemma multiplies its queries by, as a share of what llama.cpp does, which tells the largest models by their depth."""
     layers, sizes = len(pruned.anatomy.layers_of(pruned.model)), pruned.anatomy
-    heads = max(pruned.architecture.kv_groups) * sizes.queries_per_group
+    heads = sizes.attention.columns_at(max(pruned.architecture.units("attention"))) // sizes.head_dim
     largest = {"gemma2": 46, "gemma3_text": 62}[sizes.family.model_type]
     divisor = sizes.hidden_size // heads if layers == largest else sizes.head_dim
     return float((divisor / pruned.model.config.query_pre_attn_scalar) ** 0.5)
 
 
-def _arranged(state: Mapping[str, Tensor], anatomy: Anatomy, architecture: str) -> Iterator[tuple[str, Tensor]]:
+def _arranged(state: Mapping[str, Tensor], pruned: Pruned, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's names and rows, with projections fused or split, and rows ordered, as in llama.cpp."""
-    head_dim = anatomy.head_dim
+    anatomy, head_dim = pruned.anatomy, pruned.anatomy.head_dim
+    layers = [index for index in range(anatomy.num_hidden_layers) if pruned.architecture.keeps_layer(index)]
     for name, values in state.items():
         parent, _, kind = name.rpartition(".")
         owner, _, module = parent.rpartition(".")
         if module == "qkv_proj":  # Phi-3
-            groups = len(values) // ((anatomy.queries_per_group + 2) * head_dim)
-            q, k, v = values.split(
-                [groups * anatomy.queries_per_group * head_dim, groups * head_dim, groups * head_dim]
-            )
+            width = pruned.architecture.units("attention")[layers[int(owner.split(".")[-2])]]
+            keys = units_of(width) * head_dim
+            q, k, v = values.split([anatomy.attention.columns_at(width), keys, keys])
             yield from zip(
                 (f"{owner}.{part}_proj.{kind}" for part in "qkv"),
                 (_interleaved(q, head_dim), _interleaved(k, head_dim), v),

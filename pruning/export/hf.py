@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import expand_units
 from pruning.errors import UnsupportedExport
 from pruning.export.folder import whole_folder
 from pruning.export.reader import Read, reader
 from pruning.export.rebuild import cast, class_for, is_uniform, local_class, rebuilt, stock_config
 from pruning.export.verify import PROBE_LENGTH, Check, check_equal, expected_logits, probe
 from pruning.projection import matrix_of
+from pruning.widths import attention_width, lacking_of, units_of, width_text
 
 # Float32 logits of the same weights in two processes, as a share of their spread: the order of sums may differ, no more.
 TOLERANCE = 1e-4
@@ -57,7 +59,7 @@ def check_stock(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """
     _, config = class_for(model, anatomy_of(model), architecture)
     if config is None:
-        kept = f"equal layers with {max(architecture.kv_groups)} KV groups each"
+        kept = f"equal layers with {width_text(max(architecture.units('attention')), 'KV groups')}"
         what = kept if is_uniform(architecture) else "layers of unequal size"
         raise UnsupportedExport(f"A stock '{model.config.model_type}' config cannot tell {what}: export --format hf.")
 
@@ -127,34 +129,37 @@ def padded(pruned: Pruned) -> PreTrainedModel:
 
 
 def _units(pruned: Pruned) -> list[tuple[int, int]]:
-    """KV groups and neurons of every kept layer."""
-    pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
+    """Widths of every kept layer."""
+    pairs = zip(pruned.architecture.units("attention"), pruned.architecture.neurons, strict=True)
     return [pair for pair in pairs if any(pair)]
 
 
 def _pad_layer(pruned: Pruned, model: PreTrainedModel, index: int, units: tuple[int, int]) -> None:
-    """Put the units of one layer first in every part of the wider projections."""
+    """Put the units of one layer, and the query heads of each, first in every part of the wider projections."""
     anatomy, wide = pruned.anatomy, anatomy_of(model)
     small, target = (anatomy.layers_of(each)[index] for each in (pruned.model, model))
     for block, wide_block, kept in zip(anatomy.blocks, wide.blocks, units, strict=True):
         if not kept:
             continue
-        first = torch.arange(kept)
+        first, queries = torch.arange(units_of(kept)), block.queries - lacking_of(kept)
+        heads = (first[:, None] * wide_block.queries + torch.arange(queries)).flatten()
         for (source, _), (projection, rows) in zip(block.inputs_of(small), wide_block.inputs_of(target), strict=True):
-            matrix_of(projection)[rows.of(first)] = matrix_of(source)
+            matrix_of(projection)[rows.of(first, heads)] = matrix_of(source)
             if projection.bias is not None:
-                projection.bias[rows.of(first)] = source.bias
-        output = matrix_of(block.output_of(small))
-        matrix_of(wide_block.output_of(target))[:, : output.shape[1]] = output
+                projection.bias[rows.of(first, heads)] = source.bias
+        columns = expand_units(heads, wide_block.columns_per_unit // wide_block.queries)
+        matrix_of(wide_block.output_of(target))[:, columns] = matrix_of(block.output_of(small))
 
 
 def _padded_config(pruned: Pruned) -> PreTrainedConfig:
     """Of as few heads as the widest layer has and the family can tell."""
     anatomy, neurons = pruned.anatomy, max(pruned.architecture.neurons) or 1
-    for groups in range(max(pruned.architecture.kv_groups), anatomy.num_key_value_heads + 1):
-        config = stock_config(pruned.model, anatomy, groups, neurons)
-        if config is not None:
-            return config
+    widths = [width for width in pruned.architecture.units("attention") if width]
+    for lacking in range(min(map(lacking_of, widths)), -1, -1):
+        for groups in range(max(map(units_of, widths)), anatomy.num_key_value_heads + 1):
+            config = stock_config(pruned.model, anatomy, attention_width(groups, lacking), neurons)
+            if config is not None:
+                return config
     raise UnsupportedExport(
         f"A stock '{anatomy.family.model_type}' config cannot hold the dense model's own head count: export --format hf."
     )

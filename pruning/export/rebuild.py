@@ -15,13 +15,14 @@ from pruning import modeling_pruned
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport, UnsupportedModel
+from pruning.widths import lacking_of, units_of
 
 _DERIVED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
 
 
 def is_uniform(architecture: Architecture) -> bool:
     """Whether all kept layers are equal and whole, so that a stock config may be able to tell their sizes."""
-    pairs = zip(architecture.kv_groups, architecture.neurons, strict=True)
+    pairs = zip(architecture.units("attention"), architecture.neurons, strict=True)
     kept = {(groups, neurons) for groups, neurons in pairs if groups or neurons}
     return len(kept) == 1 and all(kept.pop())
 
@@ -37,14 +38,14 @@ def local_class(folder: Path) -> type[Any] | None:
     return getattr(modeling_pruned, config["architectures"][0]) if "pruned_blocks" in config else None
 
 
-def stock_config(small: PreTrainedModel, anatomy: Anatomy, groups: int, neurons: int) -> PreTrainedConfig | None:
-    """A config of the family's own class for equal layers of this size; None if it has no way to tell them.
+def stock_config(small: PreTrainedModel, anatomy: Anatomy, attention: int, neurons: int) -> PreTrainedConfig | None:
+    """A config of the family's own class for equal layers of these widths; None if it has no way to tell them.
 
     Some families tie the size of a head to the number of heads; Llama wants that number to divide the hidden size.
     """
     config_class: Any = type(small.config)
     try:
-        config = config_class(**_fields(small.config) | _sizes(small.config, anatomy, groups, neurons))
+        config = config_class(**_fields(small.config) | _sizes(small.config, anatomy, attention, neurons))
         with torch.device("meta"):
             anatomy_of(type(small)(config))  # compares the modules with what the config says
     except (StrictDataclassClassValidationError, ValueError, UnsupportedModel):
@@ -65,7 +66,7 @@ def class_for(
     """
     config = None
     if is_uniform(architecture):
-        config = stock_config(model, anatomy, max(architecture.kv_groups), max(architecture.neurons))
+        config = stock_config(model, anatomy, max(architecture.units("attention")), max(architecture.neurons))
     if config is not None:
         return type(model), config
     name = type(model).__name__
@@ -128,20 +129,22 @@ def _layer_widths(config: PreTrainedConfig, anatomy: Anatomy, architecture: Arch
     A layer without attention carries the head counts of the first one that attends: it shares its slot in a static KV cache.
     """
     kept = [index for index in range(len(architecture.neurons)) if architecture.keeps_layer(index)]
-    slot = next(architecture.kv_groups[index] for index in kept if architecture.kv_groups[index])
+    attention = architecture.units("attention")
+    slot = next(attention[index] for index in kept if attention[index])
     widths = []
     for index in kept:
-        groups, neurons = architecture.kv_groups[index], architecture.neurons[index]
-        absent = [name for name, units in (("attention", groups), ("mlp", neurons)) if units == 0]
-        sizes = _sizes(config, anatomy, groups or slot, neurons or anatomy.intermediate_size)
+        width, neurons = attention[index], architecture.neurons[index]
+        absent = [name for name, units in (("attention", width), ("mlp", neurons)) if units == 0]
+        sizes = _sizes(config, anatomy, width or slot, neurons or anatomy.intermediate_size)
         widths.append(sizes | ({"skip": absent} if absent else {}))
     return widths
 
 
-def _sizes(config: PreTrainedConfig, anatomy: Anatomy, groups: int, neurons: int) -> dict[str, Any]:
-    """Config entries of a layer of this size."""
-    heads, head_dim = groups * anatomy.heads_as_one, anatomy.head_dim // anatomy.heads_as_one
-    sizes = {"num_attention_heads": heads * anatomy.queries_per_group, anatomy.family.intermediate_size: neurons}
+def _sizes(config: PreTrainedConfig, anatomy: Anatomy, attention: int, neurons: int) -> dict[str, Any]:
+    """Config entries of a layer of these widths."""
+    heads, head_dim = units_of(attention) * anatomy.heads_as_one, anatomy.head_dim // anatomy.heads_as_one
+    queries = anatomy.queries_per_group - lacking_of(attention)
+    sizes = {"num_attention_heads": heads * queries, anatomy.family.intermediate_size: neurons}
     if hasattr(config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = heads
     return {config.attribute_map.get(name, name): size for name, size in sizes.items()} | {"head_dim": head_dim}

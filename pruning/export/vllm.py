@@ -73,13 +73,14 @@ def check_attention(num_key_value_heads: int, architecture: Architecture) -> Non
     """The same as far as the widths of attention tell.
 
     Raises:
-        UnsupportedExport: A layer keeps some of the dense layer's KV groups.
+        UnsupportedExport: A layer keeps some of the dense layer's KV groups, or of their query heads.
     """
-    parted = [str(layer) for layer, groups in enumerate(architecture.kv_groups) if 0 < groups < num_key_value_heads]
+    whole = (0, num_key_value_heads)
+    parted = [str(layer) for layer, width in enumerate(architecture.units("attention")) if width not in whole]
     if parted:
         more = f" and {len(parted) - SHOWN} more" if len(parted) > SHOWN else ""
         raise UnsupportedExport(
-            "vLLM's DeciLMForCausalLM keeps all heads of a layer or none, and some of the KV groups are gone in layers "
+            "vLLM's DeciLMForCausalLM keeps all heads of a layer or none, and some of them are gone in layers "
             f"{', '.join(parted[:SHOWN])}{more}: search with --deploy vllm, or export --format hf or gguf."
         )
 

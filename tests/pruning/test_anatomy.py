@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pruning.anatomy import Anatomy, Rows, anatomy_of, family_of
+from pruning.anatomy import Anatomy, anatomy_of, family_of
 from pruning.architecture import Architecture
+from pruning.block import Rows
 from pruning.errors import UnsupportedModel
 from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of

@@ -7,6 +7,7 @@ first column of W, kept whatever leaves; its z is 1.
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of, expand_units
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.block import Block, BlockKind, expand_units
 from pruning.compensation import CompensationTable, Ridge, factor_values, solved_values
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
@@ -77,9 +79,7 @@ def projections(
     for block in anatomy.blocks:
         for index, layer in enumerate(anatomy.layers_of(model)):
             gram = statistics.blocks[block.kind].gram[index].double() / statistics.num_tokens
-            units = ranking.of(block.kind)[index].tolist()
-            width = block.columns_per_unit
-            order = [unit * width + column for unit in units for column in range(width)]
+            order = ranking.columns(index, block).tolist()
             weight = matrix_of(block.output_of(layer)).detach().clone()
             diagonal = gram.diagonal()[order]
             damping = ridge.share * (diagonal if ridge.per_column else diagonal.mean().expand(len(order)))
@@ -255,7 +255,8 @@ def test_the_tables_size_follows_from_the_models(
     model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, random_ranking: Callable[[Anatomy, int], Ranking]
 ) -> None:
     ridge = Ridge(biases=False)  # a bias is one more column of a factor, which the sizes do not tell
-    table = CompensationTable(model, collect_statistics(model, windows), random_ranking(anatomy, 0), ridge)
+    ranking = replace(random_ranking(anatomy, 0), heads=None)  # a factor more for every query head that groups may lack
+    table = CompensationTable(model, collect_statistics(model, windows), ranking, ridge)
     widths: dict[BlockKind, list[int]] = {"attention": [1], "mlp": [5, 11, 24]}
     table.fill({"attention": [1], "mlp": [5, 11]})
     assert table.num_values == (solved_values(anatomy, widths), factor_values(anatomy))

@@ -89,8 +89,14 @@ def test_a_sliding_window_bounds_cache_and_attention(
 ) -> None:
     architecture = random_architecture(anatomy, 1)
     near, far = (cost_of(anatomy, architecture, Serving(context=context)) for context in (10_000, 20_000))
+    fewer = architecture.fewer_queries or (0,) * anatomy.num_hidden_layers
     growing = sum(
         groups for groups, span in zip(architecture.kv_groups, anatomy.attention_spans, strict=True) if span is None
     )
+    heads = sum(
+        groups * (anatomy.queries_per_group - gone)
+        for groups, gone, span in zip(architecture.kv_groups, fewer, anatomy.attention_spans, strict=True)
+        if span is None
+    )
     assert far.kv_bytes - near.kv_bytes == 2 * growing * anatomy.head_dim * 10_000 * 2
-    assert far.flops - near.flops == 4 * growing * anatomy.queries_per_group * anatomy.head_dim * 10_000
+    assert far.flops - near.flops == 4 * heads * anatomy.head_dim * 10_000

@@ -13,8 +13,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.compensation import CompensationTable
 from pruning.exchanges import exchange_costs
 from pruning.importance import activation

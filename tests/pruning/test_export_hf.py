@@ -33,6 +33,7 @@ from pruning.export.reader import reader
 from pruning.export.rebuild import is_stock, rebuilt
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
+from pruning.widths import lacking_of, units_of
 
 PATTERNS = ["ABMB-", "MABBB", "UUU-U"]  # U: equal layers
 ONE_OF_EACH_KIND = pytest.mark.parametrize(
@@ -195,12 +196,12 @@ def test_the_config_tells_every_layer(model: PreTrainedModel, anatomy: Anatomy, 
     cut = pruned(model, "MABB-")
     config = AutoConfig.from_pretrained(saved(cut), trust_remote_code=True)
     assert config.num_hidden_layers == 4 and len(config.per_layer_config) == 4
-    for told, groups, neurons in zip(
-        config.per_layer_config, cut.architecture.kv_groups, cut.architecture.neurons, strict=False
-    ):
+    attention = cut.architecture.units("attention")
+    for told, width, neurons in zip(config.per_layer_config, attention, cut.architecture.neurons, strict=False):
+        groups = units_of(width)
         assert ("attention" in told.skip) == (groups == 0) and ("mlp" in told.skip) == (neurons == 0)
         if groups:
-            assert told.num_attention_heads == groups * anatomy.queries_per_group
+            assert told.num_attention_heads == groups * (anatomy.queries_per_group - lacking_of(width))
             assert getattr(told, "num_key_value_heads", told.num_attention_heads) == groups
         if neurons:
             assert getattr(told, anatomy.family.intermediate_size) == neurons

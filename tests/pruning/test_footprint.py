@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.footprint import BATCH, Workload, activations, footprint
 from pruning.likelihood import frozen
 from pruning.memory import _Allocations

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
+from pruning.block import Block
 from pruning.importance import (
     METHODS,
     Importance,

@@ -14,6 +14,7 @@ from pruning.architecture import Architecture
 from pruning.errors import InvalidMask, PruningError
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.projection import matrix_of
+from pruning.widths import lacking_of, units_of
 
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama"], indirect=True)
 
@@ -30,7 +31,12 @@ def test_the_best_ranked_units_stay(
     assert mask.architecture == architecture
     for block in anatomy.blocks:
         for layer, width in enumerate(architecture.units(block.kind)):
-            assert mask.kept(block.kind, layer).tolist() == sorted(ranking.of(block.kind)[layer, :width].tolist())
+            best = ranking.of(block.kind)[layer, : units_of(width)].tolist()
+            assert mask.kept(block.kind, layer).tolist() == sorted(best)
+            if lacking_of(width):  # the best of each group
+                assert ranking.heads is not None
+                order = [head for head in ranking.heads[layer].tolist() if head // block.queries in best]
+                assert mask.kept_heads(block, layer).tolist() == sorted(order[:: block.queries])
     assert mask.layers.tolist() == [architecture.keeps_layer(layer) for layer in range(anatomy.num_hidden_layers)]
 
 
@@ -114,10 +120,11 @@ def test_masking_is_zeroing_the_output_columns(
     for index, layer in enumerate(anatomy.layers_of(zeroed)):
         for block in anatomy.blocks:
             output = block.output_of(layer)
-            for unit in range(block.units):
-                if not mask.of(block.kind)[index, unit]:
-                    columns = slice(unit * block.columns_per_unit, (unit + 1) * block.columns_per_unit)
-                    matrix_of(output).data[:, columns] = 0
+            heads = mask.heads if mask.heads is not None and block.kind == "attention" else mask.of(block.kind)
+            width = block.columns // heads.shape[1]
+            for head, stays in enumerate(heads[index]):
+                if not stays:
+                    matrix_of(output).data[:, head * width : (head + 1) * width] = 0
             if output.bias is not None and not mask.of(block.kind)[index].any():
                 output.bias.data.zero_()
     with masked(model, mask):

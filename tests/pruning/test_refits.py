@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
+from pruning.block import BlockKind
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.errors import InvalidArchitecture
 from pruning.importance import METHODS, activation

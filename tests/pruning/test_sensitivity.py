@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
+from pruning.block import BlockKind
 from pruning.compensation import CompensationTable
 from pruning.importance import fisher
 from pruning.masks import Ranking

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, Block, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import Block
 from pruning.compensation import CompensationTable, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.masks import PruningMask, Ranking

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pruning.surgeon
-from pruning.anatomy import Anatomy, Block
+from pruning.anatomy import Anatomy
+from pruning.block import Block
 from pruning.compensation import RIDGE, Factor, Ridge
 from pruning.surgeon import surgeon_order
 

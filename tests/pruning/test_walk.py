@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, BlockKind
+from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.exchanges import exchange_costs
 from pruning.likelihood import Head, dense_distribution, frozen, last_hidden, loss_gradient
 from pruning.masks import Ranking

@@ -52,7 +52,7 @@ function pathsAt(share, recipes, full) {
     el("svg:path", { d: step(kept.kv_groups, full.groups, 0), ...stroke(index) }), el("svg:path", { d: step(kept.neurons, full.neurons, half + gap), ...stroke(index) }),
   ]);
   const title = `share ${format("params_share", share)}`;
-  const rows = Array.from({ length: count }, (_, layer) => [String(layer), ...shown.flatMap(({ kept }) => [String(kept.kv_groups[layer]), String(kept.neurons[layer])])]);
+  const rows = Array.from({ length: count }, (_, layer) => [String(layer), ...shown.flatMap(({ kept }) => [kept.kv_groups[layer] + lacking(kept, layer), String(kept.neurons[layer])])]);
   const details = el("details", {}, el("summary", {}, "The same as numbers"));
   details.addEventListener("toggle", () => details.open && details.children.length === 1
     && details.append(table(["layer", ...shown.flatMap(({ name }) => [`KV groups, ${name}`, `neurons, ${name}`])], rows, `Kept by layer at ${title}`)));

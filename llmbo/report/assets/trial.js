@@ -124,9 +124,12 @@ function fullWidths(entry) {
 
 const isDropped = (architecture, layer) => architecture.kv_groups[layer] === 0 && architecture.neurons[layer] === 0;
 
+/** Query heads that each KV group of a layer goes without. */
+const lacking = (architecture, layer) => (architecture.fewer_queries?.[layer] ? ` without ${architecture.fewer_queries[layer]} query heads each` : "");
+
 function layerText(architecture, layer, full) {
   if (isDropped(architecture, layer)) return `layer ${layer}: dropped`;
-  return `layer ${layer}: ${architecture.kv_groups[layer]} of ${full.groups} KV groups, ${architecture.neurons[layer]} of ${full.neurons} neurons`;
+  return `layer ${layer}: ${architecture.kv_groups[layer]} of ${full.groups} KV groups${lacking(architecture, layer)}, ${architecture.neurons[layer]} of ${full.neurons} neurons`;
 }
 
 /** Attention grows upwards, the MLP downwards; pale is what was removed, hatched and crossed what is gone altogether. */
@@ -173,7 +176,7 @@ function layersLegend() {
 
 function layersAsText(entry) {
   const { architecture } = entry.trial;
-  const rows = architecture.kv_groups.map((groups, layer) => [String(layer), String(groups), String(architecture.neurons[layer]), isDropped(architecture, layer) ? "dropped" : ""]);
+  const rows = architecture.kv_groups.map((groups, layer) => [String(layer), groups + lacking(architecture, layer), String(architecture.neurons[layer]), isDropped(architecture, layer) ? "dropped" : ""]);
   const details = el("details", {}, el("summary", {}, "The same as numbers"));
   details.addEventListener("toggle", () => details.open && details.children.length === 1 && details.append(table(["layer", "KV groups", "neurons", ""], rows, "Kept by layer")));
   return details;

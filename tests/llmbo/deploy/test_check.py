@@ -20,6 +20,7 @@ from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.hf import check_stock
+from pruning.widths import lacking_of
 
 Build = Callable[[str], PreTrainedModel]
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
@@ -114,16 +115,29 @@ def test_a_search_for_stock_models_holds_nothing_else(family_model: PreTrainedMo
     space = space_of(RunConfig("it", deploy=("hf-stock",)), anatomy)
     layers, groups = anatomy.num_hidden_layers, space.widths["attention"][1:]
     assert groups and UniformProposer(space).propose([], 1, 0)
-    for kept in groups:
-        check_stock(family_model, None, Architecture((kept,) * layers, (5,) * layers))
+    some = anatomy.attention.queries > 1
+    more = (
+        space_of(RunConfig("it", deploy=("hf-stock",), query_heads=True), anatomy).widths["attention"] if some else []
+    )
+    assert not some or any(map(lacking_of, more))
+    for kept in {*groups, *more} - {0}:
+        check_stock(family_model, None, Architecture.of((kept,) * layers, (5,) * layers))
     with pytest.raises(UnsupportedExport, match="cannot tell layers of unequal size"):
         check_stock(family_model, None, Architecture(groups[-1:] * layers, (5, *(24,) * (layers - 1))))
 
 
-def test_a_single_kv_group_is_told(build: Build, bytewise: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_of_a_single_kv_group_query_heads_are_searched(
+    build: Build, bytewise: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     config = build("llama").config
     type(config)(**config.to_dict() | {"num_key_value_heads": 1}).save_pretrained(tmp_path)
     bytewise.save_pretrained(tmp_path)
+    told = check(tmp_path).stdout
+    assert "0 or 1 of its KV groups, each with 1 to 4 of its 4 query heads" in told
+    assert "llama.cpp" in told.splitlines()[2] and "--format hf: layers of any size" in told
+    assert re.search("--format vllm: .*all heads or none, .*no others", told)
+    assert "0 or 1 of its KV groups, each of 4 query heads" in check(tmp_path, "vllm").stdout
+    build("olmo2").config.save_pretrained(tmp_path)
     assert "a layer keeps all of its attention or none" in check(tmp_path).stdout
 
 

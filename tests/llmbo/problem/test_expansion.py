@@ -15,7 +15,7 @@ from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.prices import Prices
 from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe
 from llmbo.problem.space import SearchSpace
-from pruning.anatomy import BlockKind
+from pruning.block import BlockKind
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.texts import load_windows
-from pruning.anatomy import BlockKind
+from pruning.block import BlockKind
 from pruning.calibration import TokenWindows
 from pruning.exchanges import exchange_costs
 from pruning.importance import fisher

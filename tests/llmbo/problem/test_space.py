@@ -3,27 +3,39 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmbo.config import RunConfig
 from llmbo.errors import LlmboError
-from llmbo.problem.space import HARDWARE_MULTIPLE, NEURON_LEVELS, SearchSpace, _default_step, space_of
+from llmbo.problem.space import (
+    HARDWARE_MULTIPLE,
+    NEURON_LEVELS,
+    SearchSpace,
+    _default_step,
+    attention_ladder,
+    space_of,
+)
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.cost import cost_of
+from pruning.widths import attention_width, lacking_of, units_of
 
-# layers, neurons, min_share, neuron_step, numbers of KV groups; steps 5 and 7 divide neither 24 nor 100
+FEWER = (attention_width(1, 1), 1, attention_width(2, 1), 2)
+# layers, neurons, min_share, neuron_step, widths of attention; steps 5 and 7 divide neither 24 nor 100
 CASES = [
     (4, 24, 0.4, 0, ()), (4, 24, 0.4, 5, ()), (3, 100, 0.1, 7, (2,)), (2, 24, 0.9, 24, ()), (5, 1, 0.5, 1, ()),
-    (2, 500, 0.3, 0, (2,)),
+    (2, 500, 0.3, 0, (2,)), (3, 24, 0.3, 7, FEWER),
 ]  # fmt: skip
 
 
 @pytest.fixture(params=CASES, ids=str)
 def space(request: pytest.FixtureRequest, make_space: Callable[..., SearchSpace]) -> SearchSpace:
-    *sizes, groups = request.param
-    return replace(make_space(*sizes), kv_groups=groups)
+    *sizes, attention = request.param
+    return replace(make_space(*sizes), attention=attention)
 
 
 def random_levels(space: SearchSpace, n: int, seed: int = 0, margin: int = 0) -> torch.Tensor:
@@ -97,7 +109,7 @@ def test_an_architecture_off_the_grid_is_refused(make_space: Callable[..., Searc
     with pytest.raises(LlmboError, match="Layer 1 keeps 7 neurons"):
         space.encode(Architecture((1, 1), (5, 7)))
     with pytest.raises(LlmboError, match="Layer 0 keeps 1 KV groups"):
-        replace(space, kv_groups=(2,)).encode(Architecture((1, 2), (5, 5)))
+        replace(space, attention=(2,)).encode(Architecture((1, 2), (5, 5)))
 
 
 @pytest.mark.parametrize("min_share", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -142,3 +154,45 @@ def test_every_width_of_an_8b_model_is_whole_blocks_of_k_quants_and_an_older_run
     started = {"model": "llama", "neuron_step": 0}  # as stored before there was the setting
     assert space_of(RunConfig.from_settings(started), anatomy).neuron_step == 1184
     assert space_of(RunConfig(model="llama", neuron_step=896), anatomy).neuron_step == 896
+
+
+def anatomy_with(heads: int, groups: int, biases: bool = False) -> Anatomy:
+    config = LlamaConfig(
+        hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8, intermediate_size=16,
+        num_hidden_layers=2, vocab_size=16, attention_bias=biases,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return anatomy_of(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(9, 3), (32, 8), (14, 2), (16, 8), (4, 1), (4, 4), (28, 4)])
+@pytest.mark.parametrize("biases", [False, True])
+def test_no_known_cost_falls_from_a_level_with_fewer_query_heads_to_the_next(
+    heads: int, groups: int, biases: bool
+) -> None:
+    anatomy = anatomy_with(heads, groups, biases)
+    space = SearchSpace(anatomy, attention=attention_ladder(anatomy.attention))
+    levels = torch.arange(len(space.widths["attention"]), dtype=torch.float64)
+    points = torch.stack([levels, *[torch.ones_like(levels)] * 3], dim=1)
+    for name in ("params", "flops", "kv_bytes", "params_share", "weight_bytes"):
+        assert (space.cost(name, points).diff() >= 0).all()
+    assert (space.cost("params", points).diff() > 0).all()
+    whole = [width for width in space.widths["attention"] if not lacking_of(width)]
+    assert whole == list(range(groups + 1))  # nothing that was there is gone
+    assert space.query_heads == (heads > groups) and max(map(units_of, space.widths["attention"])) == groups
+    if groups == 1:
+        assert len(levels) == heads + 1
+
+
+def test_query_heads_are_searched_where_asked_for_or_nothing_else_can_be() -> None:
+    grouped, single, alone = anatomy_with(4, 2), anatomy_with(4, 1), anatomy_with(4, 4)
+
+    def searched(anatomy: Anatomy, **settings: Any) -> bool:
+        return space_of(RunConfig("tiny", **settings), anatomy).query_heads
+
+    assert not searched(grouped) and searched(grouped, query_heads=True) and searched(single)
+    assert not searched(single, query_heads=False) and not searched(single, deploy=("vllm",)) and not searched(alone)
+    assert not space_of(RunConfig.from_settings({"model": "llama"}), single).query_heads  # a run from before
+    for anatomy, deploy in ((alone, ()), (grouped, ("hf", "vllm")), (single, ("vllm",))):
+        with pytest.raises(LlmboError, match=r"--query-heads leaves nothing to search, since (vllm|no query head)"):
+            searched(anatomy, query_heads=True, deploy=deploy)

@@ -197,19 +197,20 @@ def seconds_by_phase(
         solving += Work(single=square + TRIANGULAR * solved, passes=AT_ONCE * width**2) * a.num_hidden_layers
 
     sensitivity = on.forward(allocation) + on.backward(allocation) + on.head(allocation, 2, GRADIENT)
-    sensitivity += on.updates(allocation, sum(map(sum, tried.values())), sum(map(len, tried.values())))
+    sensitivity += on.updates(allocation, sum(map(sum, tried.values())) - both, sum(map(len, tried.values())))
 
     exchanges = Work()
     for share in shares:
         widest = min(1.0, share + 2 / (len(tried["mlp"]) - 1))
-        exchanges += on.forward(allocation, widest) + on.backward(allocation, widest, gradients=2)
+        exchanges += on.forward(allocation, share) + on.backward(allocation, widest, gradients=2)
         exchanges += on.head(allocation, 3, DIVERGENCE) + on.walk(2)
-        exchanges += on.updates(allocation, (2 * len(STEPS) + 2) * share * both, 2 * 2 * len(STEPS))
-        exchanges += on.forward(allocation, share) + on.head(allocation, 1, QUALITY) + on.walk(2)  # before and after
+        exchanges += on.updates(allocation, (len(STEPS) + 1) * share * both, 2 * 2 * len(STEPS))
+        after = on.forward(allocation, share) + on.head(allocation, 1, QUALITY)
+        exchanges += after * 0.5 + on.walk()  # on half of the windows
     exchanges += on.forward(allocation) + on.head(allocation, 1, DENSE) + on.walk()
 
     measured = on.forward(proxy, mean) + on.head(proxy, 1, QUALITY) + refits
-    dense = on.forward(2 * proxy) + on.head(proxy, 2, QUALITY + DENSE) + on.walk(2)
+    dense = on.forward(proxy) + on.head(proxy, 1, DENSE) + on.walk()
     last = on.forward(heldout, mean) + on.head(heldout, 1, QUALITY) + refits
     probed = 2 * config.window * (1 + space.d) if _asks_marginals(config) else 0
     works = {
@@ -218,7 +219,7 @@ def seconds_by_phase(
         "width exchanges": exchanges,
         "dense model": dense,
         "search": measured * (config.budget + probed / proxy) + on.walk(rounds),
-        "held-out windows": last * judged + on.forward(2 * heldout) + on.head(heldout, 2, QUALITY + DENSE) + on.walk(3),
+        "held-out windows": last * judged + on.forward(heldout) + on.head(heldout, 1, DENSE) + on.walk(2),
     }
     if config.refit_front:
         refitting = on.forward(calibration) + on.forward(calibration, PASSED * mean) + on.walk(3)

@@ -49,5 +49,7 @@ def test_query_heads_from_the_flag_to_the_folder(llmbo: Any, grouped: Path, tmp_
     for layer, (groups, neurons) in enumerate(zip(architecture.kv_groups, architecture.neurons, strict=True)):
         heads = groups * (4 - (architecture.fewer_queries or (0,) * 9)[layer])
         assert f"| {layer} | " + (f"{groups} | {heads} | {neurons} |" if groups or neurons else "dropped") in table
-    other = llmbo(**options | {"query_heads": None}, budget=14)  # another search, which must not go on in this one's folder
+    other = llmbo(
+        **options | {"query_heads": None}, budget=14
+    )  # another search, which must not go on in this one's folder
     assert other.exit_code == 2 and "query_heads" in other.stderr

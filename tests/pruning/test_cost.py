@@ -51,7 +51,7 @@ def test_the_full_architecture_costs_the_dense_model(model: PreTrainedModel, ana
 def test_many_architectures_at_once(anatomy: Anatomy, random_architecture: Callable[..., Architecture]) -> None:
     architectures = [random_architecture(anatomy, seed) for seed in range(12)]
     expected = torch.tensor([cost_of(anatomy, a).block_parameters for a in architectures])
-    groups = torch.tensor([a.kv_groups for a in architectures])  # 12 x L
+    groups = torch.tensor([a.units("attention") for a in architectures])  # 12 x L
     neurons = torch.tensor([a.neurons for a in architectures])
     assert torch.equal(block_parameters(anatomy, groups, neurons), expected)
     batched = block_parameters(anatomy, groups.double().view(3, 4, -1), neurons.double().view(3, 4, -1))
@@ -66,7 +66,7 @@ def test_cost_never_falls_when_a_unit_is_added(
     for layer in range(anatomy.num_hidden_layers):
         wider = list(small.kv_groups)
         wider[layer] += 1
-        cost, more = cost_of(anatomy, small), cost_of(anatomy, Architecture(tuple(wider), small.neurons))
+        cost, more = cost_of(anatomy, small), cost_of(anatomy, replace(small, kv_groups=tuple(wider)))
         assert more.parameters > cost.parameters
         assert more.flops > cost.flops
         assert more.kv_bytes > cost.kv_bytes

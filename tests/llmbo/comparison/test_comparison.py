@@ -111,7 +111,7 @@ def test_rounds_that_were_stored_before_there_was_a_setting_are_found() -> None:
 
     run = RunConfig("tiny", calibration_tokens=1024, recipe="dense-prices", neuron_multiple=32)
     arm = Arm("mine", "random", {"num_initial": 4}, ProblemConfig(run))
-    config, problem = Mock(batch=2), Mock(identity="0123")
+    config, problem = Mock(batch=2), Mock(identity="0123", space=Mock(query_heads=False))
     what = ["random", {"num_initial": 4}, {name: getattr(run, name) for name in FIRST_KEYED}, 2, "0123"]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     assert key() == f"mine/3/{digest}" == key(memory="24GB", offload="disk", model="elsewhere")

@@ -86,7 +86,7 @@ def better(rows: Sequence[Row]) -> list[Row]:
 def in_both(pruned: Pruned, path: Path, windows: Tensor, dense: PreTrainedModel) -> tuple[float, float]:
     """KL over the whole vocabulary of what torch and llama.cpp compute from a file, nats per token."""
     with reader("reload_gguf.py") as read:
-        found = read(path, {"tokens": windows, "text": torch.zeros(0, dtype=torch.uint8)})["logits"]
+        found = read(path, {"tokens": windows, "text": torch.zeros(0, dtype=torch.uint8)})()["logits"]
     own, expected = (expected_logits(model, windows) for model in (with_weights_of(pruned, path), dense))
     first, second = (
         nn.functional.kl_div(

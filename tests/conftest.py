@@ -6,6 +6,7 @@ Everything is a fixture: tests are collected with `--import-mode=importlib` and 
 import copy
 import functools
 import gc
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,10 +205,11 @@ class _Forked:
 
     program: str
     env: Mapping[str, str]
+    stdin: io.StringIO = field(default_factory=io.StringIO)
     returncode: int | None = None
 
-    def communicate(self, told: str) -> tuple[None, str]:
-        self.returncode, stderr = forked(lambda: self._main(*json.loads(told)))
+    def communicate(self) -> tuple[None, str]:
+        self.returncode, stderr = forked(lambda: self._main(*json.loads(self.stdin.getvalue())))
         return None, stderr
 
     def _main(self, *arguments: object) -> None:

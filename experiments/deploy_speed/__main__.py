@@ -4,7 +4,7 @@
 
 For each share the run's front point nearest to it is cut and exported. Speed depends on shapes alone, so ranking and
 compensation are left out. Models take turns in every repetition, and a speed-up is the median over repetitions of the
-dense model's time by the exported one's in the same repetition: a busy machine slows both. Batch size is 1.
+dense model's time by the exported one's in the same repetition, with the quartiles: a busy machine slows both. Batch size is 1.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
         f"batch 1, {options.threads} threads, prompt {options.prompt}, {options.tokens} decoded tokens, {options.repeats} repetitions"
     )
     print(
-        f"transformers in {options.dtype}, llama.cpp in {options.gguf_dtype}; speed-ups are medians of paired ratios\n"
+        f"transformers in {options.dtype}, llama.cpp in {options.gguf_dtype}; speed-ups are medians of paired ratios (quartiles)\n"
     )
     print(_table(times, sizes, options.prompt))
     options.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="finished run: a folder, or a name below runs/")
     parser.add_argument(
-        "--shares", type=lambda text: [float(part) for part in text.split(",")], default=[0.75, 0.6, 0.5]
+        "--shares", type=lambda text: [float(part) for part in text.split(",")], default=[0.8, 0.65, 0.5]
     )
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens")
@@ -162,14 +162,20 @@ def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, dict[str, 
         for name, measured in models.items():
             prefill, decode = (statistics.median(part) for part in zip(*measured, strict=True))
             faster = [
-                statistics.median(dense[part] / own[part] for dense, own in zip(models["dense"], measured, strict=True))
+                _spread([dense[part] / own[part] for dense, own in zip(models["dense"], measured, strict=True)])
                 for part in (0, 1)
             ]
             lines.append(
-                f"| {engine} | {name} | {sizes[engine][name] / 1e6:.0f} | {prompt / prefill:.0f} | {faster[0]:.2f} | "
-                f"{1 / decode:.1f} | {faster[1]:.2f} |"
+                f"| {engine} | {name} | {sizes[engine][name] / 1e6:.0f} | {prompt / prefill:.0f} | {faster[0]} | "
+                f"{1 / decode:.1f} | {faster[1]} |"
             )
     return "\n".join(lines)
+
+
+def _spread(ratios: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every command shares: how faults become one line and an exit code, and how lists are typed."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,18 @@ def one_line_errors(interrupted: str, smaller: str = "") -> Iterator[None]:
     finally:
         for signum, handler in former.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Around a command's own imports: a million objects, all to stay. Not to look for garbage among them, now and at the end, saves a third
+    of the time that they take."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _interrupted(told: str) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmbo.cli.common import one_line_errors, say
+from llmbo.cli.common import imports, one_line_errors, say
 from llmbo.config.formats import FORMATS, caveat
 
 
@@ -66,10 +66,11 @@ def export(
     from llmbo.display.console import Console
 
     with one_line_errors(interrupted="Interrupted. Nothing was left in the output folder."), started(format) as read:
-        from llmbo.deploy.export import export as write
-        from llmbo.deploy.request import ExportRequest
-        from llmbo.display.progress import Display
-        from llmbo.models.silence import silence_libraries
+        with imports():
+            from llmbo.deploy.export import export as write
+            from llmbo.deploy.request import ExportRequest
+            from llmbo.display.progress import Display
+            from llmbo.models.silence import silence_libraries
 
         silence_libraries()
         request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, quantize, fit or ())

@@ -51,7 +51,10 @@ def optimize(
     serve_batch: Annotated[int, typer.Option(help="Sequences at a time that costs are counted or measured for.")] = 1,
     quantize: Annotated[
         str,
-        typer.Option(help=f"File type that file_bytes is counted of: {', '.join(counted_types())}; f16 by default."),
+        typer.Option(
+            help=f"File type of llama.cpp that file_bytes is counted of: {', '.join(counted_types())}. By default what the first engine of "
+            "--deploy takes, f16 without any."
+        ),
     ] = "",
     latency_target: Annotated[
         str, typer.Option(help="Where the model will run, for latency, energy and peak_memory: auto, cpu, cuda.")

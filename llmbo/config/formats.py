@@ -36,6 +36,7 @@ class Format:
         saves: Whether the result is smaller and faster than the dense model. If not, it has up to as many parameters.
         checking: Bytes per parameter of what lies beside the result while it is checked.
         quantised: What `--quantize` may say, beside `recipe:FILE`; nothing where the format has no blocks.
+        held: What a folder holds, `Pruned -> model`, where that has other tensors than the pruned model.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Format:
     saves: bool = True
     checking: float = 0.0
     quantised: tuple[str, ...] = ()
+    held: str = ""
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -98,6 +100,8 @@ model = AutoModelForCausalLM.from_pretrained("{path}")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
 
+_WITH_CODE = _TRANSFORMERS.replace('{path}")', '{path}", trust_remote_code=True)', 1)
+
 # The first is what the report page shows until another one is chosen.
 _ROWS = (
     Format(
@@ -110,12 +114,7 @@ _ROWS = (
         options=("max_shard_size", "read"),
         check_model="pruning.export.hf:check_hf",
         load=_TRANSFORMERS,
-        load_unequal="""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-```
+        load_unequal=f"""{_WITH_CODE}
 
 Its layers differ in size, which no stock class of transformers can hold: `modeling_pruned.py` in this folder does (transformers >= 5.15).
 `per_layer_config` in `config.json` tells the sizes.""",
@@ -148,18 +147,14 @@ or, on the command line, `llama-cli --model {path}/{name}-{dtype}.gguf`.""",
         default="auto",
         save="pruning.export:save_vllm",
         options=("max_shard_size", "read"),
-        load="""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+        load=f"""{_WITH_CODE}
 
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-```
-
-or, in vLLM, `vllm serve {path} --trust-remote-code`: the model's class is vLLM's own (`DeciLMForCausalLM`), that of its config is in
+or, in vLLM, `vllm serve {{path}} --trust-remote-code`: the model's class is vLLM's own (`DeciLMForCausalLM`), that of its config is in
 `modeling_decilm.py`.""",
         check_type="pruning.export.vllm:check_type",
         check_attention="pruning.export.vllm:check_attention",
         check_model="pruning.export.vllm:check_vllm",
+        held="pruning.export.vllm:decilm",
     ),
     Format(
         name="padded",

@@ -50,7 +50,7 @@ class ObjectiveKind(Quantity):
     Args:
         function: Of what is counted, `module:function` of anatomy, widths of attention and MLPs and serving as in `pruning.cost`.
         table: Of what follows from blocks measured on the device: which table; values come from a `Profile` in `llmbo.problem.hardware`.
-        file: Of the file that a trial would be exported as: counted by `pruning.export.gguf_size` for runs that ask for it.
+        file: Of the files that a trial would be exported as: counted by `llmbo.problem.file_size` for runs that ask for it.
         default: The reference point, from the dense model's value.
     """
 
@@ -131,7 +131,7 @@ QUANTITIES = {
     ),
     "file_bytes": ObjectiveKind(
         "bytes",
-        "the GGUF file that `export --format gguf` writes, to the byte, of the type that `--quantize` names (f16)",
+        "weights' files that the first engine of `--deploy` takes, to the byte; with `--quantize`, or without engines, a GGUF file (f16)",
         format="bytes",
         integer=True,
         file=True,

@@ -69,7 +69,8 @@ class RunConfig:
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
-        quantize: File type of llama.cpp that `file_bytes` is counted of, and a reason to count it; empty for f16.
+        quantize: File type of llama.cpp that `file_bytes` is counted of, and a reason to count it; empty for what the first engine of
+            `deploy` takes, without any a GGUF file in f16.
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of items, or several. The finished front is judged on them; with the objective `accuracy` they must be multiple
             choice, and one half is for the search, the other for the judgement.
@@ -251,9 +252,14 @@ class RunConfig:
 
     @property
     def counted_type(self) -> str:
-        """File type that `file_bytes` is counted of; empty where nobody wants to know."""
+        """File type that `file_bytes` is counted of, in a GGUF file; empty where nobody wants to know."""
         wanted = "file_bytes" in (*self.objectives, *self.limits)
         return self.quantize or (FILE_TYPE if wanted else "")
+
+    @property
+    def counted_format(self) -> str:
+        """What `file_bytes` is counted of: what the first engine takes; GGUF where none is named, or a file type of llama.cpp is."""
+        return "gguf" if self.quantize or not self.deploy else engines_of(self.deploy)[0].format
 
     @property
     def memory_bytes(self) -> int | None:

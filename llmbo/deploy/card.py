@@ -15,6 +15,7 @@ from llmbo.models.loading import LoadedModel
 from llmbo.report.origin import ModelPart
 from llmbo.report.schema import Refitted, Report, TrialPart
 from llmbo.run.rebuild import Cut
+from pruning.export.folder import SIZE
 from pruning.masks import PruningMask
 
 
@@ -68,7 +69,7 @@ def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, comman
             "",
             f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
             f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
-            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. Not trained after pruning.",
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. {SIZE} on disk. Not trained after pruning.",
             "",
             "## Load",
             "",

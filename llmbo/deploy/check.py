@@ -9,7 +9,7 @@ from llmbo.config import RunConfig
 from llmbo.config.formats import FORMATS, Format
 from llmbo.models.loading import find_prunable, load_tokenizer
 from llmbo.models.stored import model_of_config
-from llmbo.problem.engines import check_engines, engines_line
+from llmbo.problem.engines import check_engines
 from llmbo.problem.space import attention_ladder, space_of
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
@@ -34,7 +34,7 @@ def findings(name: str, deploy: Sequence[str] = ()) -> Iterator[str]:
     anatomy = anatomy_of(model)
     family = anatomy.family
     yield f"family: {family.model_type} ({family.models}), {model.num_parameters():,} parameters in {anatomy.num_hidden_layers} layers"
-    check_engines(config, model, tokenizer)
+    engines = check_engines(config, model, tokenizer)
     widths = space_of(config, anatomy).widths
     equal = config.strategy == "uniform"
     groups, levels = sorted({*map(units_of, widths["attention"][equal:])}), len(widths["mlp"])
@@ -50,7 +50,7 @@ def findings(name: str, deploy: Sequence[str] = ()) -> Iterator[str]:
         f"{anatomy.intermediate_size} neurons in {levels} levels{', all layers the same' if equal else ''}"
     )
     yield from found.notes
-    yield f"engines: {engines_line(config, model, tokenizer)}"
+    yield f"engines: {engines}"
     for format in FORMATS.values():
         yield f"--format {format.name}: {_held(format, model, tokenizer, anatomy)}"
 

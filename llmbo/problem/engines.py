@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.config import RunConfig
-from llmbo.config.formats import ENGINES, Engine, engines_of
+from llmbo.config.formats import ENGINES, Engine
 from llmbo.errors import ConfigError
 from llmbo.problem.space import SearchSpace, space_of
 from pruning.anatomy import anatomy_of
@@ -16,27 +16,24 @@ from pruning.architecture import Architecture
 from pruning.errors import PruningError
 
 
-def check_engines(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse an engine that the settings name and that cannot run what the search may find.
+def check_engines(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which engines can run all that the search may find, in a line.
 
     Args:
         model: The dense one; its weights are not looked at.
 
     Raises:
-        ConfigError: It says why, and which engines can.
+        ConfigError: One that the settings name cannot. It says why, and which engines can.
     """
-    for engine in engines_of(config.deploy):
-        if reason := _refusal(engine, config, model, tokenizer):
-            can = [name for name, other in ENGINES.items() if _could(other, config, model, tokenizer)]
+    reasons = {name: _refusal(engine, config, model, tokenizer) for name, engine in ENGINES.items()}
+    for name in config.deploy:
+        if reasons[name]:
+            can = [each for each, other in ENGINES.items() if _could(other, config, model, tokenizer)]
             raise ConfigError(
-                f"--deploy {engine.name} cannot run what is searched of '{config.model}'. {reason} "
+                f"--deploy {name} cannot run what is searched of '{config.model}'. {reasons[name]} "
                 f"What can: --deploy {', '.join(can) or 'nothing'}."
             )
-
-
-def engines_line(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Which engines can run all that the search may find, in a line."""
-    found = [name for name, engine in ENGINES.items() if not _refusal(engine, config, model, tokenizer)]
+    found = [name for name, reason in reasons.items() if not reason]
     more = [] if config.deploy else [name for name in ENGINES if name not in found]
     told = f"All that is searched runs in {', '.join(found) or 'no engine known here'}"
     return told + (f"; for {' or '.join(more)} name it with --deploy." if more else ".")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from llmbo.config import RunConfig
-from llmbo.config.formats import title
 from llmbo.config.objectives import measured_limits, priced_by
 from llmbo.models.checks import check_finite, check_tokens
 from llmbo.models.loading import LoadedModel, max_positions
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges, expansions, informed
 from llmbo.problem.family import ThresholdFamily
+from llmbo.problem.file_size import file_costs
 from llmbo.problem.hardware import KIND_OF, Target, build_target, num_measurements, target_model
 from llmbo.problem.kept import digest, files_of
 from llmbo.problem.marginals import Marginals, measure_marginals
@@ -24,7 +24,7 @@ from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_cos
 from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.recipe import recipe_of
 from llmbo.problem.residence import Machine, refit_cache
-from llmbo.problem.space import CostFunction, SearchSpace, space_of
+from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
 from pruning.anatomy import anatomy_of
@@ -34,8 +34,6 @@ from pruning.calibration import TokenWindows
 from pruning.choices import Choices
 from pruning.compensation import CACHE_BYTES
 from pruning.exchanges import ORDERS, exchange_costs
-from pruning.export.gguf_size import GgufSize
-from pruning.export.quantise import Mixture
 from pruning.importance import fisher, layer_scores, taylor
 from pruning.items import read_items
 from pruning.latency import Workload
@@ -170,7 +168,7 @@ def prepared(
     """
     model, method = loaded.model, method or replace(DEFAULT, allocation=recipe_of(config.recipe))
     space = space_of(config, anatomy_of(model))
-    costs = _file_costs(config, loaded)
+    costs = file_costs(config, loaded)
     target = _target(config, loaded, space, phases, profiles)
     space = replace(space, extra_costs=costs | (target.costs() if target else {}))
     if method.priced_by == "objectives":
@@ -335,13 +333,6 @@ def _target(
     with phases.phase(f"{' and '.join(kinds)} tables", num_measurements(space, kinds)) as advance:
         model = target_model(loaded, config.latency_target)
         return build_target(model, space, workload, kinds, stored, on_measured=advance)
-
-
-def _file_costs(config: RunConfig, loaded: LoadedModel) -> dict[str, CostFunction]:
-    """The size of the file that a candidate would be exported as, if anybody wants to know."""
-    if not (kind := config.counted_type):
-        return {}
-    return {"file_bytes": GgufSize(loaded.model, loaded.tokenizer, Mixture.of(kind), title(loaded.name))}
 
 
 def _choices(config: RunConfig, loaded: LoadedModel) -> tuple[Choices | None, Choices | None]:

@@ -17,7 +17,7 @@ from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
-from llmbo.problem.engines import check_engines, engines_line
+from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
 from llmbo.problem.method import DEFAULT, Method
@@ -158,8 +158,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         read_text(config.heldout_text)
     open_ended = not config.calibration_tokens
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
-    if config.deploy:
-        check_engines(config, *_parts(base))
+    engines = check_engines(config, *_parts(base)) if config.deploy else ""
     if named:
         named[0].bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
@@ -180,7 +179,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 if isinstance(base, LoadedModel)
                 else load_model(config.model, *placed(config, base, dtype, device))
             )
-            for note in (*loaded.notes, engines_line(config, loaded.model, loaded.tokenizer)):
+            for note in (*loaded.notes, engines or check_engines(config, loaded.model, loaded.tokenizer)):
                 phases.note(note)
             judged_by = () if "accuracy" in config.objectives else items
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]

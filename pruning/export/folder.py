@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pruning.errors import ExportFailed, UnsupportedExport
 
+SIZE = "%SIZE-ON-DISK%"  # stands in a text for what all files but the texts take
 LEFTOVER = re.compile(
     r"\..+\.[0-9a-z_]{8}\.(partial|lock)"
 )  # as `folder_beside` and the first version's `mkdtemp` name them
@@ -39,7 +40,7 @@ def whole_folder(out: Path, files: Mapping[str, str]) -> Iterator[Path]:
     """A hidden folder beside `out` to write into; it becomes `out` when the body succeeds and vanishes when it does not.
 
     Args:
-        files: Small texts by file name, written when the body is done.
+        files: Small texts by file name, written when the body is done; `SIZE` in them becomes what the other files take, in MB.
 
     Raises:
         UnsupportedExport: See `check_out`.
@@ -49,8 +50,9 @@ def whole_folder(out: Path, files: Mapping[str, str]) -> Iterator[Path]:
     try:
         with folder_beside(out) as folder:
             yield folder
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             for name, content in files.items():
-                (folder / name).write_text(content, encoding="utf-8")
+                (folder / name).write_text(content.replace(SIZE, f"{size / 1e6:.1f} MB"), encoding="utf-8")
             for path in (folder, *folder.rglob("*")):  # temporary folders are private, results are not
                 path.chmod(0o755 if path.is_dir() else 0o644)
             folder.rename(out)

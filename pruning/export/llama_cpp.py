@@ -112,7 +112,7 @@ def _logits(pruned: Pruned, path: Path) -> tuple[Tensor, Tensor]:
     text = SAMPLE.encode() if pruned.tokenizer is not None else b""
     sample = torch.tensor(list(text), dtype=torch.uint8)
     with reader("reload_gguf.py") as read:
-        found = read(path, {"tokens": tokens, "text": sample})
+        found = read(path, {"tokens": tokens, "text": sample})()
     if pruned.tokenizer is not None:
         _check_ids(found["ids"].tolist(), pruned.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     if not found["logits"].isfinite().all():

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from pruning.errors import ExportFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
-Read = Callable[[Path, Mapping[str, "Tensor"]], dict[str, "Tensor"]]  # (result, what is asked of it) -> what it answers
+Answer = Callable[[], dict[str, "Tensor"]]  # waits for it
+Read = Callable[[Path, Mapping[str, "Tensor"]], Answer]  # (result, what is asked of it) -> what it answers, meanwhile
 
 
 @contextmanager
@@ -44,20 +45,27 @@ def reader(program: str) -> Iterator[Read]:
             errors="replace",
         ) as process:
             try:
-                yield partial(_answer, process, Path(scratch))
+                yield partial(_ask, process, Path(scratch))
             finally:
                 process.kill()
 
 
-def _answer(
-    process: "subprocess.Popen[str]", scratch: Path, path: Path, given: Mapping[str, "Tensor"]
-) -> dict[str, "Tensor"]:
+def _ask(process: "subprocess.Popen[str]", scratch: Path, path: Path, given: Mapping[str, "Tensor"]) -> Answer:
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     asked, found = scratch / "asked", scratch / "found"
     save_file(dict(given), asked)
-    _, stderr = process.communicate(json.dumps([str(path), str(asked), str(found), torch.get_num_threads()]))
+    assert process.stdin is not None  # a pipe
+    with suppress(BrokenPipeError):  # it has ended, and its last words say why
+        print(json.dumps([str(path), str(asked), str(found), torch.get_num_threads()]), file=process.stdin, flush=True)
+    return partial(_answer, process, found)
+
+
+def _answer(process: "subprocess.Popen[str]", found: Path) -> dict[str, "Tensor"]:
+    from safetensors.torch import load_file
+
+    _, stderr = process.communicate()
     if process.returncode != 0:
         said = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise ExportFailed(f"The result could not be loaded in a fresh process and was deleted: {said}")

@@ -26,5 +26,5 @@ def main(path: str, asked: str, out: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    if told := sys.stdin.read():  # nothing where the export came to nothing
+    if told := sys.stdin.readline():  # nothing where the export came to nothing
         main(*json.loads(told))

@@ -101,12 +101,16 @@ def save_vllm(
         UnsupportedExport: See `check_vllm`; or `out` is taken.
         ExportFailed: What was written does not load, or computes something else. Nothing is left.
     """
-    _check(pruned.model.config, pruned.anatomy, pruned.architecture)
     return save_model(pruned, decilm(pruned), out, files or {}, max_shard_size, read)
 
 
 def decilm(pruned: Pruned) -> PreTrainedModel:
-    """The same weights in the class that vLLM knows."""
+    """The same weights in the class that vLLM knows.
+
+    Raises:
+        UnsupportedExport: See `check_vllm`.
+    """
+    _check(pruned.model.config, pruned.anatomy, pruned.architecture)
     with torch.device("meta"):
         model = DeciLMForCausalLM(_config(pruned.model.config, pruned.anatomy, pruned.architecture))
     model.load_state_dict(dict(_weights(pruned)), assign=True)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.config.objectives import OBJECTIVES, QUANTITIES
-from llmbo.problem import hardware, preparation
+from llmbo.problem import file_size, hardware
 from llmbo.report import json_schema
 from llmbo.report.comparison import counting
 from llmbo.report.quantities import quality_of, quantities
@@ -64,7 +64,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(blocks, "_run", run)
     monkeypatch.setattr(hardware, "energy_counter", lambda device: time.perf_counter)
-    monkeypatch.setattr(preparation, "GgufSize", lambda model, _, *others: GgufSize(model, None, *others))
+    monkeypatch.setattr(file_size, "GgufSize", lambda model, _, *others: GgufSize(model, None, *others))
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path / "cache"))
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 import llmbo
 from llmbo.cli import app
+from llmbo.config import RunConfig
 from llmbo.config.formats import FORMATS, Format, caveat
 from llmbo.deploy.export import export
 from llmbo.deploy.request import ExportRequest
@@ -27,6 +28,7 @@ from llmbo.display.console import Console
 from llmbo.display.progress import Display
 from llmbo.errors import ConfigError, ModelError
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.file_size import file_costs
 from llmbo.report.page import render_page
 from llmbo.run.rebuild import read_run
 from pruning.export.verify import difference
@@ -83,7 +85,7 @@ def folder(finished: Any, tmp_path_factory: pytest.TempPathFactory, text_file: P
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(place / "model")
     result = replace(finished, folder=place)(
-        model=place / "model", budget=8, neuron_step=32, deploy="vllm", objectives="kl,file_bytes", quantize="q8_0"
+        model=place / "model", budget=8, neuron_step=32, deploy="vllm", objectives="kl,file_bytes"
     )
     assert result.exit_code == 0, result.output
     return place
@@ -163,6 +165,8 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
 
     card = (out / "README.md").read_text()
     assert "the command" in card and f"Stored as {request.dtype}." in card and caveat(format) in card
+    beside = sum(path.stat().st_size for path in out.iterdir() if path.name not in ("README.md", "llmbo.json"))
+    assert f"{beside / 1e6:.1f} MB on disk" in card
     told = json.loads((out / "llmbo.json").read_text())
     assert (told["format"], told["dtype"], told["trial"]) == (format.name, request.dtype, trial)
 
@@ -173,9 +177,17 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
     assert cut.num_parameters() < 0.8 * base.parameters  # or the next line would not tell the two apart
     assert least < weights < 1.05 * announced + 20_000, "names, vectors in float32 and the vocabulary"
 
-    if dtype == "q8_0":  # what the run searched for
-        [file] = out.glob("*.gguf")
-        assert file.stat().st_size == request.trial.objectives.model_dump()["file_bytes"]
+    asked = {
+        "gguf": {"quantize": request.dtype},
+        "hf": {"deploy": ("hf-stock",)},
+        "vllm": {"deploy": ("vllm", "llama.cpp")},
+    }
+    if dtype == format.default and format.name in asked:
+        config = RunConfig("it", objectives=("kl", "file_bytes"), **asked[format.name])
+        units = (torch.tensor(request.architecture.units(kind)) for kind in ("attention", "mlp"))
+        assert weights == file_costs(config, base)["file_bytes"](*units)
+        if format.name == "vllm":  # what the run searched for
+            assert weights == request.trial.objectives.model_dump()["file_bytes"]
     if dtype == format.default and format.name != "vllm":  # tests/pruning/test_export_vllm.py loads it as its card says
         assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
 

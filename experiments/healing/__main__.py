@@ -174,8 +174,12 @@ class Study:
         learns = sum(
             parameter.numel() for parameter in Learner.of(copy.deepcopy(model), plan, student.refitter).trained.values()
         )
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        course = course_for(student, windows, plan, Length(tokens=options.tokens), work, Quiet())
+        course = course_for(
+            student, windows, plan, Length(tokens=options.tokens), work, Quiet(), self._work / "teacher"
+        )
         trained, progress = train(model, course.lesson, course.plan, work, tell=print)
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0

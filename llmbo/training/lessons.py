@@ -113,7 +113,13 @@ def _sampled(student: Student, window: int, plan: Plan, heldout: int, files: Ten
 
 
 def course_for(
-    student: Student, windows: TokenWindows, plan: Plan, length: Length, work: Path, phases: Phases
+    student: Student,
+    windows: TokenWindows,
+    plan: Plan,
+    length: Length,
+    work: Path,
+    phases: Phases,
+    kept: Path | None = None,
 ) -> Course:
     """Settle how many steps there will be, and have the dense model tell what it predicts.
 
@@ -121,6 +127,7 @@ def course_for(
 
     Args:
         plan: 0 stands for steps and steps between validations that follow from `length`.
+        kept: Where the dense model's predictions go; by default below `work`.
 
     Raises:
         StorageError: `work` holds the training of another model, or one with other settings.
@@ -157,8 +164,9 @@ def course_for(
             order = order[: plan.steps * plan.batch]
         with phases.phase("dense model", len(order)) as advance:
             name = f"{asked['teacher']} {student.dtype}"
-            kept = Kept.of(student.dense, training, order, work / "teacher", name, lesson.autocast, advance)
-        lesson = replace(lesson, teacher=kept)
+            folder = kept or work / "teacher"
+            teacher = Kept.of(student.dense, training, order, folder, name, lesson.autocast, advance)
+        lesson = replace(lesson, teacher=teacher)
         if not lesson.refitter or plan.train != "refit-lora":
             lesson, student.dense = replace(lesson, refitter=None), None  # nobody asks it again
     return Course(plan, lesson, windows, heldout)

@@ -104,8 +104,10 @@ class Kept:
             part = self.files.get(_part(number // PART))
             assert part is not None and number >= 0
             rows.append([part[name][number % PART] for name in ("ids", "top", "rest")])
-        ids, top, rest = (moved(torch.stack(same), hidden.device) for same in zip(*rows, strict=True))
-        return divergence(hidden, head, DenseDistribution(ids, top, rest))
+        ids, top, rest = (torch.stack(same) for same in zip(*rows, strict=True))
+        device = hidden.device
+        target = DenseDistribution(moved(ids.int(), device), moved(top, device), moved(rest, device))
+        return divergence(hidden, head, target)
 
 
 def kept_bytes(windows: int, length: int, vocab_size: int) -> int:

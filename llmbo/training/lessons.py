@@ -148,16 +148,18 @@ def course_for(
         with lesson.autocast():
             dense, heldout = (dense_distribution(student.dense, part) for part in (validation, windows.heldout))
         lesson = replace(lesson, dense=dense, teacher=Live(student.dense))
-    steps = _settled(work / ASKED, asked)
-    if not steps:
+    settled = _settled(work / ASKED, asked)
+    if settled is None:
         steps = length.known_steps(plan.batch * windows.length) or 0
         if not steps:
             with phases.phase("timing"):
                 steps = _affordable(student, lesson, plan, length)
         work.mkdir(parents=True, exist_ok=True)
-        replace_file(work / ASKED, json.dumps({"asked": asked, "steps": steps}).encode())
+        settled = steps, plan.distil and _is_kept(student, lesson, steps * plan.batch, work)
+        replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}).encode())
+    steps, is_kept = settled
     plan = replace(plan, steps=steps, every=plan.every or max(1, -(-steps // VALIDATIONS)))
-    if plan.distil and _is_kept(student, lesson, plan, work):
+    if is_kept:
         assert student.dense is not None
         order = epoch_order(len(training), plan.seed, 0)
         if plan.steps <= len(training) // plan.batch:
@@ -172,14 +174,14 @@ def course_for(
     return Course(plan, lesson, windows, heldout)
 
 
-def _settled(file: Path, asked: Mapping[str, Any]) -> int:
-    """Steps that an interrupted training had settled; 0 if there was none."""
+def _settled(file: Path, asked: Mapping[str, Any]) -> tuple[int, bool] | None:
+    """Steps of an interrupted training, and whether the dense model's predictions are on the disk; None if there was none."""
     if not file.is_file():
-        return 0
+        return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         other = [name for name, value in asked.items() if stored["asked"][name] != value]
-        steps = int(stored["steps"])
+        steps, kept = stored["settled"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"'{file}' is damaged ({first_line(error)}): delete '{file.parent}', then run again."
@@ -188,17 +190,21 @@ def _settled(file: Path, asked: Mapping[str, Any]) -> int:
         what = {"model": "the training of another model", "teacher": "what another dense model taught"}
         told = what.get(other[0], f"a recovery with other settings ({', '.join(other)})")
         raise StorageError(f"'{file.parent}' holds {told}: delete it, or choose another --out.")
-    return steps
+    return steps, kept
 
 
-def _is_kept(student: Student, lesson: Lesson, plan: Plan, work: Path) -> bool:
+def _is_kept(student: Student, lesson: Lesson, trained: int, work: Path) -> bool:
     """Whether the dense model's predictions go to the disk: where windows come again, which it then reads but once, and on a CPU, which
-    loses nothing by it and has the dense model's memory to gain; and where there is room."""
+    loses nothing by it and has the dense model's memory to gain; and where there is room.
+
+    Args:
+        trained: Windows in all steps.
+    """
     assert student.dense is not None
     windows, window = lesson.training.shape
     vocabulary = student.dense.config.get_text_config().vocab_size
-    needed = kept_bytes(min(plan.steps * plan.batch, windows), window, vocabulary)
-    again = plan.steps * plan.batch > windows or student.device == "cpu"
+    needed = kept_bytes(min(trained, windows), window, vocabulary)
+    again = trained > windows or student.device == "cpu"
     return again and needed < shutil.disk_usage(work).free // 2
 
 

@@ -149,6 +149,12 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
             *(searched(config, report.data.model_dump()), config.chat, config.text),
         )
         plan = replace(plan, distil=task.distil is not False)
+        places = {parameter.device.type for parameter in loaded.model.parameters()}
+        if places != {torch.device(loaded.device).type} and (plan.distil or plan.train == "refit-lora"):
+            raise ConfigError(
+                f"The run '{report.run.name}' kept its model's layers off the device, and a dense model that teaches needs them there: "
+                "take --no-distil, or --device cpu."
+            )
         trained, course, outcome = _trained(student, task, plan, length, phases, watch)
         nn.Module.to(trained, dtype=stored)
         told = _told(course, outcome, command)

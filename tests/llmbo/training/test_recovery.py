@@ -24,7 +24,7 @@ from llmbo.cli import app
 from llmbo.deploy import disk
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_checkpoint
-from llmbo.training import checkpoints, trainer
+from llmbo.training import checkpoints, lessons, recovery, trainer
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.learner import Learner, Refitter
 from llmbo.training.plan import MINUTES, Length, Plan, Progress
@@ -355,22 +355,66 @@ def test_a_recovered_folder_is_better_and_says_how_it_was_made(model_folder: Pat
     assert load_checkpoint(str(out), "float32", "cpu").tokenizer("w0")["input_ids"] == [2]
 
 
-def test_a_trial_of_a_run_is_exported_and_recovered(finished: Any, tmp_path: Path) -> None:
+def test_what_a_training_of_another_model_has_left_is_refused(
+    model_folder: Path, exported: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = ("--out", tmp_path / "out", "--minutes", 0.01, "--text", f"text:{story}")
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "train", interrupt)
+        assert recover(model_folder, *words).exit_code == 130
+    settled = json.loads((tmp_path / "out.recovery" / "asked.json").read_text())["settled"][0]
+    refused = recover(exported, *words)
+    assert refused.exit_code == 2 and "holds the training of another model: delete it" in refused.stderr
+    refused = recover(model_folder, *words, "--seed", 1)
+    assert refused.exit_code == 2 and "other settings (plan" in refused.stderr
+    monkeypatch.setattr(lessons, "_affordable", interrupt)  # nothing is timed again
+    assert recover(model_folder, *words).exit_code == 0
+    assert json.loads((tmp_path / "out" / "llmbo.json").read_text())["recovery"]["plan"]["steps"] == settled
+
+
+def test_a_trial_of_a_run_is_exported_and_recovered(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = finished.report()
     trial, out = report["front"][0]["trial"], tmp_path / "better"
     text = report["data"]["source"]
     with chdir(finished.folder):
-        result = recover("tiny", "--trial", trial, "--out", out, "--steps", 2, "--distil", "--text", text)
+        result = recover(
+            "tiny",
+            "--trial",
+            trial,
+            "--out",
+            out,
+            "--steps",
+            2,
+            "--train",
+            "refit-lora",
+            "--dtype",
+            "bfloat16",
+            "--text",
+            text,
+        )
     assert result.exit_code == 0, result.output
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
-    assert f'from_pretrained("{out}"' in (out / "README.md").read_text()  # not the folder it was exported to first
+    card = (out / "README.md").read_text()
+    assert f'from_pretrained("{out}"' in card and "Trained briefly" in card and "Measured before training" in card
+    assert f"| KL from the dense model | {told['recovery']['heldout']['before']['kl']:.4f} |" in card
+    assert told["recovery"]["heldout"]["after"]["kl"] <= told["recovery"]["heldout"]["before"]["kl"] + 0.01
     again = recover(out, "--out", tmp_path / "again", "--steps", 2, "--heldout", 40, "--text", text)
     assert (
         "holds 1200 tokens, at least 1536 are needed" in again.stderr
         and "256 tokens that the search used" in again.stderr
     )
     assert [path.name for path in tmp_path.iterdir()] == ["better"]
+    monkeypatch.setattr(lessons, "SELF_TOKENS", 256)
+    sampled = recover(out, "--out", tmp_path / "sampled", "--steps", 1, "--text", "self", "--micro-batch", 2)
+    assert sampled.exit_code == 0, sampled.output
+    told = json.loads((tmp_path / "sampled" / "llmbo.json").read_text())
+    assert told["recovery"]["text"]["source"].startswith("self") and told["recovery"]["plan"]["distil"]
 
 
 def test_too_little_disk_is_found_before_training(

@@ -33,7 +33,10 @@ class Refitter:
 
     @classmethod
     def of(cls, dense: PreTrainedModel, architecture: Architecture) -> "Refitter":
-        return cls(dense, architecture, anatomy_of(dense))
+        """Raises InvalidArchitecture where the small model was cut from another one."""
+        anatomy = anatomy_of(dense)
+        architecture.check(anatomy)
+        return cls(dense, architecture, anatomy)
 
     def inputs(self, small: PreTrainedModel) -> Iterator[Projection]:
         """The input projections of all blocks that are there."""

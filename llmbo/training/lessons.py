@@ -141,7 +141,8 @@ def course_for(
         "dtype": student.dtype,
     }
     training, validation = windows.calibration, windows.proxy
-    lesson = Lesson(training, validation, refitter=student.refitter, device=student.device, dtype=student.dtype)
+    refitter = student.refitter if plan.train == "refit-lora" else None
+    lesson = Lesson(training, validation, refitter=refitter, device=student.device, dtype=student.dtype)
     heldout = None
     if plan.distil:
         assert student.dense is not None
@@ -169,9 +170,17 @@ def course_for(
             folder = kept or work / "teacher"
             teacher = Kept.of(student.dense, training, order, folder, name, lesson.autocast, advance)
         lesson = replace(lesson, teacher=teacher)
-        if not lesson.refitter or plan.train != "refit-lora":
-            lesson, student.dense = replace(lesson, refitter=None), None  # nobody asks it again
+        if not lesson.refitter:
+            student.dense = None  # nobody asks it again
     return Course(plan, lesson, windows, heldout)
+
+
+def settled_dtype(work: Path) -> str:
+    """In what an interrupted training computes: which dtype is faster may look different today. Empty if there was none."""
+    try:
+        return str(json.loads((work / ASKED).read_text(encoding="utf-8"))["asked"]["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _settled(file: Path, asked: Mapping[str, Any]) -> tuple[int, bool] | None:

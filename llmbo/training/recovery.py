@@ -24,7 +24,7 @@ from llmbo.models.placement import check_dtype, choose_dtype
 from llmbo.problem.texts import searched
 from llmbo.run.rebuild import RebuildInputs, config_of, load_base
 from llmbo.training.checkpoints import checkpoint_bytes
-from llmbo.training.lessons import Course, Student, course_for, windows_for
+from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for
 from llmbo.training.plan import BATCH, DEVICE_BATCH, METHODS, Length, Plan, Progress
 from llmbo.training.trainer import train
 from llmbo.types import Phases
@@ -141,7 +141,7 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         cut = inputs.cut(request.trial, phases, request.refit)
         stored = cut.model.dtype
         nn.Module.to(cut.model, dtype=torch.float32)  # small steps vanish in bfloat16
-        kind = choose_dtype(task.dtype, loaded.device, loaded.model.config.get_text_config())
+        kind = _dtype(task, loaded)
         loaded.model.requires_grad_(False)
         config = config_of(report)
         student = Student(
@@ -167,7 +167,7 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
     with phases.phase("model"):
         small = load_checkpoint(task.source, "float32", task.device)
         stored, details = _saved_dtype(task.source), _details(task.source)
-        kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
+        kind = _dtype(task, small)
         name = task.teacher or _base_model(details)
         plan = replace(plan, distil=bool(name) if task.distil is None else task.distil)
         if not name and (plan.distil or task.text == "self"):
@@ -211,6 +211,12 @@ def _trained(
         trained, progress = train(student.model, course.lesson, plan, work, advance, watch, phases.note)
     after = quality(trained, windows.heldout, course.dense)
     return trained, course, Outcome(before, after, progress.best[0] * plan.batch * task.window, plan, progress)
+
+
+def _dtype(task: Task, loaded: Checkpoint) -> str:
+    """Of the matrix products."""
+    former = settled_dtype(_work(task)) if task.dtype == "auto" else ""
+    return former or choose_dtype(task.dtype, loaded.device, loaded.model.config.get_text_config())
 
 
 def _saved_dtype(source: str) -> torch.dtype:

@@ -20,8 +20,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.block import BLOCK_KINDS, Block, BlockKind
 from pruning.compensation import Ridge
@@ -32,7 +33,7 @@ from pruning.projection import matrix_of
 from pruning.statistics import add_lower, mirror_lower
 from pruning.supernet import Supernet
 from pruning.tensor_files import Tensors
-from pruning.walk import Walk
+from pruning.walk import Walk, brought, device_of
 from pruning.widths import width_text
 
 # On SmolLM2 at 0.65 of the blocks best between 0.3 and 0.6 on 16,384 tokens; 0.1 does on four times as many.
@@ -262,3 +263,46 @@ def _refit(
     if bias is None:
         return solution.contiguous(), None, inputs
     return solution[:, 1:].contiguous(), solution[:, 0].contiguous(), inputs
+
+
+@torch.no_grad()
+def refit_to_dense(
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    architecture: Architecture,
+    windows: Tensor,
+    ridge: Ridge = SEQUENTIAL_RIDGE,
+    batch_size: int = 8,
+) -> None:
+    """Fit the output projections of a model that was cut from `dense`, and may have been changed since, in place and in sequence.
+
+    Each is drawn to what it is now, and all of them are fitted, those of whole blocks too: by now the stream before them differs.
+
+    Memory: as for `sequential_refit`, of both models.
+
+    Args:
+        architecture: What was kept of `dense`.
+        windows: `num_windows x length` token ids.
+    """
+    anatomy, batches = anatomy_of(dense), windows.split(batch_size)
+    layers, position = anatomy.layers_of(small), 0
+    with frozen(dense), frozen(small):
+        theirs, own = Walk(dense, batches), Walk(small, batches)
+        for index, dense_layer in enumerate(anatomy.layers_of(dense)):
+            with brought(dense_layer, device_of(dense)):
+                goals = _goals(theirs, index, dense_layer, anatomy)
+            if not architecture.keeps_layer(index):
+                continue
+            layer = layers[position]
+            for block in (block for block in anatomy.blocks if architecture.units(block.kind)[index]):
+                output = block.output_of(layer)
+                attention = anatomy.attention if block.kind == "mlp" and architecture.kv_groups[index] else None
+                weight, bias, _ = _refit(
+                    *(own, position, layer, block, attention, goals[block.kind]),
+                    *(matrix_of(output), output.bias, ridge, anatomy.residual_scale),
+                )
+                matrix_of(output).copy_(weight)
+                if bias is not None:
+                    output.bias.copy_(bias)
+            own.forward(position, layer)
+            position += 1

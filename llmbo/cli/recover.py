@@ -10,7 +10,7 @@ import typer
 from llmbo.cli.common import one_line_errors, say
 
 if TYPE_CHECKING:
-    from llmbo.training.trainer import Progress
+    from llmbo.training.plan import Progress
 
 
 def recover(
@@ -18,22 +18,54 @@ def recover(
         str, typer.Argument(help="Folder written by `llmbo export`; with --trial, a run.", metavar="DIR_OR_RUN")
     ],
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     trial: Annotated[int | None, typer.Option(help="Recover this trial of a run.")] = None,
-    text: Annotated[
-        str, typer.Option(help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or mix:SOURCE=WEIGHT,….")
-    ] = "builtin",
+    minutes: Annotated[
+        float | None, typer.Option(help="Time to train, from which steps follow; 20 if nothing else says how long.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --minutes.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of --minutes.")] = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What learns: lora (adapters, merged at the end), refit-lora (adapters of the blocks' inputs, and norms; outputs "
+            "are refitted), norms (and biases), all (but the embeddings). By default lora."
+        ),
+    ] = "",
     lora: Annotated[
-        bool, typer.Option("--lora", help="Train low-rank adapters and merge them, instead of all weights.")
+        bool | None, typer.Option("--lora/--no-lora", help="Short for --train lora, and for --train all.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapters, 16 by default.")] = None,
+    distil: Annotated[
+        bool | None,
+        typer.Option(
+            "--distil/--no-distil",
+            help="Learn the dense model's distributions, or the text's next tokens. By default the former, where that model is known.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="Where the dense model is now; by default where the folder or the run had it.")
+    ] = "",
+    text: Annotated[
+        str,
+        typer.Option(
+            help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:SOURCE=WEIGHT,… or self (sampled from the dense "
+            "model); by default the run's."
+        ),
+    ] = "",
+    format: Annotated[str, typer.Option(help="With --trial: what to write, as for `llmbo export`.")] = "hf",
+    refit: Annotated[str, typer.Option(help="With --trial: sequential or table, as for `llmbo export`.")] = "",
+    batch: Annotated[int, typer.Option(help="Windows per step; 0: 4 on a CPU, 16 elsewhere.")] = 0,
+    micro_batch: Annotated[
+        int, typer.Option(help="Windows that pass the model at once, for less memory; 0: all of a batch.")
+    ] = 0,
+    recompute: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
     ] = False,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapters of --lora, 16 by default.")] = None,
-    distil: Annotated[bool, typer.Option("--distil", help="Learn the dense model's distributions.")] = False,
-    teacher: Annotated[str, typer.Option(help="Dense model for --distil; by default the one the folder names.")] = "",
-    temperature: Annotated[float, typer.Option(help="Softens both distributions in --distil.")] = 1.0,
-    batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; 0 takes 3e-4, with --lora 1e-3.")] = 0.0,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations, each a checkpoint.")] = 25,
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate; 0 takes what suits: 3e-4 for all weights, 1e-3 for the rest.")
+    ] = 0.0,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations, each a checkpoint; 0: ten in all.")] = 0,
     patience: Annotated[int, typer.Option(help="Validations without a gain after which training stops.")] = 4,
     heldout: Annotated[
         int, typer.Option(help="Windows for validation, and as many for the final comparison; not trained on.")
@@ -42,40 +74,48 @@ def recover(
     dtype: Annotated[
         str, typer.Option(help="Of the products: auto (the faster one here), float32, bfloat16.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (of a trial: the run's), cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Train a pruned model for a few steps and write it as a new folder. It is never worse than what it was.
+    """Train a pruned model for some minutes and write it as a new folder. It is never worse than what it was.
 
     The same command goes on from the last validation when it was stopped.
 
-    Example: llmbo recover exports/llama-60 --out exports/llama-60-recovered --steps 200 --distil
+    Example: llmbo recover runs/llama --trial 38 --out exports/llama-60-recovered
+
+    Example: llmbo recover exports/llama-60 --out exports/llama-60-recovered --steps 200
     """
     from llmbo.display.console import Console
 
     with one_line_errors(
-        interrupted="Interrupted. The same command goes on from the last validation.", smaller="--window or --batch"
+        interrupted="Interrupted. The same command goes on from the last validation.",
+        smaller="--window or --micro-batch",
     ):
         from llmbo.display.progress import Display
         from llmbo.models.silence import silence_libraries
+        from llmbo.training.plan import Length, Plan, method_of
         from llmbo.training.recovery import Task
         from llmbo.training.recovery import recover as train_briefly
-        from llmbo.training.trainer import Plan, adapter_rank
 
         silence_libraries()
         console, command = Console(stderr=True), shlex.join(["llmbo", *sys.argv[1:]])
-        plan = Plan(steps, batch, lr, adapter_rank(lora, rank), distil, temperature, eval_every, patience, seed)
-        task = Task(source, out, text, window, heldout, teacher, dtype, device, trial)
+        length, (method, width) = Length(steps, tokens, minutes), method_of(train, lora, rank)
+        plan = Plan(0, batch, method, width, lr, False, eval_every, patience, seed, micro_batch, recompute)
+        task = Task(source, out, text, window, heldout, teacher, dtype, device, trial, format, refit, distil)
         with Display(console, 0) as display:
-            outcome = train_briefly(task, plan, command, display, lambda progress: tell(progress, console))
+            outcome = train_briefly(task, plan, length, command, display, lambda progress: tell(progress, console))
+    before, after, progress = outcome.before, outcome.after, outcome.progress
+    kl = f", KL from the dense model {before.kl:.4f} → {after.kl:.4f}" if before.kl is not None else ""
     say(
-        f"{out}: held-out loss {outcome.before:.4f} → {outcome.after:.4f} nats per token (gain {outcome.gain:+.4f}) after "
-        f"{outcome.progress.best[0]} steps, {outcome.tokens} tokens."
+        f"{out}: held-out loss {before.loss:.4f} → {after.loss:.4f} nats per token (gain {outcome.gain:+.4f}){kl} after "
+        f"{progress.best[0]} steps, {outcome.tokens} tokens."
     )
-    if outcome.progress.best[0] == 0:
+    if progress.fault:
+        say(f"Training stopped early: {progress.fault}. That is what was written; a smaller --lr may get further.")
+    if progress.best[0] == 0:
         say("No validation was better than the untrained model, so that is what was written.")
 
 
 def tell(progress: "Progress", console: Any) -> None:
-    step, loss = progress.history[-1]
+    step, value = progress.history[-1]
     best = " (best)" if progress.best[0] == step else ""
-    console.print(f"step {step}: validation loss {loss:.4f}{best}", style="dim", highlight=False)
+    console.print(f"step {step}: validation {value:.4f}{best}", style="dim", highlight=False)

@@ -6,6 +6,7 @@ import typer
 
 from llmbo.cli.common import one_line_errors, say
 from llmbo.cli.recover import tell
+from llmbo.config.numbers import MOST, Within
 
 if TYPE_CHECKING:
     from llmbo.training.rerank import Orders, Reranking
@@ -24,7 +25,6 @@ def rerank(
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters instead of all weights.")] = False,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters of --lora, 16 by default.")] = None,
     distil: Annotated[bool, typer.Option("--distil", help="Learn the dense model's distributions.")] = False,
-    temperature: Annotated[float, typer.Option(help="Softens both distributions in --distil.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate; 0 takes 3e-4, with --lora 1e-3.")] = 0.0,
     heldout: Annotated[
@@ -47,11 +47,13 @@ def rerank(
         from llmbo.display.progress import Display
         from llmbo.models.silence import silence_libraries
         from llmbo.training import rerank as training
-        from llmbo.training.trainer import Plan, adapter_rank
+        from llmbo.training.plan import Plan, method_of
 
         silence_libraries()
         console = Console(stderr=True)
-        plan = Plan(steps, batch, lr, adapter_rank(lora, rank), distil, temperature, every=steps)
+        Within(1, MOST).check("--steps", steps, whole=True)
+        Within(1, MOST).check("--batch", batch, whole=True)
+        plan = Plan(steps, batch, *method_of("", lora, rank), lr, distil, every=steps)
         with Display(console, 0) as display:
             found = training.rerank(
                 run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from pruning.export.folder import SIZE
 from pruning.masks import PruningMask
 
 
-def details(request: ExportRequest, cut: Cut, command: str) -> str:
-    """`llmbo.json`."""
+def details(request: ExportRequest, cut: Cut, command: str, recovery: Mapping[str, Any] | None = None) -> str:
+    """`llmbo.json`.
+
+    Args:
+        recovery: How the model was trained after it was cut.
+    """
     report, trial = request.report, request.trial
     content: dict[str, Any] = {
         "format": request.format.name,
@@ -38,6 +43,7 @@ def details(request: ExportRequest, cut: Cut, command: str) -> str:
         "settings": report.run.settings,
         "versions": report.run.versions,
         "command": command,
+        **({"recovery": recovery} if recovery else {}),
     }
     return json.dumps(content, indent=2) + "\n"
 
@@ -49,11 +55,12 @@ def mask_digest(mask: PruningMask) -> str:
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
 
 
-def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, command: str) -> str:
+def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, command: str, recovery: str = "") -> str:
     """`README.md`, with the header that the Hugging Face hub reads.
 
     Args:
         load: How to load the result, as `Format.load` has it.
+        recovery: A section on its training after it was cut; empty if there was none.
     """
     report, trial = request.report, request.trial
     values = cut.measured.objectives
@@ -69,19 +76,21 @@ def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, comman
             "",
             f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
             f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
-            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. {SIZE} on disk. Not trained after pruning.",
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. {SIZE} on disk. "
+            f"{'Trained briefly after pruning, see below' if recovery else 'Not trained after pruning'}.",
             "",
             "## Load",
             "",
             load.format(path=request.out, name=request.name, dtype=request.label),
             "",
             *([f"**{warning}**", ""] if warning else []),
-            "## Measured",
+            f"## Measured{' before training' * bool(recovery)}",
             "",
             _quality_table(report, cut.measured),
             "",
             _recipe(report, cut.refit),
             "",
+            *([recovery] if recovery else []),
             "## Architecture",
             "",
             _architecture_table(base, trial),

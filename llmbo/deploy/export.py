@@ -1,22 +1,19 @@
 """A trial of a stored run -> a folder to deploy."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from torch import nn
 
 from llmbo.deploy.card import details, licence_of, model_card
-from llmbo.deploy.reader import started
 from llmbo.deploy.request import ExportRequest
 from llmbo.models.loading import LoadedModel
 from llmbo.models.placement import DTYPES
-from llmbo.run.rebuild import RebuildInputs, load_base
+from llmbo.run.rebuild import Cut, RebuildInputs, load_base
 from llmbo.types import Phases
 from pruning.anatomy import anatomy_of
+from pruning.calibration import TokenWindows
 from pruning.export import Pruned
-from pruning.export.folder import folder_beside
 from pruning.export.reader import Read
 from pruning.export.rebuild import cast, is_stock, rebuilt
 from pruning.export.verify import Check
@@ -44,8 +41,30 @@ def export(
     loaded, windows = load_base(request.report, phases, model, device)
     resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
     inputs = RebuildInputs.of(request.report, request.folder, loaded, windows, phases)
-    cut = inputs.cut(request.trial, phases, request.refit)
-    small = cut.model
+    return write(request, loaded, windows, inputs.cut(request.trial, phases, request.refit), command, phases, read)
+
+
+def write(
+    request: ExportRequest,
+    loaded: LoadedModel,
+    windows: TokenWindows,
+    cut: Cut,
+    command: str,
+    phases: Phases,
+    read: Read | None = None,
+    trained: tuple[dict[str, Any], str] = ({}, ""),
+) -> Check:
+    """Write what was cut, and read it back.
+
+    Args:
+        windows: The run's.
+        command, read: As for `export`.
+        trained: How it was trained since: for `llmbo.json`, and as a section of the model card.
+
+    Raises:
+        ModelError, StorageError, PruningError: One line for the user; nothing is left.
+    """
+    format, architecture, small = request.format, request.architecture, cut.model
     nn.Module.to(small, "cpu")
     if request.dtype in DTYPES:  # others are the writer's own
         cast(small, DTYPES[request.dtype])
@@ -54,27 +73,12 @@ def export(
     stock = not format.load_unequal or is_stock(rebuilt(small, anatomy, architecture))
     files = {
         "README.md": model_card(
-            request, cut, licence_of(loaded), format.load if stock else format.load_unequal, command
+            request, cut, licence_of(loaded), format.load if stock else format.load_unequal, command, trained[1]
         ),
-        "llmbo.json": details(request, cut, command),
+        "llmbo.json": details(request, cut, command, trained[0]),
     }
     with phases.phase("writing and reading back"):
         check: Check = resolve_name(format.save)(
             pruned, request.out, files, **request.options(read, windows.calibration)
         )
     return check
-
-
-@contextmanager
-def exported_beside(out: Path, run: str, trial: int, command: str, phases: Phases) -> Iterator[Path]:
-    """A trial as a Hugging Face folder, hidden beside `out` and there for as long as the context lasts.
-
-    Raises:
-        LlmboError, PruningError: As for `ExportRequest.of` and `export`.
-    """
-    with folder_beside(out) as temporary:
-        folder = temporary / "pruned"
-        request = ExportRequest.of(run, trial, "hf", folder, refit="table")
-        with started("hf") as read:
-            export(request, command, phases, read=read)
-        yield folder

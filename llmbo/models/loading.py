@@ -186,7 +186,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", offload: st
         ConfigError: The device is not there.
     """
     checkpoint = _loaded(find_prunable(name), dtype, device, offload)
-    return LoadedModel(**vars(checkpoint), fingerprint=_fingerprint(checkpoint.model))
+    return LoadedModel(**vars(checkpoint), fingerprint=fingerprint(checkpoint.model))
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "") -> LoadedModel:
@@ -219,7 +219,7 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         raise ModelError(f"Cannot prune '{name}'. {error}") from error
     check_values(name, model)
     return LoadedModel(
-        *(name, name, model, tokenizer, dtype, str(model.device), _fingerprint(model)),
+        *(name, name, model, tokenizer, dtype, str(model.device), fingerprint(model)),
         notes=_single_head(name, model.config),
     )
 
@@ -320,7 +320,8 @@ def told(name: str, source: str, part: str = "") -> Iterator[None]:
         raise ModelError(f"Cannot load {part}'{name}': {reason}") from error
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
+    """Digest of some weights of every tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.state_dict().items():
         values = parameter.detach().flatten()

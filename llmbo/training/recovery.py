@@ -1,4 +1,4 @@
-"""Recover a pruned checkpoint by short training, and write it only as something better than what it was."""
+"""Recover a pruned model by short training, and write it only as something better than what it was."""
 
 import json
 import shutil
@@ -14,21 +14,25 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.config.numbers import MOST, Within, check_numbers
 from llmbo.deploy.disk import check_disk
-from llmbo.deploy.export import exported_beside
+from llmbo.deploy.export import write
+from llmbo.deploy.reader import started
+from llmbo.deploy.request import ExportRequest
 from llmbo.errors import ConfigError, ModelError, first_line
-from llmbo.models.checks import check_finite, check_tokens
+from llmbo.models.checks import check_finite
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
 from llmbo.problem.texts import searched
-from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
+from llmbo.run.rebuild import RebuildInputs, config_of, load_base
+from llmbo.training.checkpoints import checkpoint_bytes
+from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for
+from llmbo.training.plan import BATCH, DEVICE_BATCH, METHODS, Length, Plan, Progress
+from llmbo.training.trainer import train
 from llmbo.types import Phases
-from pruning.calibration import Dealt, TokenWindows, unseen_windows
+from pruning.architecture import Architecture
 from pruning.export.folder import check_out, whole_folder
-from pruning.likelihood import quality
-from pruning.text import read_mix
+from pruning.likelihood import Quality, quality
 
 HELDOUT = Within(1, MOST)  # windows
-MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -38,105 +42,181 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN] or mix:…; as a chat where the run behind the folder had it so.
+        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:… or self; empty takes that of the run behind the model,
+            builtin where there is none. As a chat where the run had it so.
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
-        teacher: Dense model for distillation; empty takes the one the folder names.
+        teacher: Dense model; empty takes the one the folder names.
         dtype: Of the matrix products while training; "auto" takes the faster one here.
         trial: Of the run that `source` names.
+        format, refit: As `llmbo export` has them, for a trial; a folder stays what it is.
+        distil: Learn from the dense model; None where it is known.
     """
 
     source: str
     out: Path
-    text: str
-    window: Annotated[int, Within(2, MOST)]
-    heldout: Annotated[int, HELDOUT]
-    teacher: str
-    dtype: str
-    device: str
+    text: str = ""
+    window: Annotated[int, Within(2, MOST)] = 256
+    heldout: Annotated[int, HELDOUT] = 12
+    teacher: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
     trial: Annotated[int | None, Within(0, MOST)] = None
+    format: str = "hf"
+    refit: str = ""
+    distil: bool | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_dtype(self.dtype)
+        if self.dtype == "float16":
+            raise ConfigError("--dtype float16 loses small gradients: take bfloat16 or float32.")
+        if self.trial is None and self.format != "hf":
+            raise ConfigError(
+                f"--format {self.format} needs --trial: a folder is written as it came, for transformers."
+            )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out losses in nats per token, on windows that neither training nor the choice of the best step has seen."""
+    """What is held out, on windows that neither training nor the choice of the best step has seen; `kl` only where the dense model taught.
 
-    before: float
-    after: float
+    Args:
+        tokens: Trained on until the best step.
+    """
+
+    before: Quality
+    after: Quality
     tokens: int
+    plan: Plan
     progress: Progress
 
     @property
     def gain(self) -> float:
-        return self.before - self.after
+        """In loss, nats per token."""
+        return self.before.loss - self.after.loss
+
+
+Watcher = Callable[[Progress], None]
 
 
 def recover(
     task: Task,
     plan: Plan,
+    length: Length,
     command: str,
     phases: Phases,
-    on_validation: Callable[[Progress], None] = lambda progress: None,
+    on_validation: Watcher = lambda progress: None,
 ) -> Outcome:
     """Train, keep the best, write it, read it back.
 
     The model that validates best is written, the untrained one included: the result is never worse than what came in. An
     interrupted recovery goes on from `OUT.recovery`, which is removed at the end.
 
+    Args:
+        plan: Zeros follow from `length` and the device; `distil` from the task.
+
     Raises:
         LlmboError, PruningError: One line for the user.
     """
     check_out(task.out)
-    if task.trial is not None:
-        with exported_beside(task.out, task.source, task.trial, command, phases) as folder:
-            exported = replace(task, source=str(folder), trial=None)
-            return recover(exported, plan, command, phases, on_validation)
-    with phases.phase("model"):
-        small = load_checkpoint(task.source, "float32", task.device)  # small steps vanish in bfloat16
-        check_disk(task.out, 4 * small.parameters + checkpoint_bytes(small.model, plan))
-        kind = choose_dtype(task.dtype, small.device, small.model.config.get_text_config())
-        stored = _saved_dtype(task.source)
-        teacher = _teacher(task, small, kind) if plan.distil else None
-        seen, chat = _searched(small.source)
-        text = read_mix(task.text)
-        windows = unseen_windows(text, small.tokenizer, task.window, plan.seed, task.heldout, plan.batch, seen, chat)
-        check_tokens(small.model, small.tokenizer, windows.calibration, windows.proxy, windows.heldout)
-    before = quality(small.model, windows.heldout).loss
-    check_finite(task.source, small.dtype, before)
-    work = task.out.with_name(task.out.name + ".recovery")
-    with phases.phase("training", plan.steps) as advance:
-        trained, progress = train(
-            small.model,
-            teacher,
-            windows.calibration,
-            windows.proxy,
-            plan,
-            work,
-            small.device,
-            MIXED[kind],
-            advance,
-            on_validation,
-        )
-    with phases.phase("writing and reading back"):
-        after = quality(trained, windows.heldout).loss
-        outcome = Outcome(before, after, progress.best[0] * plan.batch * task.window, progress)
-        nn.Module.to(trained, dtype=stored)
-        _write(trained, small, task, plan, outcome, command, windows)
-    shutil.rmtree(work, ignore_errors=True)
+    outcome = (_folder if task.trial is None else _trial)(task, plan, length, command, phases, on_validation)
+    shutil.rmtree(_work(task), ignore_errors=True)
     return outcome
 
 
-def _searched(source: str) -> tuple[tuple[Dealt, ...], bool]:
-    """The windows that the run behind an exported folder took, none if no run is; and whether it put its text as a chat."""
-    told = _details(source)
-    if "settings" not in told or "text" not in told:
-        return (), False
-    config = RunConfig.from_settings(told["settings"], strategy="qnehvi", advisor="none")
-    return searched(config, told["text"]), config.chat
+def _work(task: Task) -> Path:
+    return task.out.with_name(task.out.name + ".recovery")
+
+
+def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases, watch: Watcher) -> Outcome:
+    """Cut a trial's model from the run's base, which teaches it, and export it as if it had been so from the start."""
+    request = ExportRequest.of(task.source, task.trial, task.format, task.out, refit=task.refit)
+    report = request.report
+    with started(task.format) as read:
+        loaded, run_windows = load_base(
+            report, phases, task.teacher or None, None if task.device == "auto" else task.device
+        )
+        inputs = RebuildInputs.of(report, request.folder, loaded, run_windows, phases)
+        cut = inputs.cut(request.trial, phases, request.refit)
+        stored = cut.model.dtype
+        nn.Module.to(cut.model, dtype=torch.float32)  # small steps vanish in bfloat16
+        kind = _dtype(task, loaded)
+        loaded.model.requires_grad_(False)
+        config = config_of(report)
+        student = Student(
+            *(cut.model, loaded.tokenizer, loaded.device, kind, loaded.model, request.architecture),
+            *(searched(config, report.data.model_dump()), config.chat, config.text),
+        )
+        plan = replace(plan, distil=task.distil is not False)
+        places = {parameter.device.type for parameter in loaded.model.parameters()}
+        if places != {torch.device(loaded.device).type} and (plan.distil or plan.train == "refit-lora"):
+            raise ConfigError(
+                f"The run '{report.run.name}' kept its model's layers off the device, and a dense model that teaches needs them there: "
+                "take --no-distil, or --device cpu."
+            )
+        trained, course, outcome = _trained(student, task, plan, length, phases, watch)
+        nn.Module.to(trained, dtype=stored)
+        told = _told(course, outcome, command)
+        write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, told)
+    return outcome
+
+
+def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases, watch: Watcher) -> Outcome:
+    """Train what a folder holds, and write it as that folder was."""
+    with phases.phase("model"):
+        small = load_checkpoint(task.source, "float32", task.device)
+        stored, details = _saved_dtype(task.source), _details(task.source)
+        kind = _dtype(task, small)
+        name = task.teacher or _base_model(details)
+        plan = replace(plan, distil=bool(name) if task.distil is None else task.distil)
+        if not name and (plan.distil or task.text == "self"):
+            asking = "--distil" if plan.distil else "--text self"
+            raise ConfigError(f"{asking} needs the dense model, which '{task.source}' does not name: give --teacher.")
+        wanted = plan.distil or task.text == "self" or plan.train == "refit-lora"
+        student = Student(small.model, small.tokenizer, small.device, kind)
+        if wanted and name:
+            student.dense = _teacher(name, task, small, kind)
+        if "architecture" in details:
+            student.architecture = Architecture.from_dict(details["architecture"])
+        if "settings" in details and "text" in details:
+            config = RunConfig.from_settings(details["settings"], strategy="qnehvi", advisor="none")
+            student.seen, student.chat = searched(config, details["text"]), config.chat
+            student.text = config.text
+    trained, course, outcome = _trained(student, task, plan, length, phases, watch)
+    nn.Module.to(trained, dtype=stored)
+    with phases.phase("writing and reading back"):
+        _write(trained, small, task, details, course, _told(course, outcome, command))
+    return outcome
+
+
+def _trained(
+    student: Student, task: Task, plan: Plan, length: Length, phases: Phases, watch: Watcher
+) -> tuple[PreTrainedModel, Course, Outcome]:
+    """The model with what it has learned in its own weights, float32, and how that went."""
+    if plan.train == "refit-lora" and student.refitter is None:
+        raise ConfigError(
+            "--train refit-lora needs the dense model and what was kept of it, which a run or its export tells: take --train lora."
+        )
+    work = _work(task)
+    plan = replace(plan, batch=plan.batch or (BATCH if student.device == "cpu" else DEVICE_BATCH))
+    with phases.phase("text"):
+        check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
+        windows = windows_for(student, task.text or student.text, task.window, plan, task.heldout, work)
+    course = course_for(student, windows, plan, length, work, phases)
+    plan = course.plan
+    before = quality(student.model, windows.heldout, course.dense)
+    check_finite(task.source, "float32", before.loss)
+    with phases.phase("training", plan.steps) as advance:
+        trained, progress = train(student.model, course.lesson, plan, work, advance, watch, phases.note)
+    after = quality(trained, windows.heldout, course.dense)
+    return trained, course, Outcome(before, after, progress.best[0] * plan.batch * task.window, plan, progress)
+
+
+def _dtype(task: Task, loaded: Checkpoint) -> str:
+    """Of the matrix products."""
+    former = settled_dtype(_work(task)) if task.dtype == "auto" else ""
+    return former or choose_dtype(task.dtype, loaded.device, loaded.model.config.get_text_config())
 
 
 def _saved_dtype(source: str) -> torch.dtype:
@@ -144,23 +224,19 @@ def _saved_dtype(source: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _teacher(task: Task, small: Checkpoint, dtype: str) -> PreTrainedModel:
-    name = task.teacher or _base_model(small)
-    if not name:
-        raise ConfigError(f"--distil needs the dense model, which '{task.source}' does not name: give --teacher.")
+def _teacher(name: str, task: Task, small: Checkpoint, dtype: str) -> PreTrainedModel:
     teacher = load_checkpoint(name, dtype, task.device).model
     if teacher.config.vocab_size != small.model.config.vocab_size:
         raise ModelError(
             f"'{name}' cannot teach '{task.source}': it knows {teacher.config.vocab_size} tokens, "
             f"not {small.model.config.vocab_size}."
         )
-    teacher.requires_grad_(False)
-    return teacher
+    return teacher.requires_grad_(False)
 
 
-def _base_model(small: Checkpoint) -> str:
+def _base_model(details: dict[str, Any]) -> str:
     """Where the dense model is: its name, or the place it was loaded from."""
-    base = _details(small.source).get("base_model") or {}
+    base = details.get("base_model") or {}
     return next((name for name in (base.get("name", ""), base.get("source", "")) if name), "")
 
 
@@ -173,54 +249,70 @@ def _details(source: str) -> dict[str, Any]:
     return found
 
 
+def _told(course: Course, outcome: Outcome, command: str) -> tuple[dict[str, Any], str]:
+    """How it was made: for `llmbo.json`, and as a section of the model card."""
+    windows, plan, progress = course.windows, course.plan, outcome.progress
+    text = {
+        "source": windows.source,
+        "sha256": windows.sha256,
+        "sources": [asdict(source) for source in windows.sources],
+        "window": windows.length,
+        "bos": windows.bos,
+        "chat": windows.chat,
+    }
+    heldout = {"before": asdict(outcome.before), "after": asdict(outcome.after)}
+    recovery: dict[str, Any] = {
+        "command": command,
+        "plan": asdict(plan),
+        "text": text,
+        "dtype": course.lesson.dtype,
+        "heldout": heldout,
+    }
+    recovery |= {"best_step": progress.best[0], "tokens": outcome.tokens, "validation": progress.history}
+    judged = "KL" if course.dense else "loss"
+    lines = [
+        "## Recovery",
+        "",
+        f"Trained on {outcome.tokens} tokens of {windows.source}, in windows of {windows.length} ({METHODS[plan.train][0]}; "
+        f"{'distilled from the dense model' if plan.distil else 'next tokens'}; {progress.best[0]} steps of {plan.batch} windows, peak "
+        f"rate {plan.peak:g}, warm-up and cosine, AdamW, products in {course.lesson.dtype}).",
+        "",
+        "| held-out | before | after |",
+        "|---|---|---|",
+        f"| loss, nats per token | {outcome.before.loss:.4f} | {outcome.after.loss:.4f} |",
+    ]
+    if outcome.before.kl is not None and outcome.after.kl is not None:
+        lines.append(f"| KL from the dense model | {outcome.before.kl:.4f} | {outcome.after.kl:.4f} |")
+    lines += ["", f"Validation {judged} by step: " + ", ".join(f"{s}: {v:.4f}" for s, v in progress.history) + "."]
+    if progress.fault:
+        recovery["fault"] = progress.fault
+        lines += ["", f"Training stopped early: {progress.fault.split(';')[0]}."]
+    return recovery, "\n".join([*lines, "", f"    {command}", ""])
+
+
 def _write(
     model: PreTrainedModel,
     small: Checkpoint,
     task: Task,
-    plan: Plan,
-    outcome: Outcome,
-    command: str,
-    windows: TokenWindows,
+    details: dict[str, Any],
+    course: Course,
+    told: tuple[dict[str, Any], str],
 ) -> None:
-    recovery = {
-        "command": command,
-        "plan": asdict(plan),
-        "text": {
-            "source": windows.source,
-            "sha256": windows.sha256,
-            "sources": [asdict(source) for source in windows.sources],
-            "window": windows.length,
-            "bos": windows.bos,
-            "chat": windows.chat,
-        },
-        "heldout_loss": {"before": outcome.before, "after": outcome.after},
-        "best_step": outcome.progress.best[0],
-        "tokens": outcome.tokens,
-        "validation": outcome.progress.history,
-    }
-    files = {"llmbo.json": json.dumps({**_details(small.source), "recovery": recovery}, indent=2) + "\n"}
+    recovery, section = told
+    files = {"llmbo.json": json.dumps({**details, "recovery": recovery}, indent=2) + "\n"}
     card = Path(small.source) / "README.md"
     if card.is_file():
-        told = card.read_text(encoding="utf-8").replace(f'"{task.source}"', f'"{task.out}"')  # where to load it from
-        files["README.md"] = f"{told}\n{_section(plan, outcome, windows, command)}"
+        former = card.read_text(encoding="utf-8").replace(f'"{task.source}"', f'"{task.out}"')  # where to load it from
+        files["README.md"] = f"{former}\n{section}"
     with whole_folder(task.out, files) as folder:
         model.save_pretrained(folder)
         small.tokenizer.save_pretrained(folder)
-        _read_back(folder, model, windows)
+        _read_back(folder, model, course)
 
 
-def _section(plan: Plan, outcome: Outcome, windows: TokenWindows, command: str) -> str:
-    how = "LoRA" if plan.lora else "all weights but the embeddings"
-    goal = "distilled from the dense model" if plan.distil else "next tokens"
-    return (
-        f"## Recovery\n\nTrained on {outcome.tokens} tokens of {windows.source} ({how}; {goal}): held-out loss "
-        f"{outcome.before:.4f} → {outcome.after:.4f} nats per token.\n\n    {command}\n"
-    )
-
-
-def _read_back(folder: Path, model: PreTrainedModel, windows: TokenWindows) -> None:
+def _read_back(folder: Path, model: PreTrainedModel, course: Course) -> None:
     again = load_checkpoint(str(folder), "float32", "cpu").model
-    sample = windows.heldout[:1]
+    sample = course.windows.heldout[:1]
     nn.Module.to(model, dtype=torch.float32, device="cpu")  # as stored, then widened
     found, expected = quality(again, sample).loss, quality(model, sample).loss
     if not abs(found - expected) < 1e-3:

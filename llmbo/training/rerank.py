@@ -22,8 +22,11 @@ from llmbo.report.files import find_run, replace_file
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
-from llmbo.training.recovery import HELDOUT, MIXED
-from llmbo.training.trainer import Plan, Progress, checkpoint_bytes, train
+from llmbo.training.checkpoints import checkpoint_bytes
+from llmbo.training.plan import Plan, Progress
+from llmbo.training.recovery import HELDOUT
+from llmbo.training.teacher import Live, NextTokens
+from llmbo.training.trainer import Lesson, train
 from llmbo.types import Phases
 from pruning.calibration import TokenWindows, unseen_windows
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
@@ -218,8 +221,10 @@ def _train(
     on_validation: Callable[[Progress], None],
 ) -> tuple[PreTrainedModel, Progress]:
     loaded = inputs.loaded
-    teacher, mixed = loaded.model if plan.distil else None, MIXED[loaded.dtype]
-    return train(small, teacher, held.calibration, held.proxy, plan, work, loaded.device, mixed, advance, on_validation)
+    teacher = Live(loaded.model) if plan.distil else NextTokens()
+    dtype = "float32" if loaded.dtype == "float16" else loaded.dtype
+    lesson = Lesson(held.calibration, held.proxy, teacher, device=loaded.device, dtype=dtype)
+    return train(small, lesson, plan, work, advance, on_validation)
 
 
 def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -> Values:

@@ -69,6 +69,7 @@ SMALLER = {
     r"^(llmbo optimize (?!--help)(?!.*--heldout-text).*)$": r"\1 --heldout-text none",
     r"--trial \d+": "--trial 1",
     r"--steps \d+": "--steps 2",
+    r"^(llmbo recover (?!.*--steps).*)$": r"\1 --minutes 0.02",
     r"--reference-point 3\.5,134515008": "--reference-point 9,1e6",  # the tiny model's loss and size
     r"^(llmbo profile (?!--help).*)$": r"\1 --repeats 1 --check 2",
     r"http://localhost:\d+/v1": "{server}",

@@ -16,7 +16,7 @@ from pruning.compensation import CompensationTable, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of
-from pruning.sequential import sequential_refit
+from pruning.sequential import refit_to_dense, sequential_refit
 from pruning.shrinking import shrink
 from pruning.statistics import collect_statistics
 from pruning.supernet import Supernet
@@ -202,3 +202,23 @@ def test_a_trained_model_loses_less_than_with_refits_at_the_dense_models_inputs(
         plain = supernet.quality(architecture, unseen, dense).kl
         sequential = supernet.using(refits).quality(architecture, unseen, dense).kl
     assert sequential is not None and plain is not None and sequential < 0.97 * plain
+
+
+@ONE_FAMILY
+def test_what_was_cut_is_refitted_as_the_supernet_would_be(
+    model: PreTrainedModel, ranking: Ranking, text: Tensor
+) -> None:
+    architecture = Architecture(
+        (1, 0, 1, 1, 1), (11, 5, 9, 0, 17)
+    )  # without whole blocks, which that leaves as they are
+    with Supernet(model, ranking) as supernet:
+        refits = sequential_refit(supernet, architecture, text, RIDGE)
+    mask = PruningMask.from_architecture(architecture, ranking)
+    expected, small = shrink(model, mask, refits), shrink(model, mask)
+    refit_to_dense(small, model, architecture, text, RIDGE)
+    for (name, one), other in zip(expected.named_parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(other, one, msg=name)
+    before = {name: weight.clone() for name, weight in small.named_parameters()}
+    refit_to_dense(small, model, architecture, text, Ridge(1e9))  # drawn to what they are by then
+    for name, weight in small.named_parameters():
+        torch.testing.assert_close(weight, before[name], msg=name)

@@ -1,0 +1,252 @@
+"""What a model that was pruned will learn from: windows, the dense model's predictions, and as many steps as there is time for."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmbo.errors import StorageError, first_line
+from llmbo.models.checks import check_tokens
+from llmbo.models.loading import fingerprint
+from llmbo.report.files import replace_file
+from llmbo.training.learner import REFIT_TOKENS, Learner, Refitter
+from llmbo.training.plan import VALIDATIONS, Length, Plan
+from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, kept_bytes
+from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
+from llmbo.types import Phases
+from pruning.architecture import Architecture
+from pruning.calibration import Dealt, TokenWindows, unseen_windows
+from pruning.likelihood import DenseDistribution, dense_distribution
+from pruning.sampling import sample_windows
+from pruning.tensor_files import TensorFiles
+from pruning.text import read_mix
+
+ASKED = "asked.json"
+TIMED = 2  # steps, behind one to warm up
+SELF_TOKENS = 1 << 16  # sampled of the dense model to train on; it writes them one by one
+SELF_SEED = 1 << 40  # apart from those of runs, so that nothing is sampled that a search has seen
+REFITS = 5  # of a training, each about three passes
+
+
+@dataclass
+class Student:
+    """A model to train, and what is known of where it comes from.
+
+    Args:
+        model: In float32.
+        dense: That it was cut from, in the dtype of the products; None where neither distillation nor refits ask for it.
+        architecture: What was kept of `dense`, where that is known.
+        seen: Windows that the search took of its text.
+        chat: Whether texts are put through the chat template.
+        text: Of the search, "builtin" where there was none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    dtype: str
+    dense: PreTrainedModel | None = None
+    architecture: Architecture | None = None
+    seen: tuple[Dealt, ...] = ()
+    chat: bool = False
+    text: str = "builtin"
+
+    @property
+    def refitter(self) -> Refitter | None:
+        return Refitter.of(self.dense, self.architecture) if self.dense and self.architecture else None
+
+
+@dataclass(frozen=True)
+class Course:
+    """A plan with all its steps, and what it is carried out on.
+
+    Args:
+        dense: What the dense model predicts on the held-out windows; None where it does not teach.
+    """
+
+    plan: Plan
+    lesson: Lesson
+    windows: TokenWindows
+    dense: DenseDistribution | None
+
+
+def windows_for(student: Student, text: str, window: int, plan: Plan, heldout: int, work: Path) -> TokenWindows:
+    """To train on (`calibration`), to validate by (`proxy`) and to compare on (`heldout`). The search has seen none of the latter.
+
+    Args:
+        text: As `read_mix` takes it, or `self`: sampled from the dense model, and kept in `work`.
+    """
+    if text == "self":
+        windows = _sampled(student, window, plan, heldout, TensorFiles(work))
+    else:
+        mix = read_mix(text)
+        windows = unseen_windows(
+            mix, student.tokenizer, window, plan.seed, heldout, plan.batch, student.seen, student.chat
+        )
+    check_tokens(student.model, student.tokenizer, windows.calibration, windows.proxy, windows.heldout)
+    return windows
+
+
+def _sampled(student: Student, window: int, plan: Plan, heldout: int, files: TensorFiles) -> TokenWindows:
+    dense = student.dense
+    assert dense is not None  # whoever asks for its text has loaded it
+    counts = {"calibration": max(plan.batch, SELF_TOKENS // window), "proxy": heldout, "heldout": heldout}
+
+    def sample() -> dict[str, Tensor]:
+        made = sample_windows(dense, student.tokenizer, counts, window, plan.seed + SELF_SEED)
+        return {name: getattr(made, name) for name in counts}
+
+    like = {name: torch.empty(count, window, dtype=torch.long, device="meta") for name, count in counts.items()}
+    found = files.once(f"self_{fingerprint(dense)}_{plan.seed}", sample, like)
+    digest = hashlib.sha256(torch.cat([found[name] for name in counts]).numpy().tobytes()).hexdigest()
+    tokens = window * sum(counts.values())
+    parts = found["calibration"], found["proxy"], found["heldout"]
+    return TokenWindows(*parts, "self (sampled from the dense model)", digest, tokens, bos=True)
+
+
+def course_for(
+    student: Student,
+    windows: TokenWindows,
+    plan: Plan,
+    length: Length,
+    work: Path,
+    phases: Phases,
+    kept: Path | None = None,
+) -> Course:
+    """Settle how many steps there will be, and have the dense model tell what it predicts.
+
+    What was settled is kept in `work`, with what it was settled for: an interrupted training goes on with as many steps.
+
+    Args:
+        plan: 0 stands for steps and steps between validations that follow from `length`.
+        kept: Where the dense model's predictions go; by default below `work`.
+
+    Raises:
+        StorageError: `work` holds the training of another model, or one with other settings.
+    """
+    asked = {
+        "plan": asdict(plan),
+        "length": asdict(length),
+        "model": fingerprint(student.model),
+        "teacher": fingerprint(student.dense) if student.dense else "",
+        "text": windows.sha256,
+        "dtype": student.dtype,
+    }
+    training, validation = windows.calibration, windows.proxy
+    refitter = student.refitter if plan.train == "refit-lora" else None
+    lesson = Lesson(training, validation, refitter=refitter, device=student.device, dtype=student.dtype)
+    heldout = None
+    if plan.distil:
+        assert student.dense is not None
+        with lesson.autocast():
+            dense, heldout = (dense_distribution(student.dense, part) for part in (validation, windows.heldout))
+        lesson = replace(lesson, dense=dense, teacher=Live(student.dense))
+    settled = _settled(work / ASKED, asked)
+    if settled is None:
+        steps = length.known_steps(plan.batch * windows.length) or 0
+        if not steps:
+            with phases.phase("timing"):
+                steps = _affordable(student, lesson, plan, length)
+        work.mkdir(parents=True, exist_ok=True)
+        settled = steps, plan.distil and _is_kept(student, lesson, steps * plan.batch, work)
+        replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}).encode())
+    steps, is_kept = settled
+    plan = replace(plan, steps=steps, every=plan.every or max(1, -(-steps // VALIDATIONS)))
+    if is_kept:
+        assert student.dense is not None
+        order = epoch_order(len(training), plan.seed, 0)
+        if plan.steps <= len(training) // plan.batch:
+            order = order[: plan.steps * plan.batch]
+        with phases.phase("dense model", len(order)) as advance:
+            name = f"{asked['teacher']} {student.dtype}"
+            folder = kept or work / "teacher"
+            teacher = Kept.of(student.dense, training, order, folder, name, lesson.autocast, advance)
+        lesson = replace(lesson, teacher=teacher)
+        if not lesson.refitter:
+            student.dense = None  # nobody asks it again
+    return Course(plan, lesson, windows, heldout)
+
+
+def settled_dtype(work: Path) -> str:
+    """In what an interrupted training computes: which dtype is faster may look different today. Empty if there was none."""
+    try:
+        return str(json.loads((work / ASKED).read_text(encoding="utf-8"))["asked"]["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _settled(file: Path, asked: Mapping[str, Any]) -> tuple[int, bool] | None:
+    """Steps of an interrupted training, and whether the dense model's predictions are on the disk; None if there was none."""
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name, value in asked.items() if stored["asked"][name] != value]
+        steps, kept = stored["settled"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"'{file}' is damaged ({first_line(error)}): delete '{file.parent}', then run again."
+        ) from error
+    if other:
+        what = {"model": "the training of another model", "teacher": "what another dense model taught"}
+        told = what.get(other[0], f"a recovery with other settings ({', '.join(other)})")
+        raise StorageError(f"'{file.parent}' holds {told}: delete it, or choose another --out.")
+    return steps, kept
+
+
+def _is_kept(student: Student, lesson: Lesson, trained: int, work: Path) -> bool:
+    """Whether the dense model's predictions go to the disk: where windows come again, which it then reads but once, and on a CPU, which
+    loses nothing by it and has the dense model's memory to gain; and where there is room.
+
+    Args:
+        trained: Windows in all steps.
+    """
+    assert student.dense is not None
+    windows, window = lesson.training.shape
+    vocabulary = student.dense.config.get_text_config().vocab_size
+    needed = kept_bytes(min(trained, windows), window, vocabulary)
+    again = trained > windows or student.device == "cpu"
+    return again and needed < shutil.disk_usage(work).free // 2
+
+
+def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) -> int:
+    """Steps that the minutes leave room for, by the time that the first take here."""
+    model, places = student.model, batch_of(len(lesson.training), plan, 0)
+    kept = student.device == "cpu" and plan.distil
+    trial = replace(lesson, teacher=NextTokens()) if kept else lesson
+    learner = Learner.of(model, plan, lesson.refitter)
+    step = _seconds(lambda: gradients(model, trial, places, plan.micro).item())
+    model.zero_grad()
+    judged = _seconds(lambda: lesson.judge(model))
+    learner.merged()  # adapters that have learned nothing: the weights are what they were
+    teacher = 0.0
+    if kept:
+        assert student.dense is not None
+        batch, dense = lesson.training[places], student.dense
+
+        def ask() -> object:
+            with lesson.autocast():
+                return dense_distribution(dense, batch, k=TOP_K)
+
+        teacher = _seconds(ask) / plan.batch
+    refits = REFITS * 3 * REFIT_TOKENS / lesson.validation.numel() if plan.train == "refit-lora" else 0.0
+    apart = judged * (VALIDATIONS + 1 + refits)
+    return length.steps_of(step, teacher, len(lesson.training), plan.batch, apart)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of one call, which ends by waiting for the device; the first warms up."""
+    times = []
+    for _ in range(1 + TIMED):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sum(times[1:]) / TIMED

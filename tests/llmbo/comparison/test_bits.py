@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from experiments.bits import Row, better, measured
+from experiments.bits.files import Row, better, measured
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.export import Pruned
@@ -34,7 +34,8 @@ def test_fewer_bits_are_smaller_and_worse_and_f32_is_the_model(
     pruned = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture)
     own = dense_distribution(pruned.model, windows)
     rows = [
-        measured(pruned, tmp_path / "x.gguf", kind, windows, own, windows) for kind in ("f32", "q8_0", "q5_0", "q4_0")
+        measured(pruned, tmp_path / "x.gguf", Mixture.of(kind), windows, own, windows)
+        for kind in ("f32", "q8_0", "q5_0", "q4_0")
     ]
     assert rows[0].kl < 1e-6 and better(rows) == rows[::-1]
     for row in rows:
@@ -43,5 +44,5 @@ def test_fewer_bits_are_smaller_and_worse_and_f32_is_the_model(
 
 
 def test_what_is_beaten() -> None:
-    small, large, worse = Row(0.5, "q4_0", 10, 0.5), Row(1.0, "q8_0", 20, 0.1), Row(0.8, "q8_0", 20, 0.3)
+    small, large, worse = Row(0.5, "q4_0", 10, (0.5,)), Row(1.0, "q8_0", 20, (0.1,)), Row(0.8, "q8_0", 20, (0.3,))
     assert better([worse, large, small]) == [small, large]

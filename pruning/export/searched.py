@@ -72,7 +72,9 @@ def searched(pruned: Pruned, size: int, windows: Tensor, name: str) -> tuple[Pru
     cast(model, torch.float32)
     pruned = replace(pruned, model=model)
     groups = _groups(pruned)
-    fixed = {POSITIONS: Type.F16} if groups.pop(POSITIONS, None) else {}  # as in all of llama.cpp's file types
+    fixed: dict[Group, Type] = (
+        {POSITIONS: Type.F16} if groups.pop(POSITIONS, None) else {}
+    )  # as in all of llama.cpp's file types
     finest, coarsest = (_mixture(dict.fromkeys(groups, kind) | fixed, kinds[-1]) for kind in (kinds[0], kinds[-1]))
     largest, smallest = (file_size(pruned, mixture, name) for mixture in (finest, coarsest))
     if size < smallest:

@@ -13,7 +13,7 @@ sub-network alone. What a norm behind the projection would make of it is not lin
 column of an input that is 1 everywhere, without ridge. Fitting at the pruned model's own inputs: arXiv:2208.11580, arXiv:2210.17323.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Self
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Anatomy, anatomy_of
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.block import BLOCK_KINDS, Block, BlockKind
 from pruning.compensation import Ridge
@@ -38,6 +38,7 @@ from pruning.widths import width_text
 
 # On SmolLM2 at 0.65 of the blocks best between 0.3 and 0.6 on 16,384 tokens; 0.1 does on four times as many.
 SEQUENTIAL_RIDGE = Ridge(times=8)
+TOKENS_PER_COLUMN = 5  # fewer are learnt by heart
 
 
 class SequentialRefits:
@@ -137,7 +138,7 @@ def sequential_refit(
                 block for block in anatomy.blocks if architecture.units(block.kind)[index] not in (0, block.units)
             ]
             with supernet.layer(index) as layer:
-                goals = _goals(dense, index, layer, anatomy)
+                goals = goals_behind(dense, index, layer, anatomy.blocks, anatomy.residual_scale)
                 for block in narrow:  # until it is fitted, a block has its own columns
                     output, units = supernet.output_of(index, block), architecture.units(block.kind)[index]
                     refits.put(index, block, block.first_columns(matrix_of(output), units), output.bias)
@@ -147,7 +148,7 @@ def sequential_refit(
                     own_columns = refits.weight(index, block, units), refits.bias(index, block, units)
                     attention = anatomy.attention if block.kind == "mlp" and architecture.kv_groups[index] else None
                     with own.narrowed(index, architecture):
-                        weight, bias, inputs = _refit(
+                        weight, bias, inputs = refit_block(
                             pruned,
                             index,
                             layer,
@@ -173,19 +174,26 @@ def sequential_refit(
     return refits
 
 
-def _goals(walk: Walk, index: int, layer: nn.Module, anatomy: Anatomy) -> dict[BlockKind, list[Tensor]]:
-    """Let the dense stream pass a layer: what it is behind each block, batch by batch, or what goes into the norm behind the block."""
-    streams, written = list(walk.hidden), {block.kind: list[Tensor]() for block in anatomy.blocks}
+def goals_behind(
+    walk: Walk, index: int, layer: nn.Module, blocks: Sequence[Block], scale: float
+) -> dict[BlockKind, list[Tensor]]:
+    """Let a stream pass a layer: what it is behind each of the blocks, batch by batch, or what goes into the norm behind the block.
+
+    Args:
+        blocks: All that the layer has.
+        scale: As in `refit_block`.
+    """
+    streams, written = list(walk.hidden), {block.kind: list[Tensor]() for block in blocks}
     with ExitStack() as stack:
-        for block in anatomy.blocks:
+        for block in blocks:
             keep = partial(_keep, written[block.kind], streams[0].device)
             stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
         walk.forward(index, layer)
-    for block in anatomy.blocks:
+    for block in blocks:
         if not block.places.post_norm:
             outputs = written[block.kind]
             for batch, y in enumerate(outputs):
-                written_now = anatomy.residual_scale * y.view_as(streams[batch])  # OPT flattens its tokens
+                written_now = scale * y.view_as(streams[batch])  # OPT flattens its tokens
                 outputs[batch] = streams[batch] = streams[batch] + written_now
     return written
 
@@ -194,14 +202,14 @@ def _keep(kept: list[Tensor], home: torch.device, module: nn.Module, args: objec
     kept.append(y.to(home))
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """The output projection of the block that is fitted: what follows in the layer is not needed."""
 
     def __init__(self, z: Tensor) -> None:
         self.z = z
 
 
-def _refit(
+def refit_block(
     walk: Walk,
     index: int,
     layer: nn.Module,
@@ -218,13 +226,13 @@ def _refit(
     Args:
         walk: Of the pruned stream, before the layer.
         attention: The layer's, where it adds to the stream before this block does.
-        goals: As `_goals` has them.
+        goals: As `goals_behind` has them.
         weight, bias: What the block has now, and is drawn to.
         scale: What blocks give is multiplied by it before it is added to the stream.
     """
 
     def reach(module: nn.Module, args: tuple[Tensor]) -> None:
-        raise _Reached(args[0])
+        raise Reached(args[0])
 
     affine = weight if bias is None else torch.cat([bias[:, None], weight], dim=1)
     affine = affine.to(torch.promote_types(weight.dtype, torch.float32))
@@ -239,7 +247,7 @@ def _refit(
         for hidden, goal in zip(walk.hidden, goals, strict=True):
             try:
                 walk.through(index, layer, hidden)
-            except _Reached as reached:
+            except Reached as reached:
                 z = reached.z.reshape(-1, weight.shape[1])
             stream = hidden + scale * added.pop().view_as(hidden).to(hidden.device) if added else hidden
             inputs.append((stream, z.to(hidden.device)))
@@ -290,14 +298,14 @@ def refit_to_dense(
         theirs, own = Walk(dense, batches), Walk(small, batches)
         for index, dense_layer in enumerate(anatomy.layers_of(dense)):
             with brought(dense_layer, device_of(dense)):
-                goals = _goals(theirs, index, dense_layer, anatomy)
+                goals = goals_behind(theirs, index, dense_layer, anatomy.blocks, anatomy.residual_scale)
             if not architecture.keeps_layer(index):
                 continue
             layer = layers[position]
             for block in (block for block in anatomy.blocks if architecture.units(block.kind)[index]):
                 output = block.output_of(layer)
                 attention = anatomy.attention if block.kind == "mlp" and architecture.kv_groups[index] else None
-                weight, bias, _ = _refit(
+                weight, bias, _ = refit_block(
                     *(own, position, layer, block, attention, goals[block.kind]),
                     *(matrix_of(output), output.bias, ridge, anatomy.residual_scale),
                 )

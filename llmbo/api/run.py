@@ -207,7 +207,7 @@ class Run:
             format: hf, gguf, vllm or padded.
             dtype: By default the run's own, and f16 in a GGUF file.
             refit: As in `model`.
-            quantize: In place of `dtype`, a file type of llama.cpp, or `recipe:FILE`.
+            quantize: In place of `dtype`, a file type of llama.cpp, `recipe:FILE`, or `searched:SIZE`.
 
         Returns:
             How what was written was checked before the folder appeared, and how far its logits were off; `notes` tell what tensors are.

@@ -26,7 +26,10 @@ def _dtype_help() -> str:
 
 def _quantize_help() -> str:
     choices = "; ".join(f"{row.name}: {', '.join(row.quantised)}" for row in FORMATS.values() if row.quantised)
-    return f"In place of --dtype, a file type of llama.cpp. {choices}; or recipe:FILE, JSON of tensors' patterns and types."
+    return (
+        f"In place of --dtype, a file type of llama.cpp. {choices}; or recipe:FILE, JSON of tensors' patterns and types; or searched:SIZE, "
+        "e.g. searched:90MB, the best types for a file of at most that size, and refits to them, in minutes."
+    )
 
 
 def export(

@@ -18,7 +18,7 @@ from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import architecture_of, find_trial, read_run, refit_of
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out
-from pruning.export.quantise import RECIPE, Mixture
+from pruning.export.quantise import RECIPE, SEARCHED, Mixture
 from pruning.export.reader import Read
 
 ENERGY_TOKENS = 8192  # that tell K-quants how much goes through each column
@@ -67,7 +67,7 @@ class ExportRequest:
             dtype: One of the format's choices; empty takes its default.
             max_shard_size: In bytes, or in KB, MB, GB or TB (powers of ten).
             refit: "sequential" or "table"; empty takes sequential where the run has measured the trial so.
-            quantize: In place of `dtype`: one of `Format.quantised`, or `recipe:FILE`.
+            quantize: In place of `dtype`: one of `Format.quantised`, `recipe:FILE`, or `searched:SIZE`.
             fit: Budgets such as `params<=1e8`, of which the best model of the front keeps all.
 
         Raises:
@@ -83,6 +83,8 @@ class ExportRequest:
         if format not in FORMATS:
             raise ConfigError(f"Unknown --format '{format}': expected one of {', '.join(FORMATS)}.")
         row = FORMATS[format]
+        if quantize.startswith(SEARCHED):
+            quantize = f"{SEARCHED}{bytes_of('--quantize searched:', quantize.removeprefix(SEARCHED))}"
         if quantize:
             _check_quantize(row, quantize, dtype, report.model.hidden_size)
         dtype = quantize or dtype or row.default
@@ -125,7 +127,8 @@ class ExportRequest:
         """
         known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size, "read": read}
         known["title"] = title(self.report.model.name)
-        known["windows"] = windows[: max(1, ENERGY_TOKENS // windows.shape[1])]
+        fits = self.dtype.startswith(SEARCHED)
+        known["windows"] = windows if fits else windows[: max(1, ENERGY_TOKENS // windows.shape[1])]
         return {name: known[name] for name in self.format.options}
 
     @property
@@ -148,6 +151,6 @@ def _check_quantize(format: Format, quantize: str, dtype: str, hidden_size: int)
         raise ConfigError(f"--format {format.name} cannot be quantised (--quantize {quantize}): take --format {known}.")
     if dtype:
         raise ConfigError(f"--dtype {dtype} and --quantize {quantize} both say how weights are stored: leave one out.")
-    if quantize not in format.quantised and not quantize.startswith(RECIPE):
-        raise ConfigError(unknown("--quantize", quantize, [*format.quantised, f"{RECIPE}FILE"]))
+    if quantize not in format.quantised and not quantize.startswith((RECIPE, SEARCHED)):
+        raise ConfigError(unknown("--quantize", quantize, [*format.quantised, f"{RECIPE}FILE", f"{SEARCHED}SIZE"]))
     Mixture.of(quantize).check_library(hidden_size)

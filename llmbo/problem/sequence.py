@@ -9,13 +9,12 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from pruning.anatomy import Sizes
 from pruning.architecture import Architecture
-from pruning.sequential import SequentialRefits, sequential_refit
+from pruning.sequential import TOKENS_PER_COLUMN, SequentialRefits, sequential_refit
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
 from pruning.walk import device_of
 
 PHASE = "refits in sequence"
-TOKENS_PER_COLUMN = 5
 
 
 def least_tokens(sizes: Sizes) -> int:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.export.gguf_file import add_metadata, check_gguf
-from pruning.export.gguf_tensors import shapes, stand_ins
+from pruning.export.gguf_tensors import shapes, stand_ins, zeros
 from pruning.export.hf import Pruned
-from pruning.export.quantise import Mixture, Shape, Stored, fitting, more_bits
+from pruning.export.quantise import Mixture, Shape, Stored, more_bits, storage
 from pruning.widths import lacking_of, units_of
 
 ROWS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_gate", "ffn_up")  # which units share equally
@@ -127,8 +127,23 @@ class GgufSize:
 
     def _tensor(self, name: str, shape: Shape, head: bool = False, more: bool = False) -> Size:
         wanted = self.mixture.wanted(name, shape[-1], head, more) if len(shape) > 1 else Type.F32
-        stored = Stored(fitting(wanted, shape[-1]), wanted, shape)
-        return 8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8, _padded(stored.nbytes)
+        return _told_and_held(name, Stored.of(wanted, shape))
+
+
+def file_size(pruned: Pruned, mixture: Mixture, name: str) -> int:
+    """Bytes of the file that `write_gguf` writes of one model, recipes included.
+
+    Raises:
+        UnsupportedExport: As `write_gguf`.
+    """
+    architecture = check_gguf(pruned.model.config, pruned.anatomy, pruned.architecture)
+    held = shapes(pruned, architecture) | {name: values.shape for name, values in zeros(pruned, architecture)}
+    told, tensors = _sum(_told_and_held(*tensor) for tensor in storage(held, mixture).items())
+    return int(_padded(told + _metadata(pruned, architecture, mixture, name)) + tensors)
+
+
+def _told_and_held(name: str, stored: Stored) -> Size:
+    return 8 + len(name.encode()) + 4 + 8 * len(stored.shape) + 4 + 8, stored.padded
 
 
 def _sum(sizes: Iterable[Size]) -> Size:

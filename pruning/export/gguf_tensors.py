@@ -44,7 +44,7 @@ def tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     for name, source, values in _named(state, pruned, architecture):
         shift, factor = _scaling(pruned, source)
         yield name, ((values + shift) * factor).contiguous().numpy()
-    yield from _stand_ins(pruned, architecture)
+    yield from zeros(pruned, architecture)
     factors = _rotary_factors(pruned)
     if architecture in ("llama", "deci") and factors is not None:
         yield "rope_freqs.weight", factors
@@ -179,7 +179,7 @@ def stand_ins(anatomy: Anatomy, architecture: str, attention: bool, mlp: bool) -
     return {f"{name}.weight": shape for name, shape in found.items()}
 
 
-def _stand_ins(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
+def zeros(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
     """Blocks of zeros where llama.cpp cannot do without one; they add nothing to the residual stream."""
     pairs = zip(pruned.architecture.kv_groups, pruned.architecture.neurons, strict=True)
     stored = stored_widths(pruned.anatomy, pruned.architecture, architecture)

@@ -22,6 +22,7 @@ from pruning.export.hf import Pruned
 from pruning.export.quantise import Mixture, told
 from pruning.export.reader import reader
 from pruning.export.rebuild import context_length
+from pruning.export.searched import searched
 from pruning.export.verify import PROBE_LENGTH, Check, check_equal, difference, expected_logits, probe
 
 # Logits in llama.cpp as a share of their spread. On SmolLM2 f16 differs by 0.004 and 0.03 (dense, half of all neurons gone), which its
@@ -63,8 +64,8 @@ def save_gguf(
     Args:
         out: A folder that is empty or does not exist. It appears when everything is written and checked, not before.
         files: More texts for the folder, by file name.
-        dtype: A file type of llama.cpp, one of `FILE_TYPES`, or `recipe:FILE` (see `Mixture.of`).
-        windows: As in `write_gguf`.
+        dtype: A file type of llama.cpp, one of `FILE_TYPES`, `recipe:FILE` or `searched:BYTES` (see `Mixture.of`).
+        windows: As in `write_gguf`; `searched:` fits to all of it.
         title: The model's name in the file, by default `name`.
 
     Raises:
@@ -74,7 +75,12 @@ def save_gguf(
     mixture = Mixture.of(dtype)
     with whole_folder(out, files or {}) as folder:
         path = folder / f"{name}-{mixture.name}.gguf"
-        notes = told(write_gguf(pruned, path, mixture, title or name, windows))
+        notes: tuple[str, ...] = ()
+        if mixture.size:
+            assert windows is not None  # costs cannot be told without text
+            pruned, mixture, note = searched(pruned, mixture.size, windows, title or name)
+            notes = (note,)
+        notes += told(write_gguf(pruned, path, mixture, title or name, windows))
         if importlib.util.find_spec("llama_cpp") is None:
             how = "reading its tensors back (llama-cpp-python is not installed)"
             return Check(how, _read_back(pruned, path), notes)

@@ -39,7 +39,7 @@ FILE_TYPES = {
     "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 PLAIN = (Type.F32, Type.F16, Type.BF16)
-RECIPE = "recipe:"
+RECIPE, SEARCHED = "recipe:", "searched:"
 # A type whose blocks are 256 wide -> what llama.cpp takes where they do not fit, which has blocks of 32. What then does not fit is f16.
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 BLOCKS = (Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
@@ -56,25 +56,30 @@ class Mixture:
         file_type: What the file says it is; None leaves llama.cpp to tell by what most tensors are.
         patterns: Regular expressions of tensors' names, the first that is found in a name counts, and types. They take the place of
             llama.cpp's rules.
+        size: Of the file in bytes, at most, where types are still to be searched (`pruning.export.searched`).
     """
 
     name: str
     kind: Type
     file_type: LlamaFileType | None = None
     patterns: tuple[tuple[str, Type], ...] = ()
+    size: int = 0
 
     @classmethod
     def of(cls, said: str) -> "Mixture":
-        """From a key of `FILE_TYPES`, or `recipe:FILE` with a JSON object of patterns and types; what no pattern finds is f16.
+        """From a key of `FILE_TYPES`, `recipe:FILE` with a JSON object of patterns and types (what no pattern finds is f16), or
+        `searched:BYTES`.
 
         Raises:
-            UnsupportedExport: Neither, or the file is no such object.
+            UnsupportedExport: None of them, or the file is no such object.
         """
         if said in FILE_TYPES:
             return cls(said, *FILE_TYPES[said])
+        if said.startswith(SEARCHED) and (size := said.removeprefix(SEARCHED)).isdecimal():
+            return cls(SEARCHED[:-1], Type.Q8_0, size=int(size))
         if not said.startswith(RECIPE):
             raise UnsupportedExport(
-                f"Unknown GGUF type '{said}': expected one of {', '.join(FILE_TYPES)} or {RECIPE}FILE."
+                f"Unknown GGUF type '{said}': expected one of {', '.join(FILE_TYPES)}, {RECIPE}FILE or {SEARCHED}BYTES."
             )
         path = Path(said.removeprefix(RECIPE)).expanduser()
         try:
@@ -98,6 +103,8 @@ class Mixture:
         Raises:
             UnsupportedExport: Some are K-quants, and llama.cpp's library is not there.
         """
+        if self.size:
+            return check_library(searched_kinds(hidden_size))
         head = fitting(self.wanted("output.weight", hidden_size, head=True, more=False), hidden_size)
         check_library([self.kind, head, *(kind for _, kind in self.patterns)])
 
@@ -117,6 +124,12 @@ class Mixture:
         return Type.Q6_K if more and self.name.endswith("_m") and (is_value(name) or is_down(name)) else self.kind
 
 
+def searched_kinds(hidden_size: int) -> tuple[Type, ...]:
+    """Types that a search tries, from fine to coarse: K-quants where their blocks divide the hidden size."""
+    divides = hidden_size % gguf.GGML_QUANT_SIZES[Type.Q4_K][0] == 0
+    return (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q4_K) if divides else (Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_0)
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a tensor is stored as.
@@ -129,10 +142,19 @@ class Stored:
     wanted: Type
     shape: Shape
 
+    @classmethod
+    def of(cls, wanted: Type, shape: Shape) -> "Stored":
+        return cls(fitting(wanted, shape[-1]), wanted, shape)
+
     @property
     def nbytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
         return int(np.prod(self.shape, dtype=np.int64)) // block * size
+
+    @property
+    def padded(self) -> int:
+        """Bytes in a file, where every tensor begins at a multiple."""
+        return -(-self.nbytes // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
 
 
 def storage(shapes: Mapping[str, Shape], mixture: Mixture) -> dict[str, Stored]:
@@ -147,7 +169,7 @@ def storage(shapes: Mapping[str, Shape], mixture: Mixture) -> dict[str, Stored]:
     matrices = sorted((name for name, shape in shapes.items() if len(shape) > 1), key=_place)
     said = (_recipe if mixture.patterns else _mixed)(matrices, shapes, mixture)
     wanted = dict.fromkeys(shapes, Type.F32) | dict(said)
-    return {name: Stored(fitting(wanted[name], shape[-1]), wanted[name], shape) for name, shape in shapes.items()}
+    return {name: Stored.of(wanted[name], shape) for name, shape in shapes.items()}
 
 
 def told(plan: Mapping[str, Stored]) -> tuple[str, ...]:

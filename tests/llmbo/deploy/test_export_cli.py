@@ -145,6 +145,11 @@ def test_the_best_model_within_a_budget_is_taken(export: Export, finished: Any, 
             {"format": "gguf", "quantize": "recipe:no/such.json"},
             "recipe 'no/such.json' cannot be used: No such file",
         ),
+        (
+            "tiny",
+            {"format": "gguf", "quantize": "searched:small"},
+            "--quantize searched: must be a size such as 500MB, .* got 'small'",
+        ),
         *(
             ("tiny", {"max_shard_size": size}, f"--max-shard-size .* '{size}'")
             for size in ("huge", "1.5GB", "-1", "5 GB", "GB", "nan")

@@ -192,6 +192,21 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
         assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
 
 
+def test_types_are_searched_for_a_size(
+    run: str, trial: int, base: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # read back, which is faster
+    request = ExportRequest.of(run, trial, "gguf", tmp_path / "out", quantize="searched:1KB")
+    size = int(0.8 * request.trial.objectives.model_dump()["file_bytes"])  # of q8_0
+    check = export(replace(request, dtype=f"searched:{size}"), "the command", shown(), base)
+    [file] = (tmp_path / "out").glob("*-searched.gguf")
+    assert 0.9 * size < file.stat().st_size <= size
+    enough = request.options(None, torch.zeros(100, 256))["windows"]
+    assert (request.dtype, len(enough)) == ("searched:1000", 100)  # all of the text is fitted to
+    assert check.notes[0].startswith(f"Types searched for at most {size / 1e6:.1f} MB; ")
+    assert "Stored as searched." in (tmp_path / "out" / "README.md").read_text()
+
+
 @every_format
 def test_a_dtype_that_it_cannot_store_is_refused(format: Format, run: str, trial: int, tmp_path: Path) -> None:
     others = {dtype for row in FORMATS.values() for dtype in row.choices} - set(format.choices)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.likelihood import CHUNK, DenseDistribution, Head, log_normaliser
+from pruning.likelihood import CHUNK, Distribution, Head, log_normaliser
 
 DEVICE_CHUNK = 2048  # rows of logits at once on a device that wants to be kept busy
 NEVER = -1e4  # the logarithm of nothing, kept finite: its exponential is 0 in every dtype
@@ -18,9 +18,7 @@ NEVER = -1e4  # the logarithm of nothing, kept finite: its exponential is 0 in e
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, hidden: Tensor, head: Head, target: "Tensor | DenseDistribution", dense_head: Any
-    ) -> Tensor:
+    def forward(context: Any, hidden: Tensor, head: Head, target: "Tensor | Distribution", dense_head: Any) -> Tensor:
         """Mean divergence over the predicted positions of `B x T x hidden_size`; keeps its gradient by them."""
         states = hidden[:, :-1].flatten(0, 1).detach()
         gradient = torch.empty_like(states)
@@ -61,7 +59,7 @@ def _whole(logits: Tensor, normaliser: Tensor, dense: Tensor) -> tuple[Tensor, T
     return lost, own.exp_().sub_(wanted)
 
 
-def _cut(logits: Tensor, normaliser: Tensor, target: DenseDistribution, rows: slice) -> tuple[Tensor, Tensor]:
+def _cut(logits: Tensor, normaliser: Tensor, target: Distribution, rows: slice) -> tuple[Tensor, Tensor]:
     """The same from a distribution that is cut to its likeliest tokens."""
     ids = target.top_ids.flatten(0, 1)[rows].long()
     top = target.top_logprobs.flatten(0, 1)[rows].to(normaliser.dtype)
@@ -76,7 +74,7 @@ def _cut(logits: Tensor, normaliser: Tensor, target: DenseDistribution, rows: sl
     return lost, excess
 
 
-def divergence(hidden: Tensor, head: Head, target: DenseDistribution) -> Tensor:
+def divergence(hidden: Tensor, head: Head, target: Distribution) -> Tensor:
     """Mean KL divergence of what `head` makes of some windows from what the dense model predicts there, nats per token.
 
     Gradients reach `hidden` alone: the head does not learn.
@@ -97,8 +95,8 @@ def divergence_from(hidden: Tensor, head: Head, dense: Tensor, dense_head: Head)
     return _Divergence.apply(hidden, head, dense, dense_head)
 
 
-def next_tokens(windows: Tensor) -> DenseDistribution:
+def next_tokens(windows: Tensor) -> Distribution:
     """The distribution that is sure of the text: `B x T` token ids, of which each is predicted from those before it."""
     ids = windows[:, 1:, None]
     sure = torch.zeros(ids.shape, device=windows.device)
-    return DenseDistribution(ids, sure, torch.full_like(sure[..., 0], NEVER))
+    return Distribution(ids, sure, torch.full_like(sure[..., 0], NEVER))

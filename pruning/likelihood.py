@@ -23,8 +23,8 @@ TOP_K = 64
 
 
 @dataclass(frozen=True)
-class DenseDistribution:
-    """The dense model's next-token distributions, cut to the k likeliest tokens and one bin for all others.
+class Distribution:
+    """Next-token distributions, cut to the k likeliest tokens and one bin for all others.
 
     Merging outcomes can only lower a KL divergence (data-processing inequality), so the result is a lower bound;
     memory is 8k bytes a token instead of 4V.
@@ -33,16 +33,25 @@ class DenseDistribution:
         top_ids: `num_windows x (T-1) x k` token ids.
         top_logprobs: `num_windows x (T-1) x k` log-probabilities, float32 (float64 for float64 logits).
         rest_logprobs: `num_windows x (T-1)` log of the remaining mass, like them.
-        losses: `num_windows x (T-1)`, of the text's own next tokens, like them.
     """
 
     top_ids: Tensor
     top_logprobs: Tensor
     rest_logprobs: Tensor
-    losses: Tensor
 
-    def rows(self, first: int, last: int) -> "DenseDistribution":
-        return DenseDistribution(*(part[first:last] for part in vars(self).values()))
+    def rows(self, first: int, last: int) -> Self:
+        return type(self)(*(part[first:last] for part in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class DenseDistribution(Distribution):
+    """The dense model's.
+
+    Args:
+        losses: `num_windows x (T-1)`, of the text's own next tokens, like the log-probabilities.
+    """
+
+    losses: Tensor
 
     @property
     def qualities(self) -> "WindowQualities":

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from experiments.bits.refits import FINE, Call, QuantisedRefits, inputs_of_output, kept_calls, stored
 from llmbo.problem.knapsack import cheapest
-from pruning.anatomy import Anatomy, Block, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import Block, BlockKind
 from pruning.export import Pruned
 from pruning.export.quantise import TYPES, Mixture, Stored
 from pruning.export.rebuild import cast

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block, BlockKind, anatomy_of
+from pruning.anatomy import anatomy_of
+from pruning.block import Block, BlockKind
 from pruning.compensation import RIDGE, Factor, Refits, Ridge
 from pruning.export.quantise import TYPES, fitting, quantised
 from pruning.likelihood import frozen

@@ -304,8 +304,8 @@ def with_exchanges(
         plain = torch.tensor(x, dtype=torch.float64)
         if exchange.any() and bool(space.legal((plain + exchange)[None])):
             changed = space.decode(tuple((plain + exchange).int().tolist()))
-            found = keep(f"kl_{digest(changed.to_dict())}", kl_of(half), partial(kl_at, changed))
-            before, after = float(costs["kl"][:half].mean()), float(found["kl"].mean())
+            exchanged = keep(f"kl_{digest(changed.to_dict())}", kl_of(half), partial(kl_at, changed))
+            before, after = float(costs["kl"][:half].mean()), float(exchanged["kl"].mean())
             if after > LOSS_OF_EXCHANGES * before + UNSEEN:
                 tell(
                     f"Width exchanges at share {float(space.share(plain[None])):.2f} would have raised KL from {before:.3g} to "

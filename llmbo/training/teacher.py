@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.distillation import divergence, divergence_from, next_tokens
-from pruning.likelihood import DenseDistribution, Head, dense_distribution, last_hidden
+from pruning.likelihood import Distribution, Head, dense_distribution, last_hidden
 from pruning.tensor_files import TensorFiles
 
 TOP_K = 512  # tokens kept of each distribution; the rest is one bin
@@ -106,7 +106,7 @@ class Kept:
             rows.append([part[name][number % PART] for name in ("ids", "top", "rest")])
         ids, top, rest = (torch.stack(same) for same in zip(*rows, strict=True))
         device = hidden.device
-        target = DenseDistribution(moved(ids.int(), device), moved(top, device), moved(rest, device))
+        target = Distribution(moved(ids.int(), device), moved(top, device), moved(rest, device))
         return divergence(hidden, head, target)
 
 

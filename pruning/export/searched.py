@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pruning.anatomy import Block, BlockKind
+from pruning.block import Block, BlockKind
 from pruning.compensation import Ridge
 from pruning.errors import UnsupportedExport
 from pruning.export.gguf_file import check_gguf

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from experiments.bits.files import Row, better, measured
 from experiments.bits.prices import built, cheapest_of, choices_of, costs_around, head_costs, of_widths
 from experiments.bits.refits import QuantisedRefits, fit_after
-from pruning.anatomy import Anatomy, BlockKind, anatomy_of
+from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
+from pruning.block import BlockKind
 from pruning.compensation import CompensationTable
 from pruning.export import Pruned
 from pruning.export.gguf_size import GgufSize, file_size

@@ -405,7 +405,7 @@ def random_architecture() -> Callable[..., Architecture]:
         letters = pattern or rng.sample("BBAM-", 5)
         groups = tuple((letter in "BA") * rng.randint(1, anatomy.num_key_value_heads) for letter in letters)
         neurons = tuple((letter in "BM") * rng.randint(1, anatomy.intermediate_size) for letter in letters)
-        fewer = tuple(kept and not whole and rng.randrange(anatomy.attention.queries) for kept in groups)
+        fewer = tuple(rng.randrange(anatomy.attention.queries) if kept and not whole else 0 for kept in groups)
         return Architecture(groups, neurons, fewer)
 
     return draw

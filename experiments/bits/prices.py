@@ -89,7 +89,7 @@ def costs_around(
             written.clear()
             read = last_hidden(model, batch, leaf=True)
             rows = dense.rows(first, first + len(batch))
-            pulled = divergence_gradients(read.detach(), Head.of(model), rows, generator)
+            *pulled, _ = divergence_gradients(read.detach(), Head.of(model), rows, generator)
             one, two = (
                 torch.autograd.grad(read, list(written.values()), predicted * part, retain_graph=retain)
                 for part, retain in zip(pulled, (True, False), strict=True)

@@ -108,7 +108,7 @@ class QuantisedRefits:
 
     def order(self, layer: int, block: Block) -> Tensor:
         """All columns, best first."""
-        return block.columns_of(self.ranking.of(block.kind)[layer])
+        return self.ranking.columns(layer, block)
 
     def in_file(self, layer: int, block: Block, units: int, kind: str) -> tuple[Tensor, Tensor]:
         """Columns in the order of the file, and the weight with the values that it gives back."""
@@ -151,7 +151,7 @@ def fit_after(
                     stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
                 walk.forward(index, layer)
             for block in anatomy.blocks:
-                order = block.columns_of(ranking.of(block.kind)[index])
+                order = ranking.columns(index, block)
                 for kind in kinds:
                     if not files.get(_name(index, block, kind)):
                         z = inputs_of_output(block, layer, calls[block.kind], kind)

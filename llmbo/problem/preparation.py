@@ -278,7 +278,7 @@ def with_exchanges(
     dense = cache(partial(supernet.distribution, windows))
 
     def kl_of(windows: int) -> dict[str, torch.Tensor]:
-        return {"kl": torch.empty(windows, dtype=torch.float64, device="meta")}
+        return {"kl": torch.empty(windows, dtype=torch.float64)}
 
     def kl_at(architecture: Architecture, drawn: torch.Generator) -> Tensors:
         found = supernet.qualities([architecture], windows[:half], dense().rows(0, half))[0].kl

@@ -12,6 +12,7 @@ from pruning.distillation import divergence, divergence_from, next_tokens
 from pruning.likelihood import Head, distribution_of
 
 VOCABULARY = 23
+WINDOWS = torch.arange(12).view(2, 6)
 
 
 @pytest.fixture(params=[None, 3.0], ids=["plain", "softcap"])
@@ -47,13 +48,13 @@ def test_it_is_the_textbook_divergence_with_its_gradient(
 
     wanted = with_gradient(textbook, hidden)
     torch.testing.assert_close(with_gradient(lambda h: divergence_from(h, head, dense, dense_head), hidden), wanted)
-    kept = distribution_of(dense_head, [dense], VOCABULARY - 1)  # all but one: the bin is that one
+    kept = distribution_of(dense_head, [WINDOWS], [dense], VOCABULARY - 1)  # all but one: the bin is that one
     torch.testing.assert_close(with_gradient(lambda h: divergence(h, head, kept), hidden), wanted)
 
 
 def test_a_bin_counts_as_one_outcome(heads: tuple[Head, Head]) -> None:
     head, dense_head = heads
-    hidden, kept = drawn(2, 6, 5, seed=1), distribution_of(dense_head, [drawn(2, 6, 7, seed=2)], 4)
+    hidden, kept = drawn(2, 6, 5, seed=1), distribution_of(dense_head, [WINDOWS], [drawn(2, 6, 7, seed=2)], 4)
 
     def merged(states: Tensor) -> Tensor:
         own = head(states)[:, :-1].softmax(-1)
@@ -68,7 +69,7 @@ def test_a_bin_counts_as_one_outcome(heads: tuple[Head, Head]) -> None:
 
 
 def test_of_what_is_sure_it_is_the_loss_of_the_text(heads: tuple[Head, Head]) -> None:
-    windows = torch.arange(12).view(2, 6) % VOCABULARY
+    windows = WINDOWS
     hidden = drawn(2, 6, 5, seed=1)
 
     def textbook(states: Tensor) -> Tensor:

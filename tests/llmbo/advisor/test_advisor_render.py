@@ -191,9 +191,9 @@ def test_no_markup_is_lost(question: Callable[..., Any]) -> None:
     assert "&" not in render(question()).user
 
 
-@pytest.mark.parametrize("kv_groups", [(), (2,)])
-def test_a_level_of_attention_is_told_with_what_it_holds(make_space: Any, kv_groups: tuple[int, ...]) -> None:
-    space = replace(make_space(), kv_groups=kv_groups)
+@pytest.mark.parametrize("widths", [(), (2,)])
+def test_a_level_of_attention_is_told_with_what_it_holds(make_space: Any, widths: tuple[int, ...]) -> None:
+    space = replace(make_space(), attention=widths)
     top, attention = space.bounds[1], space.anatomy.blocks[0]
     emptied = top.clone()
     emptied[0] = 0

@@ -21,6 +21,8 @@ from transformers import (
     BertConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     XLNetConfig,
@@ -527,12 +529,18 @@ def test_numbers_that_overflow_the_dtype_are_said_after_the_first_pass(
 
 
 @pytest.mark.usefixtures("our_words")
-def test_multi_query_attention_is_said_to_stay_whole(massive: Path, commands: dict[str, Any], tmp_path: Path) -> None:
-    result = invoke(
-        tmp_path, *(word for word in commands["optimize"] if word != "--quiet"), massive, "--dtype", "float32"
-    )
+def test_attention_of_one_head_is_said_to_stay_whole(
+    model_folder: Path, commands: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**TINY | {"num_attention_heads": 1}, num_key_value_heads=1)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    told = [word for word in commands["optimize"] if word != "--quiet"]
+    result = invoke(tmp_path, *told, tmp_path / "model", "--dtype", "float32")
     assert result.exit_code == 0, result.output
-    (line,) = [line for line in result.stderr.splitlines() if "KV head" in line]
+    (line,) = [line for line in result.stderr.splitlines() if "has one head in a layer" in line]
     assert line.startswith("note: ") and result.stderr.index(line) < result.stderr.index("importance")
     events: list[str] = []
     JsonLines(events.append).noted(line)

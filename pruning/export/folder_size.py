@@ -21,6 +21,7 @@ from pruning.errors import UnsupportedExport
 from pruning.export.hf import Pruned
 from pruning.export.rebuild import is_uniform, stock_config
 from pruning.shrinking import shrink_to
+from pruning.widths import lacking_of, units_of
 
 HEADER = '{"__metadata__":{"format":"pt"}}'  # and an entry for each tensor
 ENTRY = ',"{name}":{{"dtype":"{dtype}","shape":[{commas}],"data_offsets":[,]}}'  # and numbers
@@ -58,15 +59,17 @@ class FolderSize:
         with torch.device("meta"):
             self.empty = type(model)(config)
 
-        def holds(kv_groups: tuple[int, ...], neurons: tuple[int, ...]) -> PreTrainedModel:
-            architecture = Architecture(kv_groups, neurons)
+        def holds(kv_groups: tuple[int, ...], neurons: tuple[int, ...], lacking: int = 0) -> PreTrainedModel:
+            architecture = Architecture(kv_groups, neurons, (lacking,) * layers)
             return held(Pruned(shrink_to(self.empty, architecture), self.anatomy, architecture))
 
         every, all_neurons, none = (groups,) * layers, (neurons,) * layers, (0,) * (layers - 1)
         whole = holds(every, all_neurons)
-        dense = fewer = _shapes(whole)
+        dense = fewer = lacking = _shapes(whole)
         with suppress(UnsupportedExport):  # a format that keeps all heads or none
             fewer = _shapes(holds((1,) * layers, all_neurons))
+            if self.anatomy.attention.queries > 1:
+                lacking = _shapes(holds(every, all_neurons, 1))
         thinner, no_mlp = (_shapes(holds(every, (kept,) * layers)) for kept in (1, 0))
         first, last = (
             _shapes(holds(kept, all_neurons)) for kept in ((groups, *none), (*none, groups))
@@ -81,8 +84,11 @@ class FolderSize:
                 for name, at in places.items()
             ]
         )
-        self.shape, of_fewer, of_thinner = (_padded(own[name] for name in dense) for own in (dense, fewer, thinner))
+        self.shape, of_fewer, of_lacking, of_thinner = (
+            _padded(own[name] for name in dense) for own in (dense, fewer, lacking, thinner)
+        )
         self.per_group = (self.shape - of_fewer) // max(1, groups - 1)
+        self.per_query = (self.shape - of_lacking) // groups
         self.per_neuron = (self.shape - of_thinner) // max(1, neurons - 1)
         self.dims = torch.arange(self.shape.shape[1]) < torch.tensor([len(shape) for shape in dense.values()])[:, None]
 
@@ -107,14 +113,15 @@ class FolderSize:
         return self.anatomy.num_hidden_layers, self.anatomy.num_key_value_heads, self.anatomy.intermediate_size
 
     def __call__(self, kv_groups: Tensor, neurons: Tensor) -> Tensor:
-        """`batch_shape x num_layers` counts of kept units -> `batch_shape` bytes, int64."""
+        """`batch_shape x num_layers` widths -> `batch_shape` bytes, int64."""
         groups, neurons = (units.reshape(-1, units.shape[-1]).long() for units in (kv_groups, neurons))
         found = torch.cat(
             [self._bytes(*parts) for parts in zip(groups.split(AT_ONCE), neurons.split(AT_ONCE), strict=True)]
         )
         if self.of_stock is not None:
             for index, own in enumerate(zip(groups.tolist(), neurons.tolist(), strict=True)):
-                equal = is_uniform(Architecture(*map(tuple, own)))
+                architecture = Architecture.of(*own)
+                equal = is_uniform(architecture)
                 if equal and stock_config(self.empty, self.anatomy, max(own[0]), max(own[1])) is not None:
                     found[index] = self.of_stock(groups[index], neurons[index])
         return found.view(kv_groups.shape[:-1])
@@ -128,8 +135,9 @@ class FolderSize:
             for units, full in zip((groups, neurons), most, strict=True)
         )
         there = self.there[torch.arange(len(self.place)), (groups > 0) + 2 * (neurons > 0).long()]
-        fewer, thinner = (most[0] - groups)[..., None], (most[1] - neurons)[..., None]
-        shape = self.shape - self.per_group * fewer - self.per_neuron * thinner
+        kept, lacking = units_of(groups)[..., None], lacking_of(groups)[..., None]
+        shape = self.shape - self.per_group * (most[0] - kept) - self.per_query * kept * lacking
+        shape = shape - self.per_neuron * (most[1] - neurons)[..., None]
         sizes = self.itemsize * shape.prod(-1) * there
         told = self.told + (_digits(shape) * self.dims).sum(-1)
         files, total = self._files(sizes), torch.zeros(len(sizes), dtype=torch.int64)

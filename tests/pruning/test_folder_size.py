@@ -41,6 +41,8 @@ def test_what_is_written_has_the_size_that_was_foretold(
         Architecture((most, 0, 0, fewer, most), (0, 0, all_neurons, 1, 10)),
         Architecture((most, most, 0, most, 0), (9, 9, 0, 9, 0)),  # equal layers
     ]
+    if writer is hf and anatomy.attention.queries > 1:
+        architectures[2] = Architecture((most, 0, 0, 1, most), (0, 0, all_neurons, 1, 10), (1, 0, 0, 1, 0))
     cuts = [Pruned(shrink_to(model, each), anatomy, each) for each in architectures]
     assert [is_stock(hf(cut)) for cut in cuts] == [True, False, False, True]
     units = [torch.tensor([each.units(kind) for each in architectures]) for kind in ("attention", "mlp")]

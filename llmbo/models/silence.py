@@ -14,6 +14,7 @@ def silence_libraries() -> None:
     hub_logging.set_verbosity_error()  # a line for each of its attempts
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="gpytorch|linear_operator|botorch")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's way to ask, until it changes
 
 
 @contextlib.contextmanager

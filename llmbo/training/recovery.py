@@ -30,6 +30,7 @@ from llmbo.training.trainer import train
 from llmbo.types import Phases
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out, whole_folder
+from pruning.export.rebuild import cast
 from pruning.likelihood import Quality, quality
 
 HELDOUT = Within(1, MOST)  # windows
@@ -140,7 +141,7 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         inputs = RebuildInputs.of(report, request.folder, loaded, run_windows, phases)
         cut = inputs.cut(request.trial, phases, request.refit)
         stored = cut.model.dtype
-        nn.Module.to(cut.model, dtype=torch.float32)  # small steps vanish in bfloat16
+        cast(cut.model, torch.float32)  # small steps vanish in bfloat16
         kind = _dtype(task, loaded)
         loaded.model.requires_grad_(False)
         config = config_of(report)
@@ -156,7 +157,7 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
                 "take --no-distil, or --device cpu."
             )
         trained, course, outcome = _trained(student, task, plan, length, phases, watch)
-        nn.Module.to(trained, dtype=stored)
+        cast(trained, stored)
         told = _told(course, outcome, command)
         write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, told)
     return outcome
@@ -184,7 +185,7 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
             student.seen, student.chat = searched(config, details["text"]), config.chat
             student.text = config.text
     trained, course, outcome = _trained(student, task, plan, length, phases, watch)
-    nn.Module.to(trained, dtype=stored)
+    cast(trained, stored)
     with phases.phase("writing and reading back"):
         _write(trained, small, task, details, course, _told(course, outcome, command))
     return outcome
@@ -313,7 +314,8 @@ def _write(
 def _read_back(folder: Path, model: PreTrainedModel, course: Course) -> None:
     again = load_checkpoint(str(folder), "float32", "cpu").model
     sample = course.windows.heldout[:1]
-    nn.Module.to(model, dtype=torch.float32, device="cpu")  # as stored, then widened
+    nn.Module.to(model, "cpu")
+    cast(model, torch.float32)  # as stored, then widened
     found, expected = quality(again, sample).loss, quality(model, sample).loss
     if not abs(found - expected) < 1e-3:
         raise ModelError(

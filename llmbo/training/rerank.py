@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import kendalltau
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmbo.config.numbers import MOST, Within
@@ -29,6 +29,7 @@ from llmbo.training.teacher import Live, NextTokens
 from llmbo.training.trainer import Lesson, train
 from llmbo.types import Phases
 from pruning.calibration import TokenWindows, unseen_windows
+from pruning.export.rebuild import cast
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
 from pruning.text import read_mix
 
@@ -184,7 +185,7 @@ def rerank(
         small = inputs.cut(trial, phases).model
         with phases.phase(f"trial {trial.number}", plan.steps) as advance:
             check_disk(work, checkpoint_bytes(small, plan))
-            nn.Module.to(small, dtype=torch.float32)  # small steps vanish in bfloat16
+            cast(small, torch.float32)  # small steps vanish in bfloat16
             before = _values(small, held.heldout, dense)
             trained, progress = _train(small, inputs, held, plan, work, advance, on_validation)
             after = _values(trained, held.heldout, dense)

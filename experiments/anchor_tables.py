@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.quiet import Quiet
 from llmbo.comparison.problems import undo_spacing
@@ -29,8 +29,7 @@ from pruning.block import Block, BlockKind
 from pruning.calibration import cut_windows
 from pruning.likelihood import frozen
 from pruning.projection import matrix_of
-from pruning.sequential import SEQUENTIAL_RIDGE, Reached, SequentialRefits, goals_behind
-from pruning.statistics import add_lower, mirror_lower
+from pruning.sequential import SEQUENTIAL_RIDGE, SequentialRefits, goals_behind, moments
 from pruning.supernet import Supernet
 from pruning.text import Text, read_text
 from pruning.walk import Walk
@@ -104,45 +103,24 @@ def table_at(supernet: Supernet, anchor: Architecture, windows: Tensor) -> Table
                         if block.kind == "mlp":
                             stack.enter_context(own.narrowed(index, attention_alone))
                             before = anatomy.attention if anchor.kv_groups[index] else None
-                        table[block.kind, index] = moments(
-                            pruned, index, layer, block, before, goals[block.kind], anatomy.residual_scale
+                        dense_weight = matrix_of(supernet.output_of(index, block)).float()
+                        gram, cross, tokens, _ = moments(
+                            pruned,
+                            index,
+                            layer,
+                            block,
+                            before,
+                            goals[block.kind],
+                            dense_weight,
+                            False,
+                            anatomy.residual_scale,
                         )
+                        table[block.kind, index] = gram, cross, tokens
                     put(refits, supernet, table, index, block, anchor)
                 if anchor.keeps_layer(index):
                     with own.narrowed(index, anchor):
                         pruned.forward(index, layer)
     return table
-
-
-def moments(
-    walk: Walk, index: int, layer: nn.Module, block: Block, before: Block | None, goals: list[Tensor], scale: float
-) -> Moments:
-    """Of a whole block's inputs in the pruned stream; `before` adds to that stream in the same layer."""
-
-    def reach(module: nn.Module, args: tuple[Tensor]) -> None:
-        raise Reached(args[0])
-
-    def keep(module: nn.Module, args: object, y: Tensor) -> None:
-        added.append(y)
-
-    columns = block.columns
-    added: list[Tensor] = []
-    gram, cross, tokens = torch.zeros(columns, columns), torch.zeros(columns, goals[0].shape[-1]), 0
-    with ExitStack() as stack:
-        stack.callback(block.output_of(layer).register_forward_pre_hook(reach).remove)
-        if before is not None:
-            stack.callback(before.update_of(layer).register_forward_hook(keep).remove)
-        for hidden, goal in zip(walk.hidden, goals, strict=True):
-            try:
-                walk.through(index, layer, hidden)
-            except Reached as reached:
-                z = reached.z.reshape(-1, columns)
-            stream = hidden + scale * added.pop().view_as(hidden) if added else hidden
-            add_lower(gram, z)
-            cross.addmm_(z.T.float(), ((goal - stream) / scale).float().view(len(z), -1))
-            tokens += len(z)
-    mirror_lower(gram)
-    return gram.div_(tokens), cross.div_(tokens), tokens
 
 
 def put(

@@ -224,53 +224,74 @@ def refit_block(
     """The solution for one block of a narrowed layer; and, batch by batch, the stream before the block and its z.
 
     Args:
+        walk, attention, goals, scale: As for `moments`.
+        weight, bias: What the block has now, and is drawn to.
+    """
+    affine = weight if bias is None else torch.cat([bias[:, None], weight], dim=1)
+    affine = affine.to(torch.promote_types(weight.dtype, torch.float32))
+    gram, cross, tokens, inputs = moments(walk, index, layer, block, attention, goals, affine, bias is not None, scale)
+    damping = ridge.of(gram, tokens)
+    if bias is not None:
+        damping[0] = 0
+    gram.diagonal().add_(damping)
+    solution = torch.cholesky_solve(cross.addcmul_(damping[:, None], affine.T), torch.linalg.cholesky(gram))
+    solution = solution.T.to(weight.dtype)
+    if bias is None:
+        return solution.contiguous(), None, inputs
+    return solution[:, 1:].contiguous(), solution[:, 0].contiguous(), inputs
+
+
+def moments(
+    walk: Walk,
+    index: int,
+    layer: nn.Module,
+    block: Block,
+    attention: Block | None,
+    goals: list[Tensor],
+    affine: Tensor,
+    biased: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]]]:
+    """Second moments of what goes into a block's output projection, `C x C`, and with what is to come out, `C x hidden_size`; over how
+    many tokens; and, batch by batch, the stream before the block and its z.
+
+    Args:
         walk: Of the pruned stream, before the layer.
         attention: The layer's, where it adds to the stream before this block does.
         goals: As `goals_behind` has them.
-        weight, bias: What the block has now, and is drawn to.
+        affine: `hidden_size x C`, for its shape, dtype and device.
+        biased: An input that is 1 everywhere comes first among the C.
         scale: What blocks give is multiplied by it before it is added to the stream.
     """
 
     def reach(module: nn.Module, args: tuple[Tensor]) -> None:
         raise Reached(args[0])
 
-    affine = weight if bias is None else torch.cat([bias[:, None], weight], dim=1)
-    affine = affine.to(torch.promote_types(weight.dtype, torch.float32))
     gram, cross, tokens = affine.new_zeros(2 * affine.shape[1:]), torch.zeros_like(affine.T), 0
     added: list[Tensor] = []
     inputs = []
     with ExitStack() as stack:
         stack.callback(block.output_of(layer).register_forward_pre_hook(reach).remove)
         if attention is not None:
-            keep = partial(_keep, added, weight.device)
+            keep = partial(_keep, added, affine.device)
             stack.callback(attention.update_of(layer).register_forward_hook(keep).remove)
         for hidden, goal in zip(walk.hidden, goals, strict=True):
             try:
                 walk.through(index, layer, hidden)
             except Reached as reached:
-                z = reached.z.reshape(-1, weight.shape[1])
+                z = reached.z.reshape(-1, affine.shape[1] - biased)
             stream = hidden + scale * added.pop().view_as(hidden).to(hidden.device) if added else hidden
             inputs.append((stream, z.to(hidden.device)))
             target = goal.to(affine).view(len(z), -1)
             if not block.places.post_norm:
                 target = (target - stream.to(affine).view_as(target)) / scale
-            if bias is not None:
+            if biased:
                 z = torch.cat([z.new_ones(len(z), 1), z], dim=1)
             add_lower(gram, z)
             cross.addmm_(z.T.to(affine), target)
             tokens += len(z)
     mirror_lower(gram)
-    damping = ridge.of(gram.div_(tokens), tokens)
-    if bias is not None:
-        damping[0] = 0
-    gram.diagonal().add_(damping)
-    solution = torch.cholesky_solve(
-        cross.div_(tokens).addcmul_(damping[:, None], affine.T), torch.linalg.cholesky(gram)
-    )
-    solution = solution.T.to(weight.dtype)
-    if bias is None:
-        return solution.contiguous(), None, inputs
-    return solution[:, 1:].contiguous(), solution[:, 0].contiguous(), inputs
+    return gram.div_(tokens), cross.div_(tokens), tokens, inputs
 
 
 @torch.no_grad()

@@ -46,10 +46,8 @@ class Machine:
         host = psutil.virtual_memory().available
         kind = torch.device(device).type
         if kind == "cuda":
-            own = torch.cuda.memory_reserved(
-                torch.device(device)
-            )  # a model that lies there already is needed bytes too
-            return cls(device, torch.cuda.mem_get_info(torch.device(device))[0] + own, host)
+            there = torch.device(device)  # a model that lies there already is among the bytes that are needed
+            return cls(device, torch.cuda.mem_get_info(there)[0] + torch.cuda.memory_reserved(there), host)
         if kind == "mps":
             return cls(device, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), host)
         return cls(device, host, host)

@@ -13,9 +13,7 @@ sub-network alone. What a norm behind the projection would make of it is not lin
 column of an input that is 1 everywhere, without ridge. Fitting at the pruned model's own inputs: arXiv:2208.11580, arXiv:2210.17323.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -30,7 +28,7 @@ from pruning.errors import InvalidArchitecture
 from pruning.likelihood import frozen
 from pruning.masks import Ranking
 from pruning.projection import matrix_of
-from pruning.statistics import add_lower, mirror_lower
+from pruning.streams import goals_behind, moments, reached
 from pruning.supernet import Supernet
 from pruning.tensor_files import Tensors
 from pruning.walk import Walk, brought, device_of
@@ -174,41 +172,6 @@ def sequential_refit(
     return refits
 
 
-def goals_behind(
-    walk: Walk, index: int, layer: nn.Module, blocks: Sequence[Block], scale: float
-) -> dict[BlockKind, list[Tensor]]:
-    """Let a stream pass a layer: what it is behind each of the blocks, batch by batch, or what goes into the norm behind the block.
-
-    Args:
-        blocks: All that the layer has.
-        scale: As in `refit_block`.
-    """
-    streams, written = list(walk.hidden), {block.kind: list[Tensor]() for block in blocks}
-    with ExitStack() as stack:
-        for block in blocks:
-            keep = partial(_keep, written[block.kind], streams[0].device)
-            stack.callback(block.output_of(layer).register_forward_hook(keep).remove)
-        walk.forward(index, layer)
-    for block in blocks:
-        if not block.places.post_norm:
-            outputs = written[block.kind]
-            for batch, y in enumerate(outputs):
-                written_now = scale * y.view_as(streams[batch])  # OPT flattens its tokens
-                outputs[batch] = streams[batch] = streams[batch] + written_now
-    return written
-
-
-def _keep(kept: list[Tensor], home: torch.device, module: nn.Module, args: object, y: Tensor) -> None:
-    kept.append(y.to(home))
-
-
-class Reached(Exception):
-    """The output projection of the block that is fitted: what follows in the layer is not needed."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z = z
-
-
 def refit_block(
     walk: Walk,
     index: int,
@@ -224,12 +187,14 @@ def refit_block(
     """The solution for one block of a narrowed layer; and, batch by batch, the stream before the block and its z.
 
     Args:
-        walk, attention, goals, scale: As for `moments`.
+        walk, attention, goals, scale: As for `pruning.streams.reached` and `moments`.
         weight, bias: What the block has now, and is drawn to.
     """
     affine = weight if bias is None else torch.cat([bias[:, None], weight], dim=1)
     affine = affine.to(torch.promote_types(weight.dtype, torch.float32))
-    gram, cross, tokens, inputs = moments(walk, index, layer, block, attention, goals, affine, bias is not None, scale)
+    found = reached(walk, index, layer, block, attention, scale)
+    inputs = [(stream, z.to(stream.device)) for stream, z in found]
+    gram, cross, tokens = moments(inputs, goals, block, affine, bias is not None, scale)
     damping = ridge.of(gram, tokens)
     if bias is not None:
         damping[0] = 0
@@ -239,59 +204,6 @@ def refit_block(
     if bias is None:
         return solution.contiguous(), None, inputs
     return solution[:, 1:].contiguous(), solution[:, 0].contiguous(), inputs
-
-
-def moments(
-    walk: Walk,
-    index: int,
-    layer: nn.Module,
-    block: Block,
-    attention: Block | None,
-    goals: list[Tensor],
-    affine: Tensor,
-    biased: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]]]:
-    """Second moments of what goes into a block's output projection, `C x C`, and with what is to come out, `C x hidden_size`; over how
-    many tokens; and, batch by batch, the stream before the block and its z.
-
-    Args:
-        walk: Of the pruned stream, before the layer.
-        attention: The layer's, where it adds to the stream before this block does.
-        goals: As `goals_behind` has them.
-        affine: `hidden_size x C`, for its shape, dtype and device.
-        biased: An input that is 1 everywhere comes first among the C.
-        scale: What blocks give is multiplied by it before it is added to the stream.
-    """
-
-    def reach(module: nn.Module, args: tuple[Tensor]) -> None:
-        raise Reached(args[0])
-
-    gram, cross, tokens = affine.new_zeros(2 * affine.shape[1:]), torch.zeros_like(affine.T), 0
-    added: list[Tensor] = []
-    inputs = []
-    with ExitStack() as stack:
-        stack.callback(block.output_of(layer).register_forward_pre_hook(reach).remove)
-        if attention is not None:
-            keep = partial(_keep, added, affine.device)
-            stack.callback(attention.update_of(layer).register_forward_hook(keep).remove)
-        for hidden, goal in zip(walk.hidden, goals, strict=True):
-            try:
-                walk.through(index, layer, hidden)
-            except Reached as reached:
-                z = reached.z.reshape(-1, affine.shape[1] - biased)
-            stream = hidden + scale * added.pop().view_as(hidden).to(hidden.device) if added else hidden
-            inputs.append((stream, z.to(hidden.device)))
-            target = goal.to(affine).view(len(z), -1)
-            if not block.places.post_norm:
-                target = (target - stream.to(affine).view_as(target)) / scale
-            if biased:
-                z = torch.cat([z.new_ones(len(z), 1), z], dim=1)
-            add_lower(gram, z)
-            cross.addmm_(z.T.to(affine), target)
-            tokens += len(z)
-    mirror_lower(gram)
-    return gram.div_(tokens), cross.div_(tokens), tokens, inputs
 
 
 @torch.no_grad()

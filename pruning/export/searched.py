@@ -33,7 +33,8 @@ from pruning.export.quantise import SEARCHED, Mixture, Stored, check_library, fi
 from pruning.export.rebuild import cast
 from pruning.likelihood import Head, dense_distribution, frozen, loss_gradient, quality
 from pruning.projection import Projection, matrix_of
-from pruning.sequential import TOKENS_PER_COLUMN, Reached, goals_behind, refit_block
+from pruning.sequential import TOKENS_PER_COLUMN, refit_block
+from pruning.streams import Reached, goals_behind
 from pruning.walk import Walk
 
 PRICED_TOKENS = 2048

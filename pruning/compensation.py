@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, Sizes
+from pruning.architecture import Architecture
 from pruning.block import Block, BlockKind
 from pruning.masks import Ranking
 from pruning.projection import Projection, matrix_of
@@ -97,6 +98,30 @@ class Factor:
         lower = torch.linalg.cholesky(matrix)
         return cls(lower, lower.T @ dense, biased)
 
+    @classmethod
+    def at(
+        cls, gram: Tensor, cross: Tensor, dense: Tensor, order: Tensor, ridge: Ridge, tokens: int, biased: bool
+    ) -> "Factor":
+        """Factor moments of a projection's inputs with what is to come out, where that is not what W makes of these inputs.
+
+        Args:
+            gram: `C x C`, E[z zT]. The caller's to give away: it is worked on in place.
+            cross: `C x hidden_size`, E[z tT] with t what is to come out.
+            dense: `hidden_size x C`, W, to which the solution is drawn.
+            order: Columns, best first.
+            biased: The first of the C is the bias, which the order does not count.
+        """
+        if biased:
+            order = torch.cat([order.new_zeros(1), 1 + order])
+        matrix = gram.copy_(gram[order]).copy_(gram[:, order])
+        damping = ridge.of(matrix, tokens)
+        if biased:
+            damping[0] = 0
+        matrix.diagonal().add_(damping)
+        lower = torch.linalg.cholesky(matrix)
+        wanted = cross[order].addcmul_(damping[:, None], dense.T[order].to(cross))
+        return cls(lower, torch.linalg.solve_triangular(lower, wanted, upper=False), biased)
+
     def solve(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """The refitted `hidden_size x columns` weight, float32, and the `hidden_size` bias where that was fitted too."""
         rows = columns + self.biased
@@ -120,8 +145,12 @@ class Refits(Protocol):
         """The `hidden_size` bias that goes with it; None where the dense one, if any, stays."""
         ...
 
+    def serving(self, architecture: Architecture) -> "Refits":
+        """Those that a sub-network takes; all take the same unless told otherwise."""
+        return self
 
-class CompensationTable:
+
+class CompensationTable(Refits):
     """Refitted output weights for every width of every block, solved when first asked for and then kept: for models that are small
     beside the memory, and widths that nobody knows beforehand. `pruning.refits` keeps those of a grid, on disk.
 
@@ -144,7 +173,7 @@ class CompensationTable:
             model: The dense model the statistics were collected on, its units in their original order.
         """
         self.anatomy: Anatomy = statistics.anatomy
-        self.ranking = ranking
+        self._ranking = ranking
         self._dtype = model.dtype
         self._cache: OrderedDict[tuple[BlockKind, int, int], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -164,6 +193,10 @@ class CompensationTable:
                 )
                 factors[-1].insert(0, Factor.of(gram, mean, block.output_of(layer), orders[0], ridge, tokens))
             self._factors[block.kind] = factors
+
+    @property
+    def ranking(self) -> Ranking:
+        return self._ranking
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking."""

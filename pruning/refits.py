@@ -7,7 +7,7 @@ one that was finished never takes place again.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Literal
@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.block import Block, BlockKind, expand_units
-from pruning.compensation import CACHE_BYTES, RIDGE, Factor, Ridge
+from pruning.compensation import CACHE_BYTES, RIDGE, Factor, Refits, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.importance import activation_ranking, order_of, within_groups
 from pruning.masks import Ranking
+from pruning.projection import Projection
 from pruning.statistics import Statistics, collect_statistics, steps
 from pruning.surgeon import surgeon_order
 from pruning.tensor_files import TensorFiles
@@ -34,6 +35,16 @@ Order = Literal[
 ]  # of a block's units: `pruning.surgeon.surgeon_order`, `pruning.importance.activation`
 
 
+def layer_name(index: int) -> str:
+    """What the refits of a layer are called among the files."""
+    return f"layer_{index:03d}"
+
+
+def key_of(kind: BlockKind, units: int) -> str:
+    """What a width's weight is called in a layer's file."""
+    return f"{kind}.{units}"
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What a walk leaves behind. `refits` is None where none were asked for."""
@@ -43,10 +54,35 @@ class Fitted:
     refits: "GridRefits | None"
 
 
-class GridRefits:
-    """Refitted output weights at the widths of a grid. Implements `pruning.compensation.Refits`.
+@dataclass
+class RefitCache:
+    """Refits that are kept on the device: up to `most` bytes, the least recently used leaving first."""
 
-    Memory: on the device up to `cache_bytes`, the least recently used leaving first; all others where `files` has them.
+    most: int = CACHE_BYTES
+    held: int = 0
+    kept: OrderedDict[tuple[str, str], tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
+
+    def get(
+        self, key: tuple[str, str], bring: Callable[[], tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is kept by that name, or what `bring` gives."""
+        if key not in self.kept:
+            found = bring()
+            self.held += found[0].nbytes
+            while self.held > self.most and self.kept:
+                self.held -= self.kept.popitem(last=False)[1][0].nbytes
+            self.kept[key] = found
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+
+class GridRefits(Refits):
+    """Refitted output weights at the widths of a grid.
+
+    Memory: on the device what `cache` keeps, which several may share; all others where `files` has them.
+
+    Args:
+        name_of: What the refits of a layer are called among the files.
     """
 
     def __init__(
@@ -54,14 +90,18 @@ class GridRefits:
         files: TensorFiles,
         ranking: Ranking,
         device: torch.device | str,
-        cache_bytes: int = CACHE_BYTES,
+        cache: RefitCache | None = None,
+        name_of: Callable[[int], str] = layer_name,
     ) -> None:
-        self.ranking = ranking
+        self._ranking = ranking
         self._files = files
         self._device = torch.device(device)
-        self._cache: OrderedDict[tuple[int, str], tuple[Tensor, Tensor | None]] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached = 0
+        self.cache = RefitCache() if cache is None else cache
+        self._name_of = name_of
+
+    @property
+    def ranking(self) -> Ranking:
+        return self._ranking
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking.
@@ -80,22 +120,20 @@ class GridRefits:
         return self._of(layer, block, units)[1]
 
     def _of(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
-        key = layer, _key(block.kind, units)
-        if key not in self._cache:
-            kept = self._files.get(layer_name(layer)) or {}
-            if key[1] not in kept:
+        name, key = self._name_of(layer), key_of(block.kind, units)
+
+        def bring() -> tuple[Tensor, Tensor | None]:
+            kept = self._files.get(name) or {}
+            if key not in kept:
                 known = sorted(int(name.split(".")[1]) for name in kept if name.startswith(f"{block.kind}."))
                 told = [width_text(width) if lacking_of(width) else width for width in known] or "none"
                 raise InvalidArchitecture(
                     f"Layer {layer} has no refit for {width_text(units)} of {block.kind}: expected one of {told}."
                 )
-            weight, bias = kept[key[1]].to(self._device, non_blocking=True), kept.get(f"bias.{key[1]}")
-            self._cached += weight.nbytes
-            while self._cached > self._cache_bytes and self._cache:
-                self._cached -= self._cache.popitem(last=False)[1][0].nbytes
-            self._cache[key] = weight, None if bias is None else bias.to(self._device, non_blocking=True)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+            weight, bias = kept[key].to(self._device, non_blocking=True), kept.get(f"bias.{key}")
+            return weight, None if bias is None else bias.to(self._device, non_blocking=True)
+
+        return self.cache.get((name, key), bring)
 
 
 def fit(
@@ -150,21 +188,14 @@ def fit(
         statistics = collect_statistics(model, windows, batch_size, on_layer, scored, missing, solve)
         files.put(STATISTICS, statistics.to_tensors())
     ranking = activation_ranking(statistics, queries) if widths is None else _ranking_of(files, anatomy)
-    return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device, cache_bytes))
-
-
-def layer_name(index: int) -> str:
-    """What the refits of a layer are called among the files."""
-    return f"layer_{index:03d}"
+    return Fitted(
+        statistics, ranking, None if widths is None else GridRefits(files, ranking, device, RefitCache(cache_bytes))
+    )
 
 
 def names_of(anatomy: Anatomy) -> list[str]:
     """All that `fit` puts into its files."""
     return [*map(layer_name, range(anatomy.num_hidden_layers)), STATISTICS]
-
-
-def _key(kind: BlockKind, units: int) -> str:
-    return f"{kind}.{units}"
 
 
 def _solved(
@@ -194,17 +225,39 @@ def _solved(
         if alone:
             heads = within_groups(alone[0], best, block.queries)
             solved["order.heads"] = heads.int()
-        wanted = sorted(({*widths[block.kind]} - {0, block.units}), key=lacking_of, reverse=True)
-        for lacking, some in groupby(wanted, lacking_of):  # one order of columns, and so one factor, for each
-            by_unit = heads.view(block.units, block.queries)
-            first = torch.cat([part.flatten() for part in by_unit.split([block.queries - lacking, lacking], dim=1)])
-            columns = expand_units(first, block.columns_per_unit // block.queries)
-            factor = Factor.of(gram.clone() if lacking else gram, mean, output, columns, ridge, tokens)
-            for width in some:
-                weight, bias = factor.solve(block.columns_at(width))
-                solved[_key(block.kind, width)] = weight.to(output.weight).cpu().contiguous()
-                if bias is not None:
-                    solved[f"bias.{_key(block.kind, width)}"] = bias.to(output.weight).cpu().contiguous()
+        factor_of = partial(_factor_of, gram, mean, output, ridge, tokens)
+        solved |= solve_widths(block, widths[block.kind], heads, factor_of, output.weight)
+    return solved
+
+
+def _factor_of(
+    gram: Tensor, mean: Tensor, output: Projection, ridge: Ridge, tokens: int, columns: Tensor, last: bool
+) -> Factor:
+    return Factor.of(gram if last else gram.clone(), mean, output, columns, ridge, tokens)
+
+
+def solve_widths(
+    block: Block, widths: Sequence[int], heads: Tensor, factor_of: Callable[[Tensor, bool], Factor], like: Tensor
+) -> dict[str, Tensor]:
+    """The refits of one block to all widths of a grid, on the CPU, in the dtype of `like`.
+
+    Args:
+        heads: All query heads of the block, sorted, unit by unit; in an MLP its units.
+        factor_of: Factors the block's moments with columns in that order, and is told when for the last time.
+    """
+    solved: dict[str, Tensor] = {}
+    wanted = sorted(({*widths} - {0, block.units}), key=lacking_of, reverse=True)
+    for lacking, some in groupby(wanted, lacking_of):  # one order of columns, and so one factor, for each
+        by_unit = heads.view(block.units, block.queries)
+        first = torch.cat([part.flatten() for part in by_unit.split([block.queries - lacking, lacking], dim=1)])
+        columns = expand_units(first, block.columns_per_unit // block.queries)
+        widths_now = list(some)
+        factor = factor_of(columns, widths_now[-1] == wanted[-1])
+        for width in widths_now:
+            weight, bias = factor.solve(block.columns_at(width))
+            solved[key_of(block.kind, width)] = weight.to(like).cpu().contiguous()
+            if bias is not None:
+                solved[f"bias.{key_of(block.kind, width)}"] = bias.to(like).cpu().contiguous()
     return solved
 
 
@@ -212,17 +265,26 @@ def _expected(
     anatomy: Anatomy, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge, queries: bool
 ) -> dict[str, Tensor]:
     """Names, shapes and dtypes of what `_solved` gives, on the meta device."""
+    expected = expected_widths(anatomy, layer, widths, ridge)
+    for block in anatomy.blocks:
+        expected[f"order.{block.kind}"] = torch.empty(block.units, dtype=torch.int32, device="meta")
+        if queries and block.kind == "attention":
+            expected["order.heads"] = torch.empty(block.units * block.queries, dtype=torch.int32, device="meta")
+    return expected
+
+
+def expected_widths(
+    anatomy: Anatomy, layer: nn.Module, widths: Mapping[BlockKind, Sequence[int]], ridge: Ridge
+) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of a layer's refits, on the meta device."""
     expected: dict[str, Tensor] = {}
     for block in anatomy.blocks:
         output = block.output_of(layer)
         empty = partial(torch.empty, dtype=output.weight.dtype, device="meta")
-        expected[f"order.{block.kind}"] = torch.empty(block.units, dtype=torch.int32, device="meta")
-        if queries and block.kind == "attention":
-            expected["order.heads"] = torch.empty(block.units * block.queries, dtype=torch.int32, device="meta")
         for width in {*widths[block.kind]} - {0, block.units}:
-            expected[_key(block.kind, width)] = empty(anatomy.hidden_size, block.columns_at(width))
+            expected[key_of(block.kind, width)] = empty(anatomy.hidden_size, block.columns_at(width))
             if output.bias is not None and ridge.biases:
-                expected[f"bias.{_key(block.kind, width)}"] = empty(anatomy.hidden_size)
+                expected[f"bias.{key_of(block.kind, width)}"] = empty(anatomy.hidden_size)
     return expected
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.block import BLOCK_KINDS, Block, BlockKind
-from pruning.compensation import Ridge
+from pruning.compensation import Refits, Ridge
 from pruning.errors import InvalidArchitecture
 from pruning.likelihood import frozen
 from pruning.masks import Ranking
@@ -39,15 +39,19 @@ SEQUENTIAL_RIDGE = Ridge(times=8)
 TOKENS_PER_COLUMN = 5  # fewer are learnt by heart
 
 
-class SequentialRefits:
-    """Refitted output weights of one sub-network. Implements `pruning.compensation.Refits`.
+class SequentialRefits(Refits):
+    """Refitted output weights of one sub-network.
 
     Memory: these weights, on the model's device.
     """
 
     def __init__(self, ranking: Ranking) -> None:
-        self.ranking = ranking
+        self._ranking = ranking
         self._fitted: dict[tuple[BlockKind, int], tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def ranking(self) -> Ranking:
+        return self._ranking
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it by name, the order of units included."""

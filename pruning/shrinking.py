@@ -30,6 +30,7 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | Non
     anatomy = anatomy_of(model)
     mask.check(anatomy)
     architecture = mask.architecture
+    compensation = compensation and compensation.serving(architecture)
     dense_layers = anatomy.layers_of(model)
     try:
         anatomy.set_layers(model, nn.ModuleList())

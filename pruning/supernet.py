@@ -8,6 +8,7 @@ no memory and no copying of weights, on any device.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import asdict
 from types import TracebackType
 from typing import Self
@@ -61,10 +62,8 @@ class Supernet:
         self.resident = resident
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
-        if compensation is not None and not compensation.ranking.same(ranking):
-            raise InvalidMask("The compensation table was made for another ranking of units.")
         self.ranking = ranking
-        self.compensation = compensation
+        self.compensation = _checked(compensation, ranking)
         places = [
             (block, index, layer)
             for index, layer in enumerate(self.anatomy.layers_of(model))
@@ -85,7 +84,14 @@ class Supernet:
 
     def using(self, compensation: Refits | None) -> "Supernet":
         """The same supernet with other refits, for as long as this one is open."""
-        return Supernet(self.model, self.ranking, compensation, self.resident)
+        other = copy(self)
+        other.compensation = _checked(compensation, self.ranking)
+        return other
+
+    def serving(self, architecture: Architecture) -> "Supernet":
+        """The same supernet with the refits that a sub-network takes."""
+        own = self.compensation and self.compensation.serving(architecture)
+        return self if own is self.compensation else self.using(own)
 
     def qualities(
         self,
@@ -150,9 +156,10 @@ class Supernet:
     @contextmanager
     def narrowed(self, index: int, architecture: Architecture) -> Iterator[None]:
         """A layer on the device as the sub-network has it, which must keep some of it; dense again afterwards."""
+        own = self.serving(architecture)
         with ExitStack() as stack:
             for block in self.anatomy.blocks:
-                self._narrow(self._layers[index], index, block, architecture.units(block.kind)[index], stack)
+                own._narrow(self._layers[index], index, block, architecture.units(block.kind)[index], stack)
             yield
 
     def loss(self, architecture: Architecture, windows: Tensor) -> float:
@@ -207,10 +214,11 @@ class Supernet:
         architecture.check(self.anatomy)
         layers = self.anatomy.layers_of(self.model)
         kept = [index for index in range(len(layers)) if architecture.keeps_layer(index)]
+        own = self.serving(architecture)
         with ExitStack() as stack:
             for index in kept:
                 for block in self.anatomy.blocks:
-                    self._narrow(layers[index], index, block, architecture.units(block.kind)[index], stack)
+                    own._narrow(layers[index], index, block, architecture.units(block.kind)[index], stack)
             stack.callback(self.anatomy.set_layers, self.model, layers)
             self.anatomy.set_layers(self.model, nn.ModuleList(layers[index] for index in kept))
             types = getattr(self.model.config, "layer_types", None)
@@ -256,6 +264,12 @@ class Supernet:
                     projection.bias.copy_(projection.bias[row_order])
             output = matrix_of(self.output_of(index, block))
             output.copy_(output[:, expand_units(heads, block.columns_per_unit // block.queries)])
+
+
+def _checked(compensation: Refits | None, ranking: Ranking) -> Refits | None:
+    if compensation is not None and not compensation.ranking.same(ranking):
+        raise InvalidMask("The compensation table was made for another ranking of units.")
+    return compensation
 
 
 def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 from llmbo.errors import first_line
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel
-from pruning.anatomy import Anatomy
 from pruning.block import BlockKind
 from pruning.compensation import Ridge
-from pruning.refits import Order, names_of
+from pruning.refits import Order
 from pruning.tensor_files import TensorFiles
 
 MADE_FROM = "made_from.json"
@@ -84,13 +83,13 @@ def own_files(run: Path, tell: Callable[[str], None] = lambda line: None) -> Ten
     return TensorFiles(run / OWN, tell, checked=True)
 
 
-def hand_on(files: TensorFiles, run: Path, anatomy: Anatomy, tell: Callable[[str], None]) -> None:
+def hand_on(files: TensorFiles, run: Path, names: Iterable[str], tell: Callable[[str], None]) -> None:
     """Give a run's folder its ranking and refits, so that its trials can be cut without preparing anything again.
 
     They are the same files wherever the file system can link them, so they take no more room until the cache is cleared.
     """
     try:
-        files.hand_on(run / OWN, names_of(anatomy))
+        files.hand_on(run / OWN, names)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         tell(f"Cannot keep the refits in '{run / OWN}' ({reason}): an export will prepare them again.")

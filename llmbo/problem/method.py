@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from llmbo.problem.recipe import DEFAULT_RECIPE, AllocationRecipe
+from pruning.architecture import Architecture
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.refits import Order
 
@@ -21,6 +22,8 @@ class Method:
         ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
         priced_by: Whether a step of the path is worth what it brings per known objective of the search, or per parameter in any case.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
+        refit_at: At which members of the path refits are fitted beside those of the dense model, as such parts (`pruning.anchored`).
+        refit_members: These members, once the path is known.
         allocation: What the path is made by.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
         operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
@@ -30,6 +33,8 @@ class Method:
     allocation_tokens: int = 2048
     ridge: Ridge = RIDGE
     order: Order = "surgeon"
+    refit_at: tuple[float, ...] = (0.17, 0.42, 0.67)
+    refit_members: tuple[Architecture, ...] | None = None
     allocation: AllocationRecipe = DEFAULT_RECIPE
     priced_by: PricedBy = "objectives"
     anchors: tuple[float, ...] = (0.07, 0.23, 0.4)
@@ -39,7 +44,8 @@ class Method:
     @property
     def fits(self) -> dict[str, Any]:
         """What trials' weights depend on."""
-        return {"ridge": asdict(self.ridge), "order": self.order}
+        members = [member.to_dict() for member in self.refit_members or ()]
+        return {"ridge": asdict(self.ridge), "order": self.order} | ({"refit_members": members} if members else {})
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -52,7 +58,14 @@ class Method:
         recipe = recipe or {"ridge": asdict(FIRST_RIDGE)}
         allocation = AllocationRecipe.of(recipe.get("allocation", {}))
         order, priced_by = recipe.get("order", "activation"), recipe.get("priced_by", "params")
-        return cls(ridge=Ridge(**recipe["ridge"]), order=order, allocation=allocation, priced_by=priced_by)
+        members = tuple(map(Architecture.from_dict, recipe.get("refit_members", ())))
+        return cls(
+            ridge=Ridge(**recipe["ridge"]),
+            order=order,
+            refit_members=members,
+            allocation=allocation,
+            priced_by=priced_by,
+        )
 
 
 DEFAULT = Method()

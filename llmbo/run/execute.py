@@ -44,7 +44,7 @@ def execute(run: RunParts, display: Display, command: str) -> None:
         if run.elsewhere is not None:
             with display.phase("another domain"):
                 measure_elsewhere(run)
-        hand_on(run.problem.files, run.folder, run.problem.space.anatomy, display.note)
+        hand_on(run.problem.files, run.folder, run.problem.kept, display.note)
         judge(run, display)
         refit_front(run, display)
         status = "complete"

@@ -1,5 +1,6 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
+from llmbo.problem.anchors import anchored, names_at
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.method import Method
 from llmbo.problem.preparation import fitted
@@ -184,23 +186,28 @@ class RebuildInputs:
     ) -> "RebuildInputs":
         """What the run has kept of its ranking and refits; worked out again as it did where that is gone, and then kept."""
         config, space = config_of(report), space_of(config_of(report), anatomy_of(loaded.model))
+        method, calibration = Method.of(report.run.recipe), windows.calibration
         own = own_files(folder, phases.note)
-        names = names_of(space.anatomy) if config.compensation else [STATISTICS]
+        anchors = method.refit_members or ()
+        names = [*names_of(space.anatomy), *names_at(anchors, calibration)] if config.compensation else [STATISTICS]
         kept = all(own.get(name) is not None for name in names)
         with phases.phase(FITTING, steps(space.num_layers)) as advance:
             found, files = fitted(
                 loaded,
-                windows.calibration,
+                calibration,
                 space,
                 own if own.get(STATISTICS) else None,
-                Method.of(report.run.recipe),
+                method,
                 config.compensation,
                 phases.note,
                 advance,
             )
+        supernet = Supernet(loaded.model, found.ranking, found.refits, loaded.resident)
+        with nullcontext() if kept else supernet:
+            refits = anchored(supernet, anchors, calibration, space.widths, files, phases).compensation
         if files is not own:
-            hand_on(files, folder, space.anatomy, phases.note)
-        return cls(report, loaded, windows, found.ranking, found.refits, own, kept)
+            hand_on(files, folder, names, phases.note)
+        return cls(report, loaded, windows, found.ranking, refits, own, kept)
 
     def cut(self, trial: TrialPart, phases: Phases, refit: str = "table") -> Cut:
         """The trial's model with these refits.

@@ -15,7 +15,7 @@ from pruning.block import BlockKind
 from pruning.compensation import RIDGE, CompensationTable
 from pruning.errors import InvalidArchitecture
 from pruning.importance import METHODS, activation
-from pruning.refits import Fitted, Order, fit, layer_name
+from pruning.refits import Fitted, Order, RefitCache, fit, layer_name
 from pruning.statistics import collect_statistics
 from pruning.surgeon import surgeon_ranking
 from pruning.tensor_files import TensorFiles
@@ -215,11 +215,11 @@ def test_the_cache_on_the_device_is_bounded_and_invisible(
     files = TensorFiles(None)
     expected = fit(model, windows, WIDTHS, files, scored=2)
     assert expected.refits is not None
-    small = GridRefits(files, expected.ranking, "cpu", cache_bytes=3 * anatomy.hidden_size * 11 * 8)
+    small = GridRefits(files, expected.ranking, "cpu", RefitCache(3 * anatomy.hidden_size * 11 * 8))
     for _ in range(2):
         for layer in range(5):
             for units in (5, 11):
                 found = small.weight(layer, anatomy.mlp, units)
                 assert torch.equal(found, expected.refits.weight(layer, anatomy.mlp, units))
-                assert sum(weight.nbytes for weight, _ in small._cache.values()) <= small._cache_bytes
-    assert 1 < len(small._cache) < 10
+                assert sum(weight.nbytes for weight, _ in small.cache.kept.values()) <= small.cache.most
+    assert 1 < len(small.cache.kept) < 10

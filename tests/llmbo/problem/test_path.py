@@ -13,10 +13,11 @@ from llmbo.config import RunConfig
 from llmbo.display.console import Console
 from llmbo.display.progress import Display, Silence
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.problem.exchanges import with_exchanges
 from llmbo.problem.expansion import ONE_LEVEL, STEPS, best_exchanges
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.method import DEFAULT, Method
-from llmbo.problem.preparation import Problem, prepared, with_exchanges
+from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.recipe import DENSE_PRICES

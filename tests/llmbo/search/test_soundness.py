@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmbo.problem import exchanges as exchanging
 from llmbo.problem import preparation
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
@@ -54,7 +55,7 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
     llmbo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expansions of the wrong sign: without the check half of this path is worth nothing."""
-    real, make, made = preparation.exchange_costs, preparation.informed, list[Any]()
+    real, make, made = exchanging.exchange_costs, exchanging.informed, list[Any]()
 
     def wrong(*args: Any, **options: Any) -> Any:
         costs, kl = real(*args, **options)
@@ -65,14 +66,14 @@ def test_exchanges_that_lose_are_dropped_with_the_expansion_that_promised_a_gain
         made.append((torch.stack([*exchanges.values()]), *(p.path(DENSE_PRICES) for p in (found, prices))))
         return found
 
-    monkeypatch.setattr(preparation, "exchange_costs", wrong)
-    monkeypatch.setattr(preparation, "informed", watched)
+    monkeypatch.setattr(exchanging, "exchange_costs", wrong)
+    monkeypatch.setattr(exchanging, "informed", watched)
     done = llmbo(**FLAGS | {"budget": 1, "min_share": 0.2})
     assert done.exit_code == 0, done.output
     ((exchanges, moved, plain),) = made
     assert done.output.count(AT_ANCHOR) == 3 and not exchanges.any()
     assert torch.equal(moved, plain)
-    monkeypatch.setattr(preparation, "LOSS_OF_EXCHANGES", float("inf"))
+    monkeypatch.setattr(exchanging, "LOSS_OF_EXCHANGES", float("inf"))
     assert AT_ANCHOR not in llmbo(name="unguarded", **FLAGS | {"budget": 1, "min_share": 0.2}).output
     assert made[1][0].any(-1).all() and not torch.equal(made[1][1], plain)
 

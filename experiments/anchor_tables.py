@@ -18,12 +18,10 @@ from llmbo.comparison.problems import undo_spacing
 from llmbo.config import RunConfig
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
-from llmbo.problem.method import DEFAULT
 from llmbo.problem.preparation import Problem, prepared
-from pruning.anchored import fit_at
+from pruning.anchored import ANCHOR_RIDGE, fit_at
 from pruning.architecture import Architecture
 from pruning.calibration import cut_windows
-from pruning.sequential import SEQUENTIAL_RIDGE
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
 from pruning.text import Text, read_text
@@ -38,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of calibration")
     parser.add_argument("--fitted", type=int, default=0, help="of these, so many fit the anchors' refits; 0: all")
     parser.add_argument("--judged", type=int, default=24, help="windows to judge by")
-    parser.add_argument("--ridge", type=float, default=SEQUENTIAL_RIDGE.times, help="times C / tokens")
+    parser.add_argument("--ridge", type=float, default=ANCHOR_RIDGE.times, help="times C / tokens")
     parser.add_argument("--anchors", default="0.5,0.6,0.7,0.8,0.9", help="shares by commas")
     parser.add_argument("--shares", default="0.42,0.47,0.57,0.66,0.74,0.85,0.93", help="of candidates, by commas")
     options = parser.parse_args()
@@ -48,8 +46,8 @@ def main() -> None:
     text = Text(text.source, undo_spacing(text.content))
     windows = cut_windows(text, loaded.tokenizer, counts, config.window, options.seed)
     fitted = windows.calibration[: (options.fitted or options.tokens) // config.window]
-    ridge = replace(SEQUENTIAL_RIDGE, times=options.ridge)
-    with prepared(config, loaded, windows, Quiet(), method=replace(DEFAULT, refit_at=())) as problem:
+    ridge = replace(ANCHOR_RIDGE, times=options.ridge)
+    with prepared(config, loaded, windows, Quiet()) as problem:
         supernet, judge = problem.supernet, problem.heldout()
         shares, candidates = zip(*candidates_at(problem, list(map(float, options.shares.split(",")))), strict=True)
 

@@ -9,6 +9,8 @@ states of all windows too. On top comes the phase that needs most:
     refits        the Gram matrix and, of what the order of units is found by, the inverse before and after some have gone and two pieces
                   of `AT_ONCE`, (12 + 8 / 32) C^2; or the Gram matrix sorted and its Cholesky factor, which is less; the right-hand side
                   and a width's solution in float32 and in the model's dtype, (8 + i) C h
+    anchors       of refits at pruned models too: three more times the hidden states of all windows and z of an MLP, where they are kept;
+                  one Gram matrix and its factor, 8 C^2; what is to come out, right-hand side and solution, (16 + i) C h
     sensitivity   a batch's activations with their graph, and refits
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
     candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
@@ -36,11 +38,13 @@ class Workload:
         tokens: Of the largest set of windows, which is the calibration's.
         scored_tokens: Of those that are walked back.
         window: Tokens of a window.
+        anchored: Whether refits are fitted at pruned models, too.
     """
 
     tokens: int
     scored_tokens: int
     window: int
+    anchored: bool = False
 
     @property
     def batch_tokens(self) -> int:
@@ -102,6 +106,11 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
         "candidates": forward + logits + cached,
     }
     states = workload.tokens * hidden * itemsize
+    streams = 3 * states + workload.tokens * max(anatomy.mlp.columns, hidden) * itemsize
+    if fitted and workload.anchored:
+        phases["anchors"] = (
+            forward + streams * resident + 2 * SINGLE * widest**2 + (4 * SINGLE + itemsize) * widest * hidden
+        )
     kept = (
         anatomy.num_hidden_layers * workload.scored_tokens * hidden * itemsize
     )  # every layer's input, to walk back from
@@ -109,7 +118,7 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
         weights=anatomy.other_parameters * itemsize + layer * (anatomy.num_hidden_layers if resident else 1),
         hidden=states if resident else 0,
         phases=phases,
-        host=kept + (0 if resident else states),
+        host=max(kept, 0 if resident or not workload.anchored else streams) + (0 if resident else states),
     )
 
 

@@ -120,6 +120,13 @@ def optimize(
             help="Let KV groups lack query heads; by default only where a layer has a single group.",
         ),
     ] = None,
+    refit_anchors: Annotated[
+        int | None,
+        typer.Option(
+            help="So many pruned models have refits of their own, which models like them take; by default what this machine does in half "
+            "a minute, 3 at most."
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         int,
         typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),

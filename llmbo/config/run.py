@@ -44,6 +44,7 @@ EARLIER: dict[str, Any] = {
     "deploy": (),
     "quantize": "",
     "query_heads": False,
+    "refit_anchors": 0,
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -88,6 +89,8 @@ class RunConfig:
         neuron_multiple: What such a twelfth is rounded to a multiple of, where it is as much. K-quants of GGUF files cut rows into
             blocks of 256 values, GPTQ and AWQ into groups of 128.
         query_heads: Whether KV groups may lack some of their query heads; None for where a layer has a single group.
+        refit_anchors: At so many members of the path refits are fitted beside those of the dense model (`pruning.anchored`); None for as
+            many as this machine gets through in half a minute, three at most, which is then a setting of the run.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
@@ -135,6 +138,7 @@ class RunConfig:
     neuron_step: Annotated[int, Within(0, MOST)] = 0
     neuron_multiple: Annotated[int, Within(1, MOST)] = 256
     query_heads: bool | None = None
+    refit_anchors: Annotated[int | None, Within(0, 6)] = None
     calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536
@@ -186,6 +190,8 @@ class RunConfig:
             raise ConfigError(unknown("--offload", self.offload, OFFLOAD_CHOICES))
         if self.quantize and self.quantize not in counted_types():
             raise ConfigError(unknown("--quantize", self.quantize, counted_types()))
+        if self.refit_anchors and not self.compensation:
+            raise ConfigError(f"--refit-anchors {self.refit_anchors} asks for refits: leave out --no-compensation.")
         check_objectives(self.objectives, self.reference_point)
         share = self.limits.get("params_share", 1.0)
         if share < self.min_share:

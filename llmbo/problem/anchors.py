@@ -5,48 +5,46 @@ from functools import partial
 
 from torch import Tensor
 
+from llmbo.config import RunConfig
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.method import Method
-from llmbo.problem.sequence import least_tokens
+from llmbo.problem.sequence import check_enough
 from llmbo.types import Phases
 from pruning.anatomy import Sizes
-from pruning.anchored import Anchor, AnchoredRefits, anchor_files, fit_at
+from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, anchor_files, fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.refits import GridRefits
-from pruning.sequential import SEQUENTIAL_RIDGE
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
 
 PHASE = "refits at pruned members"
+SERVED = 5 / 6  # of the way from the smallest member to the dense model
 
 
-def enough_for_anchors(sizes: Sizes, tokens: int) -> bool:
-    """Fewer calibration tokens would be learnt by heart, as by refits in sequence: a run on them has the dense model's refits alone."""
-    return tokens >= least_tokens(sizes)
+def check_refit_anchors(config: RunConfig, sizes: Sizes) -> None:
+    """Refuse refits at pruned members on too little text.
 
-
-def anchors_of(family: ThresholdFamily, method: Method, tokens: int) -> tuple[Architecture, ...]:
-    """The members of the path at the method's parts of the way, or those that a stored run has had.
-
-    Args:
-        tokens: For calibration.
+    Raises:
+        ConfigError: See `least_tokens`.
     """
-    if method.refit_members is not None:
-        return method.refit_members
+    if config.refit_anchors:
+        tokens = config.windows["calibration"] * config.window
+        remedy = "Set --calibration-tokens {enough}, or leave --refit-anchors out."
+        check_enough("--refit-anchors", tokens, config.window, sizes, remedy)
+
+
+def anchors_of(family: ThresholdFamily, number: int) -> tuple[Architecture, ...]:
+    """So many members of the path, none of them near the dense model, whose refits serve there as well."""
     space, low = family.space, float(family.shares[0])
-    if not enough_for_anchors(space.anatomy, tokens):
-        return ()
-    members = dict.fromkeys(family.at(low + (1 - low) * part) for part in method.refit_at)
+    parts = [SERVED * (place + 0.5) / number for place in range(number)]
+    members = dict.fromkeys(family.at(low + (1 - low) * part) for part in parts)
     return tuple(space.decode(x) for x in members if x != space.max_levels)
 
 
 def names_at(anchors: Sequence[Architecture], windows: Tensor) -> list[str]:
     """All that is kept of refits at these members, `num_windows x length` token ids."""
     return [
-        anchor_files(anchor, windows, SEQUENTIAL_RIDGE, index)
-        for anchor in anchors
-        for index in range(len(anchor.neurons))
+        anchor_files(anchor, windows, ANCHOR_RIDGE, index) for anchor in anchors for index in range(len(anchor.neurons))
     ]
 
 

@@ -22,8 +22,7 @@ class Method:
         ridge, order: Of the refits, see `pruning.compensation`, and of a block's units, see `pruning.refits.fit`.
         priced_by: Whether a step of the path is worth what it brings per known objective of the search, or per parameter in any case.
         anchors: Where the path is corrected, as parts of the way from its smallest member to the dense model; more bring nothing.
-        refit_at: At which members of the path refits are fitted beside those of the dense model, as such parts (`pruning.anchored`).
-        refit_members: These members, once the path is known.
+        refit_members: At which members of the path refits are fitted, too (`pruning.anchored`); None while the path is not known.
         allocation: What the path is made by.
         second_order: Weight of the expansions' second order; more than 1 allows for what several exchanges cost together.
         operating_point: Where one level less of each block is measured, as such a part: most of a front's gain is decided there.
@@ -33,7 +32,6 @@ class Method:
     allocation_tokens: int = 2048
     ridge: Ridge = RIDGE
     order: Order = "surgeon"
-    refit_at: tuple[float, ...] = (0.17, 0.42, 0.67)
     refit_members: tuple[Architecture, ...] | None = None
     allocation: AllocationRecipe = DEFAULT_RECIPE
     priced_by: PricedBy = "objectives"

@@ -197,7 +197,9 @@ def prepared(
             prices = family.prices or prices
             if not config.recipe_search:
                 family = replace(family, prices=None)
-        members = anchors_of(family, method, calibration.numel()) if config.compensation else ()
+        members = method.refit_members
+        if members is None:
+            members = anchors_of(family, config.refit_anchors or 0)
         supernet = anchored(supernet, members, calibration, space.widths, files, phases)
         with phases.phase("dense model"):
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)

@@ -85,12 +85,13 @@ def workload_of(config: RunConfig) -> Workload:
     """What a run sends through the model."""
     tokens = max(windows * config.window for windows in config.windows.values())
     scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
-    return Workload(tokens, scored, config.window)
+    return Workload(tokens, scored, config.window, bool(config.refit_anchors))
 
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
-    """Of all widths of the grid, in the model's dtype."""
-    return solved_values(anatomy, space_of(config, anatomy).widths) * itemsize * config.compensation
+    """Of all widths of the grid, in the model's dtype, of the dense model and of every pruned member that has its own."""
+    tables = (1 + (config.refit_anchors or 0)) * config.compensation
+    return solved_values(anatomy, space_of(config, anatomy).widths) * itemsize * tables
 
 
 def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> Residence:

@@ -17,6 +17,7 @@ from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
+from llmbo.problem.anchors import check_refit_anchors
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
@@ -25,7 +26,7 @@ from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.recipe import RECIPES, AllocationRecipe
 from llmbo.problem.residence import placed
-from llmbo.problem.sequence import check_refit_front
+from llmbo.problem.sequence import check_refit_front, least_tokens
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
@@ -156,13 +157,14 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         phases.note(f"Recipe {named[1]}.")
     if config.heldout_text != "none":
         read_text(config.heldout_text)
-    open_ended = not config.calibration_tokens
+    open_ended, anchors_open = not config.calibration_tokens, config.refit_anchors is None
     anatomy = anatomy_of(base.model) if isinstance(base, LoadedModel) else anatomy_of_config(base)
     engines = check_engines(config, *_parts(base)) if config.deploy else ""
     if named:
         named[0].bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
     check_refit_front(config, anatomy)
+    check_refit_anchors(config, anatomy)
     items = item_files(config)
     pulse: Pulse | None = None
     with locked(folder):
@@ -185,6 +187,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
             config, windows = _windows(config, loaded, open_ended)
             check_refit_front(config, anatomy)  # of a short text there may be fewer
+            if anchors_open and config.calibration_tokens < least_tokens(anatomy):
+                config = replace(config, refit_anchors=0)
+            check_refit_anchors(config, anatomy)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
@@ -256,8 +261,8 @@ def _new_method(config: RunConfig, named: tuple[AllocationRecipe, str] | None) -
 
 
 def _settled(config: RunConfig, base: Found | LoadedModel, anatomy: Anatomy) -> RunConfig:
-    """With a number of calibration tokens."""
-    if config.calibration_tokens:  # nothing to measure
+    """With a number of calibration tokens, and of members with refits of their own."""
+    if config.calibration_tokens and config.refit_anchors is not None:  # nothing to measure
         return config
     if isinstance(base, LoadedModel):
         return settled(config, anatomy, base.dtype, base.device)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from llmbo.advisor.assemble import WITHOUT_MARGINALS
 from llmbo.config import RunConfig
 from llmbo.config.advisor import CONTEXT_LEVELS, parse_spec
+from llmbo.problem import anchors
 from llmbo.problem.expansion import STEPS
 from llmbo.problem.method import DEFAULT
 from llmbo.problem.sequence import PHASE
@@ -36,6 +37,7 @@ CHANGED = 6  # over the residual stream, for the change that another width makes
 COPIED = 3  # times over a layer's weights that are brought
 RECOMPUTED = 1  # forward passes for each backward one: a layer runs again from its stored input
 GRAM = 1.5  # half of a product, in narrow blocks
+WHOLE_BLOCKS = 1.2  # of a stream that blocks are measured whole in: attention runs once more, as the stream has it
 PASSED = 1.5  # forward passes of a model that is refitted in sequence: what comes before each block, and the block
 CHOLESKY, TRIANGULAR = 2.0, 1.5  # times what a matrix product of so many operations takes
 PROPOSING = 0.4  # seconds of the surrogate and the pool for a round
@@ -221,6 +223,14 @@ def seconds_by_phase(
         "search": measured * (config.budget + probed / proxy) + on.walk(rounds),
         "held-out windows": last * judged + on.forward(heldout) + on.head(heldout, 1, DENSE) + on.walk(2),
     }
+    if config.refit_anchors:
+        fitting = on.forward(calibration) + on.forward(calibration, WHOLE_BLOCKS) + on.walk(3)
+        for kind, width in columns.items():
+            solved = sum(n**2 for n in tried[kind][1:-1]) * a.hidden_size
+            products = calibration * (GRAM * width**2 + 2 * width * a.hidden_size)
+            square = CHOLESKY * width**3 / 3 + width**2 * a.hidden_size
+            fitting += Work(single=products + square + TRIANGULAR * solved) * a.num_hidden_layers
+        works[anchors.PHASE] = fitting * config.refit_anchors
     if config.refit_front:
         refitting = on.forward(calibration) + on.forward(calibration, PASSED * mean) + on.walk(3)
         for width in columns.values():

@@ -21,6 +21,7 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable, load_tokenizer
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, model_of_config, stored_weights
+from llmbo.problem.anchors import check_refit_anchors
 from llmbo.problem.engines import check_engines
 from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
@@ -224,6 +225,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)
     check_refit_front(config, anatomy)
+    check_refit_anchors(config, anatomy)
     rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
     chosen, refused = None, ""
     try:

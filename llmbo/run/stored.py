@@ -72,4 +72,6 @@ def as_started(config: RunConfig, url: str) -> RunConfig:
     }
     if not config.calibration_tokens:
         older["calibration_tokens"] = found[0].get("calibration_tokens", 0)
+    if config.refit_anchors is None:
+        older["refit_anchors"] = before["refit_anchors"]
     return replace(config, **older)

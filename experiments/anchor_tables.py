@@ -19,7 +19,7 @@ from llmbo.config import RunConfig
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.preparation import Problem, prepared
-from pruning.anchored import ANCHOR_RIDGE, fit_at
+from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, fit_at
 from pruning.architecture import Architecture
 from pruning.calibration import cut_windows
 from pruning.supernet import Supernet
@@ -37,8 +37,10 @@ def main() -> None:
     parser.add_argument("--fitted", type=int, default=0, help="of these, so many fit the anchors' refits; 0: all")
     parser.add_argument("--judged", type=int, default=24, help="windows to judge by")
     parser.add_argument("--ridge", type=float, default=ANCHOR_RIDGE.times, help="times C / tokens")
-    parser.add_argument("--anchors", default="0.5,0.6,0.7,0.8,0.9", help="shares by commas")
-    parser.add_argument("--shares", default="0.42,0.47,0.57,0.66,0.74,0.85,0.93", help="of candidates, by commas")
+    parser.add_argument("--anchors", default="0.5,0.65,0.8", help="shares by commas")
+    parser.add_argument(
+        "--shares", default="0.42,0.48,0.54,0.6,0.66,0.72,0.78,0.84,0.9", help="of candidates, by commas"
+    )
     options = parser.parse_args()
     loaded, text = load_model(options.model), read_text(options.text)
     config = RunConfig(options.model, text=options.text, seed=options.seed, calibration_tokens=options.tokens)
@@ -57,13 +59,25 @@ def main() -> None:
         first = kl(supernet)
         print("anchor".ljust(16) + "".join(f"{share:8.3f}" for share in shares))
         print("none: KL".ljust(16) + "".join(f"{value:8.4f}" for value in first), flush=True)
+        anchors = []
         for share in map(float, options.anchors.split(",")):
             start = time.monotonic()
             anchor = problem.space.decode(problem.family.at(share))
             refits = fit_at(supernet, anchor, fitted, problem.space.widths, TensorFiles(None), ridge)
             title = f"{share:.2f} ({time.monotonic() - start:.0f} s)"
-            changes = (100 * (new / old - 1) for new, old in zip(kl(supernet.using(refits)), first, strict=True))
-            print(title.ljust(16) + "".join(f"{change:+7.1f}%" for change in changes), flush=True)
+            anchors.append(Anchor(anchor, refits))
+            tell(title, kl(supernet.using(refits)), first)
+        served = kl(supernet.using(AnchoredRefits(supernet.anatomy, supernet.compensation, anchors)))
+        tell("the one that serves", served, first)
+        ratios = (
+            torch.tensor([new / old for new, old in zip(served, first, strict=True)]).log().view(-1, 2).mean(0).exp()
+        )
+        print(f"KL, geometric mean: {ratios[0]:.4f} of the dense table's on the path, {ratios[1]:.4f} beside it")
+
+
+def tell(title: str, found: list[float], first: list[float]) -> None:
+    changes = (100 * (new / old - 1) for new, old in zip(found, first, strict=True))
+    print(title.ljust(16) + "".join(f"{change:+7.1f}%" for change in changes), flush=True)
 
 
 def candidates_at(problem: Problem, shares: list[float]) -> list[tuple[float, Architecture]]:

@@ -10,7 +10,8 @@ states of all windows too. On top comes the phase that needs most:
                   of `AT_ONCE`, (12 + 8 / 32) C^2; or the Gram matrix sorted and its Cholesky factor, which is less; the right-hand side
                   and a width's solution in float32 and in the model's dtype, (8 + i) C h
     anchors       of refits at pruned models too: three more times the hidden states of all windows and z of an MLP, where they are kept;
-                  one Gram matrix and its factor, 8 C^2; what is to come out, right-hand side and solution, (16 + i) C h
+                  one Gram matrix and its factor, 8 C^2; W, what is to come out, right-hand sides and solution, (20 + i) C h; a batch's
+                  inputs in float32, 4 N C
     sensitivity   a batch's activations with their graph, and refits
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
     candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
@@ -109,7 +110,11 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
     streams = 3 * states + workload.tokens * max(anatomy.mlp.columns, hidden) * itemsize
     if fitted and workload.anchored:
         phases["anchors"] = (
-            forward + streams * resident + 2 * SINGLE * widest**2 + (4 * SINGLE + itemsize) * widest * hidden
+            forward
+            + SINGLE * batch * widest
+            + streams * resident
+            + 2 * SINGLE * widest**2
+            + (5 * SINGLE + itemsize) * widest * hidden
         )
     kept = (
         anatomy.num_hidden_layers * workload.scored_tokens * hidden * itemsize

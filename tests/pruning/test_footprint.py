@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pruning.anatomy import Anatomy, anatomy_of
+from pruning.anchored import fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.footprint import BATCH, Workload, activations, footprint
@@ -111,5 +112,13 @@ def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_mor
             block_sensitivity(supernet, windows[:8], widths, torch.Generator().manual_seed(0))
         with _Allocations(torch.device("cpu")) as searching:
             supernet.quality(Architecture((1,) * 6, (512,) * 6), windows)
+        with _Allocations(torch.device("cpu")) as anchoring:
+            fit_at(
+                supernet, Architecture((1,) * 6, (512,) * 6), windows, widths, TensorFiles(tmp_path), batch_size=BATCH
+            )
+    anchored = footprint(anatomy, 4, replace(load, anchored=True), resident, refits=0)
+    layer = 0 if resident else anatomy.layer_parameters * 4
+    allowed = anchored.hidden + anchored.host + layer + anchored.phases["anchors"] + mapped
+    assert allowed - gram < anchoring.peak <= allowed, (anchoring.peak, allowed)
     assert pricing.peak <= most - found.phases["refits"] + found.phases["sensitivity"]
     assert searching.peak <= most - found.phases["refits"] + found.phases["candidates"]

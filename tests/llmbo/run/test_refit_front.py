@@ -21,6 +21,8 @@ from llmbo.models.loading import load_model
 from llmbo.problem import sequence
 from llmbo.problem.sequence import least_tokens
 from llmbo.problem.texts import load_windows
+from llmbo.run.rebuild import architecture_of
+from pruning.architecture import Architecture
 from pruning.export import load_pruned
 from pruning.likelihood import quality
 from pruning.sequential import SequentialRefits, sequential_refit
@@ -48,7 +50,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def refitted(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Any) -> Any:
     """A finished run with three refitted points, of one go. Read it only."""
     made = make_llmbo(tmp_path_factory.mktemp("refitted"))
-    made = replace(made, defaults={**made.defaults, "calibration_tokens": TOKENS, "budget": 8})
+    made = replace(made, defaults={**made.defaults, "calibration_tokens": TOKENS, "budget": 8, "refit_anchors": 2})
     done = made(heldout_text="python", refit_front=3)
     assert done.exit_code == 0, done.output
     assert "refitted" in done.stdout and "refits in sequence: " in done.stderr
@@ -143,6 +145,16 @@ def test_an_exports_logits_measure_the_column_that_it_names(refitted: Any, tmp_p
     path = run.folder / "report.json"
     again = llmbo.load_run(run.folder, show="nothing").model(point["trial"])
     assert quality(again, windows.proxy).loss == pytest.approx(point["refitted"]["objectives"]["loss"], abs=1e-4)
+    anchors = list(map(Architecture.from_dict, report["run"]["recipe"]["refit_members"]))
+    assert len({anchor.digest for anchor in anchors}) == 2
+    assert len(list(run.folder.glob("prepared/at_*.safetensors"))) == 2 * len(anchors[0].neurons)
+    run = llmbo.load_run(run.folder, show="nothing")
+    refits = run._rebuilt().refits
+    taken = {trial.number: refits.serving(architecture_of(trial)) for trial in run.report.trials}
+    assert len(set(map(id, taken.values()))) == 3  # the dense model's, too
+    for number in {id(table): number for number, table in taken.items()}.values():
+        again = run.model(number, "table")
+        assert quality(again, windows.proxy).loss == pytest.approx(run.report.trials[number].objectives.loss, abs=1e-4)
     shutil.rmtree(run.folder / "prepared")
     report["front"][0]["refitted"]["objectives"]["loss"] += 1
     path.write_text(json.dumps(report))
@@ -179,10 +191,13 @@ def test_too_little_text_is_refused_before_anything_is_loaded(finished: Any, ref
         assert said.exit_code == 2 and re.search(says, said.stderr), said.stderr
         assert not (tmp_path / "out").exists()
     run = replace(refitted, folder=tmp_path)
-    for plan in (None, True):
-        said = run(refit_front=1, calibration_tokens=128, window=24, plan=plan)
-        assert said.exit_code == 2 and "--refit-front needs at least 160 calibration tokens" in said.stderr
-        assert "Set --calibration-tokens 168, or leave --refit-front out." in said.stderr  # whole windows
+    for plan, flag in ((None, "refit_front"), (True, "refit_front"), (None, "refit_anchors"), (True, "refit_anchors")):
+        said = run(**{"refit_anchors": 0, flag: 1}, calibration_tokens=128, window=24, plan=plan)
+        told = f"--{flag.replace('_', '-')}"
+        assert said.exit_code == 2 and f"{told} needs at least 160 calibration tokens" in said.stderr
+        assert f"Set --calibration-tokens 168, or leave {told} out." in said.stderr  # whole windows
+    said = run(refit_anchors=1, no_compensation=True)
+    assert said.exit_code == 2 and "--refit-anchors 1 asks for refits: leave out --no-compensation" in said.stderr
     assert not list(tmp_path.iterdir())
 
 

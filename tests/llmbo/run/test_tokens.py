@@ -23,8 +23,18 @@ def test_a_faster_machine_takes_more_tokens_and_what_was_said_stays(model_folder
         for speed in (1e6, 1e8, 1.4e8, 2e8, 2.8e8, 1e12)
     ]
     assert found == sorted(found) and found[0] == CHOICES[-1] and found[-1] == CHOICES[0] and len(set(found)) > 2
-    said = replace(config, calibration_tokens=4096)
+    said = replace(config, calibration_tokens=4096, refit_anchors=1)
     assert settled(said, anatomy, "float32", "cpu", SLOW) is said
+
+
+@pytest.mark.parametrize(("speed", "number"), [(1e6, 0), (1e8, 1), (1.5e8, 2), (1e12, 3)])
+def test_a_faster_machine_fits_refits_at_more_pruned_members(model_folder: Path, speed: float, number: int) -> None:
+    config = RunConfig(str(model_folder), calibration_tokens=4096)
+    anatomy = anatomy_of_config(find_prunable(str(model_folder)))
+    rates = Rates(speed, speed, speed)
+    assert settled(config, anatomy, "float32", "cpu", rates).refit_anchors == number
+    for none in ({"window": 16, "calibration_tokens": 144}, {"compensation": False}, {"refit_anchors": 0}):
+        assert settled(replace(config, **none), anatomy, "float32", "cpu", rates).refit_anchors == 0, none
 
 
 def test_a_short_text_gives_what_it_has_and_the_run_keeps_that_number(llmbo: Any) -> None:

@@ -1,7 +1,7 @@
 """Reply text -> grid points, directions and decisions. Pure: whatever cannot be used becomes a `Rejection` with its reason."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,9 +112,15 @@ def _open(text: str) -> bool:
 
 def rescaled(family: ThresholdFamily, offset: Tensor, target: float) -> tuple[int, ...]:
     """The family at the size where adding `offset` (`d` levels) gives a share nearest `target`."""
-    points = (family.path + offset).round().clamp(family.space.bounds[0], family.space.bounds[1])
-    best = int((family.space.share(points) - target).abs().argmin())
-    return tuple(points[best].int().tolist())
+    return all_rescaled(family, offset[None], [target])[0]
+
+
+def all_rescaled(family: ThresholdFamily, offsets: Tensor, targets: Sequence[float]) -> list[tuple[int, ...]]:
+    """As `rescaled`, `n x d` offsets at once."""
+    points = (family.path + offsets[:, None]).round().clamp(family.space.bounds[0], family.space.bounds[1])
+    wanted = torch.tensor(targets, dtype=torch.float64)[:, None]
+    best = (family.space.share(points) - wanted).abs().argmin(-1)
+    return [tuple(x) for x in points[torch.arange(len(points)), best].int().tolist()]
 
 
 def layer_numbers(edit: EditPart, num_layers: int) -> list[int]:

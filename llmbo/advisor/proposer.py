@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmbo.advisor.context import Context, Setting, offset_from_path
-from llmbo.advisor.parse import rescaled
+from llmbo.advisor.parse import all_rescaled
 from llmbo.advisor.recipes import along
 from llmbo.advisor.roles import Advisor, Answer, Candidate, Question
 from llmbo.advisor.store import AdviceStore
@@ -187,9 +187,12 @@ class AdvisorSession:
                     yield advised(x, Source.DIRECTION, recipe=recipe.to_dict())
         for direction in (d for d in directions if d.levels):
             levels = torch.tensor(direction.levels, dtype=torch.float64)
-            for _ in range(ROWS_PER_DIRECTION):
-                offset = rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max()
-                x = rescaled(family, offset, rng.uniform(low, high))
+            drawn = [
+                (rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max(), rng.uniform(low, high))
+                for _ in range(ROWS_PER_DIRECTION)
+            ]
+            offsets, targets = zip(*drawn, strict=True)
+            for x in all_rescaled(family, torch.stack(offsets), targets):
                 if x not in taken:
                     self.along.setdefault(x, direction)
                     yield advised(x, Source.DIRECTION)

@@ -1,5 +1,6 @@
 """Context -> prompt text. The words are in `prompts/*.j2`; here the numbers are chosen, rounded and kept within bounds."""
 
+import functools
 import hashlib
 import json
 import math
@@ -110,6 +111,7 @@ def _template(name: str) -> jinja2.Template:
     return environment().get_template(f"{name}.j2")
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """Templates as text: nothing is escaped, and a variable that is missing is an error."""
     folder = files("prompts")

@@ -16,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import pytest
@@ -149,6 +150,14 @@ def test_what_is_not_run_is_understood(page: str, command: str, monkeypatch: pyt
         monkeypatch.syspath_prepend(str(ROOT))
         with pytest.raises(InterruptedError):
             runpy.run_module(words[2], run_name="__main__")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_text() -> Iterator[None]:
+    """A tenth of the built-in text is more than these commands ask for, and whole it takes as long to turn into tokens as a search."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topics, "topics", dict(sorted(topics.topics.items())[:20]))
+        yield
 
 
 @pytest.fixture(scope="module")

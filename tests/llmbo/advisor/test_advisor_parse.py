@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmbo.advisor.context import offset_text
-from llmbo.advisor.parse import parse_reply, rescaled
+from llmbo.advisor.parse import all_rescaled, parse_reply, rescaled
 from llmbo.advisor.replies import FORMATS, MAX_TEXT, reply_schema
 from llmbo.advisor.roles import Answer, Question
 
@@ -127,6 +127,8 @@ def test_rescaling_keeps_the_contrast(make_toy: Callable[..., Any]) -> None:
     profile = toy.family.profile(share)[0]
     assert abs(float(share[0]) - 0.7) < 0.03
     assert x[10] < profile[10]
+    offsets, targets = torch.stack([offset, -offset, 0 * offset]), [0.7, 0.5, 0.95]
+    assert all_rescaled(toy.family, offsets, targets) == list(map(rescaled, 3 * [toy.family], offsets, targets))
 
 
 def test_an_offset_is_shown_in_ranges(make_toy: Callable[..., Any]) -> None:

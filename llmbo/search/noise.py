@@ -37,44 +37,6 @@ def surely_better(windows: Tensor, others: Tensor) -> Tensor:
     return differences.mean(-1) + half_width(differences) < 0
 
 
-def paired_log_ratio(windows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """log(mean of `windows` / mean of `reference`) over at least two windows that both saw, and its variance by the jackknife.
-
-    The variance is the jackknife's (Efron and Tibshirani 1993, chapter 11) because a few skewed windows make the delta method's too small:
-    with log-normal windows of log sd 0.5 in common and 0.2 of their own its mean is 0.82 of the truth for 4 and 0.92 for 12, the
-    jackknife's 1.03 (20,000 draws each).
-
-    Args:
-        windows, reference: `... x n` and `n`, or any shapes that broadcast.
-
-    Returns:
-        `...` each; not a number where a mean is not positive.
-    """
-    n = windows.shape[-1]
-    without = torch.log((windows.sum(-1, keepdim=True) - windows) / (reference.sum(-1, keepdim=True) - reference))
-    variance = (n - 1) ** 2 / n * without.var(-1)
-    return torch.log(windows.mean(-1) / reference.mean(-1)), variance
-
-
-def log_ratio_variances(trials: Sequence[Trial], reference: Sequence[float], name: str) -> Tensor:
-    """Variance over windows of each trial's log ratio to one reference, for a Gaussian process that is told it.
-
-    Args:
-        reference: Of each proxy window.
-        name: `kl` or `loss`.
-
-    Returns:
-        One for each trial, float64; not a number where fewer than two windows are known. A trial that lost its race is compared on those
-        that it saw.
-    """
-    found = []
-    for trial in trials:
-        windows = torch.tensor(trial.windows.get(name, ()), dtype=torch.float64)
-        seen = torch.tensor(reference[: len(windows)], dtype=torch.float64)
-        found.append(paired_log_ratio(windows, seen)[1] if len(windows) > 1 else seen.new_tensor(torch.nan))
-    return torch.stack(found) if found else torch.empty(0, dtype=torch.float64)
-
-
 def gain_errors(trials: Sequence[Trial], name: str) -> dict[int, float]:
     """Standard error of the gains of trials off the path (`gain.trial_gains`), by number, as far as windows were kept.
 

@@ -6,7 +6,7 @@ With compensation the output projection comes from the table's cache, without it
 no memory and no copying of weights, on any device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -19,13 +19,22 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
-from pruning.block import Block, Rows, expand_units
+from pruning.block import Block, expand_units
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
-from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, distribution_of, judged, last_hidden
+from pruning.likelihood import (
+    DenseDistribution,
+    Head,
+    Quality,
+    WindowQualities,
+    digest_of,
+    distribution_of,
+    judged,
+    last_hidden,
+)
 from pruning.masks import Ranking
 from pruning.modeling_pruned import stand_ins
-from pruning.projection import Narrow, Projection, matrix_of
+from pruning.projection import Narrow, Projection, matrix_of, rows_of
 from pruning.walk import Walk, brought, device_of
 
 
@@ -48,6 +57,8 @@ class Supernet:
         resident: Whether the model's layers stay on its device. Otherwise they are brought there one at a time, sorted on the way,
             and nothing is written where they wait: memory-mapped weights stay clean. Then only what is done layer by layer works,
             which is everything but `active`.
+        known: What the model predicted on some windows before it was adapted, by `pruning.likelihood.digest_of`: there that is what
+            "the dense model" predicts.
     """
 
     def __init__(
@@ -56,9 +67,11 @@ class Supernet:
         ranking: Ranking,
         compensation: Refits | None = None,
         resident: bool = True,
+        known: Mapping[str, DenseDistribution] | None = None,
     ) -> None:
         self.model = model
         self.resident = resident
+        self.known = known or {}
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
         if compensation is not None and not compensation.ranking.same(ranking):
@@ -85,7 +98,7 @@ class Supernet:
 
     def using(self, compensation: Refits | None) -> "Supernet":
         """The same supernet with other refits, for as long as this one is open."""
-        return Supernet(self.model, self.ranking, compensation, self.resident)
+        return Supernet(self.model, self.ranking, compensation, self.resident, self.known)
 
     def qualities(
         self,
@@ -110,6 +123,8 @@ class Supernet:
 
     def distribution(self, windows: Tensor, batch_size: int = 4) -> DenseDistribution:
         """What the dense model predicts on `num_windows x length` token ids."""
+        if self.known and (found := self.known.get(digest_of(windows))):
+            return found
         batches = windows.split(batch_size)
         states = next(self.states([Architecture.full(self.anatomy)], batches))
         return distribution_of(Head.of(self.model), batches, states)
@@ -158,6 +173,11 @@ class Supernet:
     def loss(self, architecture: Architecture, windows: Tensor) -> float:
         """Mean next-token loss of the sub-network, nats per token."""
         return self.quality(architecture, windows).loss
+
+    def order(self, index: int, block: Block) -> tuple[Tensor, Tensor]:
+        """How a layer's block is sorted while this is open: its units, and their query heads, best first, on the model's device."""
+        units, heads = self.ranking.kept(index, block, block.units)
+        return units.to(device_of(self.model)), heads.to(device_of(self.model))
 
     def output_of(self, index: int, block: Block) -> Projection:
         """The dense output projection of a block of layer `index`, whichever sub-network is active."""
@@ -233,7 +253,7 @@ class Supernet:
         for name, value in block.attributes_at(layer, units).items():
             _swap(module, name, value, stack)
         for name, rows in block.inputs.items():
-            _swap(module, name, _prefix(getattr(module, name), rows, units), stack)
+            _swap(module, name, rows_of(getattr(module, name), rows.prefix(units)), stack)
         narrow = Narrow([self.output_weight(index, block, units)], [self.output_bias(index, block, units)])
         _swap(module, block.places.output, narrow, stack)
 
@@ -247,7 +267,7 @@ class Supernet:
     def _reorder(self, index: int, inverse: bool) -> None:
         """Permute the units of a layer's blocks in place; one projection is copied at a time."""
         for block in self.anatomy.blocks:
-            orders = [each.to(device_of(self.model)) for each in self.ranking.kept(index, block, block.units)]
+            orders = self.order(index, block)
             order, heads = (each.argsort() for each in orders) if inverse else orders
             for projection, rows in block.inputs_of(self._layers[index]):
                 row_order = rows.of(order, heads)
@@ -256,15 +276,6 @@ class Supernet:
                     projection.bias.copy_(projection.bias[row_order])
             output = matrix_of(self.output_of(index, block))
             output.copy_(output[:, expand_units(heads, block.columns_per_unit // block.queries)])
-
-
-def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:
-    """The rows of the first units and query heads, as views."""
-    parts = rows.prefix(units)
-    bias = projection.bias
-    return Narrow(
-        [matrix_of(projection)[part] for part in parts], [None if bias is None else bias[part] for part in parts]
-    )
 
 
 def _swap(owner: nn.Module, name: str, value: object, stack: ExitStack) -> None:

@@ -120,6 +120,12 @@ def optimize(
             help="Let KV groups lack query heads; by default only where a layer has a single group.",
         ),
     ] = None,
+    elastic: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Adapter of the model that `llmbo elastic` has trained, merged into its weights."
+        ),
+    ] = "",
     calibration_tokens: Annotated[
         int,
         typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),

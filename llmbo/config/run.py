@@ -44,6 +44,7 @@ EARLIER: dict[str, Any] = {
     "deploy": (),
     "quantize": "",
     "query_heads": False,
+    "elastic": "",
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -88,6 +89,8 @@ class RunConfig:
         neuron_multiple: What such a twelfth is rounded to a multiple of, where it is as much. K-quants of GGUF files cut rows into
             blocks of 256 values, GPTQ and AWQ into groups of 128.
         query_heads: Whether KV groups may lack some of their query heads; None for where a layer has a single group.
+        elastic: Folder of an adapter that `llmbo elastic` wrote for this model, merged into its weights before anything is measured;
+            KL, and the dense model's values, are of the model without it.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
@@ -135,6 +138,7 @@ class RunConfig:
     neuron_step: Annotated[int, Within(0, MOST)] = 0
     neuron_multiple: Annotated[int, Within(1, MOST)] = 256
     query_heads: bool | None = None
+    elastic: str = ""
     calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536

@@ -202,7 +202,7 @@ def train_elastic(
     with phases.phase("text"):
         check_disk(task.out, checkpoint_bytes(loaded.model, plan))
         run_windows = load_windows(config, loaded)
-        windows, reserved = _windows(student, config, run_windows, plan, task.heldout, work)
+        windows, reserved = dealt_windows(student, config, plan, task.heldout, work)
     made: dict[str, tuple[Tensor, Tensor]] = {}
     with prepared(config, loaded, run_windows, phases) as problem:
         family = problem.family
@@ -248,8 +248,8 @@ def _norms(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _windows(
-    student: Student, config: RunConfig, run_windows: TokenWindows, plan: Plan, heldout: int, work: Path
+def dealt_windows(
+    student: Student, config: RunConfig, plan: Plan, heldout: int, work: Path
 ) -> tuple[TokenWindows, dict[str, int]]:
     """To train on, to validate by and to compare on; and how many windows of each text are left to searches."""
     if config.text == "self":

@@ -13,10 +13,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from experiments.elastic import __main__ as experiment
 from llmbo.cli import app
+from llmbo.config import RunConfig
 from llmbo.models.adapter import Adapter
-from llmbo.models.loading import load_checkpoint
+from llmbo.models.loading import fingerprint, load_checkpoint
+from llmbo.problem.texts import load_windows
 from llmbo.training.elastic import Sandwich
+from pruning.likelihood import quality
 
 STEPS = 12
 
@@ -94,24 +98,15 @@ def test_a_stopped_training_ends_with_the_same_adapter(
 def test_an_adapter_is_searched_and_exported_like_a_dense_model(
     llmbo: Any, model_folder: Path, adapter: Path, story: Path, tmp_path: Path
 ) -> None:
-    result = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4)
+    result = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=3)
     assert result.exit_code == 0, result.output
     report = llmbo.report()
-    plain = llmbo(name="plain", text=f"text:{story}", min_share=0.4)
-    assert plain.exit_code == 0
-    dense = llmbo.report("plain")["dense"]
-    for part in ("objectives", "heldout"):  # of the model as it was
-        assert report["dense"][part]["kl"] == 0 and report["dense"][part]["loss"] == pytest.approx(
-            dense[part]["loss"], abs=1e-5
-        )
-    smallest = [
-        min(found["trials"], key=lambda t: t["objectives"]["params"])["objectives"]["kl"]
-        for found in (report, llmbo.report("plain"))
-    ]
-    assert smallest[0] < smallest[1]
-    assert report["model"]["fingerprint"] != llmbo.report("plain")["model"]["fingerprint"]
-    whole = [trial for trial in report["trials"] if trial["objectives"]["params_share"] == 1]
-    assert all(trial["objectives"]["kl"] > 0 for trial in whole)
+    model = load_checkpoint(str(model_folder), "float32", "cpu")
+    windows = load_windows(RunConfig.from_settings(report["run"]["settings"]), model)
+    for part, own in (("objectives", windows.proxy), ("heldout", windows.heldout)):  # of the model as it was
+        dense = report["dense"][part]
+        assert dense["kl"] == 0 and dense["loss"] == pytest.approx(quality(model.model, own).loss, abs=1e-5)
+    assert report["model"]["fingerprint"] != fingerprint(model.model)
     trial, out = report["front"][0]["trial"], tmp_path / "small"
     with chdir(llmbo.folder):
         shutil.rmtree("runs/tiny/prepared")  # prepared again, and measured against what the run measured
@@ -119,11 +114,10 @@ def test_an_adapter_is_searched_and_exported_like_a_dense_model(
         assert done.exit_code == 0, done.output
     assert "an adapter for all" in (out / "README.md").read_text()
     weights = {name: weight for name, weight in load_checkpoint(str(out), "float32", "cpu").model.named_parameters()}
-    norm = load_checkpoint(str(model_folder), "float32", "cpu").model.get_parameter("model.norm.weight")
-    assert not torch.equal(weights["model.norm.weight"], norm)
-    again = llmbo(elastic=None, text=f"text:{story}", min_share=0.4, budget=8)
+    assert not torch.equal(weights["model.norm.weight"], model.model.get_parameter("model.norm.weight"))
+    again = llmbo(elastic=None, text=f"text:{story}", min_share=0.4, budget=5)
     assert again.exit_code == 2 and "elastic" in again.stderr
-    again = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=8)
+    again = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=5)
     assert again.exit_code == 0, again.output
 
 
@@ -149,3 +143,23 @@ def test_an_adapter_that_does_not_fit_is_refused(
     result = llmbo(elastic=folder, text=f"text:{story}", **changes)
     assert result.exit_code == 2 and said in result.stderr.splitlines()[-1], result.stderr
     assert not (llmbo.folder / "runs" / "tiny" / "study.db").exists()
+
+
+def test_the_experiment_trains_every_arm_once(
+    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
+    words += ["--seeds", 0, "--tokens", 1024, "--window", 16, "--calibration", 128, "--judged", 64, "--validation", 2]
+    words += ["--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "elastic.json"]
+    monkeypatch.setattr("sys.argv", ["elastic", *map(str, words)])
+    experiment.main()
+    entries = json.loads((tmp_path / "elastic.json").read_text())["entries"]
+    assert set(entries) == {f"0 0.6 {arm}" for arm in experiment.ARMS}
+    steps = {arm: entries[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
+    assert not steps["none"] and [steps[arm][0][0] for arm in ("one", "each", "elastic")] == [
+        16,
+        16,
+        8,
+    ]  # of 64 tokens a pass
+    monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
+    experiment.main()

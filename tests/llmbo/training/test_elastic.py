@@ -10,10 +10,12 @@ import pytest
 import torch
 from click.testing import Result
 from peft import PeftModel
+from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from experiments.elastic import __main__ as experiment
+from experiments.healing_order import __main__ as order
 from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.models.adapter import Adapter
@@ -56,6 +58,8 @@ def test_members_get_better_and_peft_reads_the_adapter(model_folder: Path, adapt
     assert small["after"]["kl"] < 0.9 * small["before"]["kl"] and dense["before"]["kl"] < 1e-6
     assert dense["after"]["kl"] < 0.1 * small["before"]["kl"]  # every fourth step is the dense model's
     assert not adapter.with_name("adapter.training").exists()
+    for dtype, digest in told["base_model"]["fingerprints"].items():  # known again in each
+        assert fingerprint(load_checkpoint(str(model_folder), dtype, "cpu").model) == digest
     merged = load_checkpoint(str(model_folder), "float32", "cpu").model
     Adapter.read(str(adapter)).merge_into(merged)
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -163,3 +167,28 @@ def test_the_experiment_trains_every_arm_once(
     ]  # of 64 tokens a pass
     monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
     experiment.main()
+
+
+def test_scores_forecast_the_order_after_healing(
+    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
+    words += ["--candidates", 3, "--tokens", 64, "--window", 16, "--calibration", 128, "--judged", 64, "--scored", 64]
+    words += ["--validation", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "order.json"]
+    monkeypatch.setattr("sys.argv", ["healing_order", *map(str, words)])
+    order.main()
+    entries = json.loads((tmp_path / "order.json").read_text())["entries"]
+    sizes = [entry["scores"]["params"] for entry in entries.values()]
+    assert len(entries) == 3 and max(sizes) - min(sizes) < order.EQUAL * 2
+    assert len({str(entry["neurons"]) + str(entry["kv_groups"]) for entry in entries.values()}) == 3
+    whole = [torch.randn(4, 2, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    assert order.trace(whole, whole) == pytest.approx(1) and order.trace(
+        whole, [-part for part in whole]
+    ) == pytest.approx(-1)
+    assert order.trace(whole, [whole[0], *map(torch.zeros_like, whole[1:])]) == pytest.approx(1 / 3)
+    forecast = {f"0.6 {n}": {"scores": dict.fromkeys(order.BETTER, n), "healed": n} for n in range(5)}
+    drawn = torch.randint(4, (3, 6, 2), generator=torch.Generator().manual_seed(0)).numpy()
+    assert order._tau(drawn) == pytest.approx([kendalltau(*pairs.T).statistic for pairs in drawn])
+    assert {name: found[0] for name, found in order.taus(forecast, ["0.6"]).items()} == pytest.approx(
+        {name: -sign for name, sign in order.BETTER.items()}
+    )

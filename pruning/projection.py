@@ -43,3 +43,37 @@ class Narrow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         products = [F.linear(x, matrix, bias) for matrix, bias in zip(self.matrices, self.biases, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+class Adapted(nn.Module):
+    """A projection with a low-rank change that learns: `W x + b + scale * U D x` (LoRA, arXiv:2106.09685).
+
+    Args:
+        projection: `outputs x inputs`, left alone.
+        down: D, `rank x inputs`.
+        up: U, `outputs x rank`, or some of its rows in parts, as `Narrow` has them.
+    """
+
+    def __init__(self, projection: nn.Module, down: Tensor, up: Tensor | Sequence[Tensor], scale: float) -> None:
+        super().__init__()
+        self.projection, self.down, self.up, self.scale = projection, down, up, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.up] if isinstance(self.up, Tensor) else self.up
+        inner = F.linear(x, self.down)
+        return self.projection(x) + self.scale * torch.cat([F.linear(inner, part) for part in parts], dim=-1)
+
+
+def rows_of(projection: nn.Module, parts: Sequence[slice]) -> nn.Module:
+    """Some rows of a projection, adapted or not, as views."""
+    if isinstance(projection, Adapted):
+        up = projection.up
+        assert isinstance(up, Tensor)  # nothing takes rows of rows
+        return Adapted(
+            rows_of(projection.projection, parts), projection.down, [up[part] for part in parts], projection.scale
+        )
+    assert isinstance(projection, Projection)
+    bias = projection.bias
+    return Narrow(
+        [matrix_of(projection)[part] for part in parts], [None if bias is None else bias[part] for part in parts]
+    )

@@ -6,7 +6,7 @@ With compensation the output projection comes from the table's cache, without it
 no memory and no copying of weights, on any device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import asdict
@@ -20,13 +20,22 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
-from pruning.block import Block, Rows, expand_units
+from pruning.block import Block, expand_units
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
-from pruning.likelihood import DenseDistribution, Head, Quality, WindowQualities, distribution_of, judged, last_hidden
+from pruning.likelihood import (
+    DenseDistribution,
+    Head,
+    Quality,
+    WindowQualities,
+    digest_of,
+    distribution_of,
+    judged,
+    last_hidden,
+)
 from pruning.masks import Ranking
 from pruning.modeling_pruned import stand_ins
-from pruning.projection import Narrow, Projection, matrix_of
+from pruning.projection import Narrow, Projection, matrix_of, rows_of
 from pruning.walk import Walk, brought, device_of
 
 
@@ -49,6 +58,8 @@ class Supernet:
         resident: Whether the model's layers stay on its device. Otherwise they are brought there one at a time, sorted on the way,
             and nothing is written where they wait: memory-mapped weights stay clean. Then only what is done layer by layer works,
             which is everything but `active`.
+        known: What the model predicted on some windows before it was adapted, by `pruning.likelihood.digest_of`: there that is what
+            "the dense model" predicts.
     """
 
     def __init__(
@@ -57,9 +68,11 @@ class Supernet:
         ranking: Ranking,
         compensation: Refits | None = None,
         resident: bool = True,
+        known: Mapping[str, DenseDistribution] | None = None,
     ) -> None:
         self.model = model
         self.resident = resident
+        self.known = known or {}
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
         self.ranking = ranking
@@ -116,6 +129,8 @@ class Supernet:
 
     def distribution(self, windows: Tensor, batch_size: int = 4) -> DenseDistribution:
         """What the dense model predicts on `num_windows x length` token ids."""
+        if self.known and (found := self.known.get(digest_of(windows))):
+            return found
         batches = windows.split(batch_size)
         states = next(self.states([Architecture.full(self.anatomy)], batches))
         return distribution_of(Head.of(self.model), batches, states)
@@ -165,6 +180,11 @@ class Supernet:
     def loss(self, architecture: Architecture, windows: Tensor) -> float:
         """Mean next-token loss of the sub-network, nats per token."""
         return self.quality(architecture, windows).loss
+
+    def order(self, index: int, block: Block) -> tuple[Tensor, Tensor]:
+        """How a layer's block is sorted while this is open: its units, and their query heads, best first, on the model's device."""
+        units, heads = self.ranking.kept(index, block, block.units)
+        return units.to(device_of(self.model)), heads.to(device_of(self.model))
 
     def output_of(self, index: int, block: Block) -> Projection:
         """The dense output projection of a block of layer `index`, whichever sub-network is active."""
@@ -241,7 +261,7 @@ class Supernet:
         for name, value in block.attributes_at(layer, units).items():
             _swap(module, name, value, stack)
         for name, rows in block.inputs.items():
-            _swap(module, name, _prefix(getattr(module, name), rows, units), stack)
+            _swap(module, name, rows_of(getattr(module, name), rows.prefix(units)), stack)
         narrow = Narrow([self.output_weight(index, block, units)], [self.output_bias(index, block, units)])
         _swap(module, block.places.output, narrow, stack)
 
@@ -255,7 +275,7 @@ class Supernet:
     def _reorder(self, index: int, inverse: bool) -> None:
         """Permute the units of a layer's blocks in place; one projection is copied at a time."""
         for block in self.anatomy.blocks:
-            orders = [each.to(device_of(self.model)) for each in self.ranking.kept(index, block, block.units)]
+            orders = self.order(index, block)
             order, heads = (each.argsort() for each in orders) if inverse else orders
             for projection, rows in block.inputs_of(self._layers[index]):
                 row_order = rows.of(order, heads)
@@ -270,15 +290,6 @@ def _checked(compensation: Refits | None, ranking: Ranking) -> Refits | None:
     if compensation is not None and not compensation.ranking.same(ranking):
         raise InvalidMask("The compensation table was made for another ranking of units.")
     return compensation
-
-
-def _prefix(projection: Projection, rows: Rows, units: int) -> Narrow:
-    """The rows of the first units and query heads, as views."""
-    parts = rows.prefix(units)
-    bias = projection.bias
-    return Narrow(
-        [matrix_of(projection)[part] for part in parts], [None if bias is None else bias[part] for part in parts]
-    )
 
 
 def _swap(owner: nn.Module, name: str, value: object, stack: ExitStack) -> None:

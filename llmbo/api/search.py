@@ -52,6 +52,7 @@ def optimize(
     neuron_multiple: int = RunConfig.neuron_multiple,
     query_heads: bool | None = RunConfig.query_heads,
     refit_anchors: int | None = RunConfig.refit_anchors,
+    elastic: str = RunConfig.elastic,
     calibration_tokens: int = RunConfig.calibration_tokens,
     proxy_tokens: int = RunConfig.proxy_tokens,
     heldout_tokens: int = RunConfig.heldout_tokens,
@@ -93,8 +94,8 @@ def optimize(
         command: What the report says the run was started with; by default this call.
         batch, seed, strategy, deploy, objectives, reference_point, context, serve_batch, quantize, latency_target, items, samples,
             refit_front, racing, compensation, recipe, recipe_search, text, chat, heldout_text, min_share, neuron_step, neuron_multiple,
-            query_heads, refit_anchors, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload, name,
-            storage, advisor, advisor_hooks, advisor_share, advisor_warm_start, advisor_context, advisor_every, advisor_max_calls,
+            query_heads, elastic, refit_anchors, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload,
+            name, storage, advisor, advisor_hooks, advisor_share, advisor_warm_start, advisor_context, advisor_every, advisor_max_calls,
             advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
             `llmbo.config.RunConfig`.
 

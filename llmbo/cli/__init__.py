@@ -10,6 +10,7 @@ from llmbo.cli.advise import advise
 from llmbo.cli.cache import cache
 from llmbo.cli.common import OneLineGroup, say
 from llmbo.cli.compare import compare
+from llmbo.cli.elastic import elastic
 from llmbo.cli.evaluate import evaluate
 from llmbo.cli.export import export
 from llmbo.cli.models import models
@@ -40,5 +41,19 @@ def main(
     common.running = f"llmbo {context.invoked_subcommand}"
 
 
-for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models, cache):
+for command in (
+    optimize,
+    report,
+    watch,
+    export,
+    evaluate,
+    recover,
+    elastic,
+    rerank,
+    compare,
+    advise,
+    profile,
+    models,
+    cache,
+):
     app.command()(command)

@@ -127,6 +127,12 @@ def optimize(
             "a minute, 3 at most."
         ),
     ] = None,
+    elastic: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Adapter of the model that `llmbo elastic` has trained, merged into its weights."
+        ),
+    ] = "",
     calibration_tokens: Annotated[
         int,
         typer.Option(help="Tokens for ranking and refits; 0: what this machine does in a minute."),

@@ -17,9 +17,18 @@ from llmbo.errors import ConfigError, first_line, unknown
 T = TypeVar("T")
 
 # Keys of a run that say how to search, not what to search; a comparison has its own.
-_OF_THE_SEARCH = {"budget", "batch", "seed", "strategy", "name", "storage", "racing", "heldout_text", "samples"} | {
-    item.name for item in dataclasses.fields(RunConfig) if item.name.startswith("advisor")
-}
+_OF_THE_SEARCH = {
+    "budget",
+    "batch",
+    "seed",
+    "strategy",
+    "name",
+    "storage",
+    "racing",
+    "heldout_text",
+    "samples",
+    "elastic",
+} | {item.name for item in dataclasses.fields(RunConfig) if item.name.startswith("advisor")}
 
 
 @dataclass(frozen=True)

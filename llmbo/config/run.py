@@ -45,6 +45,7 @@ EARLIER: dict[str, Any] = {
     "quantize": "",
     "query_heads": False,
     "refit_anchors": 0,
+    "elastic": "",
 }  # what a run did that was started before there was the setting; rounds of a comparison are found by it, too
 RESTATED = (
     "advisor_hooks",
@@ -91,6 +92,8 @@ class RunConfig:
         query_heads: Whether KV groups may lack some of their query heads; None for where a layer has a single group.
         refit_anchors: At so many members of the path refits are fitted beside those of the dense model (`pruning.anchored`); None for as
             many as this machine gets through in half a minute, three at most, which is then a setting of the run.
+        elastic: Folder of an adapter that `llmbo elastic` wrote for this model, merged into its weights before anything is measured;
+            KL, and the dense model's values, are of the model without it.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
@@ -139,6 +142,7 @@ class RunConfig:
     neuron_multiple: Annotated[int, Within(1, MOST)] = 256
     query_heads: bool | None = None
     refit_anchors: Annotated[int | None, Within(0, 6)] = None
+    elastic: str = ""
     calibration_tokens: Annotated[int, Within(0, MOST_TOKENS)] = 0
     proxy_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 3072
     heldout_tokens: Annotated[int, Within(1, MOST_TOKENS)] = 1536

@@ -124,6 +124,9 @@ _REPAIRED = {
 }
 
 
+ADAPTED = "Before it was cut, an adapter for all sub-networks (`llmbo elastic`) was merged; the dense model is the one without it. "
+
+
 def _quality_table(report: Report, measured: Refitted) -> str:
     another = report.elsewhere.source if report.elsewhere else ""
     rows = [
@@ -145,6 +148,7 @@ def _recipe(report: Report, refit: str) -> str:
     return (
         f"Nats per token over windows of {data.window} tokens{how} of the text {data.source}, where no other is named. "
         "The search saw the proxy windows; nothing saw the held-out windows. `kl` is from the dense model's distribution. "
+        f"{ADAPTED if report.run.settings.get('elastic') else ''}"
         f"{_REPAIRED[refit] if refit == 'sequential' or report.run.settings.get('compensation', True) else ''}"
     )
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,6 +37,7 @@ from llmbo.models.placement import DTYPES, OFFLOADS, choose_device, choose_dtype
 from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
 from pruning.export.rebuild import local_class
+from pruning.likelihood import DenseDistribution
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,13 @@ class LoadedModel(Checkpoint):
 
     Args:
         fingerprint: Digest of some weights of every tensor, so that a resumed run notices another model.
+        adopted: The caller has loaded it, and gets it back as it was.
+        known: What it predicted on some windows before it was adapted, see `pruning.supernet.Supernet`.
     """
 
     fingerprint: str
+    adopted: bool = field(default=False, kw_only=True)
+    known: Mapping[str, DenseDistribution] = field(default_factory=dict, kw_only=True)
 
     @property
     def resident(self) -> bool:
@@ -221,6 +226,7 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return LoadedModel(
         *(name, name, model, tokenizer, dtype, str(model.device), fingerprint(model)),
         notes=_single_head(name, model.config),
+        adopted=True,
     )
 
 
@@ -320,11 +326,11 @@ def told(name: str, source: str, part: str = "") -> Iterator[None]:
         raise ModelError(f"Cannot load {part}'{name}': {reason}") from error
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Digest of some weights of every tensor."""
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """Digest of some weights of every tensor; with `dtype`, as they would be in it."""
     digest = hashlib.sha256()
     for name, parameter in model.state_dict().items():
         values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 64)].float().cpu()
+        sample = values[:: max(1, values.numel() // 64)].to(dtype or values.dtype).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

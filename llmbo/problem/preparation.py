@@ -178,7 +178,7 @@ def prepared(
         importance = fisher(statistics)
         taylor_family = ThresholdFamily.from_importance(space, taylor(statistics))
         layers = layer_scores(statistics)
-    with Supernet(model, found.ranking, found.refits, loaded.resident) as supernet:
+    with Supernet(model, found.ranking, found.refits, loaded.resident, loaded.known) as supernet:
         enough = min(method.allocation_tokens // calibration.shape[1], len(calibration) // 4)
         some = calibration[: max(1, enough)]
         keep = partial(_stage, files, device_of(model), len(some), config.seed)

@@ -191,6 +191,7 @@ def _whole(config: RunConfig) -> list[str]:
     """What of the settings runs models as a whole, which cannot be where layers are brought one at a time."""
     measured = [name for name in (*config.objectives, *config.limits) if name in KIND_OF]
     asked = {"--racing": config.racing, "--text self": config.text == "self", "--items": bool(config.items)}
+    asked |= {"--elastic": bool(config.elastic)}
     return [flag for flag, wanted in asked.items() if wanted] + measured
 
 

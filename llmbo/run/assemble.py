@@ -14,10 +14,12 @@ from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig, restated
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import Exam, read_item_files
+from llmbo.models.adapter import Adapter
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
 from llmbo.problem.anchors import check_refit_anchors
+from llmbo.problem.elastic import adapted, check_unseen
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
@@ -166,6 +168,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     check_refit_front(config, anatomy)
     check_refit_anchors(config, anatomy)
     items = item_files(config)
+    if config.elastic:
+        Adapter.read(config.elastic)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -190,8 +194,13 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             if anchors_open and config.calibration_tokens < least_tokens(anatomy):
                 config = replace(config, refit_anchors=0)
             check_refit_anchors(config, anatomy)
+        data = facts_of(loaded, windows)["data"]
+        elsewhere = load_elsewhere(config, loaded, data)
+        if config.elastic:
+            check_unseen(config, data, elsewhere)
+            asked = [windows.proxy, windows.heldout, *([elsewhere.heldout] if elsewhere else [])]
+            loaded = adapted(config, loaded, *asked)
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
-        elsewhere = load_elsewhere(config, loaded, facts["data"])
         if stored:
             digests = ({"items": found.get("items")} for found in (stored, facts))
             if changes := changed_facts(stored, facts) + differences(*digests):

@@ -15,6 +15,7 @@ from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import TOLD, RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import find_prunable, load_model
+from llmbo.problem.elastic import adapted
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import prepared
@@ -54,9 +55,9 @@ def reopened(
     """The run's advisor, which keeps its notes to itself, the trials, and what the optimiser thinks of them."""
     base = find_prunable(config.model)
     loaded = load_model(config.model, *placed(config, base, facts["dtype"], facts["device"]))
-    with prepared(
-        config, loaded, load_windows(config, loaded), phases, facts.get("profiles"), Method.of(facts.get("recipe"))
-    ) as problem:
+    windows = load_windows(config, loaded)
+    loaded = adapted(config, loaded, windows.proxy)
+    with prepared(config, loaded, windows, phases, facts.get("profiles"), Method.of(facts.get("recipe"))) as problem:
         objectives = build_objectives(
             config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits
         )

@@ -12,6 +12,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.anchors import anchored, names_at
+from llmbo.problem.elastic import adapted
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.method import Method
 from llmbo.problem.preparation import fitted
@@ -141,6 +142,7 @@ def load_base(
                 f"load it in {report.run.dtype}."
             )
         windows = load_windows(config, loaded)
+        loaded = adapted(config, loaded, windows.proxy)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)
     for facts in (stored, found):
@@ -242,7 +244,7 @@ class RebuildInputs:
         found = kept_refits(self.files, trial.number, architecture, self.loaded.model.device)
         if found and column:
             return found, column, True
-        with Supernet(self.loaded.model, self.ranking, None, self.loaded.resident) as supernet:
+        with Supernet(self.loaded.model, self.ranking, None, self.loaded.resident, self.loaded.known) as supernet:
             with phases.phase(PHASE, supernet.anatomy.num_hidden_layers) as advance:
                 refits = sequential(self.files, trial.number, supernet, architecture, self.windows.calibration, advance)
             if column:

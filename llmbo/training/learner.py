@@ -102,12 +102,17 @@ class Learner:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)  # a few hundred steps see too few of their rows
         if plan.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
-                module.training = hasattr(module, "gradient_checkpointing")  # which asks for it; no dropout does
+            recompute(model)
         learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         own = set(map(id, refitted))
         return cls(model, learning, {name: p for name, p in model.named_parameters() if id(p) in own}, merged)
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Keep no activations but those between layers."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        module.training = hasattr(module, "gradient_checkpointing")  # which asks for it; no dropout does
 
 
 def _with_adapters(model: PreTrainedModel, plan: Plan, targets: Any) -> Callable[[], PreTrainedModel]:

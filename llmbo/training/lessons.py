@@ -17,7 +17,7 @@ from llmbo.errors import StorageError, first_line
 from llmbo.models.checks import check_tokens
 from llmbo.models.loading import fingerprint
 from llmbo.report.files import replace_file
-from llmbo.training.learner import REFIT_TOKENS, Learner, Refitter
+from llmbo.training.learner import REFIT_TOKENS, Refitter
 from llmbo.training.plan import VALIDATIONS, Length, Plan
 from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
@@ -120,6 +120,8 @@ def course_for(
     work: Path,
     phases: Phases,
     kept: Path | None = None,
+    lesson_of: Callable[..., Lesson] = Lesson,
+    about: Mapping[str, Any] | None = None,
 ) -> Course:
     """Settle how many steps there will be, and have the dense model tell what it predicts.
 
@@ -128,6 +130,7 @@ def course_for(
     Args:
         plan: 0 stands for steps and steps between validations that follow from `length`.
         kept: Where the dense model's predictions go; by default below `work`.
+        about: What else a training must have been settled for.
 
     Raises:
         StorageError: `work` holds the training of another model, or one with other settings.
@@ -139,10 +142,11 @@ def course_for(
         "teacher": fingerprint(student.dense) if student.dense else "",
         "text": windows.sha256,
         "dtype": student.dtype,
+        **(about or {}),
     }
     training, validation = windows.calibration, windows.proxy
     refitter = student.refitter if plan.train == "refit-lora" else None
-    lesson = Lesson(training, validation, refitter=refitter, device=student.device, dtype=student.dtype)
+    lesson = lesson_of(training, validation, refitter=refitter, device=student.device, dtype=student.dtype)
     heldout = None
     if plan.distil:
         assert student.dense is not None
@@ -222,7 +226,7 @@ def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) ->
     model, places = student.model, batch_of(len(lesson.training), plan, 0)
     kept = student.device == "cpu" and plan.distil
     trial = replace(lesson, teacher=NextTokens()) if kept else lesson
-    learner = Learner.of(model, plan, lesson.refitter)
+    learner = lesson.learner(model, plan)
     step = _seconds(lambda: gradients(model, trial, places, plan.micro).item())
     model.zero_grad()
     judged = _seconds(lambda: lesson.judge(model))

@@ -1,7 +1,7 @@
 """Short training of a pruned model: steps, validation, refits. Knows nothing of files of models or of the command line."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,14 @@ class Lesson:
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
         return partial(autocast, self.device, self.dtype)
 
+    def learner(self, model: PreTrainedModel, plan: Plan) -> Learner:
+        """The model, prepared to learn by a plan."""
+        return Learner.of(model, plan, self.refitter)
+
+    def forms(self, step: int) -> Sequence[Callable[[], AbstractContextManager[object]]]:
+        """What the model is while it learns at a step, each as long as a context lasts; gradients are their mean's."""
+        return (nullcontext,)
+
     def judge(self, model: PreTrainedModel) -> float:
         """What `model` is validated by, nats per token."""
         with self.autocast():
@@ -76,7 +84,7 @@ def train(
     Raises:
         StorageError: The checkpoint belongs to another plan or cannot be written.
     """
-    learner = Learner.of(model, plan, lesson.refitter)
+    learner = lesson.learner(model, plan)
     optimizer = torch.optim.AdamW(learner.trained.values(), weight_decay=0.0)
     checkpoints = Checkpoints(folder, plan, learner.weights, optimizer)
     progress = checkpoints.restore() or checkpoints.save(Progress([(0, lesson.judge(model))]))
@@ -112,7 +120,7 @@ def _within_memory(
     places = batch_of(len(lesson.training), plan, step)
     while True:
         try:
-            return gradients(model, lesson, places, progress.micro or plan.micro)
+            return gradients(model, lesson, places, progress.micro or plan.micro, step)
         except Exception as error:
             if progress.micro or not out_of_memory(error) or (plan.micro or plan.batch) < 2:
                 raise
@@ -124,21 +132,23 @@ def _within_memory(
         )
 
 
-def gradients(model: PreTrainedModel, lesson: Lesson, places: Tensor, micro: int = 0) -> Tensor:
+def gradients(model: PreTrainedModel, lesson: Lesson, places: Tensor, micro: int = 0, step: int = 0) -> Tensor:
     """Add the gradients of a batch's mean loss, and return that loss. Does not wait for the device.
 
     Args:
         places: Of the batch's windows.
         micro: Windows at once; 0 takes all.
     """
-    total = torch.zeros((), device=lesson.device)
+    total, forms = torch.zeros((), device=lesson.device), lesson.forms(step)
     for some in places.split(micro or len(places)):
         windows = moved(lesson.training[some], lesson.device)
-        with lesson.autocast():
-            loss = lesson.teacher.loss(last_hidden(model, windows), Head.of(model), windows, some)
-        loss = loss * (len(some) / len(places))
-        loss.backward()
-        total += loss.detach()
+        for form in forms:
+            with form():
+                with lesson.autocast():
+                    loss = lesson.teacher.loss(last_hidden(model, windows), Head.of(model), windows, some)
+                loss = loss * (len(some) / len(places) / len(forms))
+                loss.backward()
+            total += loss.detach()
     return total
 
 

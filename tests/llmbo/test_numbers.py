@@ -23,6 +23,7 @@ NEEDED = {
     "optimize": ["--model", "./nowhere"],
     "profile": ["--model", "./nowhere"],
     "evaluate": ["./nowhere"],
+    "elastic": ["--model", "./nowhere", "--out", "made", "--steps", "1"],
     "recover": ["./nowhere", "--out", "made", "--steps", "1"],
     "rerank": ["./nowhere"],
     "export": ["./nowhere", "--trial", "0", "--format", "hf", "--out", "made"],

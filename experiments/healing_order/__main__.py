@@ -1,0 +1,229 @@
+"""What tells before healing which of several models of one size will be best after it?
+
+    python -m experiments.healing_order --out order.json --text python --judge builtin
+
+At each share some candidates of equal size are scored, cut, healed alike and measured on held-out text: the allocation path's member, and
+others with more and more widths exchanged at random. Scores are KL from the dense model, correlation of gradients with the dense model's
+in the space of low-rank changes (after TraceNAS, arXiv:2602.02891), the norm of these gradients, and the number of parameters. Printed is
+Kendall's tau of every score with the order after healing, within sizes, with a bootstrapped 95 % interval. Finished candidates are in
+--out and are not done again by the same command. See README.md.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.quiet import Quiet
+from llmbo.models.loading import load_model
+from llmbo.models.placement import choose_device, choose_dtype
+from llmbo.models.silence import silence_libraries
+from llmbo.problem.preparation import Problem, prepared
+from llmbo.problem.space import SearchSpace
+from llmbo.problem.texts import load_windows
+from llmbo.report.files import replace_file
+from llmbo.training.elastic import Task, dealt_windows
+from llmbo.training.lessons import Student, course_for
+from llmbo.training.plan import Length, Plan
+from llmbo.training.trainer import train
+from pruning.architecture import Architecture
+from pruning.calibration import fresh_windows
+from pruning.distillation import divergence, next_tokens
+from pruning.elastic import adapt, take_out
+from pruning.likelihood import Head, dense_distribution, last_hidden, quality
+from pruning.masks import PruningMask
+from pruning.shrinking import shrink
+from pruning.supernet import Supernet
+from pruning.text import read_text
+
+EQUAL = 0.004  # of the blocks' parameters; sizes closer than that are one
+DRAWS = 2000  # of the bootstrap
+RANK = 8  # of the space that gradients are compared in
+BETTER = {"kl": -1, "trace": 1, "norm": -1, "params": 1}  # sign of a score that promises more
+Scores = dict[str, float]
+
+
+def main() -> None:
+    silence_libraries()
+    options, start = _options(), time.perf_counter()
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "device", "minutes")}
+    entries: dict[str, Any] = {}
+    if options.out.is_file():
+        found = json.loads(options.out.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise SystemExit(f"'{options.out}' holds results of other settings: move it away, then run again.")
+        entries = found["entries"]
+    keys = [f"{share} {number}" for number in range(options.candidates) for share in options.shares]
+    if pending := [key for key in keys if key not in entries]:
+        for key, entry in _measured(options, pending):
+            entries[key] = entry
+            replace_file(
+                options.out, (json.dumps({"settings": settings, "entries": entries}, indent=1) + "\n").encode()
+            )
+            told = "  ".join(f"{name} {value:.5g}" for name, value in entry["scores"].items())
+            print(f"{key:8} {entry['seconds']:6.1f} s  {told}  healed {entry['healed']:.4f}", flush=True)
+            if time.perf_counter() - start > 60 * options.minutes:
+                break
+    for name, (tau, low, high) in taus(entries, options.shares).items():
+        print(f"{name:8} tau {tau:+.2f}, 95 % {low:+.2f} to {high:+.2f}")
+
+
+def _measured(options: argparse.Namespace, keys: Sequence[str]) -> Any:
+    """Key and entry of one candidate after the other."""
+    device = choose_device(options.device)
+    loaded = load_model(options.model, "float32", device)
+    loaded.model.requires_grad_(False)
+    dtype, work = choose_dtype(options.dtype, device, loaded.model.config), Path(tempfile.mkdtemp(prefix="order-"))
+    config = Task(
+        options.model, work / "out", options.text, options.window, options.validation,
+        calibration_tokens=options.calibration, device=device,
+    ).config  # fmt: skip
+    windows = load_windows(config, loaded)
+    judged = fresh_windows(
+        read_text(options.judge), loaded.tokenizer, options.judged // options.window, options.window, 0
+    ).heldout
+    dense = dense_distribution(loaded.model, judged)
+    plan = Plan(0, options.batch, "lora", options.rank, options.lr, True, 0, 10**6)
+    with prepared(config, loaded, windows, Quiet()) as problem:
+        found = {key: drawn(problem, float(key.split()[0]), int(key.split()[1])) for key in keys}
+        tried = windows.calibration[: max(1, options.scored // options.window)]
+        scores = scored(problem, [problem.space.decode(x) for x in found.values()], tried)
+        ranking, refits = problem.supernet.ranking, problem.supernet.compensation
+    for (key, x), own in zip(found.items(), scores, strict=True):
+        architecture = problem.space.decode(x)
+        model = shrink(loaded.model, PruningMask.from_architecture(architecture, ranking), refits)
+        start, before = time.perf_counter(), quality(model, judged, dense).kl
+        student = Student(model, loaded.tokenizer, device, dtype, loaded.model, architecture)
+        training, _ = dealt_windows(student, config, plan, options.validation, work)
+        length = Length(tokens=options.tokens)
+        course = course_for(student, training, plan, length, work / key, Quiet(), work / "teacher")
+        model, _ = train(model, course.lesson, course.plan, work / key, tell=print)
+        healed = quality(nn.Module.to(model, device), judged, dense).kl
+        seconds = time.perf_counter() - start
+        yield key, {"scores": own, "unhealed": before, "healed": healed, "seconds": seconds, **architecture.to_dict()}
+
+
+def drawn(problem: Problem, share: float, number: int) -> tuple[int, ...]:
+    """The path's member of a share, with `number` times a tenth of its widths moved by a level; its size stays what it is."""
+    space, rng = problem.space, random.Random(f"{share} {number}")
+    x = list(problem.family.at(share))
+    size = _share(space, x)
+    for _ in range(number * max(1, space.d // 10)):
+        for _ in range(1000):  # until one is found that fits
+            y = list(x)
+            for place, step in zip(rng.sample(range(space.d), 2), (1, -1), strict=True):
+                y[place] = min(max(y[place] + step, 0), space.max_levels[place])
+            legal = bool(space.legal(torch.tensor([y], dtype=torch.float64)))
+            if y != x and legal and abs(_share(space, y) - size) < EQUAL:
+                x = y
+                break
+    return tuple(x)
+
+
+def _share(space: SearchSpace, x: Sequence[int]) -> float:
+    return float(space.share(torch.tensor([x], dtype=torch.float64)))
+
+
+def scored(problem: Problem, architectures: Sequence[Architecture], windows: Tensor) -> list[Scores]:
+    """All scores of some sub-networks."""
+    supernet, full = problem.supernet, Architecture.full(problem.space.anatomy)
+    dense = supernet.distribution(windows)
+    try:
+        learning = adapt(supernet, RANK, 1.0, 0)
+        whole, found = _gradients(supernet, full, windows, learning), []
+        for architecture in architectures:
+            own = _gradients(supernet, architecture, windows, learning)
+            x = torch.tensor([problem.space.encode(architecture)], dtype=torch.float64)
+            found.append(
+                {
+                    "kl": supernet.quality(architecture, windows, dense).kl or 0.0,
+                    "trace": trace(whole, own),
+                    "norm": float(sum(part.square().sum() for part in own).sqrt()),  # type: ignore[union-attr]
+                    "params": float(problem.space.share(x)),
+                }
+            )
+    finally:
+        take_out(supernet)
+    return found
+
+
+def _gradients(
+    supernet: Supernet, architecture: Architecture, windows: Tensor, learning: Sequence[nn.Parameter]
+) -> list[Tensor]:
+    """Of the text's loss by the upper factors, which are 0: the weights' own gradients, cast down at random. 0 where units are missing."""
+    with supernet.active(architecture) as model:
+        for batch in windows.split(4):
+            batch = batch.to(model.device)
+            divergence(last_hidden(model, batch), Head.of(model), next_tokens(batch)).backward()
+    found = [torch.zeros_like(up) if up.grad is None else up.grad.clone() for up in learning[1::2]]
+    for parameter in learning:
+        parameter.grad = None
+    return found
+
+
+def trace(whole: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+    """Correlation (Pearson) of a sub-network's gradients with the dense model's: by projection, weighed by the rows that are left."""
+    total = 0.0
+    for one, other in zip(whole, own, strict=True):
+        kept = float((other != 0).any(-1).double().mean())
+        if kept:
+            total += kept * float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])
+    return total / len(own)
+
+
+def taus(entries: Mapping[str, Any], shares: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+    """Kendall's tau of each score with the order after healing, a mean over sizes, with its interval; 1 is a perfect forecast."""
+    groups = [[entry for key, entry in entries.items() if key.split()[0] == share] for share in shares]
+    groups = [group for group in groups if len(group) > 2]
+    rng, found = np.random.default_rng(0), {}
+    if not groups:
+        return {}
+    for name, sign in BETTER.items():
+        pairs = [np.array([[sign * e["scores"][name], -e["healed"]] for e in group]) for group in groups]
+        drawn = [_tau(p[rng.integers(len(p), size=(DRAWS, len(p)))]) for p in pairs]
+        low, high = np.nanquantile(np.mean(drawn, axis=0), [0.025, 0.975])
+        found[name] = float(np.mean([_tau(p) for p in pairs])), float(low), float(high)
+    return found
+
+
+def _tau(pairs: Any) -> Any:
+    """Kendall's tau-b of `... x n x 2` numbers; no number where one of the two is always the same."""
+    signs = np.sign(pairs[..., :, None, :] - pairs[..., None, :, :])
+    one, other = signs[..., 0], signs[..., 1]
+    with np.errstate(invalid="ignore"):
+        return (one * other).sum((-2, -1)) / np.sqrt((one**2).sum((-2, -1)) * (other**2).sum((-2, -1)))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama")
+    parser.add_argument("--shares", nargs="+", default=["0.8", "0.65", "0.5"], help="of the blocks' parameters")
+    parser.add_argument("--candidates", type=int, default=8, help="at each share")
+    parser.add_argument("--text", default="python", help="to cut, refit, score and heal by; half of it is trained on")
+    parser.add_argument("--judge", default="builtin", help="text to measure on")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of each healing")
+    parser.add_argument("--batch", type=int, default=4, help="windows per step")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters that heal")
+    parser.add_argument("--lr", type=float, default=0.0)
+    parser.add_argument("--calibration", type=int, default=16384, help="tokens to cut by")
+    parser.add_argument("--scored", type=int, default=3072, help="tokens to score by")
+    parser.add_argument("--judged", type=int, default=16384, help="tokens to measure on")
+    parser.add_argument("--validation", type=int, default=12, help="windows")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after which nothing new is begun")
+    parser.add_argument("--dtype", default="auto", help="of the products while training")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("order.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""An adapter for all sub-networks makes them better, is PEFT's as well, belongs to one model, and is searched like a dense model."""
+
+import json
+import shutil
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from peft import PeftModel
+from scipy.stats import kendalltau
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from experiments.elastic import __main__ as experiment
+from experiments.healing_order import __main__ as order
+from llmbo.cli import app
+from llmbo.config import RunConfig
+from llmbo.models.adapter import Adapter
+from llmbo.models.loading import fingerprint, load_checkpoint
+from llmbo.problem.texts import load_windows
+from llmbo.training.elastic import Sandwich
+from pruning.likelihood import quality
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with something to learn: every word calls for the next one."""
+    path = tmp_path_factory.mktemp("story") / "words.txt"
+    path.write_text(" ".join(f"w{index % 7}" for index in range(4800)), encoding="utf-8")
+    return path
+
+
+def train(model: Path, out: Path, story: Path, *words: object) -> Result:
+    common = ("--window", 16, "--calibration-tokens", 128, "--heldout", 4, "--min-share", 0.4, "--device", "cpu")
+    own = ("--dtype", "float32", "--text", f"text:{story}", "--lr", "3e-3", "--eval-every", 6, "--rank", 4)
+    return CliRunner().invoke(app, ["elastic", "--model", *map(str, (model, "--out", out, *common, *own, *words))])
+
+
+@pytest.fixture(scope="module")
+def adapter(model_folder: Path, story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training has left. Read it only."""
+    out = tmp_path_factory.mktemp("elastic") / "adapter"
+    done = train(model_folder, out, story, "--steps", STEPS)
+    assert done.exit_code == 0, done.output
+    assert "share 0.4" in done.stdout and f"llmbo optimize --model {model_folder} --elastic {out}" in done.stdout
+    return out
+
+
+def test_members_get_better_and_peft_reads_the_adapter(model_folder: Path, adapter: Path) -> None:
+    told = json.loads((adapter / "elastic.json").read_text())
+    small, middle, dense = told["members"]
+    assert small["share"] < middle["share"] < dense["share"] == 1
+    assert small["after"]["kl"] < 0.9 * small["before"]["kl"] and dense["before"]["kl"] < 1e-6
+    assert dense["after"]["kl"] < 0.1 * small["before"]["kl"]  # every fourth step is the dense model's
+    assert not adapter.with_name("adapter.training").exists()
+    for dtype, digest in told["base_model"]["fingerprints"].items():  # known again in each
+        assert fingerprint(load_checkpoint(str(model_folder), dtype, "cpu").model) == digest
+    merged = load_checkpoint(str(model_folder), "float32", "cpu").model
+    Adapter.read(str(adapter)).merge_into(merged)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    windows = torch.arange(16).view(1, 16) + 2
+    with torch.no_grad():
+        own, theirs, before = (model(windows).logits for model in (merged, wrapped, plain))
+    torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)
+    assert (own - before).abs().max() > 0.01
+    for name, weight in merged.named_parameters():
+        kind = name.split(".")[-2]
+        changed = not torch.equal(weight, plain.get_parameter(name))
+        assert changed == (kind not in ("o_proj", "down_proj", "embed_tokens", "lm_head")), name
+
+
+def test_a_stopped_training_ends_with_the_same_adapter(
+    model_folder: Path, adapter: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms, seen = Sandwich.forms, list[int]()
+
+    def interrupted(lesson: Sandwich, step: int) -> Any:
+        seen.append(step)
+        if step == 8 and len(seen) < 20:
+            raise KeyboardInterrupt
+        return forms(lesson, step)
+
+    out = tmp_path / "adapter"
+    monkeypatch.setattr(Sandwich, "forms", interrupted)
+    stopped = train(model_folder, out, story, "--steps", STEPS)
+    assert stopped.exit_code == 130 and "goes on" in stopped.stderr and not out.exists()
+    refused = train(model_folder, out, story, "--steps", STEPS, "--min-share", 0.6)
+    assert refused.exit_code == 2 and "other settings (members)" in refused.stderr
+    monkeypatch.setattr(Sandwich, "forms", lambda lesson, step: seen.append(step) or forms(lesson, step))
+    del seen[:]
+    assert train(model_folder, out, story, "--steps", STEPS).exit_code == 0
+    assert seen == list(range(6, STEPS))
+    assert (out / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_is_searched_and_exported_like_a_dense_model(
+    llmbo: Any, model_folder: Path, adapter: Path, story: Path, tmp_path: Path
+) -> None:
+    result = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=3)
+    assert result.exit_code == 0, result.output
+    report = llmbo.report()
+    model = load_checkpoint(str(model_folder), "float32", "cpu")
+    windows = load_windows(RunConfig.from_settings(report["run"]["settings"]), model)
+    for part, own in (("objectives", windows.proxy), ("heldout", windows.heldout)):  # of the model as it was
+        dense = report["dense"][part]
+        assert dense["kl"] == 0 and dense["loss"] == pytest.approx(quality(model.model, own).loss, abs=1e-5)
+    assert report["model"]["fingerprint"] != fingerprint(model.model)
+    trial, out = report["front"][0]["trial"], tmp_path / "small"
+    with chdir(llmbo.folder):
+        shutil.rmtree("runs/tiny/prepared")  # prepared again, and measured against what the run measured
+        done = CliRunner().invoke(app, ["export", "tiny", "--trial", str(trial), "--format", "hf", "--out", str(out)])
+        assert done.exit_code == 0, done.output
+    assert "an adapter for all" in (out / "README.md").read_text()
+    weights = {name: weight for name, weight in load_checkpoint(str(out), "float32", "cpu").model.named_parameters()}
+    assert not torch.equal(weights["model.norm.weight"], model.model.get_parameter("model.norm.weight"))
+    again = llmbo(elastic=None, text=f"text:{story}", min_share=0.4, budget=5)
+    assert again.exit_code == 2 and "elastic" in again.stderr
+    again = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=5)
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("fault", ["base", "missing", "damaged", "seen"])
+def test_an_adapter_that_does_not_fit_is_refused(
+    llmbo: Any, adapter: Path, story: Path, tmp_path: Path, model_folder: Path, fault: str
+) -> None:
+    folder, changes = tmp_path / "adapter", {}
+    shutil.copytree(adapter, folder)
+    if fault == "base":
+        other = AutoModelForCausalLM.from_pretrained(model_folder)
+        other.get_input_embeddings().weight.data += 0.1
+        shutil.copytree(model_folder, tmp_path / "other")
+        other.save_pretrained(tmp_path / "other")
+        changes, said = {"model": tmp_path / "other"}, "was trained for"
+    elif fault == "missing":
+        folder, said = tmp_path / "nowhere", "no elastic.json"
+    elif fault == "damaged":
+        (folder / "adapter_model.safetensors").write_bytes(b"{")
+        said = "is damaged"
+    else:
+        changes, said = {"seed": 1}, "--seed 0 --window 16"
+    result = llmbo(elastic=folder, text=f"text:{story}", **changes)
+    assert result.exit_code == 2 and said in result.stderr.splitlines()[-1], result.stderr
+    assert not (llmbo.folder / "runs" / "tiny" / "study.db").exists()
+
+
+def test_the_experiment_trains_every_arm_once(
+    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
+    words += ["--seeds", 0, "--tokens", 1024, "--window", 16, "--calibration", 128, "--judged", 64, "--validation", 2]
+    words += ["--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "elastic.json"]
+    monkeypatch.setattr("sys.argv", ["elastic", *map(str, words)])
+    experiment.main()
+    entries = json.loads((tmp_path / "elastic.json").read_text())["entries"]
+    assert set(entries) == {f"0 0.6 {arm}" for arm in experiment.ARMS}
+    steps = {arm: entries[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
+    assert not steps["none"] and [steps[arm][0][0] for arm in ("one", "each", "elastic")] == [
+        16,
+        16,
+        8,
+    ]  # of 64 tokens a pass
+    monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
+    experiment.main()
+
+
+def test_scores_forecast_the_order_after_healing(
+    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
+    words += ["--candidates", 3, "--tokens", 64, "--window", 16, "--calibration", 128, "--judged", 64, "--scored", 64]
+    words += ["--validation", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "order.json"]
+    monkeypatch.setattr("sys.argv", ["healing_order", *map(str, words)])
+    order.main()
+    entries = json.loads((tmp_path / "order.json").read_text())["entries"]
+    sizes = [entry["scores"]["params"] for entry in entries.values()]
+    assert len(entries) == 3 and max(sizes) - min(sizes) < order.EQUAL * 2
+    assert len({str(entry["neurons"]) + str(entry["kv_groups"]) for entry in entries.values()}) == 3
+    whole = [torch.randn(4, 2, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    assert order.trace(whole, whole) == pytest.approx(1) and order.trace(
+        whole, [-part for part in whole]
+    ) == pytest.approx(-1)
+    assert order.trace(whole, [whole[0], *map(torch.zeros_like, whole[1:])]) == pytest.approx(1 / 3)
+    forecast = {f"0.6 {n}": {"scores": dict.fromkeys(order.BETTER, n), "healed": n} for n in range(5)}
+    drawn = torch.randint(4, (3, 6, 2), generator=torch.Generator().manual_seed(0)).numpy()
+    assert order._tau(drawn) == pytest.approx([kendalltau(*pairs.T).statistic for pairs in drawn])
+    assert {name: found[0] for name, found in order.taus(forecast, ["0.6"]).items()} == pytest.approx(
+        {name: -sign for name, sign in order.BETTER.items()}
+    )

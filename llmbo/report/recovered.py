@@ -1,0 +1,69 @@
+"""What `llmbo recover` made of a run's trials: `recovered.json` beside the report, whose page shows it."""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from llmbo.errors import StorageError, first_fault
+from llmbo.report.files import read_report, replace_file
+
+FILE = "recovered.json"
+
+
+class HeldOut(BaseModel):
+    """Nats per token on windows that neither search nor training saw; `kl` from the dense model, where that taught."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    loss: float
+    kl: float | None
+
+
+class Recovered(BaseModel):
+    """A recovered model.
+
+    `folder` holds it; `what` learnt, and from what, in words; `tokens` it was trained on until its best step; `validation`: by step the KL
+    divergence where the dense model taught (`distilled`), else the loss.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    trial: int
+    folder: str
+    command: str
+    what: str
+    tokens: int
+    distilled: bool
+    before: HeldOut
+    after: HeldOut
+    validation: list[tuple[int, float]]
+
+
+_ALL = TypeAdapter(list[Recovered])
+
+
+def read_recovered(run: Path) -> list[Recovered]:
+    """All of a run, in the order in which they were made; none where it has none.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    file = run / FILE
+    if not file.is_file():
+        return []
+    try:
+        return _ALL.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise StorageError(f"'{file}' is damaged ({fault}): delete it; the models that it tells of stay.") from None
+
+
+def add_recovered(run: Path, made: Recovered) -> None:
+    """Add a model, in place of what was told of its folder before, and write the run's page anew."""
+    from llmbo.report.page import render_page
+
+    others = [former for former in read_recovered(run) if former.folder != made.folder]
+    content = [entry.model_dump() for entry in (*others, made)]
+    replace_file(run / FILE, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(run / "report.html", render_page([(str(run), read_report(run))]).encode())

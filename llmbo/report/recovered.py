@@ -1,12 +1,10 @@
 """What `llmbo recover` made of a run's trials: `recovered.json` beside the report, whose page shows it."""
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from llmbo.errors import StorageError, first_fault
-from llmbo.report.files import read_report, replace_file
 
 FILE = "recovered.json"
 
@@ -57,13 +55,3 @@ def read_recovered(run: Path) -> list[Recovered]:
     except (OSError, ValidationError) as error:
         fault = first_fault(error) if isinstance(error, ValidationError) else error
         raise StorageError(f"'{file}' is damaged ({fault}): delete it; the models that it tells of stay.") from None
-
-
-def add_recovered(run: Path, made: Recovered) -> None:
-    """Add a model, in place of what was told of its folder before, and write the run's page anew."""
-    from llmbo.report.page import render_page
-
-    others = [former for former in read_recovered(run) if former.folder != made.folder]
-    content = [entry.model_dump() for entry in (*others, made)]
-    replace_file(run / FILE, (json.dumps(content, indent=2) + "\n").encode())
-    replace_file(run / "report.html", render_page([(str(run), read_report(run))]).encode())

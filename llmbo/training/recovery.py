@@ -22,7 +22,8 @@ from llmbo.models.checks import check_finite
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
 from llmbo.problem.texts import searched
-from llmbo.report.recovered import HeldOut, Recovered, add_recovered, read_recovered
+from llmbo.report.recovered import HeldOut, Recovered, read_recovered
+from llmbo.report.write import add_recovered
 from llmbo.run.rebuild import RebuildInputs, config_of, load_base
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for

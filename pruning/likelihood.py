@@ -4,10 +4,11 @@ B: windows.   T: tokens per window.   V: vocabulary.   k: tokens kept of the den
 Everything is in nats and averaged over the T - 1 predicted positions of each window.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -80,6 +81,10 @@ class Head:
         config, family = model.config, find_family(model.config.model_type)
         scale = getattr(config, family.logits_times, 1.0) / getattr(config, family.logits_over, 1.0) if family else 1.0
         return cls(model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None), scale)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """A copy with weights of this dtype: autocast would make one for every chunk of rows."""
+        return replace(self, projection=copy.deepcopy(self.projection).to(dtype))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.projection(hidden)

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from llmbo.config.formats import ENGINES, FORMATS, Format
 from llmbo.errors import printable
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
+from llmbo.report.recovered import read_recovered
 from llmbo.report.table import elsewhere_name, front_rows, item_columns
 
 LIBRARY = "echarts.common.min.js"
@@ -30,6 +32,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
     Raises:
         ConfigError: The runs were not searched for the same objectives.
+        StorageError: What a run tells of recovered models is damaged.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -43,6 +46,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         "runs": [
             {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
             | {"elsewhere": elsewhere_name(report)}
+            | {"recovered": [made.model_dump() for made in read_recovered(Path(folder))]}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
         "formats": [{"name": row.name, "title": row.description} for row in _formats(runs[0][1])],

@@ -18,7 +18,7 @@ from llmbo.models.checks import check_tokens
 from llmbo.models.loading import fingerprint
 from llmbo.report.files import replace_file
 from llmbo.training.learner import REFIT_TOKENS, Refitter
-from llmbo.training.plan import VALIDATIONS, Length, Plan
+from llmbo.training.plan import PASSES, VALIDATIONS, Length, Plan
 from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
 from llmbo.types import Phases
@@ -166,6 +166,9 @@ def course_for(
     plan = replace(plan, steps=steps, every=plan.every or max(1, -(-steps // VALIDATIONS)))
     if is_kept:
         assert student.dense is not None
+        if student.device == "cpu":
+            training = training[: max(plan.batch, plan.steps * plan.batch // PASSES)]
+            lesson = replace(lesson, training=training)
         order = epoch_order(len(training), plan.seed, 0)
         if plan.steps <= len(training) // plan.batch:
             order = order[: plan.steps * plan.batch]
@@ -227,7 +230,8 @@ def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) ->
     kept = student.device == "cpu" and plan.distil
     trial = replace(lesson, teacher=NextTokens()) if kept else lesson
     learner = lesson.learner(model, plan)
-    step = _seconds(lambda: gradients(model, trial, places, plan.micro).item())
+    head = trial.head_of(model)
+    step = _seconds(lambda: gradients(model, trial, head, places, plan.micro).item())
     model.zero_grad()
     judged = _seconds(lambda: lesson.judge(model))
     learner.merged()  # adapters that have learned nothing: the weights are what they were

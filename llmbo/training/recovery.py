@@ -22,6 +22,8 @@ from llmbo.models.checks import check_finite
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
 from llmbo.problem.texts import searched
+from llmbo.report.recovered import HeldOut, Recovered, read_recovered
+from llmbo.report.write import add_recovered
 from llmbo.run.rebuild import RebuildInputs, config_of, load_base
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for
@@ -134,6 +136,7 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
     """Cut a trial's model from the run's base, which teaches it, and export it as if it had been so from the start."""
     request = ExportRequest.of(task.source, task.trial, task.format, task.out, refit=task.refit)
     report = request.report
+    read_recovered(request.folder)  # one that is damaged is told of before the training
     with started(task.format) as read:
         loaded, run_windows = load_base(
             report, phases, task.teacher or None, None if task.device == "auto" else task.device
@@ -160,6 +163,15 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         cast(trained, stored)
         told = _told(course, outcome, command)
         write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, told)
+        what = (
+            f"{METHODS[plan.train][0]}, {'distilled on' if plan.distil else 'next tokens of'} {course.windows.source}"
+        )
+        before, after = (HeldOut(**asdict(found)) for found in (outcome.before, outcome.after))
+        made = Recovered(
+            trial=request.trial.number, folder=str(task.out), command=command, what=what, tokens=outcome.tokens,
+            distilled=plan.distil, before=before, after=after, validation=outcome.progress.history,
+        )  # fmt: skip
+        add_recovered(request.folder, made)
     return outcome
 
 

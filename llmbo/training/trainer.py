@@ -57,6 +57,11 @@ class Lesson:
         """What the model is while it learns at a step, each as long as a context lasts; gradients are their mean's."""
         return (nullcontext,)
 
+    def head_of(self, model: PreTrainedModel) -> Head:
+        """The model's head, which does not learn, with weights in the dtype of the products."""
+        head = Head.of(model)
+        return head if self.dtype == "float32" else head.to(DTYPES[self.dtype])
+
     def judge(self, model: PreTrainedModel) -> float:
         """What `model` is validated by, nats per token."""
         with self.autocast():
@@ -86,6 +91,7 @@ def train(
     """
     learner = lesson.learner(model, plan)
     optimizer = torch.optim.AdamW(learner.trained.values(), weight_decay=0.0)
+    head = lesson.head_of(model)
     checkpoints = Checkpoints(folder, plan, learner.weights, optimizer)
     progress = checkpoints.restore() or checkpoints.save(Progress([(0, lesson.judge(model))]))
     on_validation(progress)
@@ -95,7 +101,7 @@ def train(
         for step in range(progress.step, last):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr_at(step)
-            lost += _within_memory(model, lesson, plan, step, progress, tell)
+            lost += _within_memory(model, lesson, head, plan, step, progress, tell)
             torch.nn.utils.clip_grad_norm_(learner.trained.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -114,13 +120,19 @@ def train(
 
 
 def _within_memory(
-    model: PreTrainedModel, lesson: Lesson, plan: Plan, step: int, progress: Progress, tell: Callable[[str], None]
+    model: PreTrainedModel,
+    lesson: Lesson,
+    head: Head,
+    plan: Plan,
+    step: int,
+    progress: Progress,
+    tell: Callable[[str], None],
 ) -> Tensor:
     """The gradients of a step, and its loss; with half as many windows at once, and ever after, if memory runs out the first time."""
     places = batch_of(len(lesson.training), plan, step)
     while True:
         try:
-            return gradients(model, lesson, places, progress.micro or plan.micro, step)
+            return gradients(model, lesson, head, places, progress.micro or plan.micro, step)
         except Exception as error:
             if progress.micro or not out_of_memory(error) or (plan.micro or plan.batch) < 2:
                 raise
@@ -132,10 +144,13 @@ def _within_memory(
         )
 
 
-def gradients(model: PreTrainedModel, lesson: Lesson, places: Tensor, micro: int = 0, step: int = 0) -> Tensor:
+def gradients(
+    model: PreTrainedModel, lesson: Lesson, head: Head, places: Tensor, micro: int = 0, step: int = 0
+) -> Tensor:
     """Add the gradients of a batch's mean loss, and return that loss. Does not wait for the device.
 
     Args:
+        head: The model's, as `Lesson.head_of` has it.
         places: Of the batch's windows.
         micro: Windows at once; 0 takes all.
     """
@@ -145,7 +160,7 @@ def gradients(model: PreTrainedModel, lesson: Lesson, places: Tensor, micro: int
         for form in forms:
             with form():
                 with lesson.autocast():
-                    loss = lesson.teacher.loss(last_hidden(model, windows), Head.of(model), windows, some)
+                    loss = lesson.teacher.loss(last_hidden(model, windows), head, windows, some)
                 loss = loss * (len(some) / len(places) / len(forms))
                 loss.backward()
             total += loss.detach()

@@ -17,12 +17,35 @@ function drawTrial(state) {
     entry.values ? numbers(entry) : "",
     noise(entry) ?? "",
     itemScores(entry) ?? "",
+    ...recoveries(entry),
     el("h4", {}, "What each layer keeps"),
     layersLegend(),
     layers(entry),
     layersAsText(entry),
     entry.number === "dense" ? "" : exportCommand(entry, state),
   );
+}
+
+/** What `llmbo recover` made of it: numbers before and after, and the curve between them. */
+function recoveries(entry) {
+  return RUNS[entry.run].recovered.filter(({ trial }) => trial === entry.number).map((made) => {
+    const rows = [["kl", "KL from the dense model"], ["loss", "loss, nats per token"]].filter(([name]) => typeof made.before[name] === "number")
+      .map(([name, title]) => [title, made.before[name].toFixed(4), made.after[name].toFixed(4)]);
+    return el("section", { class: "recovered" }, el("h4", {}, "Recovered"),
+      el("p", { class: "muted" }, `In ${made.folder}: ${made.what}, ${made.tokens} tokens.`),
+      table(["held-out", "before", "after"], rows, "Recovered"), curve(made),
+      el("div", { class: "command" }, el("code", {}, made.command)));
+  });
+}
+
+function curve({ validation, distilled }) {
+  const [width, height] = [320, 60];
+  const values = validation.map(([, value]) => value);
+  const [last, low, high] = [Math.max(1, validation.at(-1)[0]), Math.min(...values), Math.max(...values)];
+  const points = validation.map(([step, value]) => `${(width * step) / last},${height * (1 - (value - low) / (high - low || 1))}`).join(" ");
+  const told = `validation ${distilled ? "KL" : "loss"} ${values[0].toFixed(4)} → ${low.toFixed(4)} in ${last} steps`;
+  return el("figure", {}, el("svg:svg", { viewBox: `-2 -2 ${width + 4} ${height + 4}`, class: "curve", role: "img", "aria-label": told },
+    el("svg:polyline", { points })), el("figcaption", { class: "muted" }, told));
 }
 
 const DENSE_PRICES = { fisher_weight: 0.5, attention_exponent: 1, mlp_exponent: 1, width_exchanges: 1 };  // the others are 0

@@ -233,10 +233,30 @@ def test_less_memory_gives_the_same_gradients(
     for plan in (replace(PLAN, train="lora"), replace(PLAN, train="lora", **changes)):
         model = load_checkpoint(str(model_folder), "float32", "cpu").model
         learner = Learner.of(model, plan)
-        loss = gradients(model, Lesson(*windows), batch_of(32, plan, 0), plan.micro)
+        lesson = Lesson(*windows)
+        loss = gradients(model, lesson, lesson.head_of(model), batch_of(32, plan, 0), plan.micro)
         found.append([loss, *(weight.grad for weight in learner.trained.values())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_head_converted_once_gives_the_same_gradients(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    model, lesson, found = (
+        load_checkpoint(str(model_folder), "float32", "cpu").model,
+        Lesson(*windows, dtype="bfloat16"),
+        [],
+    )
+    learner = Learner.of(model, replace(PLAN, train="norms"))
+    for head in (Head.of(model), lesson.head_of(model)):
+        loss = gradients(model, lesson, head, torch.arange(4))
+        found.append([loss, *(weight.grad.clone() for weight in learner.trained.values())])
+        model.zero_grad()
+    assert lesson.head_of(model).projection.weight.dtype == torch.bfloat16
+    assert model.get_output_embeddings().weight.dtype == torch.float32
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_memory_that_runs_out_halves_what_passes_at_once(
@@ -331,9 +351,9 @@ def test_progress_tells_when_to_stop() -> None:
 
 def test_minutes_leave_room_for_steps() -> None:
     timed = {"step": 2.0, "teacher": 0.25, "windows": 1000, "batch": 4, "apart": 60.0}
-    assert Length(minutes=11).steps_of(**timed | {"windows": 800}) == 200  # 3 seconds each, of 600
+    assert Length(minutes=11).steps_of(**timed | {"windows": 800}) == 240  # 2.5 seconds each, of 600
     assert Length(minutes=11).steps_of(**timed | {"windows": 400}) == 250  # 100 for all that the dense model can tell
-    assert Length().steps_of(**timed | {"windows": 10**6}) == int((60 * MINUTES - 60) / 3)
+    assert Length().steps_of(**timed | {"windows": 10**6}) == int((60 * MINUTES - 60) / 2.5)
     assert Length(minutes=0.1).steps_of(**timed) > 0
     assert Length(tokens=1025).known_steps(512) == 3 and Length(steps=7).known_steps(512) == 7
     assert Length().known_steps(512) is None
@@ -379,8 +399,10 @@ def test_what_a_training_of_another_model_has_left_is_refused(
 
 
 def test_a_trial_of_a_run_is_exported_and_recovered(
-    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(finished.folder / "runs", home / "runs")
     report = finished.report()
     trial, out = report["front"][0]["trial"], tmp_path / "better"
     text = report["data"]["source"]
@@ -405,10 +427,18 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
         "--text",
         text,
     )
-    with chdir(finished.folder), monkeypatch.context() as patch:
+    beside = home / "runs" / "tiny" / "recovered.json"
+    with chdir(home), monkeypatch.context() as patch:
         patch.setattr(recovery.RebuildInputs, "cut", in_bfloat16)
+        beside.write_text("[{}]")
+        refused = recover("tiny", *words)
+        assert refused.exit_code == 2 and "recovered.json' is damaged" in refused.stderr and not out.exists()
+        beside.unlink()
         result = recover("tiny", *words)
     assert result.exit_code == 0, result.output
+    (made,) = json.loads(beside.read_text())
+    assert made["trial"] == trial and [step for step, _ in made["validation"]] == [0, 1, 2]
+    assert json.dumps(made["folder"]) in (beside.parent / "report.html").read_text()
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
     card = (out / "README.md").read_text()

@@ -1,0 +1,57 @@
+"""What `llmbo recover` made of a run's trials: `recovered.json` beside the report, whose page shows it."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from llmbo.errors import StorageError, first_fault
+
+FILE = "recovered.json"
+
+
+class HeldOut(BaseModel):
+    """Nats per token on windows that neither search nor training saw; `kl` from the dense model, where that taught."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    loss: float
+    kl: float | None
+
+
+class Recovered(BaseModel):
+    """A recovered model.
+
+    `folder` holds it; `what` learnt, and from what, in words; `tokens` it was trained on until its best step; `validation`: by step the KL
+    divergence where the dense model taught (`distilled`), else the loss.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    trial: int
+    folder: str
+    command: str
+    what: str
+    tokens: int
+    distilled: bool
+    before: HeldOut
+    after: HeldOut
+    validation: list[tuple[int, float]]
+
+
+_ALL = TypeAdapter(list[Recovered])
+
+
+def read_recovered(run: Path) -> list[Recovered]:
+    """All of a run, in the order in which they were made; none where it has none.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    file = run / FILE
+    if not file.is_file():
+        return []
+    try:
+        return _ALL.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise StorageError(f"'{file}' is damaged ({fault}): delete it; the models that it tells of stay.") from None

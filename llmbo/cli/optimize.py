@@ -52,10 +52,10 @@ def optimize(
     quantize: Annotated[
         str,
         typer.Option(
-            help=f"File type of llama.cpp that file_bytes is counted of: {', '.join(counted_types())}. By default what the first engine of "
+            help=f"File type of llama.cpp that file_bytes is counted of: {', '.join(counted_types())}. auto: what the first engine of "
             "--deploy takes, f16 without any."
         ),
-    ] = "",
+    ] = "auto",
     latency_target: Annotated[
         str, typer.Option(help="Where the model will run, for latency, energy and peak_memory: auto, cpu, cuda.")
     ] = "auto",

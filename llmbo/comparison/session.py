@@ -25,6 +25,7 @@ from llmbo.config import EARLIER
 from llmbo.errors import StorageError
 from llmbo.problem.objectives import Objective
 from llmbo.report import environment
+from pruning.text import read_mix
 
 PLACES = ("model", "text", "items", "name", "storage")
 # Settings that came after rounds were first stored and change no proposal. What a comparison never sets and was there then is keyed too.
@@ -47,8 +48,11 @@ def compare(
             store.forget_rounds(config.name)
         _warn_of_other_code(config, store, say)
         results = _PartialResults(config, out)
+        problems = dict.fromkeys(arm.problem for arm in config.arms)
+        for text in {each.run.text for each in problems if each.recorded is None} - {"self"}:
+            read_mix(text)  # one that cannot be read is told before the first problem, not hours later
         try:
-            for problem_config in dict.fromkeys(arm.problem for arm in config.arms):
+            for problem_config in problems:
                 with _opened(problem_config, config, store, display) as problem:
                     _run_problem(problem_config, problem, config, store, display, results)
         except KeyboardInterrupt:

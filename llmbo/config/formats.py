@@ -27,7 +27,7 @@ class Format:
         dtypes: Bytes per parameter on disk, by what `--dtype` may say.
         default: One of `dtypes`, or "auto" for the dtype the run measured in.
         save: Writes and reads back: `(Pruned, out, files, **options) -> Check`.
-        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows`, `title` and `read`.
+        options: What `save` takes by keyword, some of `dtype`, `name`, `max_shard_size`, `windows`, `title`, `on_layer` and `read`.
         load: For the model card, Markdown. `{path}` is the folder, `{name}` what `save` gets as `name`, `{dtype}` the dtype.
         load_unequal: Instead of `load`, where no stock class of transformers can hold the layers' sizes.
         check_type: `(model_type, Architecture)`, refuses what no model is needed to refuse; empty if there is nothing.
@@ -126,7 +126,7 @@ Its layers differ in size, which no stock class of transformers can hold: `model
         dtypes={"f16": 2, "bf16": 2, "q8_0": 1.0625, "f32": 4},
         default="f16",
         save="pruning.export:save_gguf",
-        options=("dtype", "name", "windows", "title"),
+        options=("dtype", "name", "windows", "title", "on_layer"),
         load="""```python
 from llama_cpp import Llama
 

@@ -42,7 +42,7 @@ EARLIER: dict[str, Any] = {
     "recipe_search": False,
     "neuron_multiple": 32,
     "deploy": (),
-    "quantize": "",
+    "quantize": "auto",
     "query_heads": False,
     "refit_anchors": 0,
     "elastic": "",
@@ -71,7 +71,7 @@ class RunConfig:
         maximum: Limits, each `NAME=VALUE` with the name of any minimised objective.
         context: Tokens that a new token attends to, for `flops` and `kv_bytes`.
         serve_batch: Sequences served at a time, for `kv_bytes`.
-        quantize: File type of llama.cpp that `file_bytes` is counted of, and a reason to count it; empty for what the first engine of
+        quantize: File type of llama.cpp that `file_bytes` is counted of, and a reason to count it; "auto" for what the first engine of
             `deploy` takes, without any a GGUF file in f16.
         latency_target: Device for latency, energy and peak memory, "auto" for the run's own.
         items: JSONL file of items, or several. The finished front is judged on them; with the objective `accuracy` they must be multiple
@@ -125,7 +125,7 @@ class RunConfig:
     maximum: tuple[str, ...] = ()
     context: Annotated[int, Within(1, MOST_CONTEXT)] = 2048
     serve_batch: Annotated[int, Within(1, MOST_SERVED)] = 1
-    quantize: str = ""
+    quantize: str = "auto"
     latency_target: str = "auto"
     items: str | tuple[str, ...] = ""
     samples: bool = True
@@ -192,8 +192,8 @@ class RunConfig:
             bytes_of("--memory", self.memory)
         if self.offload not in OFFLOAD_CHOICES:
             raise ConfigError(unknown("--offload", self.offload, OFFLOAD_CHOICES))
-        if self.quantize and self.quantize not in counted_types():
-            raise ConfigError(unknown("--quantize", self.quantize, counted_types()))
+        if self.quantize not in ("auto", *counted_types()):
+            raise ConfigError(unknown("--quantize", self.quantize, ("auto", *counted_types())))
         if self.refit_anchors and not self.compensation:
             raise ConfigError(f"--refit-anchors {self.refit_anchors} asks for refits: leave out --no-compensation.")
         check_objectives(self.objectives, self.reference_point)
@@ -263,13 +263,14 @@ class RunConfig:
     @property
     def counted_type(self) -> str:
         """File type that `file_bytes` is counted of, in a GGUF file; empty where nobody wants to know."""
-        wanted = "file_bytes" in (*self.objectives, *self.limits)
-        return self.quantize or (FILE_TYPE if wanted else "")
+        if self.quantize != "auto":
+            return self.quantize
+        return FILE_TYPE if "file_bytes" in (*self.objectives, *self.limits) else ""
 
     @property
     def counted_format(self) -> str:
         """What `file_bytes` is counted of: what the first engine takes; GGUF where none is named, or a file type of llama.cpp is."""
-        return "gguf" if self.quantize or not self.deploy else engines_of(self.deploy)[0].format
+        return "gguf" if self.quantize != "auto" or not self.deploy else engines_of(self.deploy)[0].format
 
     @property
     def memory_bytes(self) -> int | None:
@@ -293,9 +294,13 @@ class RunConfig:
 def restated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings in the words of this version, with what a run did that was started before there was a setting.
 
-    `advisor_share` used to be the advisor's part of the initial design, which had twelve trials; nothing bounded what came later.
+    `advisor_share` used to be the advisor's part of the initial design, which had twelve trials; nothing bounded what came later. No
+    `quantize` used to mean a GGUF file in f16, whatever the engine.
     """
     settings, share = {**EARLIER, **settings}, settings.get("advisor_share")
     if "advisor_warm_start" not in settings and isinstance(share, int | float) and 0 <= share <= 0.5:
         settings |= {"advisor_warm_start": round(12 * share), "advisor_share": 1.0}
+    if settings["quantize"] == "":
+        wanted = "file_bytes" in f"{settings.get('objectives')} {settings.get('maximum')}"
+        settings["quantize"] = FILE_TYPE if wanted else "auto"
     return settings

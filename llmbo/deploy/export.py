@@ -77,8 +77,8 @@ def write(
         ),
         "llmbo.json": details(request, cut, command, trained[0]),
     }
-    with phases.phase("writing and reading back"):
+    with phases.phase("writing and reading back", request.steps) as on_layer:
         check: Check = resolve_name(format.save)(
-            pruned, request.out, files, **request.options(read, windows.calibration)
+            pruned, request.out, files, **request.options(read, windows.calibration, on_layer)
         )
     return check

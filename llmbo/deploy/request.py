@@ -1,6 +1,6 @@
 """What to export, where and how: refused here if it can be refused without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -119,17 +119,24 @@ class ExportRequest:
             self.dtype if self.dtype in (*self.format.choices, *self.format.quantised) else Mixture.of(self.dtype).name
         )
 
-    def options(self, read: Read | None, windows: Tensor) -> dict[str, Any]:
+    def options(self, read: Read | None, windows: Tensor, on_layer: Callable[[int], None]) -> dict[str, Any]:
         """For the format's `save`.
 
         Args:
             windows: The run's calibration text, `num_windows x length` token ids.
+            on_layer: Told of steps, of which there are `steps`.
         """
         known = {"dtype": self.dtype, "name": self.name, "max_shard_size": self.max_shard_size, "read": read}
-        known["title"] = title(self.report.model.name)
+        known |= {"title": title(self.report.model.name), "on_layer": on_layer}
         fits = self.dtype.startswith(SEARCHED)
         known["windows"] = windows if fits else windows[: max(1, ENERGY_TOKENS // windows.shape[1])]
         return {name: known[name] for name in self.format.options}
+
+    @property
+    def steps(self) -> int | None:
+        """Of writing, where that takes minutes: each layer is priced, and refitted."""
+        kept = sum(map(self.architecture.keeps_layer, range(len(self.architecture.neurons))))
+        return 2 * kept if self.dtype.startswith(SEARCHED) else None
 
     @property
     def bytes_needed(self) -> int:
@@ -137,6 +144,8 @@ class ExportRequest:
         assert self.trial.objectives is not None  # only finished trials are found
         params = self.trial.objectives.params
         written = self.format.bytes_on_disk(self.dtype, params, self.report.model.params)
+        if self.dtype.startswith(SEARCHED):
+            written = min(written, Mixture.of(self.dtype).size)
         return written + round(self.format.checking * params)
 
 

@@ -65,6 +65,7 @@ def as_started(config: RunConfig, url: str) -> RunConfig:
     before = restated(stored)
     names = [name for name in EARLIER if name not in stored]
     names += RESTATED if "advisor_warm_start" not in stored else ()
+    names += ["quantize"] if stored.get("quantize") == "" else ()
     older = {
         name: before[name]
         for name in names

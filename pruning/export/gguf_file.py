@@ -28,6 +28,13 @@ ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "mistral": ("llama", "deci"),
     "qwen2": ("llama", "deci"),  # a Llama with biases; llama.cpp's own qwen2 wants all heads
     "phi3": ("llama", "deci"),  # a Llama with fused projections, which are cut apart; its own phi3 wants all heads
+    "internlm3": ("llama", "deci"),
+    "iquestcoder": ("llama", "deci"),
+    "seed_oss": ("llama", "deci"),
+    "cwm": ("llama", "deci"),  # up to its sliding window, as Mistral
+    "ministral": ("llama", "deci"),
+    "ernie4_5": ("llama", "deci"),
+    "helium": ("llama", "deci"),
     "qwen3": ("qwen3", "openelm"),  # the one architecture with both norms of q and k and layers of unequal size
     "gemma2": ("gemma2", None),
     "gemma3_text": ("gemma3", None),

@@ -1,9 +1,9 @@
 """Weights as llama.cpp's architectures hold them: their names, the order of their rows, and zeros where a block is missing.
 
-Hugging Face rotates the halves of a head's rows against each other, llama.cpp's `llama` and `deci` rotate adjacent pairs, so
-there the rows of q and k are permuted. Two architectures hold layers of unequal size: `deci`, where a layer with attention but no MLP would
-silently lose its attention and gets a thin MLP of zeros, and where the head size is read only if the first layer has heads, so that a
-first layer without attention gets one head of zeros; and `openelm`, where every layer needs both blocks.
+Hugging Face rotates the halves of a head's rows against each other in all families but two, llama.cpp's `llama` and `deci` rotate
+adjacent pairs, so there the rows of q and k are permuted. Two architectures hold layers of unequal size: `deci`, where a layer with
+attention but no MLP would silently lose its attention and gets a thin MLP of zeros, and where the head size is read only if the first
+layer has heads, so that a first layer without attention gets one head of zeros; and `openelm`, where every layer needs both blocks.
 """
 
 import copy
@@ -24,6 +24,7 @@ from pruning.export.rebuild import cast
 from pruning.projection import matrix_of
 from pruning.widths import units_of
 
+PAIRWISE = ("ernie4_5", "helium")  # which rotate adjacent pairs in Hugging Face too
 THIN = 32  # neurons of the MLP that stands in for none: the block size of q8_0
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -149,7 +150,7 @@ def _arranged(state: Mapping[str, Tensor], pruned: Pruned, architecture: str) ->
             if module == "q_proj":
                 yield f"{owner}.qkv_proj.{kind}", torch.cat([state[f"{owner}.{part}_proj.{kind}"] for part in "qkv"])
         elif architecture in ("llama", "deci") and module in ("q_proj", "k_proj"):
-            yield name, _interleaved(values, head_dim)
+            yield name, values if anatomy.family.model_type in PAIRWISE else _interleaved(values, head_dim)
         else:
             yield name, values
 

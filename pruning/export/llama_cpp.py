@@ -1,7 +1,7 @@
 """A folder with one GGUF file, read back by llama.cpp itself where it is installed."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def save_gguf(
     name: str = "model",
     windows: Tensor | None = None,
     title: str = "",
+    on_layer: Callable[[int], None] = lambda done: None,
 ) -> Check:
     """Write `out/NAME-DTYPE.gguf`, tokenizer and chat template included.
 
@@ -67,6 +68,7 @@ def save_gguf(
         dtype: A file type of llama.cpp, one of `FILE_TYPES`, `recipe:FILE` or `searched:BYTES` (see `Mixture.of`).
         windows: As in `write_gguf`; `searched:` fits to all of it.
         title: The model's name in the file, by default `name`.
+        on_layer: As in `searched`.
 
     Raises:
         UnsupportedExport: GGUF or llama.cpp has no place for the architecture, tokenizer or dtype, or `out` is taken.
@@ -78,7 +80,7 @@ def save_gguf(
         notes: tuple[str, ...] = ()
         if mixture.size:
             assert windows is not None  # costs cannot be told without text
-            pruned, mixture, note = searched(pruned, mixture.size, windows, title or name)
+            pruned, mixture, note = searched(pruned, mixture.size, windows, title or name, on_layer)
             notes = (note,)
         notes += told(write_gguf(pruned, path, mixture, title or name, windows))
         if importlib.util.find_spec("llama_cpp") is None:

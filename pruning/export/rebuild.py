@@ -47,10 +47,17 @@ def stock_config(small: PreTrainedModel, anatomy: Anatomy, attention: int, neuro
     try:
         config = config_class(**_fields(small.config) | _sizes(small.config, anatomy, attention, neurons))
         with torch.device("meta"):
-            anatomy_of(type(small)(config))  # compares the modules with what the config says
+            model = type(small)(config)
+        anatomy_of(model)  # compares the modules with what the config says
     except (StrictDataclassClassValidationError, ValueError, UnsupportedModel):
         return None
-    return config
+    return config if _norms(small) <= _norms(model) else None
+
+
+def _norms(model: PreTrainedModel) -> set[torch.Size]:
+    """Shapes: a norm over a head goes by what the config says of heads, whatever `head_dim` says."""
+    norms = (module for module in model.modules() if type(module).__name__.endswith("Norm"))
+    return {parameter.shape for norm in norms for parameter in norm.parameters()}
 
 
 def class_for(

@@ -9,7 +9,7 @@ blocks before it and its own coarse inputs really give. All that is asked for is
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +55,9 @@ class Step:
     slope: float  # nats per byte
 
 
-def searched(pruned: Pruned, size: int, windows: Tensor, name: str) -> tuple[Pruned, Mixture, str]:
+def searched(
+    pruned: Pruned, size: int, windows: Tensor, name: str, on_layer: Callable[[int], None] = lambda done: None
+) -> tuple[Pruned, Mixture, str]:
     """The model in float32 with its output projections refitted, the types of a file of at most `size` bytes, and what was done, in a line.
 
     Memory: a copy of the model, and the hidden states of all windows six times. Time: some ten forward passes.
@@ -63,6 +65,7 @@ def searched(pruned: Pruned, size: int, windows: Tensor, name: str) -> tuple[Pru
     Args:
         windows: `num_windows x length` token ids to fit to; too few of them, and there are no refits.
         name: The model's name in the file.
+        on_layer: Told how many layers have been priced, and then how many are refitted beyond that: up to twice their number.
 
     Raises:
         UnsupportedExport: No such file is so small, or llama.cpp cannot hold the model.
@@ -86,7 +89,7 @@ def searched(pruned: Pruned, size: int, windows: Tensor, name: str) -> tuple[Pru
     some = windows[: max(1, PRICED_TOKENS // windows.shape[1])]
     with frozen(model):
         outside = [group for group in groups if isinstance(group, str)]
-        costs = _costs(pruned, kinds, some) | _outside_costs(model, outside, kinds, some)
+        costs = _costs(pruned, kinds, some, on_layer) | _outside_costs(model, outside, kinds, some)
         chosen = dict.fromkeys(groups, kinds[0])
         for step in _steps(groups, kinds, costs):
             if largest <= size:
@@ -94,7 +97,7 @@ def searched(pruned: Pruned, size: int, windows: Tensor, name: str) -> tuple[Pru
             chosen[step.group], largest = step.kind, largest - step.saved
         least = TOKENS_PER_COLUMN * max(matrix_of(output).shape[1] for output in _outputs(pruned))
         if enough := windows.numel() >= least:
-            _refit(pruned, chosen, windows)
+            _refit(pruned, chosen, windows, on_layer)
     refits = "output projections refitted behind them" if enough else (
         f"no refits to them, which need {least} calibration tokens, and there are {windows.numel()}"
     )  # fmt: skip
@@ -180,7 +183,9 @@ def _inputs(block: Block, layer: nn.Module, kind: Type) -> list[tuple[Projection
     return [(projection, _stored(matrix_of(projection), kind)) for projection, _ in block.inputs_of(layer)]
 
 
-def _costs(pruned: Pruned, kinds: Sequence[Type], windows: Tensor) -> dict[Group, list[float]]:
+def _costs(
+    pruned: Pruned, kinds: Sequence[Type], windows: Tensor, on_layer: Callable[[int], None] = lambda done: None
+) -> dict[Group, list[float]]:
     """Of every block alone in each type, nats per token."""
     model, costs = pruned.model, dict[Group, list[float]]()
     batches, layers = windows.split(2), pruned.anatomy.layers_of(model)
@@ -198,6 +203,7 @@ def _costs(pruned: Pruned, kinds: Sequence[Type], windows: Tensor) -> dict[Group
             walk.backward(index, layers[index], gradients)
         for kind, sums in into.items():
             costs[index, kind] = (sums / (2 * windows.numel())).tolist()
+        on_layer(len(layers) - index)
     return costs
 
 
@@ -273,12 +279,13 @@ def _outside_costs(
 
 
 @torch.no_grad()
-def _refit(pruned: Pruned, chosen: Mapping[Group, Type], windows: Tensor) -> None:
+def _refit(pruned: Pruned, chosen: Mapping[Group, Type], windows: Tensor, on_layer: Callable[[int], None]) -> None:
     """Give every block the output projection that does best behind the coarse ones before it. Others keep their values."""
     model, scale = pruned.model, pruned.anatomy.residual_scale
     batches = windows.split(8)
     own, coarse = Walk(model, batches), Walk(model, batches)
-    for index, (layer, blocks) in enumerate(zip(pruned.anatomy.layers_of(model), _present(pruned), strict=True)):
+    layers = pruned.anatomy.layers_of(model)
+    for index, (layer, blocks) in enumerate(zip(layers, _present(pruned), strict=True)):
         goals = goals_behind(own, index, layer, blocks, scale)
         fitted = []
         with ExitStack() as stack:
@@ -297,3 +304,4 @@ def _refit(pruned: Pruned, chosen: Mapping[Group, Type], windows: Tensor) -> Non
             coarse.forward(index, layer)
         for output, weight, _ in fitted:
             matrix_of(output).copy_(weight)
+        on_layer(len(layers) + index + 1)

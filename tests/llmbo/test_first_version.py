@@ -18,8 +18,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.config import RESTATED, RunConfig
+from llmbo.config import RESTATED, RunConfig, restated
 from llmbo.config.advisor import HOOKS
+from llmbo.run.facts import differences
 from llmbo.run.stored import as_started
 
 OLD = Path(__file__).parent / "data" / "first_version"
@@ -123,6 +124,17 @@ def test_its_share_of_advice_is_the_one_that_it_had(typed: dict[str, Any], share
     config = RunConfig(model="model", name="tiny", window=16, advisor="heuristic", **typed)
     config = as_started(config, "sqlite:///runs/tiny/study.db")
     assert config.advisor_share == share and config.advisor_warm_start == 3 and config.advisor_hooks == HOOKS
+
+
+def test_a_file_is_counted_as_it_was_when_a_run_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `quantize` meant a GGUF file once; now that of the engine is counted."""
+    now = RunConfig("it", objectives=("kl", "file_bytes"), deploy=("hf",))
+    stored = {**now.settings(), "quantize": ""}
+    monkeypatch.setattr("llmbo.run.stored.stored_run", lambda *place: (stored, {}, 0))
+    continued = as_started(now, "")
+    assert now.counted_format == "hf" and not differences(restated(stored), continued.settings())
+    for config in (continued, RunConfig.from_settings(stored)):
+        assert (config.counted_format, config.counted_type) == ("gguf", "f16")
 
 
 def test_its_advice_is_replayed(run: Run) -> None:

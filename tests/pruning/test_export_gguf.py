@@ -115,6 +115,14 @@ def test_llama_cpp_computes_the_same(
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("family", ["cwm", "ernie4_5", "helium", "internlm3", "iquestcoder", "ministral", "seed_oss"])
+def test_families_that_compute_what_a_llama_does(
+    family: str, build: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    test_llama_cpp_computes_the_same(build(family), (0, 1, 2, 0, 2), (8, 0, 24, 0, 5), tmp_path)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize(
     ("model", "rope"),
     [

@@ -63,7 +63,8 @@ def test_a_file_of_a_given_size_is_better_than_a_uniform_one(
     given, (own, other) = made(config, widths), text.split([64, 8])
     size, uniform = written(given, Mixture.of("q4_0"), tmp_path / "x.gguf", other, given.model)
     with unchanged(given.model):
-        found, mixture, _ = searched(given, size, own, "x")
+        found, mixture, _ = searched(given, size, own, "x", (told := list[int]()).append)
+    assert told == [*range(1, 1 + 2 * len(given.anatomy.layers_of(given.model)))]
     exact, kl = written(found, mixture, tmp_path / "x.gguf", other, given.model)
     assert exact == file_size(found, mixture, "x") <= size
     _, without = written(given, mixture, tmp_path / "x.gguf", other, given.model)

@@ -20,7 +20,7 @@ from pruning.families import FAMILIES
 from pruning.likelihood import Head, last_hidden
 from pruning.masks import PruningMask, Ranking, masked
 from pruning.refusals import REASONS
-from pruning.shrinking import shrink
+from pruning.shrinking import shrink, shrink_to
 from pruning.supernet import Supernet
 
 SINGLE = {"rtol": 0, "atol": 1e-4}  # some compute scores or positions in float32 whatever the weights are
@@ -54,6 +54,16 @@ def test_a_lookalike_obeys_the_laws(
             cache = out.past_key_values
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **SINGLE)
     torch.testing.assert_close(logits(padded(Pruned(small, anatomy, architecture)), windows), expected, **SINGLE)
+
+
+def test_equal_layers_whose_norms_go_by_a_size_of_heads_that_no_stock_config_tells(
+    build: Callable[[str], PreTrainedModel], windows: Tensor, logits: Any
+) -> None:
+    model, architecture = build("phi-normed"), Architecture((1,) * 5, (8,) * 5)
+    pruned = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture)
+    expected = logits(pruned.model, windows)
+    for held in (rebuilt(pruned.model, pruned.anatomy, architecture), padded(pruned)):
+        torch.testing.assert_close(logits(held, windows), expected, **SINGLE)
 
 
 def test_every_causal_language_model_is_a_row_or_has_a_reason() -> None:

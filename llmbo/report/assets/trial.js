@@ -142,6 +142,7 @@ function fullWidths(entry) {
   return {
     groups: Math.max(model.num_key_value_heads ?? 0, ...(dense.architecture.kv_groups ?? []), ...(space?.kv_group_levels ?? [])),
     neurons: Math.max(model.intermediate_size ?? 0, ...(dense.architecture.neurons ?? [])),
+    queries: (model.num_attention_heads ?? 1) / (model.num_key_value_heads || 1),
   };
 }
 
@@ -155,7 +156,7 @@ function layerText(architecture, layer, full) {
   return `layer ${layer}: ${architecture.kv_groups[layer]} of ${full.groups} KV groups${lacking(architecture, layer)}, ${architecture.neurons[layer]} of ${full.neurons} neurons`;
 }
 
-/** Attention grows upwards, the MLP downwards; pale is what was removed, hatched and crossed what is gone altogether. */
+/** Attention grows upwards by KV groups, and is as wide as these have query heads; the MLP grows downwards; pale is what was removed, hatched and crossed what is gone altogether. */
 function layers(entry) {
   const { architecture } = entry.trial;
   const full = fullWidths(entry);
@@ -174,11 +175,12 @@ function layers(entry) {
   for (let layer = 0; layer < count; layer += 1) {
     const left = layer * column + (column - bar) / 2;
     const [groups, neurons] = [architecture.kv_groups[layer], architecture.neurons[layer]];
-    const block = (top, height, share, kind) => {
+    const heads = 1 - (architecture.fewer_queries?.[layer] ?? 0) / full.queries;
+    const block = (top, height, share, kind, across = 1) => {
       const kept = height * share;
       return [
         el("svg:rect", { x: left, y: top, width: bar, height, fill: share ? undefined : "url(#hatch)", class: share ? "removed" : "gone" }),
-        share ? el("svg:rect", { x: left, y: kind === "attention" ? top + height - kept : top, width: bar, height: kept, class: kind }) : "",
+        share ? el("svg:rect", { x: left, y: kind === "attention" ? top + height - kept : top, width: bar * across, height: kept, class: kind }) : "",
       ];
     };
     const cells = full.groups <= 16 && bar > 3
@@ -187,14 +189,14 @@ function layers(entry) {
     const cross = isDropped(architecture, layer) ? el("svg:text", { x: left + bar / 2, y: half + gap / 2 + 4, class: "cross" }, "×") : "";
     const label = !cross && layer % labelEvery === 0 ? el("svg:text", { x: left + bar / 2, y: half + gap / 2 + 4, class: "index" }, String(layer)) : "";
     svg.append(el("svg:g", {}, el("svg:title", {}, layerText(architecture, layer, full)),
-      ...block(0, half, groups / full.groups, "attention"), ...cells, ...block(half + gap, half, neurons / full.neurons, "mlp"), cross || label));
+      ...block(0, half, groups / full.groups, "attention", heads), ...cells, ...block(half + gap, half, neurons / full.neurons, "mlp"), cross || label));
   }
   return svg;
 }
 
 function layersLegend() {
   const sign = (kind, text) => el("span", { class: "sign" }, el("span", { class: `swatch ${kind}` }), text);
-  return el("p", { class: "legend" }, sign("attention", "attention (KV groups), upwards"), sign("mlp", "MLP neurons, downwards"), sign("gone", "none left; × layer dropped"));
+  return el("p", { class: "legend" }, sign("attention", "attention (KV groups, as wide as their query heads), upwards"), sign("mlp", "MLP neurons, downwards"), sign("gone", "none left; × layer dropped"));
 }
 
 function layersAsText(entry) {

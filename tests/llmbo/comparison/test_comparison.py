@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from experiments.advice import __main__ as advice
 from llmbo.advisor.store import read_jsonl
 from llmbo.cli import app
+from llmbo.comparison import session
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import check_designs, run_arm
@@ -34,6 +35,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import StrategyError
 from llmbo.search.strategies import ProposerFactory
 from llmbo.types import Proposal, Trial
+from pruning.errors import UnreadableText
 
 # Every setting that counted when rounds were first stored under what they are made from.
 FIRST_KEYED = [
@@ -116,6 +118,17 @@ def test_rounds_that_were_stored_before_there_was_a_setting_are_found() -> None:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     assert key() == f"mine/3/{digest}" == key(memory="24GB", offload="disk", model="elsewhere")
     assert len({key(), key(chat=True), key(window=64), key(compensation=False)}) == 4
+
+
+def test_a_text_that_cannot_be_read_is_told_before_the_first_problem_is_opened(tmp_path: Path) -> None:
+    arms = [
+        Arm("mine", "random", {}, ProblemConfig(RunConfig("no-model", text=text)))
+        for text in ("builtin", "text:gone.txt")
+    ]
+    config = Mock(arms=arms)
+    config.name = "it"
+    with pytest.raises(UnreadableText, match=r"gone\.txt"):
+        session.compare(config, tmp_path / "out", tmp_path / "cache.db", False, Mock(), print)
 
 
 def without_clocks(result: dict[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,8 @@ def test_types_are_searched_for_a_size(
     check = export(replace(request, dtype=f"searched:{size}"), "the command", shown(), base)
     [file] = (tmp_path / "out").glob("*-searched.gguf")
     assert 0.9 * size < file.stat().st_size <= size
-    enough = request.options(None, torch.zeros(100, 256))["windows"]
+    enough = request.options(None, torch.zeros(100, 256), lambda done: None)["windows"]
+    assert request.bytes_needed == 1000 + round(request.format.checking * request.trial.objectives.params)
     assert (request.dtype, len(enough)) == ("searched:1000", 100)  # all of the text is fitted to
     assert check.notes[0].startswith(f"Types searched for at most {size / 1e6:.1f} MB; ")
     assert "Stored as searched." in (tmp_path / "out" / "README.md").read_text()

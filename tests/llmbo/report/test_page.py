@@ -309,10 +309,12 @@ def test_a_click_and_the_keys_select(opened: Open) -> None:
 
 def test_the_picture_shows_every_layer_and_what_is_gone(opened: Open) -> None:
     report = made_up_report()
+    number = report["front"][0]["trial"]
+    kept = report["trials"][number]["architecture"]
+    last = max(layer for layer in range(LAYERS) if kept["kv_groups"][layer])
+    kept["fewer_queries"] = [int(layer == last) for layer in range(LAYERS)]
     with opened(report) as tab:
-        number = report["front"][0]["trial"]
         tab.page.evaluate(f"update({{selected: '0:{number}'}})")
-        kept = report["trials"][number]["architecture"]
         gone = [layer for layer in range(LAYERS) if kept["kv_groups"][layer] == kept["neurons"][layer] == 0]
         titles = tab.page.eval_on_selector_all(".layers title", "nodes => nodes.map(node => node.textContent)")
         assert len(titles) == LAYERS and tab.page.locator(".layers .cross").count() == len(gone) > 0
@@ -322,6 +324,11 @@ def test_the_picture_shows_every_layer_and_what_is_gone(opened: Open) -> None:
             titles[first]
             == f"layer {first}: {kept['kv_groups'][first]} of 3 KV groups, {kept['neurons'][first]} of 1536 neurons"
         )
+        first, *_, narrow = tab.page.eval_on_selector_all(
+            ".layers .attention", "nodes => nodes.map(node => node.getBBox().width)"
+        )
+        queries = report["model"]["num_attention_heads"] / report["model"]["num_key_value_heads"]
+        assert narrow == pytest.approx(first * (1 - 1 / queries), rel=1e-3) and queries > 1
         heights = tab.page.eval_on_selector_all(".layers .mlp", "nodes => nodes.map(node => node.getBBox().height)")
         widths = [width for width in kept["neurons"] if width]
         assert heights == pytest.approx([max(heights) * width / max(widths) for width in widths], rel=1e-3)

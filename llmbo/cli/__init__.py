@@ -19,6 +19,7 @@ from llmbo.cli.recover import recover
 from llmbo.cli.report import report
 from llmbo.cli.rerank import rerank
 from llmbo.cli.watch import watch
+from llmbo.cli.worker import worker
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -40,5 +41,19 @@ def main(
     common.running = f"llmbo {context.invoked_subcommand}"
 
 
-for command in (optimize, report, watch, export, evaluate, recover, rerank, compare, advise, profile, models, cache):
+for command in (
+    optimize,
+    worker,
+    report,
+    watch,
+    export,
+    evaluate,
+    recover,
+    rerank,
+    compare,
+    advise,
+    profile,
+    models,
+    cache,
+):
     app.command()(command)

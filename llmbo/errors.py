@@ -80,6 +80,10 @@ class DamagedError(StorageError):
     """What is stored makes no sense: only then is starting over a remedy."""
 
 
+class TakenOver(StorageError):
+    """Nothing was heard of this process for so long that another one does its work."""
+
+
 class EvaluationError(LlmboError):
     """Candidates cannot be evaluated on this machine."""
 

@@ -216,12 +216,28 @@ class Store(Protocol):
         """The stored proposals of every round."""
         ...
 
-    def add_round(self, proposals: Sequence[Proposal]) -> None:
-        """Store a round's proposals; they will be evaluated in this order."""
+    def leads(self) -> bool:
+        """Whether this process is the one that proposes."""
         ...
 
-    def start(self, number: int, round_number: int, proposal: Proposal) -> None:
-        """Mark trial `number` as RUNNING; does nothing if it has been started already."""
+    def size(self) -> int:
+        """How many processes evaluate, this one included."""
+        ...
+
+    def free(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some unfinished trials that this process may start."""
+        ...
+
+    def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
+        """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""
+        ...
+
+    def queue(self, number: int, round_number: int, proposal: Proposal) -> None:
+        """Let other processes start trial `number`."""
+        ...
+
+    def start(self, number: int, round_number: int, proposal: Proposal) -> bool:
+        """Mark trial `number` as RUNNING, if it is not; False where another process has it."""
         ...
 
     def finish(self, number: int, found: Measurement, seconds: float) -> None:

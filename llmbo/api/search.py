@@ -19,6 +19,7 @@ from llmbo.run.assemble import assemble
 from llmbo.run.execute import execute
 from llmbo.run.plan import Plan, plan_of
 from llmbo.run.rebuild import read_run
+from llmbo.run.worker import helpers
 
 
 def optimize(
@@ -76,6 +77,7 @@ def optimize(
     advisor_max_seconds: float = RunConfig.advisor_max_seconds,
     advisor_deadline: float = RunConfig.advisor_deadline,
     advisor_price: Sequence[float] | None = None,
+    devices: Sequence[str] = (),
     fresh: bool = False,
     show: Show = "auto",
     command: str = "",
@@ -89,6 +91,7 @@ def optimize(
         budget: Candidates to evaluate.
         tokenizer: Of a loaded model.
         maximum: Limits by objective, e.g. `{"params_share": 0.6}`, or as `NAME=VALUE`.
+        devices: Evaluate on all of these at once, e.g. `["cuda:0", "cuda:1"]`: here on the first, in a worker process on each other.
         fresh: Forget what this run has stored and start over.
         show: "auto" suits a terminal, a notebook or a file; "json" writes events to stderr; "nothing" is silent.
         command: What the report says the run was started with; by default this call.
@@ -110,6 +113,10 @@ def optimize(
     typed = locals()  # the arguments, while nothing else is here
     settings = {item.name: typed[item.name] for item in fields(RunConfig)}
     command = command or call_text("optimize", settings | ({"fresh": True} if fresh else {}))
+    if devices:
+        if device not in ("auto", devices[0]) or not isinstance(model, str):
+            raise ConfigError("devices= says where workers load a model: give its name, and no other device=.")
+        settings |= {"device": devices[0]}
     given = None
     if not isinstance(model, str):
         given = adopt_model(model, tokenizer)
@@ -123,6 +130,7 @@ def optimize(
         libraries_silenced(),
         build_display(show, config.budget, config.name) as display,
         assemble(config, fresh, display, given) as parts,
+        helpers(devices, parts, display.note),
     ):
         execute(parts, display, command)
     return Run(parts.folder, read_run(str(parts.folder)), given, show)

@@ -20,6 +20,7 @@ from llmbo.cli.recover import recover
 from llmbo.cli.report import report
 from llmbo.cli.rerank import rerank
 from llmbo.cli.watch import watch
+from llmbo.cli.worker import worker
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -43,6 +44,7 @@ def main(
 
 for command in (
     optimize,
+    worker,
     report,
     watch,
     export,

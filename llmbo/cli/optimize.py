@@ -15,6 +15,7 @@ from llmbo.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmbo.api import Run
+    from llmbo.display.progress import Show
 
 
 def optimize(
@@ -144,6 +145,9 @@ def optimize(
         str, typer.Option(help="auto measures float32 against bfloat16 here and takes the faster.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    devices: Annotated[
+        str, typer.Option(help="Evaluate on several at once, in a process each: cuda:0,cuda:1 or cpu,cpu.")
+    ] = "",
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Most to take on the device, e.g. 24GB; by default what is free there.")
     ] = "",
@@ -227,9 +231,8 @@ def optimize(
                 raise ConfigError(planned.refused)
             return
         command = shlex.join(["llmbo", *sys.argv[1:]])
-        run = llmbo.optimize(
-            **settings, fresh=fresh, show="nothing" if quiet else "json" if json_logs else "auto", command=command
-        )
+        show: Show = "nothing" if quiet else "json" if json_logs else "auto"
+        run = llmbo.optimize(**settings, devices=split_list(devices), fresh=fresh, show=show, command=command)
         # The default reference point is only where hypervolume begins; one that was typed is what the user asks for.
         nothing = bool(run.report.warnings) and not (run.report.front and settings["reference_point"] is None)
         if quiet and nothing:

@@ -38,14 +38,15 @@ def watch(
         from llmbo.run.heartbeat import Heartbeat
 
         Within(0.1, 86_400).check("--every", every)
-        folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else _own_database(run)
+        folder, url, name = (RUNS / Path(run).name, storage, Path(run).name) if storage else own_database(run)
         console = Console()
         show = _picture if console.is_terminal else _lines
         show(console, _snapshots(url, name, every, Heartbeat(folder, url, name)))
         console.print(f"The run '{name}' is complete. Its page: llmbo report {run}", highlight=False)
 
 
-def _own_database(run: str) -> tuple[Path, str, str]:
+def own_database(run: str) -> tuple[Path, str, str]:
+    """Folder, database and name of a run that keeps its trials in its own folder."""
     from llmbo.errors import StorageError
     from llmbo.report.files import find_run
 
@@ -76,9 +77,11 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
         settings, facts, trials, moments = found
         dense, elapsed = facts["dense"], time.monotonic() - start
         nothing = dict.fromkeys(dense, 0.0)  # what is watched has been accepted: no size is too small
-        running = [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
+        unfinished = [trial.number for trial in trials if trial.seconds is None]
+        workers = heartbeat.workers(unfinished)
+        running = workers or [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
         finished, budget = (
-            len(trials) - len(running),
+            len(trials) - len(unfinished),
             facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
         )
         limits = parse_limits(settings["maximum"])

@@ -286,6 +286,11 @@ class RunConfig:
             "heldout": self.heldout_tokens // self.window,
         }
 
+    def handed_on(self) -> dict[str, Any]:
+        """What may change when a run is continued, and is no matter of one machine or database."""
+        own = ("name", "storage", "memory", "offload", "budget")
+        return {key: getattr(self, key) for key in FREE if key not in own}
+
     def settings(self) -> dict[str, Any]:
         """What must not change when a run is continued. The budget, the advisor's caps and what fits the machine may."""
         return {key: value for key, value in asdict(self).items() if key not in FREE}

@@ -38,6 +38,7 @@ from llmbo.run.lock import locked
 from llmbo.run.recipes import recipe_named
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import as_started, stored_run
+from llmbo.run.team import forget_team
 from llmbo.run.tokens import settled
 from llmbo.search.racing import RacingEvaluator
 from llmbo.search.soundness import on_sound_path
@@ -227,6 +228,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             with leased(pulse, phases, folder) as lease:
                 if fresh:
                     delete_run(url, config.name)
+                    forget_team(pulse.storage, config.name)
                     (folder / FILE).unlink(missing_ok=True)
                 elif _continued(config, url) != stored:
                     raise StorageError(

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
+import psutil
 from alembic.util.exc import CommandError
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, create_engine, inspect, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
@@ -29,12 +31,25 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=SAWarning)  # of options that a driver does not know
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
-DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
+try:
+    from grpc import RpcError
+except ImportError:  # its driver is not here: then nothing of it can be raised
+
+    class RpcError(Exception):  # type: ignore[no-redef]
+        """Never raised."""
+
+
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, RpcError)
 _CONTENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _ERRORS = (*DATABASE_ERRORS, *_CONTENT_ERRORS, CommandError, ImportError, OSError)
+JOURNAL, GRPC = "journal:", "grpc:"
+NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse.sshfs")  # beginnings of their names
+SECONDS = 10.0  # that a proxy may take to answer
 _VERSION = "alembic_version"
 TRIES = 5  # to make the tables of a new database while other processes make them too
-EXPECTED = "expected e.g. sqlite:///runs.db or postgresql://user@host/database"
+EXPECTED = (
+    "expected e.g. sqlite:///runs.db, postgresql://user@host/database, journal:/shared/runs.log or grpc://host:13000"
+)
 KEPT = "then run the same command again; what is stored is kept"
 _SQLITE_REMEDIES = {  # primary result code -> what helps
     sqlite3.SQLITE_BUSY: f"another program holds it: wait for that, {KEPT}",
@@ -101,14 +116,14 @@ def open_storage(url: str) -> BaseStorage:
 
 
 def find_storage(url: str) -> BaseStorage | None:
-    """The storage behind a URL; None where there is no SQLite file yet, or an empty one. Makes no file.
+    """The storage behind a URL; None where there is no file of SQLite or a journal yet, or an empty one. Makes no file.
 
     Raises:
         StorageError: It cannot be used.
     """
     with explained(url):
         _check(url)
-        path = _sqlite_path(url)
+        path = _path(url)
         if path is not None and (not path.exists() or path.stat().st_size == 0):
             return None
     return open_storage(url)
@@ -138,6 +153,8 @@ def delete_run(url: str, name: str, own_file: Path | None = None) -> None:
 
 def shown_url(url: str) -> str:
     """A database URL without its user, password and options, any of which may tell a secret."""
+    if url.startswith(JOURNAL):
+        return url
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # where a password ends cannot be told
@@ -148,7 +165,29 @@ def shown_url(url: str) -> str:
     return shown.replace("//", "//…@", 1) if parsed.username or parsed.password else shown
 
 
+def check_shared(url: str) -> None:
+    """Refuse a SQLite file that several machines may see: its locks hold on one machine only.
+
+    Raises:
+        StorageError: It is on a network file system.
+    """
+    path = _path(url)
+    if path is None or url.startswith(JOURNAL):
+        return
+    places = [part for part in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(part.mountpoint)]
+    kind = max(places, key=lambda part: len(part.mountpoint)).fstype if places else ""
+    if kind.startswith(NETWORK):
+        raise StorageError(
+            f"'{path}' is on a network file system ({kind}), where SQLite loses what several processes write: start the run "
+            f"with --storage journal:{path.with_suffix('.log')}, or postgresql://…"
+        )
+
+
 def _storage(url: str) -> BaseStorage:
+    if url.startswith(JOURNAL):
+        return JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))  # locked by a link, which holds on NFS too
+    if url.startswith(GRPC):
+        return _proxy(url)
     engine = create_engine(url)
     with (
         engine.connect() as connection
@@ -159,11 +198,26 @@ def _storage(url: str) -> BaseStorage:
     return get_storage(RDBStorage(template, skip_table_creation=bool(made)))
 
 
+def _proxy(url: str) -> BaseStorage:
+    parsed = make_url(url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = GrpcStorageProxy(host=parsed.host or "localhost", port=parsed.port or 13000)
+    proxy.wait_server_ready(timeout=SECONDS)
+    return proxy
+
+
 def _check(url: str) -> None:
+    if url.startswith(JOURNAL):
+        if not url.removeprefix(JOURNAL).strip("/"):
+            raise ArgumentError("no path")
+        return
     try:
         parsed = make_url(url)
     except ValueError as error:  # e.g. a port that is no number
         raise ArgumentError(str(error)) from error
+    if url.startswith(GRPC):
+        return
     parsed.get_dialect()
     if parsed.get_backend_name() == "sqlite" and (
         not parsed.database or ":memory:" in parsed.database or parsed.query.get("mode") == "memory"
@@ -174,8 +228,10 @@ def _check(url: str) -> None:
         )
 
 
-def _sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL, whatever driver and options it names; None for other databases."""
+def _path(url: str) -> Path | None:
+    """The file of a journal or behind a SQLite URL, whatever driver and options it names; None for other databases."""
+    if url.startswith(JOURNAL):
+        return Path(url.removeprefix(JOURNAL)).absolute()
     parsed = make_url(url)
     return (
         Path(str(parsed.database).removeprefix("file:")).absolute() if parsed.get_backend_name() == "sqlite" else None
@@ -198,7 +254,7 @@ def _unusable(url: str, error: BaseException) -> StorageError:
         remedy = "install its driver with pip, or name another --storage"
     elif code in _SQLITE_REMEDIES:
         remedy = _SQLITE_REMEDIES[code]
-    elif code is None and among(OperationalError, OSError):
+    elif code is None and among(OperationalError, OSError, RpcError):
         remedy = f"start its server or mend the URL, {KEPT}"
     elif "optuna version" in reason:
         remedy = "install the Optuna that made it, or a newer one, or choose another --name"

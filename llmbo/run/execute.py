@@ -36,6 +36,8 @@ def execute(run: RunParts, display: Display, command: str) -> None:
     config, status = run.config, "failed"
     display.objectives, display.dense = run.objectives, run.problem.dense
     run.store.set_fact("budget", config.budget)  # so that `llmbo watch` knows how far it is
+    run.store.set_fact("versions", environment()["versions"])  # workers are to have the same, and go on with the rest
+    run.store.set_fact("free", config.handed_on())
     try:
         with display.phase("search", config.budget):
             run_search(run.proposer, run.evaluator, run.store, config.budget, config.batch, config.seed, display)

@@ -1,6 +1,6 @@
 """Whether somebody still works on a run, seen from outside: by its lease, and by how long nothing has come against what is usual."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -9,6 +9,7 @@ from pathlib import Path
 from llmbo.run.database import explained, find_storage
 from llmbo.run.lease import Pulse
 from llmbo.run.lock import is_held
+from llmbo.run.team import crew
 
 PATIENCE = 5.0  # usual pauses after which silence is worth a word
 SHORTEST_SILENCE = 30.0  # seconds; below that nothing is said
@@ -48,6 +49,11 @@ class Heartbeat:
             self._pulse = Pulse(storage, self.name)
         with explained(self.url):
             self.held = is_held(self.folder) or (self._pulse.look() if self._pulse else False)
+
+    def workers(self, unfinished: Collection[int]) -> list[str]:
+        """As `team.crew`, at the last look."""
+        with explained(self.url):
+            return crew(self._pulse.storage, self.name, unfinished) if self._pulse else []
 
     def diagnosis(self, moments: Sequence[datetime], now: datetime) -> str:
         """What there is to say about a run that is not complete; empty while all is as usual.

@@ -10,6 +10,7 @@ An owner is known to live by its run folder's lock where that file can be seen, 
 counter that moves every few seconds: the observer times it by its own monotonic clock, and no two machines' clocks are compared.
 """
 
+import math
 import os
 import socket
 import threading
@@ -18,14 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from llmbo.errors import StorageError
+from llmbo.errors import StorageError, TakenOver
 from llmbo.run.database import DATABASE_ERRORS, uninterrupted
 from llmbo.run.lock import LOCK, is_held
 from llmbo.types import Phases
@@ -36,52 +37,44 @@ POLL = 0.25  # seconds between two looks at an owner
 WAITING = "waiting for a sign of life from the run's last process"
 
 
-class Pulse:
-    """What one process can tell of a run's owner, look after look.
+class Sight:
+    """What one process can tell of the life of others, look after look.
 
     Args:
-        ours: Run folder whose lock this process holds: an owner that held it before is gone.
+        ours: Folder whose lock this process holds: whoever held it before is gone.
     """
 
-    def __init__(
-        self, storage: BaseStorage, name: str, ours: Path | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.storage, self.name = storage, name
-        self.epoch: FrozenTrial | None = None  # the newest at the last look
+    def __init__(self, ours: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._ours = ours and ours.resolve()
         self._clock = clock
-        self._sign: tuple[int, object] | None = None
-        self._changed = 0.0
-        self._moved = False
+        self._signs: dict[
+            int, tuple[object, float, bool]
+        ] = {}  # by record: its beat, since when, and whether it has moved
 
-    @property
-    def silent(self) -> float:
-        """Seconds since the owner's last sign of life, as seen from here."""
-        return self._clock() - self._changed
+    def silent(self, record: FrozenTrial) -> float:
+        """Seconds since the last sign of life of the process behind a record, as seen from here."""
+        return self._clock() - self._signs[record.number][1]
 
-    @property
-    def owner(self) -> str:
-        found = self.epoch.user_attrs.get("owner") if self.epoch else None
-        if not isinstance(found, dict):
-            return "another process"
-        return f"process {found.get('pid')} on {found.get('host')}, at work since {found.get('since')} by its clock"
+    def lives(self, record: FrozenTrial, lock_tells: bool = True) -> bool | None:
+        """Whether the process behind a record is there; None while that cannot be told yet.
 
-    def look(self) -> bool | None:
-        """Whether somebody owns the run; None while that cannot be told yet."""
-        self.epoch = next(reversed(_chain(self.storage, self.name)), None)
-        if self.epoch is None or self.epoch.state.is_finished():
-            return False
-        held = self._by_lock(self.epoch.user_attrs.get("owner"))
-        if held is not None:
+        Args:
+            lock_tells: Whether a process that holds its lock lives, beat or no beat: it may be suspended.
+        """
+        held = self._by_lock(record.user_attrs.get("owner"))
+        if held is False or (held and lock_tells):
             return held
-        sign = self.epoch.number, self.epoch.user_attrs.get("beat")
-        if sign != self._sign:
-            self._moved = self._sign is not None and self._sign[0] == sign[0]
-            self._sign, self._changed = sign, self._clock()
-        return False if self.silent > SILENCE else self._moved or None
+        beat, (before, since, moved) = (
+            record.user_attrs.get("beat"),
+            self._signs.get(record.number, (None, -math.inf, False)),
+        )
+        if since == -math.inf or beat != before:
+            self._signs[record.number] = beat, self._clock(), since > -math.inf
+            return since > -math.inf or None
+        return False if self.silent(record) > SILENCE else moved or None
 
     def _by_lock(self, owner: Any) -> bool | None:
-        """By the lock of the owner's run folder; None where that file cannot be seen from here."""
+        """By the lock of its folder; None where that file cannot be seen from here."""
         try:
             folder = Path(owner["folder"])
             if owner["host"] != socket.gethostname() or os.stat(folder / LOCK).st_ino != owner["inode"]:
@@ -91,49 +84,92 @@ class Pulse:
         return False if folder == self._ours else is_held(folder)
 
 
-class Lease:
-    """The right to write one run; made by `leased`.
+class Pulse:
+    """What one process can tell of a run's owner, look after look.
 
     Args:
-        token: Number of the epoch, larger than any owner's before.
+        ours: As in `Sight`.
     """
 
+    def __init__(
+        self, storage: BaseStorage, name: str, ours: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.storage, self.name = storage, name
+        self.epoch: FrozenTrial | None = None  # the newest at the last look
+        self.sight = Sight(ours, clock)
+
+    @property
+    def owner(self) -> str:
+        return process_of(self.epoch) if self.epoch else "another process"
+
+    def look(self, lock_tells: bool = True) -> bool | None:
+        """Whether somebody owns the run; None while that cannot be told yet."""
+        self.epoch = next(reversed(_chain(self.storage, self.name)), None)
+        if self.epoch is None or self.epoch.state.is_finished():
+            return False
+        return self.sight.lives(self.epoch, lock_tells)
+
+
+class Record:
+    """A trial of a side study that is RUNNING for as long as its process may go on."""
+
+    def __init__(self, storage: BaseStorage, trial: int) -> None:
+        self._storage, self._id = storage, trial
+        self.number = storage.get_trial(trial).number
+
+    @property
+    def stands(self) -> bool:
+        with suppress(KeyError):  # it has been deleted
+            return self._storage.get_trial(self._id).state is TrialState.RUNNING
+        return False
+
+    def live(self, stop: threading.Event) -> None:
+        """Give signs of life until `stop` is set or the record is ended."""
+        beat = 0
+        while not stop.wait(BEAT):
+            beat += 1
+            try:
+                self._storage.set_trial_user_attr(self._id, "beat", beat)
+            except (KeyError, UpdateFinishedTrialError):
+                return
+            except DATABASE_ERRORS:  # the next may come through
+                continue
+
+    @contextmanager
+    def alive(self) -> Iterator[Self]:
+        """Give signs of life until the block ends, and the record with it."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self.live, args=(stop,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+            with suppress(*DATABASE_ERRORS), uninterrupted():  # whoever is next finds the lock free, or waits
+                end(self._storage, self._id)
+
+
+class Lease(Record):
+    """The right to write one run; made by `leased`. Its number, that of the epoch, is larger than any owner's before."""
+
     def __init__(self, pulse: Pulse, epoch: FrozenTrial) -> None:
-        self.token = epoch.number
+        super().__init__(pulse.storage, epoch._trial_id)
         self._pulse = pulse
-        self._id = epoch._trial_id
 
     def check(self) -> None:
         """Stands before every write.
 
         Raises:
-            StorageError: Another process has taken over, so that this one may no longer write.
+            TakenOver: Another process has taken over, so that this one may no longer write.
         """
-        with suppress(KeyError):  # the lease has been deleted
-            if self._pulse.storage.get_trial(self._id).state is TrialState.RUNNING:
-                return
-            self._pulse.look()
-        raise StorageError(
+        if self.stands:
+            return
+        self._pulse.look()
+        raise TakenOver(
             f"The run '{self._pulse.name}' was taken over by {self._pulse.owner}, after nothing had been heard of this process "
             f"for {SILENCE:.0f} s. It goes on there; what this process has stored is kept."
         )
-
-    def live(self, stop: threading.Event) -> None:
-        """Give signs of life until `stop` is set or the lease is lost."""
-        beat = 0
-        while not stop.wait(BEAT):
-            beat += 1
-            try:
-                self._pulse.storage.set_trial_user_attr(self._id, "beat", beat)
-            except DATABASE_ERRORS:  # the next may come through
-                continue
-            except (KeyError, UpdateFinishedTrialError):
-                return
-
-    def end(self) -> None:
-        """Let go of the run."""
-        with suppress(*DATABASE_ERRORS), uninterrupted():  # whoever is next finds the lock free, or waits
-            _end(self._pulse.storage, self._id)
 
 
 def wait_until_free(pulse: Pulse, phases: Phases) -> None:
@@ -147,7 +183,7 @@ def wait_until_free(pulse: Pulse, phases: Phases) -> None:
         with phases.phase(WAITING, round(SILENCE)) as advance:
             while (alive := pulse.look()) is None:
                 time.sleep(POLL)
-                advance(round(pulse.silent))
+                advance(round(pulse.sight.silent(pulse.epoch)) if pulse.epoch else 0)
     if alive:
         raise StorageError(
             f"The run '{pulse.name}' belongs to {pulse.owner}: wait for it, stop it there, or choose another --name."
@@ -164,63 +200,76 @@ def leased(pulse: Pulse, phases: Phases, folder: Path) -> Iterator[Lease]:
     Raises:
         StorageError: Another process is at work.
     """
-    lease, stop = _won(pulse, phases, folder), threading.Event()
-    thread = threading.Thread(target=lease.live, args=(stop,), daemon=True)
-    thread.start()
-    try:
+    lease: Lease | None = None
+    while lease is None:
+        wait_until_free(pulse, phases)
+        lease = won(pulse, folder)
+    with lease.alive():
         yield lease
-    finally:
-        stop.set()
-        thread.join()
-        lease.end()
 
 
-def _won(pulse: Pulse, phases: Phases, folder: Path) -> Lease:
-    """Append an epoch after one whose owner is gone; once more if another process was first."""
-    owner = {
+def won(pulse: Pulse, folder: Path) -> Lease | None:
+    """Append an epoch after the one that `pulse` saw last, whose owner is gone; None if another process was first."""
+    after = pulse.epoch.number if pulse.epoch else None
+    with uninterrupted():
+        mine = record(pulse.storage, f"{pulse.name}/lease", {"after": after, "owner": owner_in(folder)})
+        *older, newest = _chain(pulse.storage, pulse.name)
+        for epoch in older if newest._trial_id == mine else ():
+            if not epoch.state.is_finished():
+                end(pulse.storage, epoch._trial_id)
+        if newest._trial_id == mine:
+            return Lease(pulse, newest)
+        end(pulse.storage, mine)
+    return None
+
+
+def owner_in(folder: Path) -> dict[str, Any]:
+    """What others are told of this process, which holds the lock of `folder`."""
+    return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "folder": str(folder.resolve()),
         "inode": os.stat(folder / LOCK).st_ino,
     }
-    while True:
-        wait_until_free(pulse, phases)
-        after = pulse.epoch.number if pulse.epoch else None
-        with uninterrupted():
-            study = _study(pulse.storage, pulse.name)
-            mine = pulse.storage.create_new_trial(
-                study, create_trial(state=TrialState.RUNNING, user_attrs={"after": after, "owner": owner})
-            )
-            *older, newest = _chain(pulse.storage, pulse.name)
-            for epoch in older if newest._trial_id == mine else ():
-                if not epoch.state.is_finished():
-                    _end(pulse.storage, epoch._trial_id)
-            if newest._trial_id == mine:
-                return Lease(pulse, newest)
-            _end(pulse.storage, mine)
+
+
+def process_of(record: FrozenTrial) -> str:
+    """The process behind a record, in words."""
+    found = record.user_attrs.get("owner")
+    if not isinstance(found, dict):
+        return "another process"
+    return f"process {found.get('pid')} on {found.get('host')}, at work since {found.get('since')} by its clock"
 
 
 def _chain(storage: BaseStorage, name: str) -> list[FrozenTrial]:
     """The epochs that count, oldest first: each the first to come after the one before it."""
     chain: list[FrozenTrial] = []
-    try:
-        epochs = storage.get_all_trials(storage.get_study_id_from_name(f"{name}/lease"), deepcopy=False)
-    except KeyError:  # nobody has ever owned the run
-        return chain
-    for epoch in epochs:
+    for epoch in records(storage, f"{name}/lease"):
         if epoch.user_attrs.get("after") == (chain[-1].number if chain else None):
             chain.append(epoch)
     return chain
 
 
-def _study(storage: BaseStorage, name: str) -> int:
+def records(storage: BaseStorage, study: str) -> list[FrozenTrial]:
+    """The trials of a side study in the order in which they were appended; none where there is no such study."""
     try:
-        return storage.create_new_study([StudyDirection.MINIMIZE], f"{name}/lease")
+        return storage.get_all_trials(storage.get_study_id_from_name(study), deepcopy=False)
+    except KeyError:
+        return []
+
+
+def record(storage: BaseStorage, study: str, attributes: dict[str, Any], running: bool = True) -> int:
+    """Append a trial to a side study, which is made where there is none; Optuna's id of it."""
+    try:
+        identity = storage.create_new_study([StudyDirection.MINIMIZE], study)
     except DuplicatedStudyError:
-        return storage.get_study_id_from_name(f"{name}/lease")
+        identity = storage.get_study_id_from_name(study)
+    state, value = (TrialState.RUNNING, None) if running else (TrialState.COMPLETE, 0.0)
+    return storage.create_new_trial(identity, create_trial(state=state, value=value, user_attrs=attributes))
 
 
-def _end(storage: BaseStorage, trial: int) -> None:
+def end(storage: BaseStorage, trial: int) -> None:
+    """Let a record stand no longer."""
     with suppress(KeyError, UpdateFinishedTrialError):  # another process has ended or forgotten it
         storage.set_trial_state_values(trial, TrialState.COMPLETE, [0.0])

@@ -76,6 +76,8 @@ class _Facts(_Record):
     dense: Values
     importance: list[ImportancePart]
     items: str | None = None
+    versions: dict[str, str] = {}
+    free: dict[str, Any] = {}
     dense_heldout: Values | None = None
     elsewhere: _Elsewhere | None = None
     budget: int = 0
@@ -90,6 +92,7 @@ class _Proposal(_Record):
     source: str | None = None
     recipe: Recipe = {}
     predicted: Predicted | None = None
+    pending: list[int] = []
 
     def made(self) -> Proposal:
         source = Source.restored(self.source, self.origin)

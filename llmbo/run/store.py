@@ -22,7 +22,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from llmbo.errors import StorageError
+from llmbo.errors import StorageError, TakenOver
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
@@ -39,6 +39,7 @@ from llmbo.run.records import (
     rounds_of,
     trial_of,
 )
+from llmbo.run.team import Team
 from llmbo.types import Measurement, Proposal, Trial
 from pruning.architecture import Architecture
 
@@ -51,6 +52,10 @@ def _provenance(proposal: Proposal) -> dict[str, Any]:
     found: dict[str, Any] = {"origin": proposal.origin, "why": proposal.why, "source": proposal.source}
     found |= {"recipe": dict(proposal.recipe)} if proposal.recipe else {}
     return found | ({"predicted": list(proposal.predicted)} if proposal.predicted else {})
+
+
+def _waits(frozen: FrozenTrial) -> bool:
+    return frozen.state is optuna.trial.TrialState.WAITING
 
 
 def _writes(
@@ -72,27 +77,30 @@ class TrialStore:
 
     Args:
         lease: The right to write it; None where no other process can know of it.
+        team: Of a process that joins it as a worker, in place of a lease.
     """
 
-    def __init__(self, study: optuna.Study, space: SearchSpace, lease: Lease | None = None) -> None:
+    def __init__(
+        self, study: optuna.Study, space: SearchSpace, lease: Lease | None = None, team: Team | None = None
+    ) -> None:
         self._study = study
         self._space = space
-        self._lease = lease
+        self._team = team or (Team(study._storage, study.study_name, lease) if lease else None)
         self._settings = study.user_attrs["settings"]
         self._names = list(space.names)
         if space.query_heads:
             self._names += [f"layer_{layer:02d}.fewer_queries" for layer in range(space.num_layers)]
 
     @classmethod
-    def open(cls, url: str, name: str, space: SearchSpace) -> Self:
-        """A stored run, to be read.
+    def open(cls, url: str, name: str, space: SearchSpace, team: Team | None = None) -> Self:
+        """A stored run, to be read, or for a worker to write its trials.
 
         Raises:
             StorageError: It is not there or is damaged.
         """
         storage = open_storage(url)
         with explained(url):
-            return cls(optuna.load_study(study_name=name, storage=storage), space)._checked()
+            return cls(optuna.load_study(study_name=name, storage=storage), space, team=team)._checked()
 
     @classmethod
     def create(
@@ -132,14 +140,19 @@ class TrialStore:
                     study.set_user_attr(key, dict(value))
             return cls(study, space, lease)._checked()
 
-    def check(self) -> None:
-        """Stands before every write.
+    def check(self, place: int | None = None) -> None:
+        """Stands before every write: of what a trial has measured, or of anything else, which is the owner's to write.
 
         Raises:
-            StorageError: Another process has taken over the run.
+            StorageError: Another process owns the run, or has this trial now.
         """
-        if self._lease is not None:
-            self._lease.check()
+        if self._team is None:
+            return
+        if place is None and not self._team.leads():
+            raise StorageError(f"The run '{self._study.study_name}' is another process's: a worker writes only trials.")
+        self._team.check()
+        if place is not None and not self._team.holds(place):
+            raise TakenOver(f"Trial {place} was given to another process: what this one has measured is not stored.")
 
     @uninterrupted()
     def trials(self) -> list[Trial]:
@@ -151,37 +164,84 @@ class TrialStore:
         """The stored proposals of every round."""
         return rounds_of(self._study.user_attrs)
 
-    @_writes
-    def add_round(self, proposals: Sequence[Proposal]) -> None:
-        """Store a round's proposals; they will be evaluated in this order."""
-        plan = [{"x": list(p.x), **_provenance(p)} for p in proposals]
-        key = round_key(len(self.rounds()), self._lease.token if self._lease else None)
-        self._study.set_user_attr(key, plan)
+    @uninterrupted()
+    def leads(self) -> bool:
+        """Whether this process is the one that proposes; a worker becomes it where nobody is.
+
+        Raises:
+            TakenOver: Another process has taken over.
+        """
+        return self._team is None or self._team.leads()
+
+    @uninterrupted()
+    def size(self) -> int:
+        """How many processes evaluate, this one included."""
+        return self._team.size() if self._team else 1
+
+    @uninterrupted()
+    def free(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some unfinished trials that this process may start."""
+        if self._team is None:
+            return list(numbers)
+        frozen, may_start = frozen_trials(self._study), self._team.may_start()
+        return [
+            number
+            for number in numbers
+            if (self._team.lease is not None if number >= len(frozen) else may_start(number, _waits(frozen[number])))
+        ]
 
     @_writes
-    def start(self, number: int, round_number: int, proposal: Proposal) -> None:
-        """Mark trial `number` as RUNNING; does nothing if a killed run had started it already."""
-        if number < len(frozen_trials(self._study)):
-            return
+    def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
+        """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""
+        plan = [
+            {"x": list(p.x), **_provenance(p), **({"pending": list(pending)} if pending else {})} for p in proposals
+        ]
+        lease = self._team.lease if self._team else None
+        self._study.set_user_attr(round_key(len(self.rounds()), lease.number if lease else None), plan)
+
+    @_writes
+    def queue(self, number: int, round_number: int, proposal: Proposal) -> None:
+        """Let workers start trial `number`, if it is not known to them yet."""
+        if number >= len(frozen_trials(self._study)):
+            self._add(number, round_number, proposal, optuna.trial.TrialState.WAITING)
+
+    @uninterrupted()
+    def start(self, number: int, round_number: int, proposal: Proposal) -> bool:
+        """Mark trial `number` as RUNNING, if it is not; False where another process has it."""
+        frozen = frozen_trials(self._study)
+        if number >= len(frozen):
+            self.check()
+            self._add(number, round_number, proposal, optuna.trial.TrialState.RUNNING)
+            return True
+        if self._team is None or frozen[number].state.is_finished():
+            return not frozen[number].state.is_finished()
+        self._team.check()
+        if not self._team.claim(number, _waits(frozen[number])):
+            return False
+        if _waits(frozen[number]):
+            self._study._storage.set_trial_state_values(frozen[number]._trial_id, optuna.trial.TrialState.RUNNING)
+        return True
+
+    def _add(self, number: int, round_number: int, proposal: Proposal, state: optuna.trial.TrialState) -> None:
         architecture = self._space.decode(proposal.x)
         fewer = architecture.fewer_queries or (0,) * self._space.num_layers
         units = (*architecture.kv_groups, *architecture.neurons, *(fewer if self._space.query_heads else ()))
         self._study.add_trial(
             optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING,
+                state=state,
                 params=dict(zip(self._names, units, strict=True)),
                 distributions=self._distributions(),
                 user_attrs={"place": number, "round": round_number, **_provenance(proposal)},
             )
         )
 
-    @_writes
+    @uninterrupted()
     def finish(self, number: int, found: Measurement, seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
         trial = self._annotated(number, {"values": {**found, "seconds": seconds}, "windows": found.windows})
         self._study.tell(trial, [found[name] for name in self._study.metric_names or []])
 
-    @_writes
+    @uninterrupted()
     def fail(self, number: int, reason: str, seconds: float) -> None:
         """Mark a RUNNING trial as FAILED."""
         trial = self._annotated(number, {"values": {"seconds": seconds}, "failure": reason})
@@ -240,7 +300,8 @@ class TrialStore:
         return self
 
     def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:
-        """Optuna's number of a RUNNING trial, given further attributes."""
+        """Optuna's number of a RUNNING trial that is this process's, given further attributes."""
+        self.check(number)
         frozen = frozen_trials(self._study)[number]
         if frozen.state.is_finished():
             raise StorageError(

@@ -45,6 +45,25 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
         return settings, facts, trials, moments
 
 
+def run_in(url: str) -> str:
+    """The name of the one run in a database.
+
+    Raises:
+        StorageError: There is none, or several.
+    """
+    storage = find_storage(url)
+    with explained(url):
+        names = (
+            []
+            if storage is None
+            else sorted(one.study_name for one in storage.get_all_studies() if "settings" in one.user_attrs)
+        )
+    if len(names) != 1:
+        there = f"the runs {', '.join(names)}" if names else "no run yet"
+        raise StorageError(f"{shown_url(url)} holds {there}: say which with --name.")
+    return names[0]
+
+
 def stored_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], int] | None:
     """Settings, facts and number of finished trials of a stored run, or None if there is none.
 

@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
 
 from llmbo.errors import EvaluationError, out_of_memory
 from llmbo.types import Evaluator, Measurement, Observer, Proposal, Proposer, Store, TrialState
 
 MAX_CONSECUTIVE_FAILURES = 3
+PAUSE = 0.5  # seconds between two looks for something to do
 SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that no two runs share a round's seed
 
 
@@ -22,59 +22,65 @@ def run_search(
     observer: Observer,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Evaluate up to `budget` candidates, `q` proposed at a time, going on from whatever `store` holds.
+    """Evaluate up to `budget` candidates, going on from whatever `store` holds, beside other processes that do so.
 
-    Proposals of a round see all earlier rounds and nothing else. They are stored before the first is evaluated.
+    The one that leads proposes `q` at a time, alone when all before are finished. In company it proposes as soon as fewer candidates wait
+    than there are processes, and what is not finished is pending. Proposals are stored before the first is evaluated.
 
     Raises:
         EvaluationError: Several candidates in a row could not be evaluated; what was measured stays stored.
     """
-    first = 0  # number of the round's first trial
-    for round_number in count():
-        if first >= budget:
-            return
-        rounds = store.rounds()
-        if round_number == len(rounds):
-            observer.on_proposing(round_number)
-            proposals = proposer.propose(store.trials(), q, seed * SEEDS_PER_RUN + round_number)
-            if not proposals:
-                return
-            store.add_round(proposals)
-            rounds = store.rounds()
-        numbered = list(enumerate(rounds[round_number][: budget - first], first))
+    exhausted = False
+    while True:
+        leads, size, rounds = store.leads(), store.size(), store.rounds()
+        numbered = list(enumerate((number, proposal) for number, made in enumerate(rounds) for proposal in made))
+        planned = {place: made for place, made in numbered if place < budget}
+        if leads and size > 1:
+            for place, made in planned.items():
+                store.queue(place, *made)
         trials = store.trials()
-        left = [(n, p) for n, p in numbered if n >= len(trials) or trials[n].state is TrialState.RUNNING]
-        for place in range(0, len(left), evaluator.at_once):
-            _evaluate(evaluator, store, round_number, left[place : place + evaluator.at_once], observer, clock)
-        first += len(rounds[round_number])
+        left = [place for place in planned if place >= len(trials) or trials[place].state is TrialState.RUNNING]
+        free = store.free(left)
+        if leads and len(free) < size and len(numbered) < budget and not exhausted:
+            observer.on_proposing(len(rounds))
+            proposals = proposer.propose(trials, max(q, size) - len(free), seed * SEEDS_PER_RUN + len(rounds))
+            exhausted = not proposals
+            if proposals:
+                store.add_round(proposals, [trial.number for trial in trials if trial.state is TrialState.RUNNING])
+        elif free:
+            together = min(evaluator.at_once, math.ceil(len(free) / size))
+            _evaluate(evaluator, store, [(place, *planned[place]) for place in free[:together]], observer, clock)
+        elif left or not (leads or len(numbered) >= budget):
+            time.sleep(PAUSE)
+        else:
+            return
 
 
 def _evaluate(
     evaluator: Evaluator,
     store: Store,
-    round_number: int,
-    batch: Sequence[tuple[int, Proposal]],
+    batch: Sequence[tuple[int, int, Proposal]],
     observer: Observer,
     clock: Callable[[], float],
 ) -> None:
-    """Evaluate stored proposals, numbered, together; one by one where memory does not do for all."""
-    for number, proposal in batch:
+    """Evaluate stored proposals, each with its number and its round's, together; one by one where memory does not do for all."""
+    batch = [each for each in batch if store.start(*each)]
+    for number, _, proposal in batch:
         observer.on_trial_start(proposal, number)
-        store.start(number, round_number, proposal)
     start = clock()
     measured: list[Measurement] | None = None
     try:
-        measured = evaluator.evaluate([proposal.x for _, proposal in batch])
+        measured = evaluator.evaluate([proposal.x for *_, proposal in batch] if batch else [])
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
     if measured is None and len(batch) > 1:
         for one in batch:
-            _evaluate(evaluator, store, round_number, [one], observer, clock)
+            _evaluate(evaluator, store, [one], observer, clock)
         return
-    seconds = (clock() - start) / len(batch)
+    seconds = (clock() - start) / max(1, len(batch))
     found: Sequence[Measurement | None] = measured if measured is not None else [None]
-    for (number, _), values in zip(batch, found, strict=True):
+    for (number, *_), values in zip(batch, found, strict=True):
         _finish(store, number, values, seconds, observer)
 
 

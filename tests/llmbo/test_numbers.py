@@ -28,6 +28,7 @@ NEEDED = {
     "rerank": ["./nowhere"],
     "export": ["./nowhere", "--trial", "0", "--format", "hf", "--out", "made"],
     "watch": ["./nowhere"],
+    "worker": ["./nowhere"],
     "advise": ["./nowhere"],
     "report": ["./nowhere"],
     "compare": ["./nowhere.toml"],

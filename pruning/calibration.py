@@ -3,6 +3,7 @@
 Perplexities fail to reproduce mostly because the recipe is missing, so the recipe travels with the windows.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,3 +305,8 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer starts texts with a BOS token by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def digest_of(windows: Tensor) -> str:
+    """A name for token ids, wherever they are."""
+    return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()

@@ -5,7 +5,6 @@ Everything is in nats and averaged over the T - 1 predicted positions of each wi
 """
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,11 +194,6 @@ def dense_distribution(
     batches = windows.split(batch_size)
     states = (last_hidden(model, batch.to(model.device)) for batch in batches)
     return distribution_of(Head.of(model), batches, states, k)
-
-
-def digest_of(windows: Tensor) -> str:
-    """A name for token ids, wherever they are."""
-    return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()
 
 
 @torch.inference_mode()

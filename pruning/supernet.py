@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.block import Block, expand_units
+from pruning.calibration import digest_of
 from pruning.compensation import Refits
 from pruning.errors import InvalidMask
 from pruning.likelihood import (
@@ -28,7 +29,6 @@ from pruning.likelihood import (
     Head,
     Quality,
     WindowQualities,
-    digest_of,
     distribution_of,
     judged,
     last_hidden,
@@ -58,7 +58,7 @@ class Supernet:
         resident: Whether the model's layers stay on its device. Otherwise they are brought there one at a time, sorted on the way,
             and nothing is written where they wait: memory-mapped weights stay clean. Then only what is done layer by layer works,
             which is everything but `active`.
-        known: What the model predicted on some windows before it was adapted, by `pruning.likelihood.digest_of`: there that is what
+        known: What the model predicted on some windows before it was adapted, by `pruning.calibration.digest_of`: there that is what
             "the dense model" predicts.
     """
 

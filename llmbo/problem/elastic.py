@@ -12,8 +12,8 @@ from llmbo.errors import ConfigError
 from llmbo.models.adapter import Adapter
 from llmbo.models.loading import LoadedModel, fingerprint
 from llmbo.problem.texts import searched
-from pruning.calibration import TokenWindows
-from pruning.likelihood import dense_distribution, digest_of
+from pruning.calibration import TokenWindows, digest_of
+from pruning.likelihood import dense_distribution
 
 
 def adapted(config: RunConfig, loaded: LoadedModel, *windows: Tensor) -> LoadedModel:

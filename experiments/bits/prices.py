@@ -23,11 +23,12 @@ from llmbo.problem.knapsack import cheapest
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.block import Block, BlockKind
+from pruning.compensation import Refits
 from pruning.export import Pruned
 from pruning.export.quantise import TYPES, Mixture, Stored
 from pruning.export.rebuild import cast
 from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen, last_hidden, quality
-from pruning.masks import PruningMask
+from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of
 from pruning.shrinking import shrink
 
@@ -166,11 +167,15 @@ def cheapest_of(choices: Sequence[Sequence[Choice]], size: int) -> list[Choice] 
     return picked and [own[index] for own, index in zip(choices, picked, strict=True)]
 
 
-class _Chosen:
-    """Refits with one type for each block. Implements `pruning.compensation.Refits`."""
+class _Chosen(Refits):
+    """Refits with one type for each block."""
 
     def __init__(self, refits: QuantisedRefits, kinds: Mapping[Place, str]) -> None:
-        self.ranking, self._refits, self._kinds = refits.ranking, refits, kinds
+        self._refits, self._kinds = refits, kinds
+
+    @property
+    def ranking(self) -> Ranking:
+        return self._refits.ranking
 
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         return self._refits.weight(layer, block, units, self._kinds[block.kind, layer])

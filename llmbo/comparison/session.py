@@ -118,10 +118,12 @@ def arm_key(arm: Arm, seed: int, config: CompareConfig, problem: OpenProblem) ->
     runs did before there was the setting (`EARLIER`) does not count, so that what was stored then is found.
     """
     settings = asdict(arm)
-    searched = {"query_heads": problem.space.query_heads}  # what was left open, too
+    run = settings["problem"]["run"]
+    # what was left open, too
+    run |= {"query_heads": problem.space.query_heads, "refit_anchors": run["refit_anchors"] or 0}
     run = {
         key: value
-        for key, value in (settings["problem"]["run"] | searched).items()
+        for key, value in run.items()
         if key not in (*PLACES, *SINCE) and not (key in EARLIER and value == EARLIER[key])
     }
     what = [arm.strategy, settings["options"], run, config.batch, problem.identity]

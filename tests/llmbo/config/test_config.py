@@ -86,7 +86,7 @@ def test_a_config_cannot_be_changed() -> None:
 CHANGED: dict[str, Any] = {
     "model": "other", "batch": 5, "seed": 1, "strategy": "random", "objectives": ("loss", "params"), "reference_point": (1.0, 0.9),
     "compensation": False, "text": "self", "min_share": 0.5, "neuron_step": 32, "neuron_multiple": 64, "query_heads": True,
-    "refit_anchors": 2, "calibration_tokens": 5120, "proxy_tokens": 5120,
+    "refit_anchors": 2, "elastic": "adapter", "calibration_tokens": 5120, "proxy_tokens": 5120,
     "heldout_tokens": 5120, "window": 128, "dtype": "float32", "device": "cpu", "advisor": "heuristic",
     "advisor_hooks": ("propose",), "advisor_share": 0.5, "advisor_warm_start": 2,
     "advisor_context": "none", "advisor_every": 1, "maximum": ("kl=0.5",),

@@ -27,6 +27,7 @@ import pytest
 import torch
 from alembic.util import pyfiles
 from click.testing import Result
+from matplotlib.figure import Figure
 from sqlalchemy import Engine, event
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -216,6 +217,15 @@ def _quick_databases() -> Iterator[None]:
         patch.setattr(pyfiles, "load_module_py", functools.cache(pyfiles.load_module_py))
         yield
     event.remove(Engine, "connect", no_waiting)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    """Every run's front is drawn, by fewer dots: whole pictures take a fifth of a small run's time."""
+    whole = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *figure, **how: whole(*figure, **how | {"dpi": 30}))
+        yield
 
 
 @pytest.fixture(params=[(case, seed) for case in FAMILIES for seed in range(2)], ids=str)

@@ -103,6 +103,10 @@ class GridRefits(Refits):
     def ranking(self) -> Ranking:
         return self._ranking
 
+    def named(self, name_of: Callable[[int], str]) -> "GridRefits":
+        """Others of the same files, on the same device, in the same cache."""
+        return GridRefits(self._files, self._ranking, self._device, self.cache, name_of)
+
     def weight(self, layer: int, block: Block, units: int) -> Tensor:
         """The `hidden_size x block.columns_at(units)` weight whose columns follow the ranking.
 

@@ -9,10 +9,11 @@ from llmbo.config import RunConfig
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.sequence import check_enough
 from llmbo.types import Phases
-from pruning.anatomy import Sizes
+from pruning.anatomy import Anatomy, Sizes
 from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, anchor_files, fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
+from pruning.compensation import Refits
 from pruning.refits import GridRefits
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
@@ -39,6 +40,16 @@ def anchors_of(family: ThresholdFamily, number: int) -> tuple[Architecture, ...]
     parts = [SERVED * (place + 0.5) / number for place in range(number)]
     members = dict.fromkeys(family.at(low + (1 - low) * part) for part in parts)
     return tuple(space.decode(x) for x in members if x != space.max_levels)
+
+
+def kept_at(
+    anatomy: Anatomy, dense: Refits | None, anchors: Sequence[Architecture], windows: Tensor
+) -> AnchoredRefits | None:
+    """What `anchored` has kept where the dense model's refits are, which the caller has seen to be there."""
+    if not isinstance(dense, GridRefits):
+        return None
+    found = [Anchor(one, dense.named(partial(anchor_files, one, windows, ANCHOR_RIDGE))) for one in anchors]
+    return AnchoredRefits(anatomy, dense, found)
 
 
 def names_at(anchors: Sequence[Architecture], windows: Tensor) -> list[str]:

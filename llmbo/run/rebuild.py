@@ -1,6 +1,5 @@
 """A stored run -> the models of its trials, cut again as the run cut them, or refused."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
-from llmbo.problem.anchors import anchored, names_at
+from llmbo.problem.anchors import anchored, kept_at, names_at
 from llmbo.problem.elastic import adapted
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.method import Method
@@ -204,9 +203,11 @@ class RebuildInputs:
                 phases.note,
                 advance,
             )
-        supernet = Supernet(loaded.model, found.ranking, found.refits, loaded.resident)
-        with nullcontext() if kept else supernet:
-            refits = anchored(supernet, anchors, calibration, space.widths, files, phases).compensation
+        if kept:
+            refits: Refits | None = kept_at(space.anatomy, found.refits, anchors, calibration)
+        else:
+            with Supernet(loaded.model, found.ranking, found.refits, loaded.resident) as supernet:
+                refits = anchored(supernet, anchors, calibration, space.widths, files, phases).compensation
         if files is not own:
             hand_on(files, folder, names, phases.note)
         return cls(report, loaded, windows, found.ranking, refits, own, kept)

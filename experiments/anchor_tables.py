@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", default="0.42,0.48,0.54,0.6,0.66,0.72,0.78,0.84,0.9", help="of candidates, by commas"
     )
+    parser.add_argument("--served", action="store_true", help="skip what each anchor alone does to all candidates")
     options = parser.parse_args()
     loaded, text = load_model(options.model), read_text(options.text)
     config = RunConfig(options.model, text=options.text, seed=options.seed, calibration_tokens=options.tokens)
@@ -66,7 +67,8 @@ def main() -> None:
             refits = fit_at(supernet, anchor, fitted, problem.space.widths, TensorFiles(None), ridge)
             title = f"{share:.2f} ({time.monotonic() - start:.0f} s)"
             anchors.append(Anchor(anchor, refits))
-            tell(title, kl(supernet.using(refits)), first)
+            if not options.served:
+                tell(title, kl(supernet.using(refits)), first)
         served = kl(supernet.using(AnchoredRefits(supernet.anatomy, supernet.compensation, anchors)))
         tell("the one that serves", served, first)
         ratios = (

@@ -16,6 +16,11 @@ from pruning.calibration import TokenWindows, digest_of
 from pruning.likelihood import dense_distribution
 
 
+def heard(windows: TokenWindows, elsewhere: TokenWindows | None) -> list[Tensor]:
+    """The windows that a run compares with the dense model on."""
+    return [windows.proxy, windows.heldout, *([elsewhere.heldout] if elsewhere else [])]
+
+
 def adapted(config: RunConfig, loaded: LoadedModel, *windows: Tensor) -> LoadedModel:
     """The model that is cut: with the settings' adapter in its weights, if there is one. A model that a caller has loaded is copied.
 

@@ -19,7 +19,7 @@ from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, 
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
 from llmbo.problem.anchors import check_refit_anchors
-from llmbo.problem.elastic import adapted, check_unseen
+from llmbo.problem.elastic import adapted, check_unseen, heard
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
@@ -199,8 +199,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         elsewhere = load_elsewhere(config, loaded, data)
         if config.elastic:
             check_unseen(config, data, elsewhere)
-            asked = [windows.proxy, windows.heldout, *([elsewhere.heldout] if elsewhere else [])]
-            loaded = adapted(config, loaded, *asked)
+            loaded = adapted(config, loaded, *heard(windows, elsewhere))
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:
             digests = ({"items": found.get("items")} for found in (stored, facts))

@@ -19,6 +19,7 @@ from llmbo.display.progress import Display
 from llmbo.errors import DamagedError, ModelError, StorageError, TakenOver
 from llmbo.evaluation.items import Exam
 from llmbo.models.loading import find_prunable, load_model
+from llmbo.problem.elastic import adapted, heard
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import Problem, prepared
@@ -80,6 +81,8 @@ def work(url: str, name: str, display: Display, command: str, device: str = "aut
         base = find_prunable(model or config.model)
         loaded = load_model(base.name, *placed(config, base, facts["dtype"], device))
         windows = load_windows(config, loaded)
+        elsewhere = load_elsewhere(config, loaded, facts["data"])
+        loaded = adapted(config, loaded, *heard(windows, elsewhere))
     items = item_files(config)
     found = {**facts_of(loaded, windows), "items": items_digest(config)}
     stored = {**facts, "model": {**facts["model"], "name": ""}}
@@ -117,7 +120,7 @@ def work(url: str, name: str, display: Display, command: str, device: str = "aut
                         evaluator_of(config, problem, objectives, store),
                         store,
                         advice,
-                        load_elsewhere(config, loaded, facts["data"]),
+                        elsewhere,
                         loaded,
                         items,
                         [Exam.of(file, loaded.model, loaded.tokenizer) for file in exams],

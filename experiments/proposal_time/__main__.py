@@ -1,6 +1,7 @@
 """Seconds that the default strategy needs to propose a batch, by number of observations and size of the space.
 
     python -m experiments.proposal_time
+    python -m experiments.proposal_time --observations 1000 --pending 64    # as with 64 workers
 
 No model is loaded: the space is that of SmolLM2-135M (60 dimensions) and of a decoder with 80 layers (160), and a smooth function
 stands for the measurements and the expansions behind the prior mean, since only their number matters here.
@@ -87,14 +88,17 @@ def observed(family: ThresholdFamily, n: int) -> tuple[list[Trial], dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4, help="candidates proposed at a time")
+    parser.add_argument("--observations", type=int, nargs="+", default=[100, 200, 300])
+    parser.add_argument("--pending", type=int, default=0, help="trials that others evaluate meanwhile, on top")
     parser.add_argument("--repeats", type=int, default=3, help="proposals timed, each under a seed of its own")
     args = parser.parse_args()
     print("model         d    objectives                 observations  seconds (median)  slowest")
     for model, config in SHAPES.items():
         space, family = search_space(config)
         for names in (("kl", "params_share"), ("kl", "params_share", "kv_bytes")):
-            for n in (100, 200, 300):
-                trials, dense = observed(family, n)
+            for n in args.observations:
+                trials, dense = observed(family, n + args.pending)
+                trials[n:] = [replace(trial, state=TrialState.RUNNING, values={}) for trial in trials[n:]]
                 objectives = build_objectives(names, dense, known_values(space, family.at(0.0)))
                 proposer = QNehviProposer(family, objectives, dense)
                 seconds = []
@@ -104,7 +108,7 @@ def main() -> None:
                     seconds.append(time.perf_counter() - start)
                     assert len(proposals) == args.batch
                 print(
-                    f"{model:12}  {space.d:3}  {','.join(names):25}  {len(trials):12}  {statistics.median(seconds):16.2f}"
+                    f"{model:12}  {space.d:3}  {','.join(names):25}  {n:12}  {statistics.median(seconds):16.2f}"
                     f"  {max(seconds):7.2f}",
                     flush=True,
                 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.worker_scaling.__main__ import SimulatedStore, in_rounds, simulated
 from llmbo.errors import EvaluationError
 from llmbo.run.store import TrialStore
 from llmbo.search.acquisition import QNehviProposer
@@ -226,3 +227,16 @@ def test_what_does_not_fit_into_memory_together_is_measured_alone(
     run_search(RandomProposer(toy.space), Scripted(toy, script, at_once=4), open_store(), 4, 4, 0, Log())
     states = [trial.state for trial in open_store().trials()]
     assert states == [TrialState.COMPLETE, TrialState.FAILED, TrialState.COMPLETE, TrialState.COMPLETE]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_simulated_workers_evaluate_what_a_run_proposes_and_are_never_idle(toy: Any, workers: int) -> None:
+    """Of `experiments.worker_scaling`: with candidates of equal length every worker is busy until none is left."""
+    store = SimulatedStore(toy.evaluate, lambda x: 1.0, workers)
+    trials, ended = simulated(RandomProposer(toy.space), store, 18, 4, 0)
+    assert [trial.number for trial in trials] == list(range(18)) and len({trial.x for trial in trials}) == 18
+    assert all(trial.complete and trial.values == toy.evaluate(trial.x) for trial in trials)
+    assert sorted(ended) == [1.0 + number // workers for number in range(18)]
+    if workers == 1:
+        assert in_rounds(trials, lambda x: 1.0, 1) == ended
+        assert in_rounds(trials, lambda x: 1.0, 3) == [1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5, 6, 7, 7, 7, 8, 9, 9]

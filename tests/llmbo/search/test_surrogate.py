@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmbo.problem.family import Expansions
+from llmbo.search import surrogate
 from llmbo.search.gain import FamilyCurve
 from llmbo.search.surrogate import (
     DISTANCE,
@@ -186,3 +187,22 @@ def test_where_directions_are_priced_only_what_neighbours_do_not_share_counts(to
     assert not _uneven(even[None]).any()
     assert float(_uneven(2 * single[None]).square().sum()) == pytest.approx(4 * float(_uneven(single).square().sum()))
     assert _uneven(single).any()
+
+
+def test_of_many_trials_some_set_the_hyperparameters_and_all_are_predicted_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    Z = torch.rand(40, 5, generator=rng, dtype=torch.float64)
+    Y = (3 * Z[:, :1]).sin()
+    Y[-2] += 2.0  # of no use to the fit, which does not see it
+    monkeypatch.setattr(surrogate, "FITTED_ROWS", 14)  # every third
+    found = fit_surrogate(Z, Y, 2)
+    monkeypatch.setattr(surrogate, "FITTED_ROWS", 40)
+    few = fit_surrogate(Z[::3], Y[::3], 2)
+    kernels: list[Any] = [model.covar_module for model in (found, few, fit_surrogate(Z, Y, 2))]
+    scales = [kernel.base_kernel.lengthscale.item() for kernel in kernels]
+    assert abs(scales[0] / scales[1] - 1) < 0.2 < abs(scales[2] / scales[1] - 1)
+    with torch.no_grad():
+        there = [float(model.posterior(Z[-2:-1]).mean) for model in (found, few)]
+    assert there[0] > there[1] + 0.05

@@ -49,6 +49,7 @@ NOT_RUN = {
     "llmbo optimize --model llama --storage journal": "needs a shared folder; tests/llmbo/run/test_team.py makes a journal",
     "llmbo worker ": "evaluates for a run that goes on; tests/llmbo/run/test_team.py does",
     "for host in": "needs other machines",
+    "PGPASSWORD=": "needs Docker; tests/llmbo/run/test_worker.py reads the file",
     "python -m experiments.bits": "takes minutes; tests/llmbo/comparison/test_bits.py measures a tiny model",
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/problem/test_accuracy.py brings one",
     "llmbo optimize --model llama --budget 60 --refit-front": "tests/llmbo/run/test_refit_front.py does that",

@@ -113,6 +113,8 @@ def optimize(
     typed = locals()  # the arguments, while nothing else is here
     settings = {item.name: typed[item.name] for item in fields(RunConfig)}
     command = command or call_text("optimize", settings | ({"fresh": True} if fresh else {}))
+    if isinstance(devices, str):
+        raise ConfigError(f"devices='{devices}' is one text: give a list, devices={devices.split(',')!r}.")
     if devices:
         if device not in ("auto", devices[0]) or not isinstance(model, str):
             raise ConfigError("devices= says where workers load a model: give its name, and no other device=.")

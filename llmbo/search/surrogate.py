@@ -150,9 +150,10 @@ def fit_surrogate(train_Z: Tensor, train_Y: Tensor, d: int, train_Yvar: Tensor |
     if len(train_Z) <= FITTED_ROWS or train_Yvar is not None:  # a fixed noise belongs to its row
         fit_gpytorch_mll(likelihood_of_gains)
         return model
+    inputs: Tensor
     (inputs,), targets = model.train_inputs, model.train_targets
     rows = torch.linspace(0, len(inputs) - 1, FITTED_ROWS).long()
-    model.set_train_data(inputs[rows], targets[rows], strict=False)
+    model.set_train_data(inputs[rows], targets[rows], strict=False)  # type: ignore[operator]
     fit_gpytorch_mll(likelihood_of_gains)
-    model.set_train_data(inputs, targets, strict=False)
+    model.set_train_data(inputs, targets, strict=False)  # type: ignore[operator]
     return model

@@ -51,6 +51,7 @@ NOT_RUN = {
     "for host in": "needs other machines",
     "python -m experiments.worker_scaling": "takes minutes; tests/llmbo/search/test_loop.py simulates a few workers",
     "python -m experiments.proposal_time": "takes a minute on an idle machine",
+    "PGPASSWORD=": "needs Docker; tests/llmbo/run/test_worker.py reads the file",
     "python -m experiments.bits": "takes minutes; tests/llmbo/comparison/test_bits.py measures a tiny model",
     "llmbo optimize --model llama --objectives accuracy": "needs a file of items; tests/llmbo/problem/test_accuracy.py brings one",
     "llmbo optimize --model llama --budget 60 --refit-front": "tests/llmbo/run/test_refit_front.py does that",

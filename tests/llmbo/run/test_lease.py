@@ -23,10 +23,7 @@ from llmbo.search.loop import run_search
 from llmbo.types import Measurement, Proposal, TrialState
 
 TIMEOUT = 60.0  # seconds; only a hanging child reaches it
-OPENERS: dict[str, Callable[[Path], BaseStorage]] = {
-    "sqlite": lambda place: open_storage(f"sqlite:///{place / 'study.db'}"),
-    "journal": lambda place: open_storage(f"journal:{place / 'journal.log'}"),
-}
+URLS = {"sqlite": "sqlite:///{}/study.db", "journal": "journal:{}/journal.log", "postgresql": ""}
 RACES = 12
 BUDGET = 9
 
@@ -60,10 +57,11 @@ class Random:
         return [Proposal(x, f"seed {seed}") for x in self._toy.random_points(q, seed)]
 
 
-@pytest.fixture(params=OPENERS)
+@pytest.fixture(params=["sqlite", "journal"])
 def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """As another process would: a connection of its own."""
-    return lambda: OPENERS[request.param](tmp_path)
+    url = URLS[request.param].format(tmp_path) or request.getfixturevalue("new_postgresql")()
+    return lambda: open_storage(url)
 
 
 @pytest.fixture
@@ -100,6 +98,7 @@ def owner_elsewhere(open_again: Open, folder: Path) -> multiprocessing.process.B
     return process
 
 
+@pytest.mark.parametrize("open_again", URLS, indirect=True)
 def test_of_processes_that_start_at_once_one_owns_the_run(open_again: Open, tmp_path: Path, brisk: None) -> None:
     """The database is not there yet either. Every race has one winner, and the others name it."""
     context, processes = multiprocessing.get_context("fork"), 3

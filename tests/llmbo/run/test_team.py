@@ -29,7 +29,7 @@ from llmbo.search import loop
 from llmbo.types import Measurement, Proposal, Trial, TrialState
 
 TIMEOUT = 60.0  # seconds; only a hanging child reaches it
-BUDGET = 24
+BUDGET = 18
 FOREVER = 1e6
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -54,12 +54,14 @@ class Telling:
         return [Proposal(x, f"{len(trials)} {pending}") for x in self._toy.random_points(q, seed)]
 
 
-@pytest.fixture(params=["sqlite:///{}/study.db", "journal:{}/study.log"])
+@pytest.fixture(params=["sqlite:///{}/study.db", "journal:{}/study.log", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for module, name, seconds in (
         (lease_module, "BEAT", 0.05), (lease_module, "SILENCE", 2.0), (lease_module, "POLL", 0.02), (loop, "PAUSE", 0.05),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, seconds)
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("new_postgresql")())
     return str(request.param).format(tmp_path)
 
 
@@ -164,6 +166,7 @@ def _begun(url: str) -> bool:
     return any(one.study_name == "run" and "facts" in one.user_attrs for one in open_storage(url).get_all_studies())
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_what_others_have_written_into_the_store_is_no_claim(
     toy: Any, own: Callable[..., TrialStore], url: str, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy.exc import (
     IntegrityError,
     NoSuchModuleError,
     OperationalError,
+    ProgrammingError,
     SAWarning,
     SQLAlchemyError,
 )
@@ -108,8 +109,8 @@ def open_storage(url: str) -> BaseStorage:
         for _ in range(TRIES - 1):
             try:
                 return _storage(url)
-            except (IntegrityError, OperationalError) as error:  # another process was faster
-                if isinstance(error, OperationalError) and "already exists" not in str(error):
+            except (IntegrityError, OperationalError, ProgrammingError) as error:  # another process was faster
+                if not isinstance(error, IntegrityError) and "already exists" not in str(error):
                     raise
                 time.sleep(0.1)
         return _storage(url)

@@ -1,15 +1,14 @@
 """At which pruned models a run's refits are fitted beside the dense one's, and what its trials take of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from llmbo.config import RunConfig
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.sequence import check_enough
+from llmbo.problem.sequence import beyond
 from llmbo.types import Phases
-from pruning.anatomy import Anatomy, Sizes
+from pruning.anatomy import Anatomy
 from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, anchor_files, fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
@@ -20,18 +19,6 @@ from pruning.tensor_files import TensorFiles
 
 PHASE = "refits at pruned members"
 SERVED = 5 / 6  # of the way from the smallest member to the dense model
-
-
-def check_refit_anchors(config: RunConfig, sizes: Sizes) -> None:
-    """Refuse refits at pruned members on too little text.
-
-    Raises:
-        ConfigError: See `least_tokens`.
-    """
-    if config.refit_anchors:
-        tokens = config.windows["calibration"] * config.window
-        remedy = "Set --calibration-tokens {enough}, or leave --refit-anchors out."
-        check_enough("--refit-anchors", tokens, config.window, sizes, remedy)
 
 
 def anchors_of(family: ThresholdFamily, number: int) -> tuple[Architecture, ...]:
@@ -87,14 +74,10 @@ def anchored(
                     windows,
                     widths,
                     files,
-                    on_layer=partial(_beyond, advance, place * layers),
+                    on_layer=partial(beyond, advance, place * layers),
                     cache=dense.cache,
                 ),
             )
             for place, anchor in enumerate(anchors)
         ]
     return supernet.using(AnchoredRefits(supernet.anatomy, dense, found))
-
-
-def _beyond(advance: Callable[[int], None], before: int, done: int) -> None:
-    advance(before + done)

@@ -46,16 +46,22 @@ def check_enough(flag: str, tokens: int, window: int, sizes: Sizes, remedy: str)
         )
 
 
-def check_refit_front(config: RunConfig, sizes: Sizes) -> None:
-    """Refuse `refit_front` on too little text.
+def check_refits(config: RunConfig, sizes: Sizes) -> None:
+    """Refuse `refit_front` and `refit_anchors` on too little text.
 
     Raises:
         ConfigError: See `least_tokens`.
     """
-    if config.refit_front:
-        tokens = config.windows["calibration"] * config.window
-        remedy = "Set --calibration-tokens {enough}, or leave --refit-front out."
-        check_enough("--refit-front", tokens, config.window, sizes, remedy)
+    tokens = config.windows["calibration"] * config.window
+    for flag, asked in (("--refit-front", config.refit_front), ("--refit-anchors", config.refit_anchors)):
+        if asked:
+            remedy = f"Set --calibration-tokens {{enough}}, or leave {flag} out."
+            check_enough(flag, tokens, config.window, sizes, remedy)
+
+
+def beyond(advance: Callable[[int], None], before: int, done: int) -> None:
+    """Tell of layers that are done of one model, where so many of others came before."""
+    advance(before + done)
 
 
 def kept_refits(

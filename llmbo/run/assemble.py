@@ -18,7 +18,6 @@ from llmbo.models.adapter import Adapter
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
-from llmbo.problem.anchors import check_refit_anchors
 from llmbo.problem.elastic import adapted, check_unseen, heard
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
@@ -28,7 +27,7 @@ from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.recipe import RECIPES, AllocationRecipe
 from llmbo.problem.residence import placed
-from llmbo.problem.sequence import check_refit_front, least_tokens
+from llmbo.problem.sequence import check_refits, least_tokens
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
@@ -166,8 +165,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     if named:
         named[0].bonus(anatomy.num_hidden_layers)  # before anything is measured
     config = _settled(config, base, anatomy)
-    check_refit_front(config, anatomy)
-    check_refit_anchors(config, anatomy)
+    check_refits(config, anatomy)
     items = item_files(config)
     if config.elastic:
         Adapter.read(config.elastic)
@@ -191,10 +189,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             judged_by = () if "accuracy" in config.objectives else items
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
             config, windows = _windows(config, loaded, open_ended)
-            check_refit_front(config, anatomy)  # of a short text there may be fewer
-            if anchors_open and config.calibration_tokens < least_tokens(anatomy):
+            if anchors_open and config.calibration_tokens < least_tokens(anatomy):  # of a short text there may be fewer
                 config = replace(config, refit_anchors=0)
-            check_refit_anchors(config, anatomy)
+            check_refits(config, anatomy)
         data = facts_of(loaded, windows)["data"]
         elsewhere = load_elsewhere(config, loaded, data)
         if config.elastic:

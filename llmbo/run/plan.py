@@ -21,7 +21,6 @@ from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable, load_tokenizer
 from llmbo.models.placement import DTYPES, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, model_of_config, stored_weights
-from llmbo.problem.anchors import check_refit_anchors
 from llmbo.problem.engines import check_engines
 from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
@@ -33,7 +32,7 @@ from llmbo.problem.residence import (
     residence_of,
     workload_of,
 )
-from llmbo.problem.sequence import PHASE, check_refit_front
+from llmbo.problem.sequence import PHASE, check_refits
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import check_window, item_files
@@ -224,8 +223,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     space = space_of(config, anatomy)
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)
-    check_refit_front(config, anatomy)
-    check_refit_anchors(config, anatomy)
+    check_refits(config, anatomy)
     rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
     chosen, refused = None, ""
     try:

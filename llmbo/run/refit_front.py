@@ -1,13 +1,12 @@
 """Some points of the finished front, refitted in sequence and measured once more, in columns of their own."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from llmbo.problem.kept import own_files
 from llmbo.problem.proxy import ProxyEvaluator
-from llmbo.problem.sequence import PHASE, sequential
+from llmbo.problem.sequence import PHASE, beyond, sequential
 from llmbo.report import front_of
 from llmbo.run.assemble import RunParts
 from llmbo.run.judgement import noise, spread, windows_of
@@ -39,7 +38,7 @@ def refit_front(run: RunParts, phases: Phases) -> None:
                 problem.supernet,
                 space.decode(trial.x),
                 problem.windows.calibration,
-                partial(_beyond, advance, place * layers),
+                partial(beyond, advance, place * layers),
             )
             supernet = problem.supernet.using(refits)
             found = {
@@ -64,7 +63,3 @@ def refitted(run: RunParts) -> dict[int | None, dict[str, Any]]:
         for number, part in noise(front, windows | {n: own for n, own in kept.items() if own}, run.objectives).items():
             shown[number][field] = part
     return shown
-
-
-def _beyond(advance: Callable[[int], None], before: int, done: int) -> None:
-    advance(before + done)

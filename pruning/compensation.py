@@ -145,6 +145,10 @@ class Refits(Protocol):
         """The `hidden_size` bias that goes with it; None where the dense one, if any, stays."""
         ...
 
+    def expect(self, layer: int, block: Block, units: int) -> None:
+        """Told that `weight` and `bias` will be asked for soon: what has to be brought may set out."""
+        return
+
     def serving(self, architecture: Architecture) -> "Refits":
         """Those that a sub-network takes; all take the same unless told otherwise."""
         return self

@@ -28,7 +28,7 @@ from pruning.architecture import Architecture
 from pruning.block import Block, BlockKind
 from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen
 from pruning.supernet import Supernet
-from pruning.walk import Walk, device_of
+from pruning.walk import Walk, device_of, windows_at_once
 from pruning.widths import LACK, attention_width, lacking_of, units_of
 
 ORDERS = 2  # first and second
@@ -41,7 +41,7 @@ def exchange_costs(
     windows: Tensor,
     dense: DenseDistribution,
     generator: torch.Generator,
-    batch_size: int = 2,
+    batch_size: int | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[dict[BlockKind, Tensor], Tensor]:
     """Change of KL when one block alone gets another width, all others as in `architecture`, nats per token; and KL as it is.
@@ -65,6 +65,7 @@ def exchange_costs(
     widest = Architecture.of(
         *(_widest(architecture.units(block.kind), widths[block.kind]) for block in supernet.anatomy.blocks)
     )
+    batch_size = batch_size or windows_at_once(device, windows.shape[1], few=2)
     head, batches, done, predicted = Head.of(model), windows.split(batch_size), count(1), windows.shape[1] - 1
     layers = range(supernet.anatomy.num_hidden_layers)
 

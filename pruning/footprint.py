@@ -16,7 +16,7 @@ states of all windows too. On top comes the phase that needs most:
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
     candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
 
-Refits are a layer's two, and as many more as `CACHE_BYTES` hold.
+Refits are a layer's two and the next one's, and as many more as `CACHE_BYTES` hold.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ from pruning.anatomy import Anatomy
 from pruning.compensation import CACHE_BYTES
 from pruning.likelihood import CHUNK
 from pruning.surgeon import AT_ONCE
+from pruning.walk import FEW
 
-BATCH = 4  # windows
 SINGLE = 4  # bytes of a float32
 
 
@@ -39,6 +39,7 @@ class Workload:
         tokens: Of the largest set of windows, which is the calibration's.
         scored_tokens: Of those that are walked back.
         window: Tokens of a window.
+        batch: Windows that pass a layer at once.
         anchored: Whether refits are fitted at pruned models, too.
     """
 
@@ -46,10 +47,11 @@ class Workload:
     scored_tokens: int
     window: int
     anchored: bool = False
+    batch: int = FEW
 
     @property
     def batch_tokens(self) -> int:
-        return min(self.tokens, BATCH * self.window)
+        return min(self.tokens, self.batch * self.window)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
     widest, batch = max(columns), workload.batch_tokens
     forward, backward = activations(anatomy, itemsize, batch)
     fitted = refits is not None
-    cached = max(itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits is not None else 0
+    cached = max(2 * itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits is not None else 0
     grams = SINGLE * sum(width**2 for width in columns) * fitted
     logits = min(CHUNK, batch) * anatomy.vocab_size * (itemsize + 3 * SINGLE)  # softmax, and a gradient by it
     largest = max(block.units * rows.per_unit for block in anatomy.blocks for rows in block.inputs.values()) * hidden

@@ -7,7 +7,7 @@ one that was finished never takes place again.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Literal
@@ -26,7 +26,8 @@ from pruning.projection import Projection
 from pruning.statistics import Statistics, collect_statistics, steps
 from pruning.surgeon import surgeon_order
 from pruning.tensor_files import TensorFiles
-from pruning.walk import device_of
+from pruning.transfers import Coming, PinnedMemory
+from pruning.walk import device_of, windows_at_once
 from pruning.widths import lacking_of, width_text
 
 STATISTICS = "statistics"
@@ -54,26 +55,40 @@ class Fitted:
     refits: "GridRefits | None"
 
 
-@dataclass
 class RefitCache:
-    """Refits that are kept on the device: up to `most` bytes, the least recently used leaving first."""
+    """Refits that were asked for: up to `most` bytes on the device, the least recently used leaving first, and of those that have to leave
+    up to `waiting` bytes in memory that a CUDA device copies from directly.
+    """
 
-    most: int = CACHE_BYTES
-    held: int = 0
-    kept: OrderedDict[tuple[str, str], tuple[Tensor, Tensor | None]] = field(default_factory=OrderedDict)
+    def __init__(self, most: int = CACHE_BYTES, waiting: int = 0) -> None:
+        self.most = most
+        self.held = 0
+        self.kept: OrderedDict[tuple[str, str], tuple[Coming, int]] = OrderedDict()
+        self._memory = PinnedMemory(waiting)
+        self._waiting: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def get(
-        self, key: tuple[str, str], bring: Callable[[], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """What is kept by that name, or what `bring` gives."""
+        self, key: tuple[str, str], read: Callable[[], tuple[Tensor, Tensor | None]], device: torch.device
+    ) -> Coming:
+        """What is kept by that name; else what `read` gives, on its way to the device."""
         if key not in self.kept:
-            found = bring()
-            self.held += found[0].nbytes
+            waiting = self._waiting.get(key) or self._read(key, read)
+            size = sum(each.nbytes for each in waiting if each is not None)
+            self.held += size
             while self.held > self.most and self.kept:
-                self.held -= self.kept.popitem(last=False)[1][0].nbytes
-            self.kept[key] = found
+                gone, left = self.kept.popitem(last=False)[1]
+                gone.here()  # its room is written to until then
+                self.held -= left
+            self.kept[key] = Coming(waiting, device), size
         self.kept.move_to_end(key)
-        return self.kept[key]
+        return self.kept[key][0]
+
+    def _read(self, key: tuple[str, str], read: Callable[[], tuple[Tensor, Tensor | None]]) -> list[Tensor | None]:
+        weight, bias = read()
+        if (pinned := self._memory.keep(weight)) is not None:
+            self._waiting[key] = [pinned, bias]
+            return self._waiting[key]
+        return [weight, bias]
 
 
 class GridRefits(Refits):
@@ -113,7 +128,9 @@ class GridRefits(Refits):
         Raises:
             InvalidArchitecture: The width is not on the grid.
         """
-        return self._of(layer, block, units)[0]
+        weight = self._of(layer, block, units).here()[0]
+        assert weight is not None
+        return weight
 
     def bias(self, layer: int, block: Block, units: int) -> Tensor | None:
         """The `hidden_size` bias that goes with it; None where the dense one, if any, stays.
@@ -121,12 +138,16 @@ class GridRefits(Refits):
         Raises:
             InvalidArchitecture: As `weight`.
         """
-        return self._of(layer, block, units)[1]
+        return self._of(layer, block, units).here()[1]
 
-    def _of(self, layer: int, block: Block, units: int) -> tuple[Tensor, Tensor | None]:
+    def expect(self, layer: int, block: Block, units: int) -> None:
+        """Begin to bring what `weight` and `bias` will be asked for."""
+        self._of(layer, block, units)
+
+    def _of(self, layer: int, block: Block, units: int) -> Coming:
         name, key = self._name_of(layer), key_of(block.kind, units)
 
-        def bring() -> tuple[Tensor, Tensor | None]:
+        def read() -> tuple[Tensor, Tensor | None]:
             kept = self._files.get(name) or {}
             if key not in kept:
                 known = sorted(int(name.split(".")[1]) for name in kept if name.startswith(f"{block.kind}."))
@@ -134,10 +155,9 @@ class GridRefits(Refits):
                 raise InvalidArchitecture(
                     f"Layer {layer} has no refit for {width_text(units)} of {block.kind}: expected one of {told}."
                 )
-            weight, bias = kept[key].to(self._device, non_blocking=True), kept.get(f"bias.{key}")
-            return weight, None if bias is None else bias.to(self._device, non_blocking=True)
+            return kept[key], kept.get(f"bias.{key}")
 
-        return self.cache.get((name, key), bring)
+        return self.cache.get((name, key), read, self._device)
 
 
 def fit(
@@ -148,9 +168,9 @@ def fit(
     ridge: Ridge = RIDGE,
     order: Order = "surgeon",
     scored: int | None = None,
-    batch_size: int = 2,
+    batch_size: int | None = None,
     on_layer: Callable[[int], None] | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache: RefitCache | None = None,
     queries: bool = False,
 ) -> Fitted:
     """Walk through the dense model, or take what an earlier walk has left in `files`.
@@ -165,11 +185,13 @@ def fit(
         files: Empty, or with what the same call has left there: the caller sees to that. What has other shapes is made anew.
         order: Of the units, which all widths keep prefixes of. Without refits it is always "activation": the other presumes them.
         scored: As for `collect_statistics`.
+        batch_size: Windows, by default `pruning.walk.windows_at_once`.
         on_layer: Called with the number of layers done, out of `steps(...)`.
-        cache_bytes: Of refits that are kept on the device, once they are asked for.
+        cache: For refits that are asked for.
         queries: Whether query heads are ranked too, which widths that lack some of them need.
     """
     anatomy, device = anatomy_of(model), device_of(model)
+    batch_size = batch_size or windows_at_once(device, windows.shape[1], few=2)
     layers = range(anatomy.num_hidden_layers)
 
     def missing(index: int) -> bool:
@@ -192,9 +214,7 @@ def fit(
         statistics = collect_statistics(model, windows, batch_size, on_layer, scored, missing, solve)
         files.put(STATISTICS, statistics.to_tensors())
     ranking = activation_ranking(statistics, queries) if widths is None else _ranking_of(files, anatomy)
-    return Fitted(
-        statistics, ranking, None if widths is None else GridRefits(files, ranking, device, RefitCache(cache_bytes))
-    )
+    return Fitted(statistics, ranking, None if widths is None else GridRefits(files, ranking, device, cache))
 
 
 def names_of(anatomy: Anatomy) -> list[str]:

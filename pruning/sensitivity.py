@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pruning.block import Block, BlockKind
 from pruning.likelihood import Head, frozen, loss_gradient
 from pruning.supernet import Supernet
-from pruning.walk import Walk, device_of
+from pruning.walk import Walk, device_of, windows_at_once
 
 Widths = Mapping[BlockKind, Sequence[int]]
 
@@ -34,7 +34,7 @@ def block_sensitivity(
     windows: Tensor,
     widths: Widths,
     generator: torch.Generator | None = None,
-    batch_size: int = 2,
+    batch_size: int | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> dict[BlockKind, Tensor]:
     """What every block alone costs at each of `widths`, all others dense: `num_layers x len(widths)` by kind, float32.
@@ -54,6 +54,7 @@ def block_sensitivity(
         block.kind: torch.zeros(anatomy.num_hidden_layers, len(widths[block.kind]), device=device)
         for block in anatomy.blocks
     }
+    batch_size = batch_size or windows_at_once(device, windows.shape[1], few=2)
     head, batches, done = Head.of(model), windows.split(batch_size), count(1)
     layers = range(anatomy.num_hidden_layers)
     with frozen(model):

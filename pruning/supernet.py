@@ -36,7 +36,7 @@ from pruning.likelihood import (
 from pruning.masks import Ranking
 from pruning.modeling_pruned import stand_ins
 from pruning.projection import Narrow, Projection, matrix_of, rows_of
-from pruning.walk import Walk, brought, device_of
+from pruning.walk import Walk, brought, device_of, windows_at_once
 
 
 def absent(block: Block) -> dict[str, nn.Module]:
@@ -72,6 +72,7 @@ class Supernet:
     ) -> None:
         self.model = model
         self.resident = resident
+        self.by_layer = not resident or device_of(model).type == "cuda"
         self.known = known or {}
         self.anatomy = anatomy_of(model)
         ranking.check(self.anatomy)
@@ -111,27 +112,35 @@ class Supernet:
         architectures: Sequence[Architecture],
         windows: Tensor,
         dense: DenseDistribution | None = None,
-        batch_size: int = 4,
+        batch_size: int | None = None,
     ) -> list[WindowQualities]:
         """Loss (and KL from the dense model) of each sub-network on each of `num_windows x length` token ids.
 
-        Memory: a batch's activations; where layers are brought, all sub-networks' hidden states of all windows on the host.
+        Memory: a batch's activations; where layers are brought, all sub-networks' hidden states of all windows on the host; on a GPU that
+        holds the model, on the GPU.
+
+        Args:
+            batch_size: Windows, by default `pruning.walk.windows_at_once`.
         """
-        batches = windows.split(batch_size)
+        batches = self._split(windows, batch_size)
         head = Head.of(self.model)
         return [judged(head, batches, states, dense) for states in self.states(architectures, batches)]
 
     def quality(
-        self, architecture: Architecture, windows: Tensor, dense: DenseDistribution | None = None, batch_size: int = 4
+        self,
+        architecture: Architecture,
+        windows: Tensor,
+        dense: DenseDistribution | None = None,
+        batch_size: int | None = None,
     ) -> Quality:
         """As `qualities`, of one sub-network over all windows."""
         return self.qualities([architecture], windows, dense, batch_size)[0].mean()
 
-    def distribution(self, windows: Tensor, batch_size: int = 4) -> DenseDistribution:
+    def distribution(self, windows: Tensor, batch_size: int | None = None) -> DenseDistribution:
         """What the dense model predicts on `num_windows x length` token ids."""
         if self.known and (found := self.known.get(digest_of(windows))):
             return found
-        batches = windows.split(batch_size)
+        batches = self._split(windows, batch_size)
         states = next(self.states([Architecture.full(self.anatomy)], batches))
         return distribution_of(Head.of(self.model), batches, states)
 
@@ -139,21 +148,30 @@ class Supernet:
         """What the head reads, for each sub-network in turn, for each batch of `B x T` token ids: `B x T x hidden_size`.
 
         Every layer is brought once for all sub-networks together, so that a model larger than the device costs one transfer of its
-        weights. To be used in order: an iterator is spent once the next one begins.
+        weights, and what a sub-network needs of the refits sets out while the one before it is computed. To be used in order: an
+        iterator is spent once the next one begins.
         """
         device = device_of(self.model)
-        if self.resident:
+        if not self.by_layer:
             for architecture in architectures:
                 with self.active(architecture) as model:
                     yield (last_hidden(model, batch.to(device)) for batch in batches)
             return
         walks = [Walk(self.model, batches) for _ in architectures]
-        for index in range(len(self._layers)):
+        own = [self.serving(architecture) for architecture in architectures]
+        turns = [
+            [number for number, architecture in enumerate(architectures) if architecture.keeps_layer(index)]
+            for index in range(len(self._layers))
+        ]
+        coming = ((index, number) for index, numbers in enumerate(turns) for number in numbers)
+        next(coming, None)
+        for index, numbers in enumerate(turns):
             with self.layer(index) as layer:
-                for architecture, walk in zip(architectures, walks, strict=True):
-                    if architecture.keeps_layer(index):
-                        with self.narrowed(index, architecture):
-                            walk.forward(index, layer)
+                for number in numbers:
+                    with own[number]._narrowed(index, architectures[number]):
+                        if following := next(coming, None):
+                            own[following[1]]._expect(following[0], architectures[following[1]])
+                        walks[number].forward(index, layer)
         for walk in walks:
             yield (walk.last_hidden(batch)[1] for batch in range(len(batches)))
 
@@ -171,11 +189,24 @@ class Supernet:
     @contextmanager
     def narrowed(self, index: int, architecture: Architecture) -> Iterator[None]:
         """A layer on the device as the sub-network has it, which must keep some of it; dense again afterwards."""
-        own = self.serving(architecture)
+        with self.serving(architecture)._narrowed(index, architecture):
+            yield
+
+    @contextmanager
+    def _narrowed(self, index: int, architecture: Architecture) -> Iterator[None]:
         with ExitStack() as stack:
             for block in self.anatomy.blocks:
-                own._narrow(self._layers[index], index, block, architecture.units(block.kind)[index], stack)
+                self._narrow(self._layers[index], index, block, architecture.units(block.kind)[index], stack)
             yield
+
+    def _expect(self, index: int, architecture: Architecture) -> None:
+        for block in self.anatomy.blocks:
+            units = architecture.units(block.kind)[index]
+            if self.compensation is not None and units not in (0, block.units):
+                self.compensation.expect(index, block, units)
+
+    def _split(self, windows: Tensor, batch_size: int | None) -> Sequence[Tensor]:
+        return windows.split(batch_size or windows_at_once(device_of(self.model), windows.shape[1]))
 
     def loss(self, architecture: Architecture, windows: Tensor) -> float:
         """Mean next-token loss of the sub-network, nats per token."""

@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from pruning.anatomy import family_of
 from pruning.likelihood import last_hidden
 
+FEW = 4  # windows of a batch
+TOKENS = 3072  # of a batch on a GPU, if that is more: all that a candidate is judged on by default
+
 
 @dataclass(frozen=True)
 class Call:
@@ -52,6 +55,11 @@ def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model computes: where its embeddings are, wherever its layers wait."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return weight.device
+
+
+def windows_at_once(device: torch.device, length: int, few: int = FEW) -> int:
+    """Windows of so many tokens in a batch: `few`, whose activations a CPU's caches hold in part, or as many as keep a GPU busy."""
+    return max(few, TOKENS // length) if device.type == "cuda" else few
 
 
 @contextmanager

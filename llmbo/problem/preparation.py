@@ -31,11 +31,10 @@ from llmbo.types import FITTING, Phases
 from pruning.anatomy import anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.choices import Choices
-from pruning.compensation import CACHE_BYTES
 from pruning.importance import fisher, layer_scores, taylor
 from pruning.items import read_items
 from pruning.latency import Workload
-from pruning.refits import Fitted, fit, names_of
+from pruning.refits import Fitted, RefitCache, fit, names_of
 from pruning.sensitivity import block_sensitivity
 from pruning.statistics import steps
 from pruning.supernet import Supernet
@@ -119,14 +118,14 @@ def fitted(
     compensation: bool = True,
     tell: Callable[[str], None] = lambda line: None,
     on_layer: Callable[[int], None] | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache: RefitCache | None = None,
 ) -> tuple[Fitted, TensorFiles]:
     """Statistics, ranking and refits of a model, with the files that they are kept in.
 
     Args:
         calibration: `num_windows x length` token ids.
         files: Where they may be already; by default where all runs keep theirs.
-        compensation: Whether there are refits at all, of which the device keeps `cache_bytes`.
+        compensation: Whether there are refits at all, which `cache` keeps once they are asked for.
 
     Raises:
         ModelError: The model computes NaN or infinite numbers.
@@ -138,7 +137,7 @@ def fitted(
     try:
         heads = space.query_heads
         return fit(
-            loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, cache_bytes=cache_bytes, queries=heads
+            loaded.model, calibration, widths, files, *recipe, on_layer=on_layer, cache=cache, queries=heads
         ), files
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # with the ridge, whatever is finite can be factored
         check_finite(loaded.name, loaded.dtype, torch.nan)

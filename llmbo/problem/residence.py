@@ -17,9 +17,13 @@ from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
 from pruning.compensation import CACHE_BYTES, solved_values
 from pruning.footprint import Footprint, Workload, footprint
+from pruning.refits import RefitCache
+from pruning.transfers import CHUNK_BYTES
+from pruning.walk import windows_at_once
 
 SMALLEST_WINDOW = 64  # that is worth proposing
 SPARE = 0.9  # of the limit is filled with what need not be there
+WAITING = 0.5  # of the host's memory that is left over is for refits that wait there
 
 
 def readable(size: float) -> str:
@@ -81,11 +85,12 @@ class Residence:
         return self.needed <= self.limit and self.host <= self.host_limit
 
 
-def workload_of(config: RunConfig) -> Workload:
+def workload_of(config: RunConfig, device: str) -> Workload:
     """What a run sends through the model."""
     tokens = max(windows * config.window for windows in config.windows.values())
     scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
-    return Workload(tokens, scored, config.window, bool(config.refit_anchors))
+    at_once = windows_at_once(torch.device(device), config.window)
+    return Workload(tokens, scored, config.window, bool(config.refit_anchors), at_once)
 
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
@@ -98,22 +103,26 @@ def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Ma
     """What it takes to let the layers wait there."""
     # On a CPU those that were kept are views of mapped files, which the kernel may drop.
     refits = None if not config.compensation else 0 if machine.shared else refit_bytes(config, anatomy, itemsize)
-    found = footprint(anatomy, itemsize, workload_of(config), offload == "none", refits)
+    found = footprint(anatomy, itemsize, workload_of(config, machine.device), offload == "none", refits)
     layers = anatomy.num_hidden_layers * anatomy.layer_parameters * itemsize
     host = found.host + (layers if offload == "cpu" else 0)
     limit = min(machine.free, config.memory_bytes or machine.free)
     return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)
 
 
-def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> int:
-    """Bytes of refits that the device may keep: what is counted as needed, and most of what is left over.
-
-    Candidates that ask for others wait for them to come from the host, which on a GPU takes longer than computing with them.
+def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> RefitCache:
+    """Room for refits on the device: what is counted as needed, and most of what is left over. Where that does not hold all of them, a
+    share of the host's memory is for the others: from files they would come more slowly than candidates are computed.
     """
     if machine.shared or not config.compensation:
-        return CACHE_BYTES
+        return RefitCache()
     found = residence_of(config, anatomy, itemsize, machine, offload)
-    return CACHE_BYTES + max(0, round(SPARE * found.limit) - found.needed)
+    most, all_of_them = (
+        CACHE_BYTES + max(0, round(SPARE * found.limit) - found.needed),
+        refit_bytes(config, anatomy, itemsize),
+    )
+    waiting = min(all_of_them + CHUNK_BYTES, int(WAITING * max(0, found.host_limit - found.host)))
+    return RefitCache(most, waiting if most < all_of_them else 0)
 
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:

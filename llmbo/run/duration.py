@@ -78,12 +78,14 @@ class Rates:
                 times.append(clock() - start)
             return max(min(times[1:]), 1e-9)  # the first call warms up
 
-        def ones(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-            return torch.ones(*shape, dtype=of, device=device)
+        def values(
+            *shape: int, of: torch.dtype = dtype
+        ) -> torch.Tensor:  # equal ones would cost a GPU less power, and time
+            return torch.randn(*shape, dtype=torch.float32, device=device).to(of)
 
         hidden, wide = min(sizes.hidden_size, MOST_MEASURED), min(sizes.intermediate_size, MOST_MEASURED)
-        x, weight, z = ones(tokens, hidden), ones(wide, hidden), ones(tokens, wide)
-        single, square = ones(tokens, hidden, of=torch.float32), ones(wide, hidden, of=torch.float32)
+        x, weight, z = values(tokens, hidden), values(wide, hidden), values(tokens, wide)
+        single, square = values(tokens, hidden, of=torch.float32), values(wide, hidden, of=torch.float32)
         link = None
         if torch.device(device).type == "cuda":
             there = torch.ones(1 << 26, dtype=torch.uint8, pin_memory=True)

@@ -224,7 +224,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)
     check_refits(config, anatomy)
-    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config).batch_tokens)
+    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config, device).batch_tokens)
     chosen, refused = None, ""
     try:
         chosen = choose_residence(config, anatomy, itemsize, machine)

@@ -32,7 +32,7 @@ def settled(config: RunConfig, anatomy: Anatomy, dtype: str, device: str, rates:
     tried = [config]
     if not config.calibration_tokens:
         tried = [replace(config, calibration_tokens=max(tokens, config.window)) for tokens in CHOICES]
-    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(tried[-1]).batch_tokens)
+    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(tried[-1], device).batch_tokens)
     space, itemsize = space_of(config, anatomy), DTYPES[dtype].itemsize
 
     def seconds(one: RunConfig) -> dict[str, float]:

@@ -11,13 +11,14 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.anchored import fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
-from pruning.footprint import BATCH, Workload, activations, footprint
+from pruning.footprint import Workload, activations, footprint
 from pruning.likelihood import frozen
 from pruning.memory import _Allocations
 from pruning.refits import fit
 from pruning.sensitivity import block_sensitivity
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
+from pruning.walk import FEW
 
 MANY = 10**5  # bytes of refits
 LOAD = Workload(tokens=4096, scored_tokens=2048, window=64)
@@ -102,7 +103,7 @@ def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_mor
     most = found.peak + found.host - found.weights + (0 if resident else anatomy.layer_parameters * 4)
     gram = 4 * 1024**2
     with _Allocations(torch.device("cpu")) as fitting:
-        fitted = fit(model, windows, widths, TensorFiles(tmp_path), scored=8, batch_size=BATCH)
+        fitted = fit(model, windows, widths, TensorFiles(tmp_path), scored=8, batch_size=FEW)
     mapped = (
         5 * (tmp_path / "layer_000.safetensors").stat().st_size
     )  # into memory from the disk: torch counts that, too
@@ -113,9 +114,7 @@ def test_a_preparation_takes_no_more_than_the_formula_says_and_a_gram_matrix_mor
         with _Allocations(torch.device("cpu")) as searching:
             supernet.quality(Architecture((1,) * 6, (512,) * 6), windows)
         with _Allocations(torch.device("cpu")) as anchoring:
-            fit_at(
-                supernet, Architecture((1,) * 6, (512,) * 6), windows, widths, TensorFiles(tmp_path), batch_size=BATCH
-            )
+            fit_at(supernet, Architecture((1,) * 6, (512,) * 6), windows, widths, TensorFiles(tmp_path), batch_size=FEW)
     anchored = footprint(anatomy, 4, replace(load, anchored=True), resident, refits=0)
     layer = 0 if resident else anatomy.layer_parameters * 4
     allowed = anchored.hidden + anchored.host + layer + anchored.phases["anchors"] + mapped

@@ -221,5 +221,5 @@ def test_the_cache_on_the_device_is_bounded_and_invisible(
             for units in (5, 11):
                 found = small.weight(layer, anatomy.mlp, units)
                 assert torch.equal(found, expected.refits.weight(layer, anatomy.mlp, units))
-                assert sum(weight.nbytes for weight, _ in small.cache.kept.values()) <= small.cache.most
+                assert small.cache.held == sum(size for _, size in small.cache.kept.values()) <= small.cache.most
     assert 1 < len(small.cache.kept) < 10

@@ -14,7 +14,7 @@ from pruning.block import BlockKind
 from pruning.exchanges import exchange_costs
 from pruning.likelihood import Head, dense_distribution, frozen, last_hidden, loss_gradient
 from pruning.masks import Ranking
-from pruning.refits import fit
+from pruning.refits import GridRefits, RefitCache, fit
 from pruning.sensitivity import block_sensitivity
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
@@ -71,8 +71,9 @@ def test_what_is_brought_layer_by_layer_measures_as_what_stays(
     dense = dense_distribution(model, windows)
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
     found = []
-    for resident in (False, True):
+    for resident, by_layer in ((False, True), (True, True), (True, False)):
         with Supernet(model, fitted.ranking, fitted.refits, resident=resident) as supernet:
+            supernet.by_layer = by_layer  # as on a GPU
             draw = torch.Generator().manual_seed(0)
             architecture, tried = some(anatomy)[1], {
                 "attention": torch.tensor([[1, 2]] * anatomy.num_hidden_layers),
@@ -90,9 +91,39 @@ def test_what_is_brought_layer_by_layer_measures_as_what_stays(
             for name, p in model.named_parameters():
                 assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1])
         found.append(parts)
-    for name, expected in found[1].items():
-        torch.testing.assert_close(found[0][name], expected, **CLOSE)
+    for name, expected in found.pop().items():
+        for own in found:
+            torch.testing.assert_close(own[name], expected, **CLOSE)
     assert found[0]["kl"][0].abs().max() < 1e-6 < found[0]["kl"][1:].min()
+
+
+@pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
+def test_refits_set_out_one_layer_ahead_and_room_for_two_layers_is_enough(
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the very first are on their way before the layer before them is computed, and none is brought twice."""
+    files = TensorFiles(None)
+    fitted = fit(model, windows, WIDTHS, files, scored=0)
+    assert fitted.refits is not None
+    layer = sum(
+        fitted.refits.weight(0, block, width).nbytes for block, width in zip(anatomy.blocks, (1, 11), strict=True)
+    )
+    events: list[tuple[str, int]] = []
+    cache = RefitCache(2 * layer + 4 * 2 * anatomy.hidden_size * 8)  # and biases
+    read, forward = RefitCache._read, Walk.forward
+    monkeypatch.setattr(
+        RefitCache, "_read", lambda self, key, how: (events.append(("read", int(key[0][-3:]))), read(self, key, how))[1]
+    )
+    monkeypatch.setattr(Walk, "forward", lambda self, i, m: (events.append(("compute", i)), forward(self, i, m))[1])
+    refits = GridRefits(files, fitted.ranking, "cpu", cache)
+    with Supernet(model, fitted.ranking, refits) as supernet:
+        supernet.by_layer = True
+        supernet.quality(some(anatomy)[1], windows)
+    expected = [("read", 0), ("read", 0)]
+    for index in range(anatomy.num_hidden_layers):
+        expected += [("read", index + 1)] * 2 * (index + 1 < anatomy.num_hidden_layers) + [("compute", index)]
+    assert events == expected
+    assert cache.held <= cache.most
 
 
 @pytest.mark.parametrize("model", ["llama-biased"], indirect=True)

@@ -40,6 +40,7 @@ class Workload:
         scored_tokens: Of those that are walked back.
         window: Tokens of a window.
         batch: Windows that pass a layer at once.
+        rows: Of logits that are judged at once.
         anchored: Whether refits are fitted at pruned models, too.
     """
 
@@ -48,6 +49,7 @@ class Workload:
     window: int
     anchored: bool = False
     batch: int = FEW
+    rows: int = CHUNK
 
     @property
     def batch_tokens(self) -> int:
@@ -96,7 +98,10 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
     fitted = refits is not None
     cached = max(2 * itemsize * hidden * sum(columns), min(refits, CACHE_BYTES)) if refits is not None else 0
     grams = SINGLE * sum(width**2 for width in columns) * fitted
-    logits = min(CHUNK, batch) * anatomy.vocab_size * (itemsize + 3 * SINGLE)  # softmax, and a gradient by it
+    logits = anatomy.vocab_size * max(
+        min(CHUNK, batch) * (itemsize + 3 * SINGLE),  # softmax, and a gradient by it
+        min(workload.rows, batch) * (itemsize + SINGLE),
+    )
     largest = max(block.units * rows.per_unit for block in anatomy.blocks for rows in block.inputs.values()) * hidden
     phases = {
         "ranking": max(grams + SINGLE * batch * widest + forward, backward, logits),

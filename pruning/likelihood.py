@@ -16,11 +16,19 @@ from transformers import PreTrainedModel
 
 from pruning.families import find_family
 
-# Rows of logits worked on at once: 256 x 49,152 values fit a CPU's last-level cache in part and keep a GPU busy.
+# Rows of logits worked on at once: 256 x 49,152 values fit a CPU's last-level cache in part.
 CHUNK = 256
+JUDGED = (
+    1024  # on a GPU, where with fewer rows the product waits for the head's weights; 1.5 ms a candidate of an 8B model
+)
 # Values brought to float32 at once on a CPU, where 2 MB stay in the cache of a core: half the time of a whole chunk.
 CACHED = 1 << 19
 TOP_K = 64
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Rows of logits where nothing but a loss is wanted of them."""
+    return JUDGED if device.type == "cuda" else CHUNK
 
 
 @dataclass(frozen=True)
@@ -277,7 +285,8 @@ def _predictions(
     """The token that came next, logits (`rows x V`) and their `log_normaliser`, for all predicted positions in their order."""
     for batch, hidden in zip(batches, states, strict=True):
         targets = batch[:, 1:].flatten().to(hidden.device)
-        for wanted, rows in zip(targets.split(CHUNK), hidden[:, :-1].flatten(0, 1).split(CHUNK), strict=True):
+        some = rows_at_once(hidden.device)
+        for wanted, rows in zip(targets.split(some), hidden[:, :-1].flatten(0, 1).split(some), strict=True):
             logits = head(rows)
             yield wanted, logits, log_normaliser(logits)
 
@@ -319,6 +328,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def log_normaliser(logits: Tensor) -> Tensor:
     """log sum exp over the vocabulary in float32 (float64 for float64 logits), `rows x V` -> `rows`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.device.type == "cuda":  # one kernel instead of five passes over the values
+        return logits[:, 0].to(dtype) - logits.log_softmax(-1, dtype=dtype)[:, 0]
     rows = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else CHUNK
     sums = []
     for part in logits.split(rows):

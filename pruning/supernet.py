@@ -325,5 +325,12 @@ def _checked(compensation: Refits | None, ranking: Ranking) -> Refits | None:
 
 def _swap(owner: nn.Module, name: str, value: object, stack: ExitStack) -> None:
     """Set an attribute until `stack` closes. Modules keep their place among their siblings."""
+    modules = vars(owner).get("_modules", {})
+    if (
+        name in modules
+    ):  # a search swaps hundreds for each candidate, and torch's checks take as long as a layer's kernels on a GPU
+        stack.callback(modules.__setitem__, name, modules[name])
+        modules[name] = value
+        return
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)

@@ -17,6 +17,7 @@ from llmbo.problem.space import space_of
 from pruning.anatomy import Anatomy
 from pruning.compensation import CACHE_BYTES, solved_values
 from pruning.footprint import Footprint, Workload, footprint
+from pruning.likelihood import rows_at_once
 from pruning.refits import RefitCache
 from pruning.transfers import CHUNK_BYTES
 from pruning.walk import windows_at_once
@@ -89,8 +90,9 @@ def workload_of(config: RunConfig, device: str) -> Workload:
     """What a run sends through the model."""
     tokens = max(windows * config.window for windows in config.windows.values())
     scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
-    at_once = windows_at_once(torch.device(device), config.window)
-    return Workload(tokens, scored, config.window, bool(config.refit_anchors), at_once)
+    there = torch.device(device)
+    at_once = windows_at_once(there, config.window), rows_at_once(there)
+    return Workload(tokens, scored, config.window, bool(config.refit_anchors), *at_once)
 
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:

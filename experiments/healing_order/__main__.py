@@ -10,39 +10,38 @@ Kendall's tau of every score with the order after healing, within sizes, with a 
 """
 
 import argparse
-import json
 import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from experiments.quiet import Quiet
+from experiments.studies import Judges, Results, parsed, parser_of, settings_of, teacher_of
 from llmbo.models.loading import load_model
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.texts import load_windows
-from llmbo.report.files import replace_file
 from llmbo.training.elastic import Task, dealt_windows
 from llmbo.training.lessons import Student, course_for
 from llmbo.training.plan import Length, Plan
 from llmbo.training.trainer import train
 from pruning.architecture import Architecture
-from pruning.calibration import fresh_windows
 from pruning.distillation import divergence, next_tokens
 from pruning.elastic import adapt, take_out
-from pruning.likelihood import Head, dense_distribution, last_hidden, quality
+from pruning.likelihood import Head, last_hidden
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 from pruning.supernet import Supernet
-from pruning.text import read_text
 
 EQUAL = 0.004  # of the blocks' parameters; sizes closer than that are one
 DRAWS = 2000  # of the bootstrap
@@ -54,25 +53,16 @@ Scores = dict[str, float]
 def main() -> None:
     silence_libraries()
     options, start = _options(), time.perf_counter()
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "device", "minutes")}
-    entries: dict[str, Any] = {}
-    if options.out.is_file():
-        found = json.loads(options.out.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise SystemExit(f"'{options.out}' holds results of other settings: move it away, then run again.")
-        entries = found["entries"]
+    results = Results(options.out, settings_of(options, "minutes"))
     keys = [f"{share} {number}" for number in range(options.candidates) for share in options.shares]
-    if pending := [key for key in keys if key not in entries]:
+    if pending := [key for key in keys if key not in results.entries]:
         for key, entry in _measured(options, pending):
-            entries[key] = entry
-            replace_file(
-                options.out, (json.dumps({"settings": settings, "entries": entries}, indent=1) + "\n").encode()
-            )
+            results.add(key, entry)
             told = "  ".join(f"{name} {value:.5g}" for name, value in entry["scores"].items())
             print(f"{key:8} {entry['seconds']:6.1f} s  {told}  healed {entry['healed']:.4f}", flush=True)
             if time.perf_counter() - start > 60 * options.minutes:
                 break
-    for name, (tau, low, high) in taus(entries, options.shares).items():
+    for name, (tau, low, high) in taus(results.entries, options.shares).items():
         print(f"{name:8} tau {tau:+.2f}, 95 % {low:+.2f} to {high:+.2f}")
 
 
@@ -87,10 +77,8 @@ def _measured(options: argparse.Namespace, keys: Sequence[str]) -> Any:
         calibration_tokens=options.calibration, device=device,
     ).config  # fmt: skip
     windows = load_windows(config, loaded)
-    judged = fresh_windows(
-        read_text(options.judge), loaded.tokenizer, options.judged // options.window, options.window, 0
-    ).heldout
-    dense = dense_distribution(loaded.model, judged)
+    judges = Judges(options.judge, loaded, options.judged, config, windows, options.window)
+    teacher = teacher_of(loaded.model, dtype)
     plan = Plan(0, options.batch, "lora", options.rank, options.lr, True, 0, 10**6)
     with prepared(config, loaded, windows, Quiet()) as problem:
         found = {key: drawn(problem, float(key.split()[0]), int(key.split()[1])) for key in keys}
@@ -100,15 +88,20 @@ def _measured(options: argparse.Namespace, keys: Sequence[str]) -> Any:
     for (key, x), own in zip(found.items(), scores, strict=True):
         architecture = problem.space.decode(x)
         model = shrink(loaded.model, PruningMask.from_architecture(architecture, ranking), refits)
-        start, before = time.perf_counter(), quality(model, judged, dense).kl
-        student = Student(model, loaded.tokenizer, device, dtype, loaded.model, architecture)
+        start, before = time.perf_counter(), _judged(judges, model)
+        student = Student(model, loaded.tokenizer, device, dtype, teacher, architecture)
         training, _ = dealt_windows(student, config, plan, options.validation, work)
         length = Length(tokens=options.tokens)
         course = course_for(student, training, plan, length, work / key, Quiet(), work / "teacher")
         model, _ = train(model, course.lesson, course.plan, work / key, tell=print)
-        healed = quality(nn.Module.to(model, device), judged, dense).kl
+        healed = _judged(judges, model)
         seconds = time.perf_counter() - start
         yield key, {"scores": own, "unhealed": before, "healed": healed, "seconds": seconds, **architecture.to_dict()}
+
+
+def _judged(judges: Judges, model: PreTrainedModel) -> float:
+    """KL from the dense model, a mean over texts."""
+    return fmean(found["kl"] for found in judges.of(model).values())
 
 
 def drawn(problem: Problem, share: float, number: int) -> tuple[int, ...]:
@@ -203,26 +196,11 @@ def _tau(pairs: Any) -> Any:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama")
-    parser.add_argument("--shares", nargs="+", default=["0.8", "0.65", "0.5"], help="of the blocks' parameters")
+    parser = parser_of(__doc__, shares=["0.8", "0.65", "0.5"], tokens=20_000, out=Path("order.json"))
     parser.add_argument("--candidates", type=int, default=8, help="at each share")
-    parser.add_argument("--text", default="python", help="to cut, refit, score and heal by; half of it is trained on")
-    parser.add_argument("--judge", default="builtin", help="text to measure on")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of each healing")
-    parser.add_argument("--batch", type=int, default=4, help="windows per step")
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters that heal")
-    parser.add_argument("--lr", type=float, default=0.0)
-    parser.add_argument("--calibration", type=int, default=16384, help="tokens to cut by")
     parser.add_argument("--scored", type=int, default=3072, help="tokens to score by")
-    parser.add_argument("--judged", type=int, default=16384, help="tokens to measure on")
-    parser.add_argument("--validation", type=int, default=12, help="windows")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which nothing new is begun")
-    parser.add_argument("--dtype", default="auto", help="of the products while training")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("order.json"))
-    return parser.parse_args()
+    return parsed(parser)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,25 @@ def test_steps_are_worth_what_they_bring_for_the_costs_that_are_searched(
         assert (priced.path(DENSE_PRICES)[with_attention][:, space.num_layers :] == dense[-1]).all()
 
 
+@pytest.mark.parametrize("weights", [{"flops": 1}, {"flops": 2, "kv_bytes": 1}, {"flops": 1, "kv_bytes": 3}])
+def test_costs_of_another_weight_are_attention_of_another_price(space: SearchSpace, weights: dict[str, int]) -> None:
+    """So a recipe needs no weights of costs: what layers cost is alike, and only attention and MLPs differ in it."""
+    fisher, sensitivity = random_costs(space, 1), random_costs(space, 2)
+    names = tuple(name for name, times in weights.items() for _ in range(times))
+    even, other = (
+        Prices.of(replace(space, priced_by=by), fisher, sensitivity) for by in (("flops", "kv_bytes"), names)
+    )
+    change = other.per_weight - even.per_weight
+    attention, mlp = (
+        change[rows][even.steps[rows]] for rows in (slice(space.num_layers), slice(space.num_layers, None))
+    )
+    shift = float(attention.mean() - mlp.mean())
+    assert float(attention.std() + mlp.std()) < 0.01 < abs(shift)
+    found = other.path(DENSE_PRICES)
+    assert torch.equal(found, even.path(replace(DENSE_PRICES, attention=shift)))
+    assert not torch.equal(found, even.path(DENSE_PRICES))
+
+
 def test_a_model_is_no_larger_than_asked_for_and_nothing_more_would_fit(prices: Prices) -> None:
     space, share = prices.space, torch.tensor([0.33, 0.5, 0.71, 0.9], dtype=torch.float64)
     members = prices.members(random_theta(20), share)

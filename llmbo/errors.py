@@ -76,6 +76,10 @@ class StorageError(LlmboError):
     """The run folder or its database cannot be used as asked."""
 
 
+class AwayError(StorageError):
+    """The database does not answer, or takes nothing: that may pass."""
+
+
 class DamagedError(StorageError):
     """What is stored makes no sense: only then is starting over a remedy."""
 

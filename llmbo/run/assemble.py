@@ -34,6 +34,7 @@ from llmbo.run.database import delete_run, find_storage, open_storage
 from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
+from llmbo.run.patience import Patience
 from llmbo.run.recipes import recipe_named
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import as_started, stored_run
@@ -233,8 +234,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 if not stored:  # what another run of this name has kept is not its own
                     forget(folder)
                 store = TrialStore.create(
-                    pulse.storage, config.name, problem.space, objectives, config.settings(), facts, lease
-                )
+                    pulse.storage, config.name, problem.space, objectives, config.settings(), facts, lease,
+                    Patience(url, phases.note),
+                )  # fmt: skip
                 advice = AdviceStore(store, folder / FILE)
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)

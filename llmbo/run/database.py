@@ -1,5 +1,6 @@
 """A database URL -> Optuna's storage, or one line that says what is wrong with it and what helps."""
 
+import errno
 import logging
 import signal
 import sqlite3
@@ -14,19 +15,21 @@ import optuna
 import psutil
 from alembic.util.exc import CommandError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, create_engine, inspect, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     IntegrityError,
     NoSuchModuleError,
     OperationalError,
+    PendingRollbackError,
     ProgrammingError,
     SAWarning,
     SQLAlchemyError,
 )
 
-from llmbo.errors import DamagedError, StorageError, first_line
+from llmbo.errors import AwayError, ConfigError, DamagedError, StorageError, first_line
+from llmbo.run.journal import Journal
+from pruning.errors import PruningError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=SAWarning)  # of options that a driver does not know
@@ -41,13 +44,17 @@ except ImportError:  # its driver is not here: then nothing of it can be raised
 
 
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, RpcError)
-_CONTENT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_ERRORS = (*DATABASE_ERRORS, *_CONTENT_ERRORS, CommandError, ImportError, OSError)
+_CONTENT_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ConfigError, LookupError, PruningError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+ERRORS = (*DATABASE_ERRORS, *_CONTENT_ERRORS, CommandError, ImportError, OSError)  # whatever reading one trips over
 JOURNAL, GRPC = "journal:", "grpc:"
 NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse.sshfs")  # beginnings of their names
 SECONDS = 10.0  # that a proxy may take to answer
 _VERSION = "alembic_version"
+LONGEST = 250  # characters of a reason, which may quote what is stored
 TRIES = 5  # to make the tables of a new database while other processes make them too
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXPECTED = (
     "expected e.g. sqlite:///runs.db, postgresql://user@host/database, journal:/shared/runs.log or grpc://host:13000"
 )
@@ -90,11 +97,11 @@ def explained(url: str) -> Iterator[None]:
     """Whatever reading the database trips over, as one line.
 
     Raises:
-        StorageError: It cannot be used; a `DamagedError` where what it holds makes no sense.
+        StorageError: It cannot be used; an `AwayError` where that may pass, a `DamagedError` where what it holds makes no sense.
     """
     try:
         yield
-    except _ERRORS as error:
+    except ERRORS as error:
         raise _unusable(url, error) from error
 
 
@@ -186,7 +193,7 @@ def check_shared(url: str) -> None:
 
 def _storage(url: str) -> BaseStorage:
     if url.startswith(JOURNAL):
-        return JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))  # locked by a link, which holds on NFS too
+        return JournalStorage(Journal(Path(url.removeprefix(JOURNAL))))
     if url.startswith(GRPC):
         return _proxy(url)
     engine = create_engine(url)
@@ -254,12 +261,14 @@ def _unusable(url: str, error: BaseException) -> StorageError:
     elif among(ImportError):
         remedy = "install its driver with pip, or name another --storage"
     elif code in _SQLITE_REMEDIES:
-        remedy = _SQLITE_REMEDIES[code]
-    elif code is None and among(OperationalError, OSError, RpcError):
-        remedy = f"start its server or mend the URL, {KEPT}"
+        remedy, kind = _SQLITE_REMEDIES[code], AwayError
+    elif any(getattr(found, "errno", None) in _NO_SPACE for found in chain):
+        remedy, kind = _SQLITE_REMEDIES[sqlite3.SQLITE_FULL], AwayError
+    elif code is None and among(OperationalError, PendingRollbackError, OSError, RpcError):
+        remedy, kind = f"start its server or mend the URL, {KEPT}", AwayError
     elif "optuna version" in reason:
         remedy = "install the Optuna that made it, or a newer one, or choose another --name"
     else:
         kind = DamagedError
         remedy = "restore it from a copy, choose another --name or --storage, or start over with --fresh"
-    return kind(f"The database {shown_url(url)} cannot be used ({reason}): {remedy}.")
+    return kind(f"The database {shown_url(url)} cannot be used ({reason[:LONGEST]}): {remedy}.")

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -27,14 +28,26 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from llmbo.errors import StorageError, TakenOver
-from llmbo.run.database import DATABASE_ERRORS, uninterrupted
+from llmbo.run.database import ERRORS, uninterrupted
 from llmbo.run.lock import LOCK, is_held
 from llmbo.types import Phases
 
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which another process may take over
+GRACE = 2.0  # beats that a silent process is given after a pause of the observer's own
 POLL = 0.25  # seconds between two looks at an owner
 WAITING = "waiting for a sign of life from the run's last process"
+
+
+@dataclass
+class _Sign:
+    """A process's beat, since when, and whether it has moved; the last look at it, and the first after a pause of the observer's own."""
+
+    beat: int | None
+    since: float
+    moved: bool
+    looked: float
+    doubted: float = -math.inf
 
 
 class Sight:
@@ -47,13 +60,11 @@ class Sight:
     def __init__(self, ours: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._ours = ours and ours.resolve()
         self._clock = clock
-        self._signs: dict[
-            int, tuple[object, float, bool]
-        ] = {}  # by record: its beat, since when, and whether it has moved
+        self._signs: dict[int, _Sign] = {}  # by record
 
     def silent(self, record: FrozenTrial) -> float:
         """Seconds since the last sign of life of the process behind a record, as seen from here."""
-        return self._clock() - self._signs[record.number][1]
+        return self._clock() - self._signs[record.number].since
 
     def lives(self, record: FrozenTrial, lock_tells: bool = True) -> bool | None:
         """Whether the process behind a record is there; None while that cannot be told yet.
@@ -64,14 +75,16 @@ class Sight:
         held = self._by_lock(record.user_attrs.get("owner"))
         if held is False or (held and lock_tells):
             return held
-        beat, (before, since, moved) = (
-            record.user_attrs.get("beat"),
-            self._signs.get(record.number, (None, -math.inf, False)),
-        )
-        if since == -math.inf or beat != before:
-            self._signs[record.number] = beat, self._clock(), since > -math.inf
-            return since > -math.inf or None
-        return False if self.silent(record) > SILENCE else moved or None
+        beat, sign, now = record.user_attrs.get("beat"), self._signs.get(record.number), self._clock()
+        beat = beat if isinstance(beat, int) else None
+        if sign is None or beat != sign.beat:
+            self._signs[record.number] = _Sign(beat, now, sign is not None, now)
+            return sign is not None or None
+        # After a pause it may be the observer that was suspended, or the database that was away from both.
+        if now - sign.looked > GRACE * BEAT and sign.doubted == -math.inf:
+            sign.doubted = now
+        sign.looked = now
+        return False if now - sign.since > SILENCE and now - sign.doubted > GRACE * BEAT else sign.moved or None
 
     def _by_lock(self, owner: Any) -> bool | None:
         """By the lock of its folder; None where that file cannot be seen from here."""
@@ -132,7 +145,7 @@ class Record:
                 self._storage.set_trial_user_attr(self._id, "beat", beat)
             except (KeyError, UpdateFinishedTrialError):
                 return
-            except DATABASE_ERRORS:  # the next may come through
+            except ERRORS:  # the next may come through; what is wrong is said where trials are read
                 continue
 
     @contextmanager
@@ -146,7 +159,7 @@ class Record:
         finally:
             stop.set()
             thread.join()
-            with suppress(*DATABASE_ERRORS), uninterrupted():  # whoever is next finds the lock free, or waits
+            with suppress(*ERRORS), uninterrupted():  # whoever is next finds the lock free, or waits
                 end(self._storage, self._id)
 
 

@@ -3,7 +3,7 @@
 Raises ValueError, or what Optuna raises, for what makes no sense; `database.explained` makes one line of it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import optuna
@@ -19,6 +19,7 @@ from llmbo.types import Measurement, Proposal, Source, Trial, TrialState
 ROUND = "round:"
 HELDOUT, ELSEWHERE = "heldout", "elsewhere:"
 _ROUND_DIGITS = 5
+LONGEST = 100_000  # characters of a text; an advisor's reasons have some thousand
 T = TypeVar("T")
 Values = dict[str, FiniteFloat]
 Windows = dict[str, list[FiniteFloat]]
@@ -34,7 +35,7 @@ def _sensible(limits: list[str]) -> list[str]:
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, str_max_length=LONGEST)
 
 
 class _Settings(_Record):
@@ -135,10 +136,18 @@ def round_key(number: int, token: int | None) -> str:
     return f"{ROUND}{number:0{_ROUND_DIGITS}d}" + ("" if token is None else f"@{token:08d}")
 
 
-def rounds_of(attributes: Mapping[str, Any]) -> list[list[Proposal]]:
-    """The proposals of every round; where two owners wrote one, the later owner's count."""
+def rounds_of(attributes: Mapping[str, Any], max_levels: Sequence[int] = ()) -> list[list[Proposal]]:
+    """The proposals of every round; where two owners wrote one, the later owner's count.
+
+    Args:
+        max_levels: Of the space; empty where that is not known.
+    """
     latest = {key[: len(ROUND) + _ROUND_DIGITS]: key for key in sorted(attributes) if key.startswith(ROUND)}
-    return [[item.made() for item in _fits(_PROPOSALS, attributes[key], key)] for key in latest.values()]
+    rounds = [[item.made() for item in _fits(_PROPOSALS, attributes[key], key)] for key in latest.values()]
+    for x in (proposal.x for proposals in rounds for proposal in proposals if max_levels):
+        if len(x) != len(max_levels) or not all(0 <= level <= most for level, most in zip(x, max_levels, strict=True)):
+            raise ValueError("what was proposed is no candidate of this run")
+    return rounds
 
 
 def digest_elsewhere(facts: Mapping[str, Any]) -> str:

@@ -12,21 +12,25 @@ Why no two processes mix: every write asks the lease first. A write that was alr
 is harmless: rounds carry their writer's token, and a place among the proposals belongs to the first trial made for it.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from llmbo.errors import StorageError, TakenOver
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
 from llmbo.run.lease import Lease
+from llmbo.run.patience import Patience
 from llmbo.run.records import (
     JUDGEMENTS,
     digest_elsewhere,
@@ -44,6 +48,7 @@ from llmbo.types import Measurement, Proposal, Trial
 from pruning.architecture import Architecture
 
 _ADVICE = "advice:"
+_UNNAMED = "of the run"  # a database, in messages
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,21 +60,28 @@ def _provenance(proposal: Proposal) -> dict[str, Any]:
 
 
 def _waits(frozen: FrozenTrial) -> bool:
-    return frozen.state is optuna.trial.TrialState.WAITING
+    return frozen.state is TrialState.WAITING
 
 
-def _writes(
-    method: Callable[Concatenate["TrialStore", P], R],
-) -> Callable[Concatenate["TrialStore", P], R]:
+def _whole(method: Callable[Concatenate["TrialStore", P], R]) -> Callable[Concatenate["TrialStore", P], R]:
+    """No signal comes in between. Repeated from its start where the database is away, and then finds what it has stored already."""
+
+    @wraps(method)
+    def patient(store: "TrialStore", /, *args: P.args, **options: P.kwargs) -> R:
+        return store.patience(lambda: uninterrupted()(method)(store, *args, **options))
+
+    return patient
+
+
+def _writes(method: Callable[Concatenate["TrialStore", P], R]) -> Callable[Concatenate["TrialStore", P], R]:
     """Only by the run's owner, and whole."""
 
     @wraps(method)
     def checked(store: "TrialStore", /, *args: P.args, **options: P.kwargs) -> R:
-        with uninterrupted():
-            store.check()
-            return method(store, *args, **options)
+        store.check()
+        return method(store, *args, **options)
 
-    return checked
+    return _whole(checked)
 
 
 class TrialStore:
@@ -78,11 +90,18 @@ class TrialStore:
     Args:
         lease: The right to write it; None where no other process can know of it.
         team: Of a process that joins it as a worker, in place of a lease.
+        patience: With a database that is away.
     """
 
     def __init__(
-        self, study: optuna.Study, space: SearchSpace, lease: Lease | None = None, team: Team | None = None
+        self,
+        study: optuna.Study,
+        space: SearchSpace,
+        lease: Lease | None = None,
+        team: Team | None = None,
+        patience: Patience | None = None,
     ) -> None:
+        self.patience = patience or Patience(_UNNAMED)
         self._study = study
         self._space = space
         self._team = team or (Team(study._storage, study.study_name, lease) if lease else None)
@@ -92,7 +111,9 @@ class TrialStore:
             self._names += [f"layer_{layer:02d}.fewer_queries" for layer in range(space.num_layers)]
 
     @classmethod
-    def open(cls, url: str, name: str, space: SearchSpace, team: Team | None = None) -> Self:
+    def open(
+        cls, url: str, name: str, space: SearchSpace, team: Team | None = None, patience: Patience | None = None
+    ) -> Self:
         """A stored run, to be read, or for a worker to write its trials.
 
         Raises:
@@ -100,7 +121,7 @@ class TrialStore:
         """
         storage = open_storage(url)
         with explained(url):
-            return cls(optuna.load_study(study_name=name, storage=storage), space, team=team)._checked()
+            return cls(optuna.load_study(study_name=name, storage=storage), space, None, team, patience)._checked()
 
     @classmethod
     def create(
@@ -112,6 +133,7 @@ class TrialStore:
         settings: Mapping[str, Any],
         facts: Mapping[str, Any],
         lease: Lease | None = None,
+        patience: Patience | None = None,
     ) -> Self:
         """Start a study, or open the one that is there.
 
@@ -123,8 +145,8 @@ class TrialStore:
         Raises:
             StorageError: The database cannot be written or is damaged.
         """
-        url = storage if isinstance(storage, str) else "of the run"
-        storage = open_storage(storage) if isinstance(storage, str) else storage
+        url = storage if isinstance(storage, str) else _UNNAMED
+        storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
         with explained(url):
             study = optuna.create_study(
                 storage=storage,
@@ -138,7 +160,7 @@ class TrialStore:
             for key, value in (("settings", settings), ("facts", facts)):
                 if key not in study.user_attrs:
                     study.set_user_attr(key, dict(value))
-            return cls(study, space, lease)._checked()
+            return cls(study, space, lease, patience=patience)._checked()
 
     def check(self, place: int | None = None) -> None:
         """Stands before every write: of what a trial has measured, or of anything else, which is the owner's to write.
@@ -154,17 +176,17 @@ class TrialStore:
         if place is not None and not self._team.holds(place):
             raise TakenOver(f"Trial {place} was given to another process: what this one has measured is not stored.")
 
-    @uninterrupted()
+    @_whole
     def trials(self) -> list[Trial]:
         """All trials by number."""
         return [self._trial(frozen, number) for number, frozen in enumerate(frozen_trials(self._study))]
 
-    @uninterrupted()
+    @_whole
     def rounds(self) -> list[list[Proposal]]:
         """The stored proposals of every round."""
-        return rounds_of(self._study.user_attrs)
+        return rounds_of(self._study.user_attrs, self._space.max_levels)
 
-    @uninterrupted()
+    @_whole
     def leads(self) -> bool:
         """Whether this process is the one that proposes; a worker becomes it where nobody is.
 
@@ -173,56 +195,56 @@ class TrialStore:
         """
         return self._team is None or self._team.leads()
 
-    @uninterrupted()
+    @_whole
     def size(self) -> int:
         """How many processes evaluate, this one included."""
         return self._team.size() if self._team else 1
 
-    @uninterrupted()
+    @_whole
     def free(self, numbers: Sequence[int]) -> list[int]:
         """Those of some unfinished trials that this process may start."""
         if self._team is None:
             return list(numbers)
-        frozen, may_start = frozen_trials(self._study), self._team.may_start()
-        return [
-            number
-            for number in numbers
-            if (self._team.lease is not None if number >= len(frozen) else may_start(number, _waits(frozen[number])))
-        ]
+        frozen, may, leads = frozen_trials(self._study), self._team.may_start(), self._team.lease is not None
+        return [n for n in numbers if (leads if n >= len(frozen) else may(n, _waits(frozen[n])))]
 
     @_writes
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
         """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""
-        plan = [
-            {"x": list(p.x), **_provenance(p), **({"pending": list(pending)} if pending else {})} for p in proposals
-        ]
+        shown = {"pending": list(pending)} if pending else {}
+        plan = [{"x": list(p.x), **_provenance(p), **shown} for p in proposals]
         lease = self._team.lease if self._team else None
-        self._study.set_user_attr(round_key(len(self.rounds()), lease.number if lease else None), plan)
+        token, made = lease.number if lease else None, len(self.rounds())
+        if self._study.user_attrs.get(round_key(made - 1, token)) != json.loads(json.dumps(plan)):
+            self._study.set_user_attr(round_key(made, token), plan)
 
     @_writes
     def queue(self, number: int, round_number: int, proposal: Proposal) -> None:
         """Let workers start trial `number`, if it is not known to them yet."""
         if number >= len(frozen_trials(self._study)):
-            self._add(number, round_number, proposal, optuna.trial.TrialState.WAITING)
+            self._add(number, round_number, proposal, TrialState.WAITING)
 
-    @uninterrupted()
+    @_whole
     def start(self, number: int, round_number: int, proposal: Proposal) -> bool:
         """Mark trial `number` as RUNNING, if it is not; False where another process has it."""
         frozen = frozen_trials(self._study)
         if number >= len(frozen):
             self.check()
-            self._add(number, round_number, proposal, optuna.trial.TrialState.RUNNING)
+            self._add(number, round_number, proposal, TrialState.RUNNING)
             return True
+        if self._trial(frozen[number], number).x != proposal.x:
+            raise ValueError(f"trial {number} is another candidate than was proposed for it")
         if self._team is None or frozen[number].state.is_finished():
             return not frozen[number].state.is_finished()
         self._team.check()
         if not self._team.claim(number, _waits(frozen[number])):
             return False
         if _waits(frozen[number]):
-            self._study._storage.set_trial_state_values(frozen[number]._trial_id, optuna.trial.TrialState.RUNNING)
+            with suppress(UpdateFinishedTrialError):
+                self._study._storage.set_trial_state_values(frozen[number]._trial_id, TrialState.RUNNING)
         return True
 
-    def _add(self, number: int, round_number: int, proposal: Proposal, state: optuna.trial.TrialState) -> None:
+    def _add(self, number: int, round_number: int, proposal: Proposal, state: TrialState) -> None:
         architecture = self._space.decode(proposal.x)
         fewer = architecture.fewer_queries or (0,) * self._space.num_layers
         units = (*architecture.kv_groups, *architecture.neurons, *(fewer if self._space.query_heads else ()))
@@ -235,28 +257,26 @@ class TrialStore:
             )
         )
 
-    @uninterrupted()
+    @_whole
     def finish(self, number: int, found: Measurement, seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
-        trial = self._annotated(number, {"values": {**found, "seconds": seconds}, "windows": found.windows})
-        self._study.tell(trial, [found[name] for name in self._study.metric_names or []])
+        attributes = {"values": {**found, "seconds": seconds}, "windows": found.windows}
+        self._end(number, TrialState.COMPLETE, attributes, [found[name] for name in self._study.metric_names or []])
 
-    @uninterrupted()
+    @_whole
     def fail(self, number: int, reason: str, seconds: float) -> None:
         """Mark a RUNNING trial as FAILED."""
-        trial = self._annotated(number, {"values": {"seconds": seconds}, "failure": reason})
-        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self._end(number, TrialState.FAIL, {"values": {"seconds": seconds}, "failure": reason})
 
     @_writes
     def set_heldout(self, number: int | None, found: Measurement, digest: str = "") -> None:
         """Keep held-out measurements of a trial, or of the dense model (None), on windows of another text where there is a digest."""
-        kept = {
-            "values": dict(found),
-            "windows": found.windows,
-        }  # a finished trial is closed for good, the study is not
-        self._study.set_user_attr(judgement_key(heldout_kind(digest), number), kept)
+        kept = {"values": dict(found), "windows": found.windows}
+        self._study.set_user_attr(
+            judgement_key(heldout_kind(digest), number), kept
+        )  # a finished trial is closed for good
 
-    @uninterrupted()
+    @_whole
     def heldout(self, digest: str = "") -> dict[int | None, Measurement]:
         """Held-out measurements by trial number, the dense model's (None) with those of their windows."""
         return heldout_of(self._study.user_attrs, digest)
@@ -266,7 +286,7 @@ class TrialStore:
         """Keep what a row of `records.JUDGEMENTS` says of a trial, or of the dense model (None)."""
         self._study.set_user_attr(judgement_key(kind, number), dict(found))
 
-    @uninterrupted()
+    @_whole
     def judgements(self, kind: str) -> dict[int | None, dict[str, Any]]:
         """The same, by trial number."""
         return judgements_of(self._study.user_attrs, kind)
@@ -276,12 +296,11 @@ class TrialStore:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})
 
-    @uninterrupted()
+    @_whole
     def notes(self) -> dict[str, Any]:
         """What an advisor was asked and what it answered, by key."""
-        return {
-            key.removeprefix(_ADVICE): value for key, value in self._study.user_attrs.items() if key.startswith(_ADVICE)
-        }
+        found = self._study.user_attrs
+        return {key.removeprefix(_ADVICE): found[key] for key in found if key.startswith(_ADVICE)}
 
     @_writes
     def set_note(self, key: str, value: Any) -> None:
@@ -289,6 +308,7 @@ class TrialStore:
         self._study.set_user_attr(f"{_ADVICE}{key}", value)
 
     @property
+    @_whole
     def facts(self) -> dict[str, Any]:
         return self._study.user_attrs["facts"]
 
@@ -299,18 +319,16 @@ class TrialStore:
             self.judgements(kind)
         return self
 
-    def _annotated(self, number: int, attributes: Mapping[str, Any]) -> int:
-        """Optuna's number of a RUNNING trial that is this process's, given further attributes."""
+    def _end(
+        self, number: int, state: TrialState, attributes: Mapping[str, Any], values: Sequence[float] | None = None
+    ) -> None:
         self.check(number)
-        frozen = frozen_trials(self._study)[number]
-        if frozen.state.is_finished():
-            raise StorageError(
-                f"Trial {number} is finished already: run the same command again, it goes on from there."
-            )
-        trial = optuna.trial.Trial(self._study, frozen._trial_id)
-        for key, value in attributes.items():
-            trial.set_user_attr(key, value)
-        return frozen.number
+        storage, trial = self._study._storage, frozen_trials(self._study)[number]._trial_id
+        # What is finished stays as it is: the answer to our first try was lost, or a process that lost the trial was writing it already.
+        with suppress(UpdateFinishedTrialError):
+            for key, value in attributes.items():
+                storage.set_trial_user_attr(trial, key, value)
+            storage.set_trial_state_values(trial, state, values)
 
     def _distributions(self) -> dict[str, BaseDistribution]:
         anatomy, step = self._space.anatomy, self._space.neuron_step

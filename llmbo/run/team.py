@@ -17,8 +17,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from llmbo.errors import TakenOver
+from llmbo.run.database import open_storage
 from llmbo.run.lease import SILENCE, Lease, Pulse, Record, Sight, end, owner_in, record, records, won
 from llmbo.run.lock import locked
+from llmbo.run.patience import Patience
 
 
 class Team:
@@ -103,8 +105,8 @@ class Team:
             return True  # without a claim: what this owner, or one before it, has begun for itself
         after = holder.number if holder else None
         mine = {"place": place, "by": self.me, "after": after}
-        identity = record(self._storage, f"{self._name}/claims", mine, running=False)
-        return self.holders()[place]._trial_id == identity
+        record(self._storage, f"{self._name}/claims", mine, running=False)
+        return self.holders()[place].user_attrs["by"] == self.me
 
     def holds(self, place: int) -> bool:
         """Whether nobody else holds the place."""
@@ -140,6 +142,24 @@ def joined(storage: BaseStorage, name: str, folder: Path, told: dict[str, Any]) 
             return lease and stack.enter_context(lease.alive())
 
         yield Team(storage, name, own=own, promote=promote)
+
+
+def serve(patience: Patience, name: str, folder: Path, told: dict[str, Any], work: Callable[[Team], None]) -> None:
+    """Do a worker's work, and join the run again should this process be given up: it was suspended, or out of reach.
+
+    Args:
+        folder, told: As in `joined`.
+    """
+
+    def join() -> Team:
+        return stack.enter_context(joined(open_storage(patience.url), name, folder, told))
+
+    while True:
+        try:
+            with ExitStack() as stack:
+                return work(patience(join))
+        except TakenOver as error:
+            patience.tell(f"{error} This worker joins again.")
 
 
 def crew(storage: BaseStorage, name: str, unfinished: Collection[int]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
 from llmbo.display.progress import Display
-from llmbo.errors import DamagedError, ModelError, StorageError, TakenOver
+from llmbo.errors import ModelError, TakenOver
 from llmbo.evaluation.items import Exam
 from llmbo.models.loading import find_prunable, load_model
 from llmbo.problem.elastic import adapted, heard
@@ -28,20 +28,20 @@ from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report import environment
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import RunParts, evaluator_of, item_files, proposer_of
-from llmbo.run.database import DATABASE_ERRORS, check_shared, explained, open_storage
+from llmbo.run.database import check_shared, open_storage
 from llmbo.run.execute import execute
 from llmbo.run.facts import changed_facts, differences, facts_of, items_digest
 from llmbo.run.lease import Pulse
+from llmbo.run.patience import Patience
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
-from llmbo.run.team import joined
+from llmbo.run.team import Team, serve
 from llmbo.search import loop
 from llmbo.types import Measurement, Proposal, Proposer, Trial
 
 # A device may shift what it measures by so many standard errors that the windows give the value: by a third, noise grows by a twentieth.
 SHIFT = 1 / 3
 LEAST = 1e-3  # nats that are never worth a word
-PATIENCE = 60.0  # seconds that a database may be away
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def work(url: str, name: str, display: Display, command: str, device: str = "aut
         StorageError: The database cannot be used.
     """
     check_shared(url)
-    settings, facts = _begun(url, name, display)
+    patience = Patience(url, display.note)
+    settings, facts = _begun(url, name, display, patience)
     check_versions(name, facts.get("versions", {}), environment()["versions"])
     config = RunConfig.from_settings(
         {**settings, **facts.get("free", {})}, name=name, storage=url, budget=facts["budget"]
@@ -98,49 +99,41 @@ def work(url: str, name: str, display: Display, command: str, device: str = "aut
         own = problem.proxy.evaluate_dense()
         check_agrees("the dense model", facts["dense"], own, f"{loaded.device} on {socket.gethostname()}")
         problem = replace(problem, dense=facts["dense"])
-        _check_known(url, name, problem, f"{loaded.device} on {socket.gethostname()}", display)
+        _check_known(url, name, problem, f"{loaded.device} on {socket.gethostname()}", display, patience)
         objectives = build_objectives(
             config.objectives, problem.dense, problem.smallest, config.reference_point, config.limits
         )
         display.objectives, display.dense = objectives, problem.dense
         exams = () if "accuracy" in config.objectives else items
-        folder, away = RUNS / name, time.monotonic()
+        folder = RUNS / name
+
+        def evaluate(team: Team) -> None:
+            store = patience(lambda: TrialStore.open(url, name, problem.space, team, patience))
+            advice = AdviceStore(store, folder / FILE)
+            parts = RunParts(
+                replace(config, storage=None if _in_folder(url, name) else url),
+                folder,
+                problem,
+                objectives,
+                _OnDemand(lambda: proposer_of(config, problem, objectives, loaded, advice, display.note)),
+                evaluator_of(config, problem, objectives, store),
+                store,
+                advice,
+                elsewhere,
+                loaded,
+                items,
+                [Exam.of(file, loaded.model, loaded.tokenizer) for file in exams],
+            )
+            with display.phase("search", config.budget):
+                loop.run_search(
+                    parts.proposer, parts.evaluator, store, config.budget, config.batch, config.seed, display
+                )
+            if team.lease is not None:
+                display.note("The run's owner is gone: this worker finishes it.")
+                execute(parts, display, command)
+
         seat = folder / "workers" / f"{socket.gethostname()}-{os.getpid()}"
-        while True:
-            try:
-                with joined(open_storage(url), name, seat, {"device": loaded.device}) as team:
-                    store = TrialStore.open(url, name, problem.space, team)
-                    advice = AdviceStore(store, folder / FILE)
-                    parts = RunParts(
-                        replace(config, storage=None if _in_folder(url, name) else url),
-                        folder,
-                        problem,
-                        objectives,
-                        _OnDemand(lambda: proposer_of(config, problem, objectives, loaded, advice, display.note)),  # noqa: B023
-                        evaluator_of(config, problem, objectives, store),
-                        store,
-                        advice,
-                        elsewhere,
-                        loaded,
-                        items,
-                        [Exam.of(file, loaded.model, loaded.tokenizer) for file in exams],
-                    )
-                    away = time.monotonic()
-                    with display.phase("search", config.budget):
-                        loop.run_search(
-                            parts.proposer, parts.evaluator, store, config.budget, config.batch, config.seed, display
-                        )
-                    if team.lease is not None:
-                        display.note("The run's owner is gone: this worker finishes it.")
-                        execute(parts, display, command)
-                    return
-            except TakenOver as error:
-                display.note(f"{error} This worker joins again.")
-            except (*DATABASE_ERRORS, StorageError) as error:
-                if isinstance(error, DamagedError) or time.monotonic() - away > PATIENCE:
-                    raise
-                display.note(f"The database does not answer ({type(error).__name__}): trying again.")
-                time.sleep(1.0)
+        serve(patience, name, seat, {"device": loaded.device}, evaluate)
 
 
 @contextmanager
@@ -169,6 +162,11 @@ def helpers(devices: Sequence[str], parts: RunParts, tell: Callable[[str], None]
     torch.set_num_threads(int(each) if each and devices[0] == "cpu" else threads)
     try:
         yield
+    except TakenOver:  # by one of them, it may be
+        tell("The workers that this process has started go on: it waits for them.")
+        for _, _, worker in started:
+            worker.wait()
+        raise
     finally:
         torch.set_num_threads(threads)
         for device, log, worker in started:
@@ -201,9 +199,10 @@ def check_agrees(what: str, run: Mapping[str, float], own: Measurement, device: 
             )
 
 
-def _check_known(url: str, name: str, problem: Problem, device: str, display: Display) -> None:
+def _check_known(url: str, name: str, problem: Problem, device: str, display: Display, patience: Patience) -> None:
     """Evaluate a trial that the run knows; the first is waited for, unless nobody is there to evaluate it."""
-    store, pulse = TrialStore.open(url, name, problem.space), Pulse(open_storage(url), name)
+    store = patience(lambda: TrialStore.open(url, name, problem.space, patience=patience))
+    pulse = Pulse(patience(lambda: open_storage(url)), name)
     with display.phase("a known trial"):
         while True:
             known = [trial for trial in store.trials() if trial.complete and not trial.stopped]
@@ -211,20 +210,19 @@ def _check_known(url: str, name: str, problem: Problem, device: str, display: Di
                 (own,) = problem.proxy.evaluate([known[0].x])
                 check_agrees(f"trial {known[0].number}", known[0].values, own, device)
                 return
-            if pulse.look(lock_tells=False) is False:
+            if patience(lambda: pulse.look(lock_tells=False)) is False:
                 return
             time.sleep(loop.PAUSE)
 
 
-def _begun(url: str, name: str, display: Display) -> tuple[dict[str, Any], dict[str, Any]]:
+def _begun(url: str, name: str, display: Display, patience: Patience) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and facts of the run, which is waited for while it is prepared."""
     with display.phase("waiting for the run"):
-        while True:
-            with explained(url):
-                found = stored_run(url, name)
-            if found and found[1].get("budget"):
-                return found[0], found[1]
+        found = stored_run(url, name)  # at once, or the address is wrong
+        while not (found and found[1].get("budget")):
             time.sleep(loop.PAUSE)
+            found = patience(lambda: stored_run(url, name))
+        return found[0], found[1]
 
 
 def _in_folder(url: str, name: str) -> bool:

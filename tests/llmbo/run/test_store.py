@@ -107,8 +107,8 @@ def test_a_finished_trial_is_not_rewritten(toy: Any, open_store: Open) -> None:
     store = open_store()
     fill(store, toy, 1)
     before = store.trials()
-    with pytest.raises((ValueError, RuntimeError, StorageError)):
-        store.finish(0, toy.evaluate(toy.random_points(1, 5)[0]), 1.0)
+    store.finish(0, toy.evaluate(toy.random_points(1, 5)[0]), 1.0)
+    store.fail(0, "late", 1.0)
     assert open_store().trials() == before
 
 

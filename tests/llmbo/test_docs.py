@@ -50,6 +50,7 @@ NOT_RUN = {
     "llmbo worker ": "evaluates for a run that goes on; tests/llmbo/run/test_team.py does",
     "for host in": "needs other machines",
     "python -m experiments.worker_scaling": "takes minutes; tests/llmbo/search/test_loop.py simulates a few workers",
+    "python -m experiments.chaos": "takes minutes; tests/llmbo/run/test_faults.py harms a run five times",
     "python -m experiments.proposal_time": "takes a minute on an idle machine",
     "PGPASSWORD=": "needs Docker; tests/llmbo/run/test_worker.py reads the file",
     "python -m experiments.bits": "takes minutes; tests/llmbo/comparison/test_bits.py measures a tiny model",

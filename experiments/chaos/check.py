@@ -1,0 +1,56 @@
+"""Whether a run that was harmed is what it would have been alone: every trial measured once that counts, as planned, and right."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmbo.run.store import TrialStore
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a finished run; all 0 where nothing is.
+
+    Args:
+        lost: Trials of the budget that have no values.
+        doubled: Candidates that were measured for two trials.
+        unplanned: Trials of another candidate than was proposed for them.
+        others: Trials with other values than alone.
+        largest: Difference of a value from what it is alone.
+        rows: Of the study that count for nothing: a writer that had lost the run was on its way.
+    """
+
+    lost: int
+    doubled: int
+    unplanned: int
+    others: int
+    largest: float
+    rows: int
+
+    @property
+    def whole(self) -> bool:
+        return not (self.lost or self.doubled or self.unplanned or self.others)
+
+
+def judged(
+    store: TrialStore, budget: int, alone: Callable[[Sequence[tuple[int, ...]]], Sequence[Mapping[str, float]]]
+) -> Verdict:
+    """Compare what is stored.
+
+    Args:
+        alone: Measures candidates without any harm.
+    """
+    trials = [trial for trial in store.trials() if trial.number < budget]
+    planned = [proposal.x for proposals in store.rounds() for proposal in proposals]
+    complete = [trial for trial in trials if trial.complete]
+    differences = [
+        max(abs(trial.values[name] - found[name]) for name in trial.values)
+        for trial, found in zip(complete, alone([trial.x for trial in complete]), strict=True)
+    ]
+    return Verdict(
+        lost=budget - len(complete),
+        doubled=len(complete) - len({trial.x for trial in complete}),
+        unplanned=sum(trial.x != planned[trial.number] for trial in trials),
+        others=sum(difference > 0 for difference in differences),
+        largest=max(differences, default=0.0),
+        rows=len(store._study.trials) - len(store.trials()),
+    )

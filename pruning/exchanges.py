@@ -26,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pruning.architecture import Architecture
 from pruning.block import Block, BlockKind
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen
+from pruning.gradients import divergence_gradients
+from pruning.likelihood import DenseDistribution, Head, frozen
 from pruning.supernet import Supernet
 from pruning.walk import Walk, device_of, windows_at_once
 from pruning.widths import LACK, attention_width, lacking_of, units_of

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pruning.block import Block, BlockKind
-from pruning.likelihood import Head, frozen, loss_gradient
+from pruning.gradients import loss_gradient
+from pruning.likelihood import Head, frozen
 from pruning.supernet import Supernet
 from pruning.walk import Walk, device_of, windows_at_once
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.block import Block, BlockKind
-from pruning.likelihood import Head, frozen, loss_gradient
+from pruning.gradients import loss_gradient
+from pruning.likelihood import Head, frozen
 from pruning.projection import Projection, matrix_of
 from pruning.walk import Walk, brought, device_of
 

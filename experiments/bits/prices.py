@@ -27,7 +27,8 @@ from pruning.compensation import Refits
 from pruning.export import Pruned
 from pruning.export.quantise import TYPES, Mixture, Stored
 from pruning.export.rebuild import cast
-from pruning.likelihood import DenseDistribution, Head, divergence_gradients, frozen, last_hidden, quality
+from pruning.gradients import divergence_gradients
+from pruning.likelihood import DenseDistribution, Head, frozen, last_hidden, quality
 from pruning.masks import PruningMask, Ranking
 from pruning.projection import matrix_of
 from pruning.shrinking import shrink

@@ -31,7 +31,8 @@ from pruning.export.gguf_tensors import shapes
 from pruning.export.hf import Pruned
 from pruning.export.quantise import SEARCHED, Mixture, Stored, check_library, fitting, quantised, searched_kinds
 from pruning.export.rebuild import cast
-from pruning.likelihood import Head, dense_distribution, frozen, loss_gradient, quality
+from pruning.gradients import loss_gradient
+from pruning.likelihood import Head, dense_distribution, frozen, quality
 from pruning.projection import Projection, matrix_of
 from pruning.sequential import TOKENS_PER_COLUMN, refit_block
 from pruning.streams import Reached, goals_behind

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from pruning import likelihood
 from pruning.anatomy import Anatomy
-from pruning.likelihood import Head, dense_distribution, divergence_gradients, loss_gradient, quality, window_qualities
+from pruning.gradients import divergence_gradients, loss_gradient
+from pruning.likelihood import Head, dense_distribution, quality, window_qualities
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
 

@@ -12,7 +12,8 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.exchanges import exchange_costs
-from pruning.likelihood import Head, dense_distribution, frozen, last_hidden, loss_gradient
+from pruning.gradients import loss_gradient
+from pruning.likelihood import Head, dense_distribution, frozen, last_hidden
 from pruning.masks import Ranking
 from pruning.refits import GridRefits, RefitCache, fit
 from pruning.sensitivity import block_sensitivity

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun and accelerate start them: each takes its part of every batch, the first one writes.
+"""Several processes that train one model, as torchrun starts them: each takes its part of every batch, the first one writes.
 
 Data parallel: the gradient of a batch is the sum of its parts', so all hold the same weights after every step. Weights are not sharded
 (FSDP): what is trained is small beside activations, and refits, heads and hooks read weights outside of a forward pass.

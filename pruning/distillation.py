@@ -5,10 +5,12 @@ D is cut to its likeliest tokens and one bin for all others, tokens in the bin g
 own next tokens is the case where D is sure of them. No logits are kept for a backward pass, nor more than a few hundred rows made at once.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruning.likelihood import CHUNK, Distribution, Head, log_normaliser
 
@@ -93,6 +95,36 @@ def divergence_from(hidden: Tensor, head: Head, dense: Tensor, dense_head: Head)
         dense: `B x T x dense_hidden_size`, what `dense_head` reads.
     """
     return _Divergence.apply(hidden, head, dense, dense_head)
+
+
+@contextmanager
+def heard(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """What some decoder layers hand on while the context lasts, `B x T x hidden_size` each, in the order in which they run."""
+    found: list[Tensor] = []
+
+    def listen(layer: nn.Module, args: Any, output: Any) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(listen).remove)
+        yield found
+
+
+def distance(own: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
+    """Mean squared distance of some residual streams from the dense model's, each token's relative to its square there.
+
+    Minitron (arXiv:2407.14679) adds hidden states to the loss. Relative, because a few tokens' streams are hundreds of times as long as
+    others'.
+
+    Args:
+        own, dense: `B x T x hidden_size` each, as many of either.
+    """
+    apart = [
+        ((one.float() - other.float()).square().sum(-1) / other.float().square().sum(-1)).mean()
+        for one, other in zip(own, dense, strict=True)
+    ]
+    return torch.stack(apart).mean()
 
 
 def next_tokens(windows: Tensor) -> Distribution:

@@ -42,6 +42,12 @@ def recover(
             help="Learn the dense model's distributions, or the text's next tokens. By default the former, where that model is known.",
         ),
     ] = None,
+    hidden: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the distance of hidden states from the dense model's beside the divergence; 0: none."
+        ),
+    ] = 0.0,
     teacher: Annotated[
         str, typer.Option(help="Where the dense model is now; by default where the folder or the run had it.")
     ] = "",
@@ -78,7 +84,8 @@ def recover(
 ) -> None:
     """Train a pruned model for some minutes and write it as a new folder. It is never worse than what it was.
 
-    The same command goes on from the last validation when it was stopped.
+    The same command goes on from the last validation when it was stopped. `torchrun --nproc-per-node N -m llmbo recover …` divides each
+    batch among N processes.
 
     Example: llmbo recover runs/llama --trial 38 --out exports/llama-60-recovered
 
@@ -93,16 +100,21 @@ def recover(
         from llmbo.display.progress import Display
         from llmbo.models.silence import silence_libraries
         from llmbo.training.plan import Length, Plan, method_of
+        from llmbo.training.processes import place, together
         from llmbo.training.recovery import Task
         from llmbo.training.recovery import recover as train_briefly
 
         silence_libraries()
-        console, command = Console(stderr=True), shlex.join(["llmbo", *sys.argv[1:]])
+        command = shlex.join(["llmbo", *sys.argv[1:]])
         length, (method, width) = Length(steps, tokens, minutes), method_of(train, lora, rank)
-        plan = Plan(0, batch, method, width, lr, False, eval_every, patience, seed, micro_batch, recompute)
-        task = Task(source, out, text, window, heldout, teacher, dtype, device, trial, format, refit, distil)
-        with Display(console, 0) as display:
-            outcome = train_briefly(task, plan, length, command, display, lambda progress: tell(progress, console))
+        plan = Plan(0, batch, method, width, lr, False, eval_every, patience, seed, micro_batch, recompute, hidden)
+        with together(device) as own:
+            others, console = place() > 0, Console(stderr=True, quiet=place() > 0)
+            task = Task(source, out, text, window, heldout, teacher, dtype, own, trial, format, refit, distil)
+            with Display(console, 0) as display:
+                outcome = train_briefly(task, plan, length, command, display, lambda progress: tell(progress, console))
+    if others:
+        return
     before, after, progress = outcome.before, outcome.after, outcome.progress
     kl = f", KL from the dense model {before.kl:.4f} → {after.kl:.4f}" if before.kl is not None else ""
     say(

@@ -30,6 +30,12 @@ def rerank(
     heldout: Annotated[
         int, typer.Option(help="Windows for validation, and as many for the comparison; not trained on.")
     ] = 12,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving", help="Train all for a quarter of the steps; the better half at equal size goes on, twice."
+        ),
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="Device to train on; by default the run's.")] = None,
 ) -> None:
@@ -56,11 +62,13 @@ def rerank(
         plan = Plan(steps, batch, *method_of("", lora, rank), lr, distil, every=steps)
         with Display(console, 0) as display:
             found = training.rerank(
-                run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console)
+                run, top, plan, text, heldout, display, model, device, lambda progress: tell(progress, console), halving
             )
     Console().print(_table(found))
     tau = {name: _tau(orders) for name, orders in found.orders.items()}
     say(f"Kendall's tau of the orders: by loss {tau['loss']}, at equal size {tau['equal_size']}, by KL {tau['kl']}.")
+    if found.left:
+        say(f"Left behind by halving: {', '.join(str(point.trial) for point in found.left)}.")
     gone = set(found.front(found.before)) - set(found.front(found.after))
     say(
         f"No longer on the front after training: {', '.join(map(str, sorted(gone)))}."

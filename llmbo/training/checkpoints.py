@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from llmbo.errors import StorageError, first_line
 from llmbo.training.learner import adapter_values
 from llmbo.training.plan import Plan, Progress
+from llmbo.training.processes import in_turn, place
 
 BEST, WEIGHTS, OPTIMIZER, PROGRESS = "best.safetensors", "weights.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -40,7 +41,8 @@ class Checkpoints:
         if not (steps := self._steps()):
             return None
         *former, last = steps
-        _delete(former)  # of a process that died before it could
+        if not place():
+            _delete(former)  # of a process that died before it could
         try:
             stored = json.loads((last / PROGRESS).read_text(encoding="utf-8"))
             if stored["plan"] != asdict(self._plan):
@@ -57,11 +59,13 @@ class Checkpoints:
             ) from error
 
     def save(self, progress: Progress) -> Progress:
-        """Save everything needed to go on after `progress`.
+        """Save everything needed to go on after `progress`. Of several processes the first one does.
 
         Raises:
             StorageError: The disk does not take it; the one before is still there.
         """
+        if place():
+            return progress
         if progress.best[0] == progress.step:
             with _written(self._folder / BEST) as temporary:
                 save_file(self._trained(), temporary)
@@ -81,7 +85,8 @@ class Checkpoints:
 
     def load_best(self) -> None:
         """Give the weights the values that validated best."""
-        self._put(load_file(self._folder / BEST))
+        with in_turn():
+            self._put(load_file(self._folder / BEST))
 
     @torch.no_grad()
     def _put(self, stored: Mapping[str, Tensor]) -> None:

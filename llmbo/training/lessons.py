@@ -19,7 +19,8 @@ from llmbo.models.loading import fingerprint
 from llmbo.report.files import replace_file
 from llmbo.training.learner import REFIT_TOKENS, Refitter
 from llmbo.training.plan import PASSES, VALIDATIONS, Length, Plan
-from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, kept_bytes
+from llmbo.training.processes import agreed, in_turn, place
+from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, Streams, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
 from llmbo.types import Phases
 from pruning.architecture import Architecture
@@ -85,7 +86,8 @@ def windows_for(student: Student, text: str, window: int, plan: Plan, heldout: i
         text: As `read_mix` takes it, or `self`: sampled from the dense model, and kept in `work`.
     """
     if text == "self":
-        windows = _sampled(student, window, plan, heldout, TensorFiles(work))
+        with in_turn():
+            windows = _sampled(student, window, plan, heldout, TensorFiles(work))
     else:
         mix = read_mix(text)
         windows = unseen_windows(
@@ -152,16 +154,22 @@ def course_for(
         assert student.dense is not None
         with lesson.autocast():
             dense, heldout = (dense_distribution(student.dense, part) for part in (validation, windows.heldout))
-        lesson = replace(lesson, dense=dense, teacher=Live(student.dense))
-    settled = _settled(work / ASKED, asked)
+        streams = None
+        if plan.hidden:
+            cut = student.refitter
+            assert cut is not None  # whoever asks for it knows what was kept
+            streams = Streams.of(cut, plan.hidden)
+        lesson = replace(lesson, dense=dense, teacher=Live(student.dense, streams))
+    settled = agreed(_settled(work / ASKED, asked))
     if settled is None:
         steps = length.known_steps(plan.batch * windows.length) or 0
         if not steps:
             with phases.phase("timing"):
-                steps = _affordable(student, lesson, plan, length)
+                steps = agreed(_affordable(student, lesson, plan, length))
         work.mkdir(parents=True, exist_ok=True)
-        settled = steps, plan.distil and _is_kept(student, lesson, steps * plan.batch, work)
-        replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}).encode())
+        settled = agreed((steps, _may_be_kept(plan) and _is_kept(student, lesson, steps * plan.batch, work)))
+        if not place():
+            replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}).encode())
     steps, is_kept = settled
     plan = replace(plan, steps=steps, every=plan.every or max(1, -(-steps // VALIDATIONS)))
     if is_kept:
@@ -172,7 +180,7 @@ def course_for(
         order = epoch_order(len(training), plan.seed, 0)
         if plan.steps <= len(training) // plan.batch:
             order = order[: plan.steps * plan.batch]
-        with phases.phase("dense model", len(order)) as advance:
+        with phases.phase("dense model", len(order)) as advance, in_turn():
             name = f"{asked['teacher']} {student.dtype}"
             folder = kept or work / "teacher"
             teacher = Kept.of(student.dense, training, order, folder, name, lesson.autocast, advance)
@@ -209,6 +217,11 @@ def _settled(file: Path, asked: Mapping[str, Any]) -> tuple[int, bool] | None:
     return steps, kept
 
 
+def _may_be_kept(plan: Plan) -> bool:
+    """Hidden states would take several times the disk of predictions."""
+    return plan.distil and not plan.hidden
+
+
 def _is_kept(student: Student, lesson: Lesson, trained: int, work: Path) -> bool:
     """Whether the dense model's predictions go to the disk: where windows come again, which it then reads but once, and on a CPU, which
     loses nothing by it and has the dense model's memory to gain; and where there is room.
@@ -227,7 +240,7 @@ def _is_kept(student: Student, lesson: Lesson, trained: int, work: Path) -> bool
 def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) -> int:
     """Steps that the minutes leave room for, by the time that the first take here."""
     model, places = student.model, batch_of(len(lesson.training), plan, 0)
-    kept = student.device == "cpu" and plan.distil
+    kept = student.device == "cpu" and _may_be_kept(plan)
     trial = replace(lesson, teacher=NextTokens()) if kept else lesson
     learner = lesson.learner(model, plan)
     head = trial.head_of(model)

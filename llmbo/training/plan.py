@@ -39,6 +39,7 @@ class Plan:
         every: Steps between validations, each of which is a checkpoint to resume from, and after some of which there is a refit.
         patience: Validations without a new best after which training stops.
         micro: Windows that pass the model at once; 0 takes all of a batch. Gradients are summed over a batch.
+        hidden: Weight of the distance between the residual streams of both models (`pruning.distillation.distance`) beside the divergence.
         recompute: Keep no activations for the backward pass but those between layers (Chen et al. 2016, arXiv:1604.06174).
 
     Raises:
@@ -56,6 +57,7 @@ class Plan:
     seed: Annotated[int, SEED] = 0
     micro: Annotated[int, Within(0, MOST, flag="--micro-batch")] = 0
     recompute: bool = False
+    hidden: Annotated[float, Within(0, MOST)] = 0.0
 
     def __post_init__(self) -> None:
         check_numbers(self)

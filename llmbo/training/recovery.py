@@ -28,6 +28,7 @@ from llmbo.run.rebuild import RebuildInputs, config_of, load_base
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for
 from llmbo.training.plan import BATCH, DEVICE_BATCH, METHODS, Length, Plan, Progress
+from llmbo.training.processes import check_batch, in_turn, meet, place
 from llmbo.training.trainer import train
 from llmbo.types import Phases
 from pruning.architecture import Architecture
@@ -123,8 +124,12 @@ def recover(
         LlmboError, PruningError: One line for the user.
     """
     check_out(task.out)
+    if plan.hidden and task.distil is False:
+        raise ConfigError(f"--hidden {plan.hidden:g} compares with the dense model: leave out --no-distil.")
     outcome = (_folder if task.trial is None else _trial)(task, plan, length, command, phases, on_validation)
-    shutil.rmtree(_work(task), ignore_errors=True)
+    meet()
+    if not place():
+        shutil.rmtree(_work(task), ignore_errors=True)
     return outcome
 
 
@@ -141,8 +146,9 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         loaded, run_windows = load_base(
             report, phases, task.teacher or None, None if task.device == "auto" else task.device
         )
-        inputs = RebuildInputs.of(report, request.folder, loaded, run_windows, phases)
-        cut = inputs.cut(request.trial, phases, request.refit)
+        with in_turn():
+            inputs = RebuildInputs.of(report, request.folder, loaded, run_windows, phases)
+            cut = inputs.cut(request.trial, phases, request.refit)
         stored = cut.model.dtype
         cast(cut.model, torch.float32)  # small steps vanish in bfloat16
         kind = _dtype(task, loaded)
@@ -160,6 +166,8 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
                 "take --no-distil, or --device cpu."
             )
         trained, course, outcome = _trained(student, task, plan, length, phases, watch)
+        if place():
+            return outcome
         cast(trained, stored)
         told = _told(course, outcome, command)
         write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, told)
@@ -197,6 +205,8 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
             student.seen, student.chat = searched(config, details["text"]), config.chat
             student.text = config.text
     trained, course, outcome = _trained(student, task, plan, length, phases, watch)
+    if place():
+        return outcome
     cast(trained, stored)
     with phases.phase("writing and reading back"):
         _write(trained, small, task, details, course, _told(course, outcome, command))
@@ -207,12 +217,17 @@ def _trained(
     student: Student, task: Task, plan: Plan, length: Length, phases: Phases, watch: Watcher
 ) -> tuple[PreTrainedModel, Course, Outcome]:
     """The model with what it has learned in its own weights, float32, and how that went."""
-    if plan.train == "refit-lora" and student.refitter is None:
-        raise ConfigError(
-            "--train refit-lora needs the dense model and what was kept of it, which a run or its export tells: take --train lora."
-        )
+    for option, asked in (
+        ("--train refit-lora", plan.train == "refit-lora"),
+        (f"--hidden {plan.hidden:g}", plan.hidden),
+    ):
+        if asked and student.refitter is None:
+            raise ConfigError(
+                f"{option} needs the dense model and what was kept of it, which a run or its export tells: leave it out."
+            )
     work = _work(task)
     plan = replace(plan, batch=plan.batch or (BATCH if student.device == "cpu" else DEVICE_BATCH))
+    check_batch(plan.batch)
     with phases.phase("text"):
         check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
         windows = windows_for(student, task.text or student.text, task.window, plan, task.heldout, work)

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pruning.likelihood import DenseDistribution, dense_distribution, quality
 from pruning.text import read_mix
 
 FILE = "rerank.json"
+RUNGS = (1, 2, 4)  # quarters of a training behind which halving looks
 Values = Mapping[str, float]  # `loss` and `kl` in nats per token
 
 
@@ -43,6 +44,7 @@ class Point:
 
     Args:
         step: Of the weights that validated best; 0 are the untrained ones.
+        rungs: With halving, what was measured after each part of the training, the last of them `after`.
     """
 
     trial: int
@@ -50,6 +52,7 @@ class Point:
     before: Values
     after: Values
     step: int
+    rungs: tuple[Values, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,10 @@ class Orders:
 
 @dataclass(frozen=True)
 class Reranking:
-    """Recovered points, smallest first."""
+    """Recovered points, smallest first; `left` were trained for a part of the time alone, and are not compared."""
 
     points: tuple[Point, ...]
+    left: tuple[Point, ...] = ()
 
     @property
     def orders(self) -> dict[str, Orders]:
@@ -110,7 +114,7 @@ class Reranking:
         worth = torch.tensor(
             [[-p.params, -v["loss"]] for p, v in zip(self.points, values, strict=True)], dtype=torch.float64
         )
-        return [self.points[index].trial for index in pareto_front(worth)]
+        return [self.points[index].trial for index in pareto_front(worth)] if self.points else []
 
     @property
     def before(self) -> list[Values]:
@@ -124,6 +128,7 @@ class Reranking:
         """For `rerank.json`."""
         return {
             "points": [asdict(point) for point in self.points],
+            "left": [asdict(point) for point in self.left],
             "orders": {name: asdict(order) for name, order in self.orders.items()},
             "excess": {"before": self.excess(self.before), "after": self.excess(self.after)},
             "front": {"before": self.front(self.before), "after": self.front(self.after)},
@@ -143,6 +148,7 @@ def rerank(
     model: str | None = None,
     device: str | None = None,
     on_validation: Callable[[Progress], None] = lambda progress: None,
+    halving: bool = False,
 ) -> Reranking:
     """Recover `top` points of the run's front, evenly over its sizes; every one is in the run's `rerank.json` before the next.
 
@@ -154,6 +160,8 @@ def rerank(
         text: Empty takes the run's.
         heldout: Windows each for validation and for the comparison.
         model, device: As in `load_base`.
+        halving: Train all for a quarter of the steps, the better half at equal size for the next, and the better half of these to the end
+            (successive halving, arXiv:1502.07943).
 
     Raises:
         LlmboError, PruningError: One line for the user.
@@ -163,14 +171,16 @@ def rerank(
     report, folder = read_run(run), find_run(run)
     config = config_of(report)
     chosen = spread(report, top)
-    plan = Plan(**asdict(plan) | {"seed": config.seed})
+    plan = replace(plan, seed=config.seed, every=-(-plan.steps // RUNGS[-1]) if halving else plan.every)
     text = text or config.text
     if text == "self":
         raise ConfigError("The run's text is 'self', of which there is no more: give --text.")
     settings = {"text": text, "window": config.window, "heldout": heldout, "plan": asdict(plan)}
+    rungs = RUNGS if halving else ()
+    if halving:
+        settings |= {"halving": [trial.number for trial in chosen]}  # who leaves depends on all
     done = _stored(folder / FILE, settings)
-    missing = [trial for trial in chosen if trial.number not in done]
-    if missing:
+    if _pending(chosen, done, rungs):
         loaded, windows = load_base(report, phases, model, device)
         seen = searched(config, report.data.model_dump())
         held = unseen_windows(
@@ -180,21 +190,47 @@ def rerank(
         inputs = RebuildInputs.of(report, folder, loaded, windows, phases)
         loaded.model.requires_grad_(False)
         dense = dense_distribution(loaded.model, held.heldout)
-    for trial in missing:
+    while pending := _pending(chosen, done, rungs):
+        trial, former = pending[0], done.get(pending[0].number)
         work = folder / "rerank" / f"trial-{trial.number}"
         small = inputs.cut(trial, phases).model
+        rung = len(former.rungs) if former else 0
+        until = rungs[rung] * plan.every if rungs else plan.steps
         with phases.phase(f"trial {trial.number}", plan.steps) as advance:
             check_disk(work, checkpoint_bytes(small, plan))
             cast(small, torch.float32)  # small steps vanish in bfloat16
-            before = _values(small, held.heldout, dense)
-            trained, progress = _train(small, inputs, held, plan, work, advance, on_validation)
+            before = former.before if former else _values(small, held.heldout, dense)
+            trained, progress = _train(small, inputs, held, plan, work, advance, on_validation, until)
             after = _values(trained, held.heldout, dense)
         assert trial.objectives is not None  # points of the front are finished
-        done[trial.number] = Point(trial.number, trial.objectives.params, before, after, progress.best[0])
-        _store(folder / FILE, settings, done)
-        shutil.rmtree(folder / "rerank", ignore_errors=True)
+        measured = (*(former.rungs if former else ()), after) if rungs else ()
+        done[trial.number] = Point(trial.number, trial.objectives.params, before, after, progress.best[0], measured)
+        _store(folder / FILE, settings, done, rungs)
+        if not rungs or not _pending(chosen, done, rungs):
+            shutil.rmtree(folder / "rerank", ignore_errors=True)
         del small, trained
-    return _sorted(done[trial.number] for trial in chosen)
+    return _sorted((done[trial.number] for trial in chosen), rungs)
+
+
+def _pending(chosen: Sequence[TrialPart], done: Mapping[int, Point], rungs: Sequence[int]) -> list[TrialPart]:
+    """Trials whose turn it is: that are not done; with halving, of those that are still in, that lack the least rung."""
+    alive = list(chosen)
+    for rung in range(max(1, len(rungs))):
+        missing = [t for t in alive if t.number not in done or len(done[t.number].rungs) <= rung < len(rungs)]
+        if missing or not rungs:
+            return missing
+        better = survivors([done[trial.number] for trial in alive], rung)
+        alive = [trial for trial in alive if trial.number in better]
+    return []
+
+
+def survivors(points: Sequence[Point], rung: int) -> set[int]:
+    """Trials of the better half at equal size after a part of the training; the smallest and the largest, which tell what is
+    better, stay."""
+    found = _sorted(points)
+    excess = found.excess([point.rungs[rung] for point in found.points])
+    better = sorted(excess, key=lambda trial: (excess[trial], trial))[: -(-len(excess) // 2)]
+    return {found.points[0].trial, found.points[-1].trial, *better}
 
 
 def spread(report: Report, top: int) -> list[TrialPart]:
@@ -220,12 +256,13 @@ def _train(
     work: Path,
     advance: Callable[[int], None],
     on_validation: Callable[[Progress], None],
+    until: int,
 ) -> tuple[PreTrainedModel, Progress]:
     loaded = inputs.loaded
     teacher = Live(loaded.model) if plan.distil else NextTokens()
     dtype = "float32" if loaded.dtype == "float16" else loaded.dtype
     lesson = Lesson(held.calibration, held.proxy, teacher, device=loaded.device, dtype=dtype)
-    return train(small, lesson, plan, work, advance, on_validation)
+    return train(small, lesson, plan, work, advance, on_validation, until=until)
 
 
 def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -> Values:
@@ -234,8 +271,10 @@ def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -
     return {"loss": measured.loss, "kl": measured.kl}
 
 
-def _sorted(points: Any) -> Reranking:
-    return Reranking(tuple(sorted(points, key=lambda point: (point.params, point.trial))))
+def _sorted(points: Iterable[Point], rungs: Sequence[int] = ()) -> Reranking:
+    every = sorted(points, key=lambda point: (point.params, point.trial))
+    whole = tuple(point for point in every if len(point.rungs) == len(rungs) or not rungs)
+    return Reranking(whole, tuple(point for point in every if point not in whole))
 
 
 def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
@@ -244,7 +283,8 @@ def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        points = {int(entry["trial"]): Point(**entry) for entry in found["points"]}
+        entries = [*found["points"], *found.get("left", ())]
+        points = {int(e["trial"]): Point(**e | {"rungs": tuple(e.get("rungs", ()))}) for e in entries}
         same = found["settings"] == settings
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"'{file}' is damaged or of another version of llmbo: delete it and run again.") from error
@@ -255,6 +295,6 @@ def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
     return points
 
 
-def _store(file: Path, settings: Mapping[str, Any], points: Mapping[int, Point]) -> None:
-    content = {"settings": settings, **_sorted(points.values()).to_dict()}
+def _store(file: Path, settings: Mapping[str, Any], points: Mapping[int, Point], rungs: Sequence[int]) -> None:
+    content = {"settings": settings, **_sorted(points.values(), rungs).to_dict()}
     replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,32 +1,41 @@
 """What the dense model predicts, for a student to learn: asked for every batch, or once for every window and then read from disk."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.distillation import divergence, divergence_from, next_tokens
+from llmbo.training.learner import Refitter
+from pruning.distillation import distance, divergence, divergence_from, heard, next_tokens
 from pruning.likelihood import Distribution, Head, dense_distribution, last_hidden
 from pruning.tensor_files import TensorFiles
 
 TOP_K = 512  # tokens kept of each distribution; the rest is one bin
 PART = 32  # windows in a file
+COMPARED = 4  # places of the residual stream, evenly over the layers that are left
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
 class Teacher(Protocol):
     """What a student's loss is measured from."""
 
-    def loss(self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor) -> Tensor:
+    def compared(self, student: PreTrainedModel) -> Sequence[nn.Module]:
+        """The student's layers behind which its residual stream is compared; none where the teacher knows predictions alone."""
+        return ()
+
+    def loss(
+        self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor, streams: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Mean loss over the predicted tokens of a batch, nats.
 
         Args:
+            streams: What the compared layers hand on, `B x T x hidden_size` each.
             hidden: `B x T x hidden_size`, what the student's `head` reads.
             windows: `B x T` token ids, on the same device.
             places: `B` places of the windows among those that are trained on, on the CPU.
@@ -34,27 +43,64 @@ class Teacher(Protocol):
         ...
 
 
-class NextTokens:
+class NextTokens(Teacher):
     """The text itself."""
 
-    def loss(self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor) -> Tensor:
+    def loss(
+        self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor, streams: Sequence[Tensor] = ()
+    ) -> Tensor:
         return divergence(hidden, head, next_tokens(windows))
 
 
 @dataclass(frozen=True)
-class Live:
-    """The dense model, in memory. All that it predicts counts."""
+class Streams:
+    """Where the residual streams of a small model and its dense one are compared.
 
-    model: PreTrainedModel
+    Args:
+        weight: Of their distance in the loss.
+        own, dense: Layers of either, as many.
+    """
 
-    def loss(self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor) -> Tensor:
-        with torch.no_grad():
-            dense = last_hidden(self.model, windows)
-        return divergence_from(hidden, head, dense, Head.of(self.model))
+    weight: float
+    cut: Refitter
+    own: tuple[int, ...]
+    dense: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cut: Refitter, weight: float) -> "Streams":
+        """Evenly over the small model's layers, the last among them; each stands for the dropped ones behind it, too."""
+        kept = [index for index in range(cut.anatomy.num_hidden_layers) if cut.architecture.keeps_layer(index)]
+        own = sorted({-(-len(kept) * part // COMPARED) - 1 for part in range(1, COMPARED + 1)})
+        ends = [*(index - 1 for index in kept[1:]), cut.anatomy.num_hidden_layers - 1]
+        return cls(weight, cut, tuple(own), tuple(ends[place] for place in own))
+
+    def layers(self, model: PreTrainedModel, places: Sequence[int]) -> Sequence[nn.Module]:
+        layers = self.cut.anatomy.layers_of(model)
+        return [layers[place] for place in places]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Live(Teacher):
+    """The dense model, in memory. All that it predicts counts, and with `streams` what its layers hand on."""
+
+    model: PreTrainedModel
+    streams: Streams | None = None
+
+    def compared(self, student: PreTrainedModel) -> Sequence[nn.Module]:
+        return self.streams.layers(student, self.streams.own) if self.streams else ()
+
+    def loss(
+        self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor, streams: Sequence[Tensor] = ()
+    ) -> Tensor:
+        compared = self.streams.layers(self.model, self.streams.dense) if self.streams else ()
+        with torch.no_grad(), heard(compared) as wanted:
+            dense = last_hidden(self.model, windows)
+        diverged = divergence_from(hidden, head, dense, Head.of(self.model))
+        return diverged + self.streams.weight * distance(streams, wanted) if self.streams else diverged
+
+
+@dataclass(frozen=True)
+class Kept(Teacher):
     """Distributions cut to `TOP_K` tokens, on the disk: make one by `of`.
 
     Disk: 4 bytes for each kept token of a position, 6 where the model knows more than 65,536. Memory: what is asked for.
@@ -98,7 +144,9 @@ class Kept:
             on_window(min(len(needed), (part + 1) * PART))
         return cls(files, number)
 
-    def loss(self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor) -> Tensor:
+    def loss(
+        self, hidden: Tensor, head: Head, windows: Tensor, places: Tensor, streams: Sequence[Tensor] = ()
+    ) -> Tensor:
         rows = []
         for number in self.number[places].tolist():
             part = self.files.get(_part(number // PART))

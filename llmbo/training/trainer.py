@@ -15,7 +15,9 @@ from llmbo.models.placement import DTYPES
 from llmbo.training.checkpoints import Checkpoints
 from llmbo.training.learner import REFIT_TOKENS, Learner, Refitter
 from llmbo.training.plan import Plan, Progress
+from llmbo.training.processes import add_up, agree_on, agreed, in_turn, own_part
 from llmbo.training.teacher import NextTokens, Teacher, moved
+from pruning.distillation import heard
 from pruning.likelihood import DenseDistribution, Head, last_hidden, quality
 
 
@@ -77,6 +79,7 @@ def train(
     on_step: Callable[[int], None] = lambda step: None,
     on_validation: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[str], None] = lambda line: None,
+    until: int | None = None,
 ) -> tuple[PreTrainedModel, Progress]:
     """Train float32 `model` and return it with the weights that validated best.
 
@@ -85,6 +88,7 @@ def train(
 
     Args:
         tell: Is told such things in a line.
+        until: Stop at the validation that is behind so many steps; another call goes on from there.
 
     Raises:
         StorageError: The checkpoint belongs to another plan or cannot be written.
@@ -93,9 +97,10 @@ def train(
     optimizer = torch.optim.AdamW(learner.trained.values(), weight_decay=0.0)
     head = lesson.head_of(model)
     checkpoints = Checkpoints(folder, plan, learner.weights, optimizer)
-    progress = checkpoints.restore() or checkpoints.save(Progress([(0, lesson.judge(model))]))
+    with in_turn():
+        progress = checkpoints.restore() or checkpoints.save(Progress([(0, lesson.judge(model))]))
     on_validation(progress)
-    while not progress.is_over(plan):
+    while not progress.is_over(plan) and (until is None or progress.step < until):
         last = min(progress.step + plan.every, plan.steps)
         lost = torch.zeros((), device=lesson.device)
         for step in range(progress.step, last):
@@ -106,7 +111,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             on_step(step + 1)
-        found = lesson.judge(model)
+        found = agreed(lesson.judge(model))
         if not torch.isfinite(lost + found):  # the only place that waits for the device
             told = f"the loss is no longer a number between steps {progress.step} and {last}"
             progress = replace(progress, fault=f"{told}; the last good checkpoint is '{checkpoints.of(progress.step)}'")
@@ -134,10 +139,11 @@ def _within_memory(
         try:
             return gradients(model, lesson, head, places, progress.micro or plan.micro, step)
         except Exception as error:
-            if progress.micro or not out_of_memory(error) or (plan.micro or plan.batch) < 2:
+            at_once = min(plan.micro or plan.batch, len(own_part(places)))
+            if progress.micro or not out_of_memory(error) or at_once < 2:
                 raise
         # out here nothing holds on to what the step had made
-        progress.micro = (plan.micro or plan.batch) // 2
+        progress.micro = at_once // 2
         model.zero_grad()
         tell(
             f"Out of memory at step {step}: from here on {progress.micro} windows pass the model at once instead of a batch."
@@ -147,24 +153,25 @@ def _within_memory(
 def gradients(
     model: PreTrainedModel, lesson: Lesson, head: Head, places: Tensor, micro: int = 0, step: int = 0
 ) -> Tensor:
-    """Add the gradients of a batch's mean loss, and return that loss. Does not wait for the device.
+    """Add the gradients of a batch's mean loss, and return that loss; each of several processes passes its part of the batch. Does not
+    wait for the device.
 
     Args:
         head: The model's, as `Lesson.head_of` has it.
         places: Of the batch's windows.
         micro: Windows at once; 0 takes all.
     """
-    total, forms = torch.zeros((), device=lesson.device), lesson.forms(step)
-    for some in places.split(micro or len(places)):
+    total, forms, own = torch.zeros((), device=lesson.device), lesson.forms(step), own_part(places)
+    for some in own.split(micro or len(own)):
         windows = moved(lesson.training[some], lesson.device)
         for form in forms:
             with form():
-                with lesson.autocast():
-                    loss = lesson.teacher.loss(last_hidden(model, windows), head, windows, some)
+                with lesson.autocast(), heard(lesson.teacher.compared(model)) as streams:
+                    loss = lesson.teacher.loss(last_hidden(model, windows), head, windows, some, streams)
                 loss = loss * (len(some) / len(places) / len(forms))
                 loss.backward()
             total += loss.detach()
-    return total
+    return add_up(model.parameters(), total)
 
 
 @torch.no_grad()
@@ -176,7 +183,8 @@ def _refitted(model: PreTrainedModel, lesson: Lesson, learner: Learner, plan: Pl
     before = {name: parameter.clone() for name, parameter in learner.refitted.items()}
     with lesson.autocast():
         lesson.refitter.refit(model, lesson.training[order[:count]])
-    if (refitted := lesson.judge(model)) < found:
+    agree_on(learner.refitted.values())
+    if (refitted := agreed(lesson.judge(model))) < found:
         return refitted
     for name, parameter in learner.refitted.items():
         parameter.copy_(before[name])

@@ -28,11 +28,14 @@ from llmbo.training import checkpoints, lessons, recovery, trainer
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.learner import Learner, Refitter
 from llmbo.training.plan import MINUTES, Length, Plan, Progress
-from llmbo.training.teacher import Kept, Live, NextTokens, kept_bytes
+from llmbo.training.teacher import Kept, Live, NextTokens, Streams, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients, train
 from pruning.architecture import Architecture
+from pruning.distillation import heard
 from pruning.export.rebuild import cast
 from pruning.likelihood import Head, dense_distribution, last_hidden, quality
+from pruning.masks import PruningMask, Ranking
+from pruning.shrinking import shrink
 
 PLAN = Plan(steps=12, batch=4, every=4, lr=3e-3, train="all")
 GAINS = {"all": 0.2, "lora": 0.2, "refit-lora": 0.2, "norms": 0.05}  # at least, nats
@@ -238,6 +241,48 @@ def test_less_memory_gives_the_same_gradients(
         found.append([loss, *(weight.grad for weight in learner.trained.values())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_states_add_their_distance_and_its_gradient(
+    model_folder: Path, windows: tuple[torch.Tensor, torch.Tensor], recompute: bool
+) -> None:
+    dense = load_checkpoint(str(model_folder), "float32", "cpu").model.requires_grad_(False)
+    architecture = Architecture((2, 0, 1, 2), (24, 0, 7, 24))
+    ranking = Ranking(torch.arange(2).repeat(4, 1), torch.arange(24).repeat(4, 1))
+    small = shrink(dense, PruningMask.from_architecture(architecture, ranking))
+    plan = replace(PLAN, train="norms", recompute=recompute)
+    streams = Streams.of(Refitter.of(dense, architecture), 0.5)
+    assert (streams.own, streams.dense) == ((0, 1, 2), (1, 2, 3))  # the first stands for the dropped one, too
+    learner, batch, found = Learner.of(small, plan), windows[0][:2], []
+    for teacher in (Live(dense), Live(dense, streams)):
+        lesson = Lesson(*windows, teacher=teacher)
+        loss = gradients(small, lesson, lesson.head_of(small), torch.arange(2))
+        found.append([loss, *(weight.grad.clone() for weight in learner.trained.values() if weight.grad is not None)])
+        small.zero_grad()
+    with torch.no_grad():  # what a stock model gives behind its layers; the last without the final norm
+        own, theirs = (m(batch, output_hidden_states=True).hidden_states for m in (small, dense))
+        apart = [
+            (own[p + 1] - theirs[q + 1]).square().sum(-1) / theirs[q + 1].square().sum(-1) for p, q in ((0, 1), (1, 2))
+        ]
+    least = 0.5 * sum(float(each.mean()) for each in apart) / 3
+    more = float(found[1][0] - found[0][0])
+    assert least < more and any(not torch.allclose(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+    with torch.no_grad(), heard([small.model.layers[2], dense.model.layers[3]]) as last:
+        last_hidden(small, batch), last_hidden(dense, batch)
+    third = float(((last[0] - last[1]).square().sum(-1) / last[1].square().sum(-1)).mean())
+    assert more == pytest.approx(least + 0.5 * third / 3, rel=1e-4)
+    weight, step = next(iter(learner.trained.values())), 1e-3  # the gradient is that of the loss
+    with torch.no_grad():
+        direction = found[1][1] / found[1][1].norm()
+        values = []
+        for sign in (1, -1):
+            weight.add_(sign * step * direction)
+            lesson = Lesson(*windows, teacher=Live(dense, streams))
+            with torch.enable_grad():
+                values.append(float(gradients(small, lesson, lesson.head_of(small), torch.arange(2))))
+            weight.sub_(sign * step * direction)
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(found[1][1].norm()), rel=0.02)
 
 
 def test_a_head_converted_once_gives_the_same_gradients(
@@ -492,6 +537,8 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
         (("{model}", "--train", "norms", "--lora"), "--train norms and --lora"),
         (("{model}", "--minutes", 5), "--steps 2 and --minutes 5 both say"),
         (("{model}", "--train", "refit-lora"), "--train refit-lora needs the dense model"),
+        (("{model}", "--hidden", 0.1), "--hidden 0.1 needs the dense model"),
+        (("{model}", "--hidden", 0.1, "--no-distil"), "--hidden 0.1 compares with the dense model"),
         (("{model}", "--text", "self"), "--text self needs the dense model"),
         (("{model}", "--dtype", "float16"), "loses small gradients"),
         (("{model}", "--format", "gguf"), "--format gguf needs --trial"),

@@ -104,11 +104,11 @@ def test_an_interrupted_comparison_goes_on_with_the_next_point(
     file.unlink()
     train, trained = reranking.train, []
 
-    def second_is_interrupted(*args: Any) -> Any:
+    def second_is_interrupted(*args: Any, **options: Any) -> Any:
         trained.append(args[3].name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(*args)
+        return train(*args, **options)
 
     monkeypatch.setattr(reranking, "train", second_is_interrupted)
     stopped = rerank("tiny", "--top", 3)
@@ -118,6 +118,51 @@ def test_an_interrupted_comparison_goes_on_with_the_next_point(
     assert result.exit_code == 0 and result.stdout == whole.stdout
     assert len(trained) == 4 and trained[1] == trained[2]
     assert json.loads(file.read_text()) == expected
+
+
+def test_halving_trains_the_better_half_to_where_it_would_have_ended(
+    rerank: Rerank, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rerank("tiny", "--top", 5, "--steps", 8)
+    assert whole.exit_code == 0, whole.output
+    file = copied / "runs" / "tiny" / "rerank.json"
+    expected = {point["trial"]: point for point in json.loads(file.read_text())["points"]}
+    assert rerank("tiny", "--top", 5, "--steps", 8, "--halving").exit_code == 2  # other settings
+    file.unlink()
+    train, untils = reranking.train, []
+
+    def fifth_is_interrupted(*args: Any, until: int) -> Any:
+        untils.append(until)
+        if len(untils) == 5:
+            raise KeyboardInterrupt
+        return train(*args, until=until)
+
+    monkeypatch.setattr(reranking, "train", fifth_is_interrupted)
+    assert rerank("tiny", "--top", 5, "--steps", 8, "--halving").exit_code == 130
+    halved = rerank("tiny", "--top", 5, "--steps", 8, "--halving")
+    assert halved.exit_code == 0, halved.output
+    count = len(expected)
+    alive = [count, 2 + -(-(count - 2) // 2)]
+    alive.append(2 + -(-(alive[1] - 2) // 2))
+    assert untils == [2] * 4 + [2] * (count - 3) + [4] * alive[1] + [8] * alive[2]  # one of them twice
+    found = json.loads(file.read_text())
+    assert len(found["points"]) == alive[2] and len(found["left"]) == count - alive[2]
+    assert "Left behind" in halved.stdout and not file.with_name("rerank").exists()
+    entries = sorted((*found["points"], *found["left"]), key=lambda point: point["params"])
+    firsts = Reranking(tuple(Point(**entry | {"rungs": tuple(entry["rungs"])}) for entry in entries))
+    assert {p.trial for p in firsts.points if len(p.rungs) > 1} == reranking.survivors(firsts.points, 0)
+    excess = firsts.excess([point.rungs[0] for point in firsts.points])
+    stay, leave = (
+        [excess[p.trial] for p in firsts.points if p.trial in excess and (len(p.rungs) > 1) == on]
+        for on in (True, False)
+    )
+    assert max(stay) <= min(leave)
+    ended = [point for point in found["points"] if point["step"] == expected[point["trial"]]["step"] == 8]
+    assert ended
+    for point in ended:
+        assert (point["before"], point["after"]) == tuple(
+            expected[point["trial"]][when] for when in ("before", "after")
+        )
 
 
 @pytest.mark.parametrize(

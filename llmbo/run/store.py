@@ -190,6 +190,12 @@ class TrialStore:
             if (self._team.lease is not None if number >= len(frozen) else may_start(number, _waits(frozen[number])))
         ]
 
+    @uninterrupted()
+    def lost(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some free trials that a process has begun, or claimed, which is gone: no worker will take them."""
+        frozen, holders = frozen_trials(self._study), self._team.holders() if self._team else {}
+        return [n for n in numbers if n in holders or (n < len(frozen) and not _waits(frozen[n]))]
+
     @_writes
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
         """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""

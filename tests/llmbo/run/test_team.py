@@ -60,6 +60,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         (lease_module, "BEAT", 0.05), (lease_module, "SILENCE", 2.0), (lease_module, "POLL", 0.02), (loop, "PAUSE", 0.05),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, seconds)
+    if str(request.param).startswith("journal"):
+        monkeypatch.setattr(loop, "CROWD", 1)  # the owner proposes, and evaluates only what is lost
     if request.param == "postgresql":
         return str(request.getfixturevalue("new_postgresql")())
     return str(request.param).format(tmp_path)

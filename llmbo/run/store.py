@@ -193,8 +193,12 @@ class TrialStore:
     @uninterrupted()
     def lost(self, numbers: Sequence[int]) -> list[int]:
         """Those of some free trials that a process has begun, or claimed, which is gone: no worker will take them."""
-        frozen, holders = frozen_trials(self._study), self._team.holders() if self._team else {}
-        return [n for n in numbers if n in holders or (n < len(frozen) and not _waits(frozen[n]))]
+        if self._team is None:
+            return list(numbers)
+        holders, frozen = self._team.holders(), frozen_trials(self._study)
+        may_start = self._team.may_start()  # looked up last: what has been claimed meanwhile is not lost
+        begun = [n for n in numbers if n in holders or (n < len(frozen) and not _waits(frozen[n]))]
+        return [n for n in begun if n < len(frozen) and may_start(n, _waits(frozen[n]))]
 
     @_writes
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:

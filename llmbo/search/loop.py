@@ -10,7 +10,6 @@ from llmbo.types import Evaluator, Measurement, Observer, Proposal, Proposer, St
 MAX_CONSECUTIVE_FAILURES = 3
 PAUSE = 0.5  # seconds between two looks for something to do
 CROWD = 8  # processes that all evaluate; of more, the one that leads only proposes
-AHEAD = 16  # so many processes in a crowd have one candidate waiting for them
 SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that no two runs share a round's seed
 
 
@@ -28,8 +27,8 @@ def run_search(
 
     The one that leads proposes `q` at a time, alone when all before are finished. In company it proposes as soon as fewer candidates wait
     than there are processes, and what is not finished is pending. In a crowd it evaluates nothing as long as there is something to propose:
-    it is always there to do so, hence few candidates need wait, and each knows more of those before it. Only trials of
-    processes that are gone are left to it. Proposals are stored before the first is evaluated.
+    it is always there to do so when none waits, hence each knows more of those before it. Only trials of processes that are gone are left
+    to it. Proposals are stored before the first is evaluated.
 
     Raises:
         EvaluationError: Several candidates in a row could not be evaluated; what was measured stays stored.
@@ -48,7 +47,7 @@ def run_search(
         free = store.free(left)
         proposes = leads and len(numbered) < budget and not exhausted
         crowd = proposes and size > CROWD
-        own, wanted = (store.lost(free), math.ceil(size / AHEAD)) if crowd else (free, size)
+        own, wanted = (store.lost(free), 1) if crowd else (free, size)
         waiting = len(free) - len(own) if crowd else len(free)
         if proposes and waiting < wanted:
             observer.on_proposing(len(rounds))

@@ -228,6 +228,10 @@ class Store(Protocol):
         """Those of some unfinished trials that this process may start."""
         ...
 
+    def lost(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some free trials that somebody has begun, so that no other process will."""
+        ...
+
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
         """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""
         ...

@@ -5,6 +5,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -16,7 +17,11 @@ from torch import Tensor
 from pruning.errors import DamagedTensors
 
 Tensors = Mapping[str, Tensor]
+Fetch = Callable[
+    [str, int, Path], bool
+]  # a set's name, the most bytes that it may take, where to; whether it was there
 SUFFIX, UNFINISHED = ".safetensors", ".partial"
+HEADER = 4096, 512  # bytes that a file may take beside its tensors: in all, and for each of them
 STALE = 3600.0  # seconds without a write after which whoever was writing a file is gone
 
 
@@ -30,6 +35,7 @@ class TensorFiles:
         tell: Is told once, in a line, that the disk takes no more.
         begin: Called with the folder whenever it has been made.
         checked: Read every tensor against the checksum that it was written with.
+        fetch: Is asked for a set that is not there whole, and brings its file from elsewhere.
     """
 
     def __init__(
@@ -38,8 +44,10 @@ class TensorFiles:
         tell: Callable[[str], None] = lambda line: None,
         begin: Callable[[Path], object] = lambda folder: None,
         checked: bool = False,
+        fetch: Fetch | None = None,
     ) -> None:
         self._checked = checked
+        self._fetch = fetch
         self.folder = folder
         self._tell = tell
         self._begin = begin
@@ -52,9 +60,14 @@ class TensorFiles:
         Args:
             like: Tensors (on the meta device will do) with the names, shapes and dtypes that the set must have to count as there.
             finite: It must hold no NaN or infinite number either, for which it is read.
+
+        Raises:
+            DamagedTensors: What was fetched is another set.
         """
         found = self._found(name)
-        if found is None or (like is not None and _described(found) != _described(like)):
+        if like is not None and (found is None or _described(found) != _described(like)):
+            found = self._fetched(name, like)
+        if found is None:
             return None
         return None if finite and not all(bool(part.isfinite().all()) for part in found.values()) else found
 
@@ -65,10 +78,41 @@ class TensorFiles:
             if self.folder is None:
                 return None
             try:
-                self._open[name] = _Mapped(self._path(name), self._checked)
+                self._open[name] = _Mapped(self.path(name), self._checked)
             except (OSError, SafetensorError):
                 return None
         return self._open[name]
+
+    @property
+    def read(self) -> list[str]:
+        """The sets that were taken from files or put into some."""
+        return sorted(self._open)
+
+    def path(self, name: str) -> Path:
+        """The file of a set."""
+        assert self.folder is not None
+        return self.folder / f"{name}{SUFFIX}"
+
+    def _fetched(self, name: str, like: Tensors) -> Tensors | None:
+        """A set that is brought from elsewhere; asked only with what it must be like, which says how large it may be."""
+        if self._fetch is None or self.folder is None:
+            return None
+        most = HEADER[0] + sum(HEADER[1] + tensor.nbytes for tensor in like.values())
+        try:
+            with self._new(name) as temporary:
+                if not self._fetch(name, most, temporary):
+                    return None
+                try:
+                    if _described(_Mapped(temporary, False)) != _described(like):
+                        raise DamagedTensors(f"What was fetched as '{name}' holds other tensors than are needed here.")
+                except SafetensorError as error:
+                    raise DamagedTensors(f"What was fetched as '{name}' is no safetensors file.") from error
+                os.replace(temporary, self.path(name))
+        except OSError as error:
+            self._full(error)
+            return None
+        self._open.pop(name, None)
+        return self._found(name)
 
     def put(self, name: str, tensors: Tensors) -> Tensors:
         """Keep a set, in place of an older one; as `get` will give it."""
@@ -78,9 +122,7 @@ class TensorFiles:
             try:
                 self._write(name, tensors)
             except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-                self._tell(f"Cannot keep what is prepared in '{self.folder}' ({reason}): the run goes on without.")
-                self.folder = None
+                self._full(error)
             else:
                 self._memory.pop(name, None)
                 found = self.get(name)
@@ -108,16 +150,24 @@ class TensorFiles:
                 continue
             if name in self._open and self.folder is not None:
                 with contextlib.suppress(OSError):
-                    os.link(self._path(name), there._path(name))
+                    os.link(self.path(name), there.path(name))
                     continue
             there._write(name, found)
 
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}{SUFFIX}"
+    def _full(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        self._tell(f"Cannot keep what is prepared in '{self.folder}' ({reason}): the run goes on without.")
+        self.folder = None
 
     def _write(self, name: str, tensors: Tensors) -> None:
-        path = self._path(name)
+        with self._new(name) as temporary:
+            save_file(dict(tensors), temporary, {key: _checksum(tensor) for key, tensor in tensors.items()})
+            os.replace(temporary, self.path(name))
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[Path]:
+        """A file beside the set's, to be written and moved in its place; else it is removed."""
+        path = self.path(name)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._begin(path.parent)
@@ -125,9 +175,8 @@ class TensorFiles:
         with NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", suffix=UNFINISHED, delete=False) as file:
             temporary = Path(file.name)
         try:
-            save_file(dict(tensors), temporary, {key: _checksum(tensor) for key, tensor in tensors.items()})
             temporary.chmod(0o644)
-            os.replace(temporary, path)
+            yield temporary
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -23,6 +23,7 @@ from llmbo.comparison.recorded import open_recorded
 from llmbo.comparison.strategies import strategy_of
 from llmbo.config import RunConfig
 from llmbo.problem.objectives import Objective, outcomes, ref_point
+from llmbo.search import loop
 from llmbo.search.loop import run_search
 from llmbo.search.pareto import hypervolume_trace
 from llmbo.types import Measurement, Proposal, Proposer, Trial, TrialState
@@ -80,6 +81,9 @@ class SimulatedStore:
 
     def free(self, numbers: Sequence[int]) -> list[int]:
         return [number for number in numbers if number >= len(self._trials) or number in self._waiting]
+
+    def lost(self, numbers: Sequence[int]) -> list[int]:
+        return []
 
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
         self._stuck = False
@@ -184,6 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 16, 64])
     parser.add_argument("--out", type=Path, help="JSON file for every curve")
     args = parser.parse_args()
+    loop.PAUSE = 0.0  # the clock is simulated
     problem = open_recorded(ProblemConfig(RunConfig("recorded"), recorded=args.recorded), 1.0, heldout=False)
     proposer = strategy_of(args.strategy).build(problem.search, problem.objectives, {})
 

@@ -64,6 +64,7 @@ def optimize(
     offload: str = RunConfig.offload,
     name: str = RunConfig.name,
     storage: str | None = None,
+    artifacts: str = RunConfig.artifacts,
     advisor: str = RunConfig.advisor,
     advisor_hooks: Sequence[str] = RunConfig.advisor_hooks,
     advisor_share: float = RunConfig.advisor_share,
@@ -98,9 +99,9 @@ def optimize(
         batch, seed, strategy, deploy, objectives, reference_point, context, serve_batch, quantize, latency_target, items, samples,
             refit_front, racing, compensation, recipe, recipe_search, text, chat, heldout_text, min_share, neuron_step, neuron_multiple,
             query_heads, elastic, refit_anchors, calibration_tokens, proxy_tokens, heldout_tokens, window, dtype, device, memory, offload,
-            name, storage, advisor, advisor_hooks, advisor_share, advisor_warm_start, advisor_context, advisor_every, advisor_max_calls,
-            advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline, advisor_price: See
-            `llmbo.config.RunConfig`.
+            name, storage, artifacts, advisor, advisor_hooks, advisor_share, advisor_warm_start, advisor_context, advisor_every,
+            advisor_max_calls, advisor_max_tokens, advisor_reply_tokens, advisor_max_cost, advisor_max_seconds, advisor_deadline,
+            advisor_price: See `llmbo.config.RunConfig`.
 
     Returns:
         The finished run.

@@ -157,6 +157,13 @@ def optimize(
     ] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,
+    artifacts: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|s3://BUCKET/PREFIX",
+            help="Put what is prepared there, for workers on machines that share no folder with this one.",
+        ),
+    ] = "",
     advisor: Annotated[
         str,
         typer.Option(

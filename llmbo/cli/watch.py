@@ -25,7 +25,8 @@ def watch(
 ) -> None:
     """Show a run as it goes on, wherever it goes on, until it is complete or Ctrl-C is pressed.
 
-    On a terminal this is the same picture that the run itself shows; elsewhere each finished trial is one line.
+    On a terminal this is the same picture that the run itself shows, with a row for each worker; elsewhere each finished trial is one
+    line, and each worker that comes or goes.
 
     Example: llmbo watch runs/llama
 
@@ -62,7 +63,7 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
     from llmbo.config.objectives import parse_limits
     from llmbo.display.dashboard import Progress, Snapshot
     from llmbo.problem.objectives import build_objectives
-    from llmbo.run.stored import follow_run
+    from llmbo.run.stored import follow_run, moments_of
 
     start, at_first = time.monotonic(), -1
     for look in count():
@@ -74,12 +75,15 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
             if not look:
                 say(f"There is no run '{name}' there yet: waiting.", err=True)
             continue
-        settings, facts, trials, moments = found
+        settings, facts, trials, frozen = found
         dense, elapsed = facts["dense"], time.monotonic() - start
         nothing = dict.fromkeys(dense, 0.0)  # what is watched has been accepted: no size is too small
         unfinished = [trial.number for trial in trials if trial.seconds is None]
-        workers = heartbeat.workers(unfinished)
-        running = workers or [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None]
+        team = heartbeat.team(frozen, facts["device"])
+        running = [f"trial {trial.number} ({trial.origin})" for trial in trials if trial.seconds is None][:3]
+        if there := sum(not member.gone for member in team):
+            claims = sum(len(member.claims) for member in team if not member.gone)
+            running = [f"{there} processes evaluate {claims} trials"]
         finished, budget = (
             len(trials) - len(unfinished),
             facts.get("budget") or facts.get("run", {}).get("settings", {}).get("budget", 0),
@@ -92,12 +96,13 @@ def _snapshots(url: str, name: str, every: float, heartbeat: "Heartbeat") -> Ite
         stopped = heartbeat.held is False and not complete
         yield Snapshot(
             title=name,
-            doing="stopped" if stopped else ", ".join(running[:3]) or ("complete" if complete else "proposing"),
+            doing="stopped" if stopped else ", ".join(running) or ("complete" if complete else "proposing"),
             budget=budget,
             progress=Progress(trials, objectives, dense),
             elapsed=elapsed,
             remaining=elapsed / ours * (budget - finished) if ours and not stopped else None,
-            note="" if complete else heartbeat.diagnosis(moments, datetime.now()),
+            note="" if complete else heartbeat.diagnosis(moments_of(frozen), datetime.now()),
+            team=team,
         )
         if complete:
             return
@@ -126,8 +131,13 @@ def _lines(console: Any, snapshots: Iterator["Snapshot"]) -> None:
     from llmbo.display.results import trial_line
 
     shown: set[int] = set()
+    there: dict[str, bool] = {}
     told = False
     for shot in snapshots:
+        for member in shot.team:
+            if there.get(member.name) != (not member.gone):
+                there[member.name] = not member.gone
+                console.print(member.line, highlight=False, markup=False, soft_wrap=True)
         for trial in shot.progress.trials:
             if trial.seconds is None or trial.number in shown:
                 continue

@@ -26,6 +26,13 @@ def worker(
     model: Annotated[
         str, typer.Option(help="Where the base model is on this machine, if elsewhere than the run's.")
     ] = "",
+    artifacts: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|s3://BUCKET/PREFIX",
+            help="Where the run's --artifacts are on this machine, if elsewhere than the run's.",
+        ),
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
     print_slurm: Annotated[
         bool,
@@ -46,7 +53,8 @@ def worker(
     Example: llmbo worker journal:/shared/llama.log --print-slurm > workers.sh; sbatch --array=1-8 workers.sh
     """
     if print_slurm:
-        options = {"--name": name, "--device": device if device != "auto" else "", "--model": model}
+        placed = {"--device": device if device != "auto" else "", "--model": model, "--artifacts": artifacts}
+        options = {"--name": name, **placed}
         return say(slurm_script(run, [word for pair in options.items() if pair[1] for word in pair]), err=False)
     with one_line_errors(interrupted="Left the run; it goes on without this worker.", smaller="--memory of the run"):
         from llmbo.display.progress import build_display
@@ -57,7 +65,7 @@ def worker(
         url, name = (run, name or run_in(run)) if _is_url(run) else own_database(run)[1:]
         show = "nothing" if quiet else "json" if json_logs else "auto"
         with libraries_silenced(), build_display(show, 0, name) as display:  # type: ignore[arg-type]
-            work(url, name, display, shlex.join(["llmbo", *sys.argv[1:]]), device, model)
+            work(url, name, display, shlex.join(["llmbo", *sys.argv[1:]]), device, model, artifacts)
         say(f"The search of the run '{name}' is done.")
 
 

@@ -28,6 +28,7 @@ MAX_NAME_BYTES = 250  # file systems take 255
 FREE = (  # what may change between two starts of a run
     "budget", "name", "storage", "advisor_max_calls", "advisor_max_tokens", "advisor_max_cost", "advisor_max_seconds",
     "advisor_deadline", "advisor_price", "advisor_reply_tokens", "memory", "offload", "samples", "refit_front",
+    "artifacts",
 )  # fmt: skip
 TOLD = (
     "budget",
@@ -101,6 +102,7 @@ class RunConfig:
         offload: Where the decoder layers wait: "none" (on the device), "cpu" (in the host's memory), "disk" (mapped files), or
             "auto" for the first of these that `memory` has room for.
         storage: Database URL, or None for SQLite in the run folder.
+        artifacts: Folder or `s3://BUCKET/PREFIX` that the preparation is put into, for workers on machines that share no other folder.
         advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are
             caps for the whole run: calls, tokens, tokens of one reply, dollars (None for no cap), seconds of waiting, seconds
             that a dead or misbehaving model may cost, and the price in dollars per million prompt and reply tokens.
@@ -153,6 +155,7 @@ class RunConfig:
     offload: str = "auto"
     name: str = ""
     storage: str | None = None
+    artifacts: str = ""
     advisor: str = "none"
     advisor_hooks: tuple[str, ...] = DEFAULT_HOOKS
     advisor_share: Annotated[float, Within(0, 1)] = 0.3
@@ -288,7 +291,7 @@ class RunConfig:
 
     def handed_on(self) -> dict[str, Any]:
         """What may change when a run is continued, and is no matter of one machine or database."""
-        own = ("name", "storage", "memory", "offload", "budget")
+        own = ("name", "storage", "artifacts", "memory", "offload", "budget")
         return {key: getattr(self, key) for key in FREE if key not in own}
 
     def settings(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmbo.display.console import decimals
+from llmbo.display.team import Member, team_table
 from llmbo.problem.objectives import Objective, outcomes, ref_point
 from llmbo.report import front_of
 from llmbo.search.gain import trial_gains
@@ -86,6 +87,7 @@ class Snapshot:
         budget: Trials in all, 0 while unknown.
         remaining: Seconds left as far as anybody can tell.
         note: What is wrong, if anything is.
+        team: The processes that evaluate, where several do.
     """
 
     title: str
@@ -95,6 +97,7 @@ class Snapshot:
     elapsed: float
     remaining: float | None = None
     note: str = ""
+    team: Sequence[Member] = ()
 
 
 def volume(trials: Sequence[Trial], objectives: Sequence[Objective]) -> float:
@@ -137,6 +140,10 @@ class Dashboard:
         if shot.budget:
             yield ProgressBar(total=shot.budget, completed=progress.finished, width=width)
             yield Segment.line()  # a bar does not end its line
+        if shot.team:
+            rows = min(len(shot.team), max(3, height // 4))
+            yield team_table(shot.team, rows)
+            height -= rows
         if not progress.complete or not progress.objectives or width < SMALLEST_PLOT[0] or height < SMALLEST_PLOT[1]:
             return
         lines = min(14, height - 6)

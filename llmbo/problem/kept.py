@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from llmbo.errors import first_line
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel
+from llmbo.problem.shared import Shared
 from pruning.block import BlockKind
 from pruning.compensation import Ridge
 from pruning.refits import Order
@@ -42,9 +43,17 @@ def files_of(
     order: Order,
     scored: int,
     tell: Callable[[str], None],
+    shared: Shared | None = None,
 ) -> TensorFiles:
-    """The files of the preparation of a model on `num_windows x length` token ids, as `pruning.refits.fit` is asked for it."""
-    made_from = {
+    """The files of the preparation of a model on `num_windows x length` token ids, as `pruning.refits.fit` is asked for it.
+
+    Args:
+        shared: The run's, which is taken from where it is the same.
+
+    Raises:
+        ModelError: It is not.
+    """
+    made_from: Mapping[str, Any] = {
         "model": loaded.fingerprint,
         "weights": _checksum(loaded.model),
         "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
@@ -57,6 +66,8 @@ def files_of(
         "device": torch.device(loaded.device).type,
         "versions": {package: version(package) for package in ("llmbo", "torch", "transformers")},
     }
+    if shared is not None:
+        made_from = shared.same(made_from)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = prepared_dir() / key
 
@@ -67,7 +78,16 @@ def files_of(
         folder.mkdir(parents=True, exist_ok=True)
         begin(folder)
         os.utime(folder)
-    return TensorFiles(folder, tell, begin)
+    return TensorFiles(folder, tell, begin, fetch=shared.fetch if shared else None)
+
+
+def made_from(files: TensorFiles) -> dict[str, Any]:
+    """What a preparation was made from; nothing where its files are not on disk."""
+    if files.folder is None:
+        return {}
+    found: dict[str, Any] = json.loads((files.folder / MADE_FROM).read_bytes())
+    del found["name"]
+    return found
 
 
 def _checksum(model: PreTrainedModel) -> str:

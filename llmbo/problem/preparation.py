@@ -25,6 +25,7 @@ from llmbo.problem.prices import Prices, block_marginal_costs, unit_marginal_cos
 from llmbo.problem.proxy import ProxyEvaluator, known_values
 from llmbo.problem.recipe import recipe_of
 from llmbo.problem.residence import Machine, refit_cache
+from llmbo.problem.shared import Shared
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.statistics import LayerStatistics
 from llmbo.types import FITTING, Phases
@@ -119,6 +120,7 @@ def fitted(
     tell: Callable[[str], None] = lambda line: None,
     on_layer: Callable[[int], None] | None = None,
     cache: RefitCache | None = None,
+    shared: Shared | None = None,
 ) -> tuple[Fitted, TensorFiles]:
     """Statistics, ranking and refits of a model, with the files that they are kept in.
 
@@ -126,14 +128,15 @@ def fitted(
         calibration: `num_windows x length` token ids.
         files: Where they may be already; by default where all runs keep theirs.
         compensation: Whether there are refits at all, which `cache` keeps once they are asked for.
+        shared: Where the others of a team have put theirs.
 
     Raises:
-        ModelError: The model computes NaN or infinite numbers.
+        ModelError: The model computes NaN or infinite numbers, or is not the one that `shared` was made from.
     """
     recipe = method.ridge, method.order, max(1, method.scored_tokens // calibration.shape[1])
     widths = space.widths if compensation else None
     if files is None:
-        files = files_of(loaded, calibration, widths, *recipe, tell)
+        files = files_of(loaded, calibration, widths, *recipe, tell, shared)
     try:
         heads = space.query_heads
         return fit(
@@ -152,12 +155,14 @@ def prepared(
     phases: Phases,
     profiles: Mapping[str, Any] | None = None,
     method: Method | None = None,
+    shared: Shared | None = None,
 ) -> Iterator[Problem]:
     """Measure importance, build the compensation table and open the supernet, for as long as the context lasts.
 
     Args:
         profiles: Tables of the run that is continued, measured on the device where the model will run.
         method: Of the run that is continued; by default today's, with the recipe that the settings name.
+        shared: The run's preparation where it is shared: what this machine lacks is taken from there.
     """
     model, method = loaded.model, method or replace(DEFAULT, allocation=recipe_of(config.recipe))
     space = space_of(config, anatomy_of(model))
@@ -170,7 +175,9 @@ def prepared(
     calibration = windows.calibration
     with phases.phase(FITTING, steps(space.num_layers)) as advance:
         room = refit_cache(config, space.anatomy, model.dtype.itemsize, Machine.of(loaded.device), loaded.offload)
-        found, files = fitted(loaded, calibration, space, None, method, config.compensation, phases.note, advance, room)
+        found, files = fitted(
+            loaded, calibration, space, None, method, config.compensation, phases.note, advance, room, shared
+        )
         statistics = found.statistics
         sums = (part for block in statistics.blocks.values() for part in (block.square, block.fisher))
         check_finite(loaded.name, loaded.dtype, *sums)
@@ -204,6 +211,8 @@ def prepared(
             proxy = ProxyEvaluator.on(windows.proxy, space, supernet, choices)
             dense = proxy.evaluate_dense()
             check_finite(loaded.name, loaded.dtype, dense["loss"])
+        if shared is not None:
+            phases.note(shared.taken)
         families = {
             "family": family,
             "threshold_family": threshold_family,

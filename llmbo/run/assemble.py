@@ -28,6 +28,7 @@ from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.recipe import RECIPES, AllocationRecipe
 from llmbo.problem.residence import placed
 from llmbo.problem.sequence import check_refits, least_tokens
+from llmbo.problem.shared import Shared, check_artifacts
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, open_storage
@@ -147,6 +148,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         before = _continued(config, url)
     check_advisor(config, folder)
     strategy_of(config.strategy)  # a plug-in may be broken
+    check_artifacts(config.artifacts)
     with phases.phase("model files"):  # an alias is converted on first use
         base = given or find_prunable(config.model)
         check_window(config, base.model.config if isinstance(base, LoadedModel) else base.config)
@@ -204,7 +206,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
         method = Method.of(stored.get("recipe")) if stored else _new_method(config, named)
-        with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method) as problem:
+        shared = Shared.of((stored or {}).get("shared"), phases.note, config.artifacts) if config.artifacts else None
+        with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method, shared) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(
                     f"--min-share {config.min_share} leaves no model smaller than the dense one: lower it."

@@ -1,15 +1,18 @@
 """Whether somebody still works on a run, seen from outside: by its lease, and by how long nothing has come against what is usual."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from optuna.trial import FrozenTrial
+
+from llmbo.display.team import Member
+from llmbo.run.crew import crew
 from llmbo.run.database import explained, find_storage
-from llmbo.run.lease import Pulse
+from llmbo.run.lease import Pulse, Sight
 from llmbo.run.lock import is_held
-from llmbo.run.team import crew
 
 PATIENCE = 5.0  # usual pauses after which silence is worth a word
 SHORTEST_SILENCE = 30.0  # seconds; below that nothing is said
@@ -36,6 +39,7 @@ class Heartbeat:
     name: str
     held: bool | None = None
     _pulse: Pulse | None = None
+    _sight: Sight = field(default_factory=Sight)
     _moments: int = 0
     _changed: float = 0.0
 
@@ -50,10 +54,10 @@ class Heartbeat:
         with explained(self.url):
             self.held = is_held(self.folder) or (self._pulse.look() if self._pulse else False)
 
-    def workers(self, unfinished: Collection[int]) -> list[str]:
-        """As `team.crew`, at the last look."""
+    def team(self, trials: Sequence[FrozenTrial], device: str) -> list[Member]:
+        """As `crew`, at the last look."""
         with explained(self.url):
-            return crew(self._pulse.storage, self.name, unfinished) if self._pulse else []
+            return crew(self._pulse, self._sight, trials, device) if self._pulse else []
 
     def diagnosis(self, moments: Sequence[datetime], now: datetime) -> str:
         """What there is to say about a run that is not complete; empty while all is as usual.

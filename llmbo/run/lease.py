@@ -66,6 +66,10 @@ class Sight:
         """Seconds since the last sign of life of the process behind a record, as seen from here."""
         return self._clock() - self._signs[record.number].since
 
+    def heard(self, record: FrozenTrial) -> float | None:
+        """The same; None while its beat has not been seen to move."""
+        return self.silent(record) if record.number in self._signs and self._signs[record.number][2] else None
+
     def lives(self, record: FrozenTrial, lock_tells: bool = True) -> bool | None:
         """Whether the process behind a record is there; None while that cannot be told yet.
 

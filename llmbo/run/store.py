@@ -208,6 +208,16 @@ class TrialStore:
         frozen, may, leads = frozen_trials(self._study), self._team.may_start(), self._team.lease is not None
         return [n for n in numbers if (leads if n >= len(frozen) else may(n, _waits(frozen[n])))]
 
+    @uninterrupted()
+    def lost(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some free trials that a process has begun, or claimed, which is gone: no worker will take them."""
+        if self._team is None:
+            return list(numbers)
+        holders, frozen = self._team.holders(), frozen_trials(self._study)
+        may_start = self._team.may_start()  # looked up last: what has been claimed meanwhile is not lost
+        begun = [n for n in numbers if n in holders or (n < len(frozen) and not _waits(frozen[n]))]
+        return [n for n in begun if n < len(frozen) and may_start(n, _waits(frozen[n]))]
+
     @_writes
     def add_round(self, proposals: Sequence[Proposal], pending: Sequence[int] = ()) -> None:
         """Store a round's proposals, in the order they will be evaluated in, and the trials that were pending when they were made."""

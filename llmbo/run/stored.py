@@ -1,10 +1,12 @@
 """Looking at a stored run from outside: whether it is there, how it was set up, how far it has come. Writes nothing."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from llmbo.config import EARLIER, RESTATED, RunConfig, restated
 from llmbo.errors import StorageError
@@ -13,11 +15,10 @@ from llmbo.run.records import check_settings, digest_elsewhere, frozen_trials, h
 from llmbo.types import Trial
 
 
-def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial], list[datetime]] | None:
+def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], list[Trial], list[FrozenTrial]] | None:
     """Settings, facts and trials of a stored run without its model, hence trials without `x`; None if there is no run yet.
 
-    The last part is when trials started and ended, by the clocks of those who ran them. Only reads, so that any number of watchers
-    may follow a run that goes on.
+    The last part is trials as Optuna has them, by number. Only reads, so that any number of watchers may follow a run that goes on.
 
     Raises:
         StorageError: The database is there but cannot be read.
@@ -41,8 +42,12 @@ def follow_run(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any], lis
         check_settings(settings, facts)
         rounds_of(attributes), heldout_of(attributes), heldout_of(attributes, digest_elsewhere(facts))
         trials = [trial_of(trial, number, (), settings) for number, trial in enumerate(frozen)]
-        moments = [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
-        return settings, facts, trials, moments
+        return settings, facts, trials, frozen
+
+
+def moments_of(frozen: Sequence[FrozenTrial]) -> list[datetime]:
+    """When trials started and ended, by the clocks of those who ran them."""
+    return [moment for trial in frozen for moment in (trial.datetime_start, trial.datetime_complete) if moment]
 
 
 def run_in(url: str) -> str:

@@ -8,7 +8,7 @@ Only the run's owner judges whether a worker is gone, and then takes its place i
 it has not queued, since nobody else can know of it.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,21 +160,6 @@ def serve(patience: Patience, name: str, folder: Path, told: dict[str, Any], wor
                 return work(patience(join))
         except TakenOver as error:
             patience.tell(f"{error} This worker joins again.")
-
-
-def crew(storage: BaseStorage, name: str, unfinished: Collection[int]) -> list[str]:
-    """The workers that have not left, each with its device, what it evaluates and how many trials it has done."""
-    claims: dict[object, list[int]] = {}
-    for place, claim in Team(storage, name).holders().items():
-        claims.setdefault(str(claim.user_attrs.get("by")), []).append(place)
-    said = []
-    for one in records(storage, f"{name}/workers"):
-        if not one.state.is_finished():
-            own = claims.get(f"worker {one.number}", [])
-            busy = ", ".join(f"trial {place}" for place in own if place in unfinished) or "waiting"
-            done = sum(place not in unfinished for place in own)
-            said.append(f"worker {one.number} ({one.user_attrs.get('device')}): {busy}, {done} done")
-    return said
 
 
 def forget_team(storage: BaseStorage, name: str) -> None:

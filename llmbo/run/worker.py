@@ -24,6 +24,7 @@ from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.residence import placed
+from llmbo.problem.shared import Shared
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report import environment
 from llmbo.report.files import RUNS
@@ -58,17 +59,20 @@ class _OnDemand:
         return self._proposer.propose(trials, q, seed)
 
 
-def work(url: str, name: str, display: Display, command: str, device: str = "auto", model: str = "") -> None:
+def work(
+    url: str, name: str, display: Display, command: str, device: str = "auto", model: str = "", artifacts: str = ""
+) -> None:
     """Evaluate for a run until its search is done.
 
     Args:
         url: Of the run's database.
         command: What the report says it was started with, should this process come to own it.
         model: Where the base model is on this machine, by default where the run has it.
+        artifacts: The same of the preparation that the run shares.
 
     Raises:
         ModelError: Model, text, versions or what this device computes differ from the run's.
-        StorageError: The database cannot be used.
+        StorageError: The database or the shared preparation cannot be used.
     """
     check_shared(url)
     patience = Patience(url, display.note)
@@ -95,7 +99,8 @@ def work(url: str, name: str, display: Display, command: str, device: str = "aut
             f"The run '{name}' has another model, text or dtype than this worker ({'; '.join(changes)}): give it the same."
         )
     method = Method.of(facts.get("recipe"))
-    with prepared(config, loaded, windows, display, facts.get("profiles"), method) as problem:
+    shared = Shared.of(facts.get("shared"), display.note, artifacts)
+    with prepared(config, loaded, windows, display, facts.get("profiles"), method, shared) as problem:
         own = problem.proxy.evaluate_dense()
         check_agrees("the dense model", facts["dense"], own, f"{loaded.device} on {socket.gethostname()}")
         problem = replace(problem, dense=facts["dense"])
@@ -195,7 +200,7 @@ def check_agrees(what: str, run: Mapping[str, float], own: Measurement, device: 
         if key in run and not abs(run[key] - own[key]) <= noise + LEAST:
             raise ModelError(
                 f"{device} computes otherwise than the run's device: {key} of {what} is {own[key]:.5g} where the run has {run[key]:.5g} "
-                f"(noise allows {noise + LEAST:.2g}): use a device like it, or share its preparation (LLMBO_PREPARED)."
+                f"(noise allows {noise + LEAST:.2g}): use a device like it, or share its preparation (--artifacts)."
             )
 
 

@@ -21,9 +21,9 @@ from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective, outcomes
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
-from llmbo.search.baselines.designs import NUM_INITIAL
+from llmbo.search.baselines.designs import NUM_INITIAL, topped_up
 from llmbo.search.pareto import pareto_front
-from llmbo.search.pool import candidate_pool, eligible, levels_of, recipe_members
+from llmbo.search.pool import around, candidate_pool, eligible, levels_of, recipe_members
 from llmbo.search.posterior import AcquisitionValue, ObjectivesPosterior
 from llmbo.search.surrogate import Features
 from llmbo.search.threads import one_thread
@@ -37,7 +37,7 @@ LOCAL_NEIGHBOURS = 96
 
 @dataclass(frozen=True)
 class QNehviProposer:
-    """Threshold family first, then Bayesian optimisation of the hypervolume.
+    """Threshold family first, then Bayesian optimisation of the hypervolume. Whoever must begin in between begins near the family.
 
     Args:
         family: The threshold family: initial design and prior mean.
@@ -63,11 +63,13 @@ class QNehviProposer:
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         design = sum(trial.on_path for trial in trials)
         complete = [trial for trial in trials if trial.complete]
-        if design < self.num_initial or len(complete) < 3:
+        if design < self.num_initial:
             start = ThresholdProposer(self.family, self.objectives, self.dense)
-            initial = start.propose(trials, min(q, max(1, self.num_initial - design)), seed)
-            if initial or len(complete) < 3:  # the family may have fewer members than the design
+            initial = start.propose(trials, min(q, self.num_initial - design), seed)
+            if initial:  # the family may have fewer members than the design
                 return initial
+        if len(complete) < 3:
+            return self._around(trials, q, seed)
         with _seeded(seed):
             posterior = self.posterior(complete)
             advice = Advice()
@@ -75,6 +77,19 @@ class QNehviProposer:
                 advice = self.advice.advise(trials, q, seed, partial(self._outlook, posterior, trials, q, seed))
             proposals, _ = self._chosen(posterior, trials, q, seed, advice)
             return proposals
+
+    def _around(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+        """Changes of members, at random: what a large team begins with before anything is known. More members would teach little."""
+        space, members = self.family.space, levels_of([trial for trial in trials if trial.on_path], self.family.space.d)
+        proposals: list[Proposal] = []
+        if len(members):
+            generator = torch.Generator().manual_seed(seed)
+            pool = eligible(
+                around(self.family, members, generator), space, {trial.x for trial in trials} | {space.max_levels}
+            )
+            drawn = pool[torch.randperm(len(pool), generator=generator)[:q]]
+            proposals = [Proposal(tuple(x), "around") for x in drawn.int().tolist()]
+        return topped_up(proposals, trials, q, space, seed)
 
     def outlook(self, trials: Sequence[Trial], q: int, seed: int) -> Outlook | None:
         """What it thinks before a round; None before it has seen three models, one of the family among them."""

@@ -9,6 +9,7 @@ from llmbo.types import Evaluator, Measurement, Observer, Proposal, Proposer, St
 
 MAX_CONSECUTIVE_FAILURES = 3
 PAUSE = 0.5  # seconds between two looks for something to do
+CROWD = 8  # processes that all evaluate; of more, the one that leads only proposes
 SEEDS_PER_RUN = 1_000_003  # a prime larger than any number of rounds, so that no two runs share a round's seed
 
 
@@ -25,7 +26,9 @@ def run_search(
     """Evaluate up to `budget` candidates, going on from whatever `store` holds, beside other processes that do so.
 
     The one that leads proposes `q` at a time, alone when all before are finished. In company it proposes as soon as fewer candidates wait
-    than there are processes, and what is not finished is pending. Proposals are stored before the first is evaluated.
+    than there are processes, and what is not finished is pending. In a crowd it evaluates nothing as long as there is something to propose:
+    it is always there to do so when none waits, hence each knows more of those before it. Only trials of processes that are gone are left
+    to it. Proposals are stored before the first is evaluated.
 
     Raises:
         EvaluationError: Several candidates in a row could not be evaluated; what was measured stays stored.
@@ -35,21 +38,26 @@ def run_search(
         leads, size, rounds = store.leads(), store.size(), store.rounds()
         numbered = list(enumerate((number, proposal) for number, made in enumerate(rounds) for proposal in made))
         planned = {place: made for place, made in numbered if place < budget}
-        if leads and size > 1:
-            for place, made in planned.items():
-                store.queue(place, *made)
         trials = store.trials()
+        if leads and size > 1 and len(trials) < len(planned):
+            for place in range(len(trials), len(planned)):
+                store.queue(place, *planned[place])
+            trials = store.trials()
         left = [place for place in planned if place >= len(trials) or trials[place].state is TrialState.RUNNING]
         free = store.free(left)
-        if leads and len(free) < size and len(numbered) < budget and not exhausted:
+        proposes = leads and len(numbered) < budget and not exhausted
+        crowd = proposes and size > CROWD
+        own, wanted = (store.lost(free), 1) if crowd else (free, size)
+        waiting = len(free) - len(own) if crowd else len(free)
+        if proposes and waiting < wanted:
             observer.on_proposing(len(rounds))
-            proposals = proposer.propose(trials, max(q, size) - len(free), seed * SEEDS_PER_RUN + len(rounds))
+            proposals = proposer.propose(trials, max(q, wanted) - waiting, seed * SEEDS_PER_RUN + len(rounds))
             exhausted = not proposals
             if proposals:
                 store.add_round(proposals, [trial.number for trial in trials if trial.state is TrialState.RUNNING])
-        elif free:
-            together = min(evaluator.at_once, math.ceil(len(free) / size))
-            _evaluate(evaluator, store, [(place, *planned[place]) for place in free[:together]], observer, clock)
+        elif own:
+            together = min(evaluator.at_once, math.ceil(len(own) / size))
+            _evaluate(evaluator, store, [(place, *planned[place]) for place in own[:together]], observer, clock)
         elif left or not (leads or len(numbered) >= budget):
             time.sleep(PAUSE)
         else:

@@ -21,14 +21,23 @@ CHANGED = 0.3  # share of the numbers that a change changes
 
 
 def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
-    """Points worth a look around the front, about `size x d`, rounded but neither deduplicated nor checked.
+    """Points worth a look: `around` the front, about `size x d`, rounded but neither deduplicated nor checked.
+
+    The whole threshold family is added, and as many mixtures of it with uniform widths, which are hard to beat near the dense model.
+    """
+    changed = around(family, front, generator, size)
+    part = torch.rand(len(family.path), 1, generator=generator, dtype=torch.float64)
+    mixed = torch.lerp(family.path, uniform_widths(family.space, family.shares), part)
+    return torch.cat([_rounded(family.space, torch.cat([family.path, mixed])), changed])
+
+
+def around(family: ThresholdFamily, front: Tensor, generator: torch.Generator, size: int = POOL_SIZE) -> Tensor:
+    """Changes of front points, about `size x d`, rounded but neither deduplicated nor checked.
 
     A quarter each: one front point's deviation from the family carried to another size, with and without a smooth change
     along depth; a smooth change of a front point; a few single levels of a front point; crossovers of two front points.
-    The whole threshold family is added, and as many mixtures of it with uniform widths, which are hard to beat near the dense model.
     """
     quarter = size // 4
-    levels = family.space.bounds[1]
     base = front[torch.randint(len(front), (4 * quarter,), generator=generator)]
     low, high = family.shares[0], family.shares[-1]
     deviation = base - family.profile(family.space.share(base))
@@ -48,10 +57,11 @@ def candidate_pool(family: ThresholdFamily, front: Tensor, generator: torch.Gene
     neighbour = (position + 2 * torch.randint(2, (quarter,), generator=generator) - 1).clamp(0, len(front) - 1)
     father = front[order[neighbour]]
     crossed = torch.where(torch.rand(quarter, family.space.d, generator=generator) < 0.5, mother, father)
-    part = torch.rand(len(family.path), 1, generator=generator, dtype=torch.float64)
-    mixed = torch.lerp(family.path, uniform_widths(family.space, family.shares), part)
-    pool = torch.cat([family.path, mixed, carried, smooth, single, crossed])
-    return pool.round().clamp(torch.zeros_like(levels), levels)
+    return _rounded(family.space, torch.cat([carried, smooth, single, crossed]))
+
+
+def _rounded(space: SearchSpace, X: Tensor) -> Tensor:
+    return X.round().clamp(torch.zeros_like(space.bounds[1]), space.bounds[1])
 
 
 def recipe_members(family: ThresholdFamily, trials: Sequence[Trial], generator: torch.Generator) -> list[Proposal]:

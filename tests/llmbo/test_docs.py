@@ -47,6 +47,7 @@ NOT_RUN = {
     "llmbo optimize --model llama --objectives kl,decode_latency": "times every block; tests/llmbo/problem/test_hardware.py does that",
     "llmbo optimize --model llama --devices": "starts processes for minutes; tests/llmbo/run/test_team.py has several",
     "llmbo optimize --model llama --storage journal": "needs a shared folder; tests/llmbo/run/test_team.py makes a journal",
+    "llmbo optimize --model llama --storage postgresql": "needs a server and S3; tests/llmbo/problem/test_shared.py has some",
     "llmbo worker ": "evaluates for a run that goes on; tests/llmbo/run/test_team.py does",
     "for host in": "needs other machines",
     "python -m experiments.worker_scaling": "takes minutes; tests/llmbo/search/test_loop.py simulates a few workers",

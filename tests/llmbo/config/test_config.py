@@ -99,7 +99,7 @@ def test_only_budget_name_place_and_caps_may_change() -> None:
     free: dict[str, Any] = {
         "budget": 99, "name": "other", "storage": "sqlite:///x.db", "advisor_max_calls": 99, "advisor_max_tokens": 99,
         "advisor_max_cost": 9.0, "advisor_max_seconds": 9.0, "advisor_deadline": 9.0, "advisor_price": (1.0, 2.0),
-        "advisor_reply_tokens": 99, "samples": False, "memory": "1GB", "offload": "disk", "refit_front": 3,
+        "advisor_reply_tokens": 99, "samples": False, "memory": "1GB", "offload": "disk", "refit_front": 3, "artifacts": "there",
     }  # fmt: skip
     assert {*CHANGED, *free} == {
         field.name for field in dataclasses.fields(RunConfig)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from experiments.worker_scaling.__main__ import SimulatedStore, in_rounds, simulated
+from experiments.worker_scaling.real import Timed, efficiency
 from llmbo.errors import EvaluationError
 from llmbo.run.store import TrialStore
+from llmbo.search import loop
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
 from llmbo.search.loop import run_search
@@ -240,3 +242,63 @@ def test_simulated_workers_evaluate_what_a_run_proposes_and_are_never_idle(toy: 
     if workers == 1:
         assert in_rounds(trials, lambda x: 1.0, 1) == ended
         assert in_rounds(trials, lambda x: 1.0, 3) == [1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5, 6, 7, 7, 7, 8, 9, 9]
+
+
+def test_who_leads_a_crowd_only_proposes_and_evaluates_what_is_lost(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve workers: eleven evaluate, what is proposed knows all but the latest, and a lost trial is not left to the end."""
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
+    lost, workers, budget = 5, 12, 80
+
+    class Losing(SimulatedStore):
+        """Nobody but the one that leads may start one of the trials."""
+
+        def _deal(self) -> None:
+            self._waiting = [number for number in self._waiting if number != lost]
+            super()._deal()
+
+        def free(self, numbers: Sequence[int]) -> list[int]:
+            return sorted({*super().free(numbers), *({lost} & {*numbers} - {*self.ended})})
+
+        def lost(self, numbers: Sequence[int]) -> list[int]:
+            return [number for number in numbers if number == lost]
+
+        def start(self, number: int, round_number: int, proposal: Proposal) -> bool:
+            return super().start(number, round_number, proposal) or number == lost
+
+    class Knowing(RandomProposer):
+        def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
+            unfinished.append(sum(trial.state is TrialState.RUNNING for trial in trials))
+            return super().propose(trials, q, seed)
+
+    unfinished: list[int] = []
+    store = Losing(toy.evaluate, lambda x: 1.0, workers)
+    trials, ended = simulated(Knowing(toy.space), store, budget, 4, 0)
+    assert all(trial.complete for trial in trials) and len(trials) == budget
+    assert ended[lost] <= 2 and max(ended) <= math.ceil(budget / (workers - 1)) + 2
+    assert max(unfinished) <= workers  # those that eleven evaluate, and the lost one; not as many again that wait
+
+
+@pytest.mark.parametrize("workers", [2, 12])
+def test_each_candidate_is_queued_once(toy: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many turns a run takes: whoever queues looks through the database."""
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
+
+    class Counting(SimulatedStore):
+        def queue(self, number: int, round_number: int, proposal: Proposal) -> None:
+            queued.append(number)
+            super().queue(number, round_number, proposal)
+
+    queued: list[int] = []
+    simulated(RandomProposer(toy.space), Counting(toy.evaluate, lambda x: 1.0, workers), 40, 4, 0)
+    assert sorted(queued) == list(range(40))
+
+
+def test_the_efficiency_of_two_is_what_they_do_by_what_one_does() -> None:
+    """The second one comes late and what it finds none of any more does not count; each is a quarter slower, or pauses as long."""
+    alone = [Timed("owner", float(n), n + 0.9) for n in range(8)]
+    slower = [Timed("owner", 1.25 * n, 1.25 * (n + 1)) for n in range(4)]
+    slower += [Timed("worker 0", 2 + 1.25 * n, 2 + 1.25 * (n + 1)) for n in range(4)]
+    assert efficiency(alone, slower)[0] == pytest.approx(0.8, rel=0.05) and efficiency(alone, slower)[1] == 3.0
+    pausing = [Timed("owner", 1.25 * n, 1.25 * n + 1) for n in range(4)]
+    pausing += [Timed("worker 0", 1.25 * n, 1.25 * n + 1) for n in range(4)]
+    assert efficiency(alone, pausing)[0] == pytest.approx(8 / (2 * 4.75), rel=0.05)

@@ -19,7 +19,7 @@ from llmbo.config import STRATEGIES
 from llmbo.problem.objectives import Objective, outcomes, ref_point, to_maximize
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import RandomProposer, ThresholdProposer
-from llmbo.search.baselines.designs import evenly, van_der_corput
+from llmbo.search.baselines.designs import NUM_INITIAL, evenly, van_der_corput
 from llmbo.search.baselines.optuna_samplers import POPULATION
 from llmbo.search.pareto import hypervolume
 from llmbo.search.strategies import strategy_of
@@ -362,3 +362,19 @@ def test_qnehvi_keeps_measured_limits_once_it_has_learnt_them(toy: Any, names: t
     trials = run(QNehviProposer(goal.family, goal.objectives, goal.dense, num_initial=7, limits=limits), goal, 27)
     assert not all(trial.feasible for trial in trials[:7])
     assert sum(trial.feasible for trial in trials[7:]) >= 16, [trial.values["kl"] for trial in trials]
+
+
+def test_what_a_large_team_begins_with_is_a_design_and_changes_of_its_members(make_toy: Callable[..., Any]) -> None:
+    """Forty begin before anything is known: distinct legal models, a design's worth of the path, the others near it at many sizes."""
+    toy = make_toy(6, 60, 0.4, 7)
+    proposer, trials = QNehviProposer(toy.family, toy.objectives, toy.dense), list[Trial]()
+    while len(trials) < 40:
+        made = proposer.propose(trials, 40 - len(trials), 3)
+        assert made and made == proposer.propose(trials, 40 - len(trials), 3)
+        trials += [toy.trial(len(trials) + n, each, state=TrialState.RUNNING) for n, each in enumerate(made)]
+    X = torch.tensor([trial.x for trial in trials], dtype=torch.float64)
+    assert len({trial.x for trial in trials}) == 40 and bool(toy.space.legal(X).all())
+    assert [trial.on_path for trial in trials] == [True] * NUM_INITIAL + [False] * (40 - NUM_INITIAL)
+    shares = toy.space.share(X[NUM_INITIAL:])
+    away = (X[NUM_INITIAL:] - toy.family.profile(shares)).abs() / toy.space.bounds[1]
+    assert shares.unique().numel() > 20 and float(away.mean()) < 0.15

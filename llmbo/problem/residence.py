@@ -104,7 +104,7 @@ def workload_of(config: RunConfig, device: str) -> Workload:
     scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
     there = torch.device(device)
     at_once = windows_at_once(there, config.window), rows_at_once(there)
-    return Workload(tokens, scored, config.window, bool(config.refit_anchors), *at_once)
+    return Workload(tokens, scored, config.window, config.refit_anchors or 0, *at_once)
 
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:

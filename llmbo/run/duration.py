@@ -233,13 +233,13 @@ def seconds_by_phase(
         "held-out windows": last * judged + on.forward(heldout) + on.head(heldout, 1, DENSE) + on.walk(2),
     }
     if config.refit_anchors:
-        fitting = on.forward(calibration) + on.forward(calibration, WHOLE_BLOCKS) + on.walk(3)
+        fitting = on.forward(calibration, WHOLE_BLOCKS)
         for kind, width in columns.items():
             solved = sum(n**2 for n in tried[kind][1:-1]) * a.hidden_size
             products = calibration * (GRAM * width**2 + 2 * width * a.hidden_size)
             square = CHOLESKY * width**3 / 3 + width**2 * a.hidden_size
             fitting += Work(single=products + square + TRIANGULAR * solved) * a.num_hidden_layers
-        works[anchors.PHASE] = fitting * config.refit_anchors
+        works[anchors.PHASE] = on.forward(calibration) + on.walk() + fitting * config.refit_anchors
     if config.refit_front:
         refitting = on.forward(calibration) + on.forward(calibration, PASSED * mean) + on.walk(3)
         for width in columns.values():

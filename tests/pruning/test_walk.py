@@ -100,7 +100,7 @@ def test_what_is_brought_layer_by_layer_measures_as_what_stays(
                 "exchanges": exchange_costs(supernet, architecture, tried, windows, dense, draw),  # type: ignore[arg-type]
                 "scores": {kind: block.fisher for kind, block in fitted.statistics.blocks.items()},
                 "in sequence": sequential_refit(supernet, architecture, windows).to_tensors(),
-                "at an anchor": fit_at(supernet, architecture, windows, WIDTHS, TensorFiles(None)).weight(
+                "at an anchor": fit_at(supernet, [architecture], windows, WIDTHS, TensorFiles(None))[0].weight(
                     0, anatomy.mlp, 5
                 ),
             }

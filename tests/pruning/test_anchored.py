@@ -160,11 +160,11 @@ def test_anchors_share_the_dense_stream_and_are_fitted_as_each_alone_bit_by_bit(
         return goals_behind(walk, index, *rest)
 
     monkeypatch.setattr("pruning.anchored.goals_behind", counted)
-    together = TensorFiles(tmp_path / "together")
     for gone in (names, [anchor_files(other, text, RIDGE, 1)], names[:1], []):
         for name in gone:
             (tmp_path / "together" / f"{name}.safetensors").unlink(missing_ok=True)
         seen.clear()
+        together = TensorFiles(tmp_path / "together")  # one that has a file open goes on having it
         found = fit_at(supernet, [anchor, other], text, widths, together, RIDGE)
         assert seen == list(range(anatomy.num_hidden_layers)) * bool(gone)
         for name in names:

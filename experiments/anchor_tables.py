@@ -64,7 +64,7 @@ def main() -> None:
         for share in map(float, options.anchors.split(",")):
             start = time.monotonic()
             anchor = problem.space.decode(problem.family.at(share))
-            refits = fit_at(supernet, anchor, fitted, problem.space.widths, TensorFiles(None), ridge)
+            (refits,) = fit_at(supernet, [anchor], fitted, problem.space.widths, TensorFiles(None), ridge)
             title = f"{share:.2f} ({time.monotonic() - start:.0f} s)"
             anchors.append(Anchor(anchor, refits))
             if not options.served:

@@ -18,7 +18,7 @@ from functools import partial
 from hashlib import sha256
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
@@ -88,7 +88,7 @@ def anchor_files(anchor: Architecture, windows: Tensor, ridge: Ridge, index: int
 @torch.no_grad()
 def fit_at(
     supernet: Supernet,
-    anchor: Architecture,
+    anchors: Sequence[Architecture],
     windows: Tensor,
     widths: Mapping[BlockKind, Sequence[int]],
     files: TensorFiles,
@@ -96,62 +96,88 @@ def fit_at(
     batch_size: int = 8,
     on_layer: Callable[[int], None] | None = None,
     cache: RefitCache | None = None,
-) -> GridRefits:
-    """Walk the anchor through an open supernet, or take what an earlier walk has left in `files`; a stopped one goes on.
+) -> list[GridRefits]:
+    """Walk the anchors through an open supernet, beside one dense stream, or take what an earlier walk has left in `files`; a stopped one
+    goes on.
 
-    Memory: a layer and a batch's activations, as in `pruning.walk.Walk`; the hidden states of all windows four times and z of one block,
-    where a walk keeps them; of one block at a time G, its factor and a width's V, in float32; the anchor's own V of one layer. Time: two
-    forward passes, the moments, and the solutions.
+    Memory: a layer and a batch's activations, as in `pruning.walk.Walk`; where a walk keeps them, the hidden states of all windows three
+    times and once more for each anchor, and z of one block; of one block at a time G, its factor and a width's V, in float32; an anchor's
+    own V of one layer. Time: a forward pass, and for each anchor another, the moments, and the solutions.
 
     Args:
+        anchors: Each is fitted as it would be alone.
         windows: `num_windows x length` token ids.
-        widths: Units by kind to refit to, those of the anchor among them.
+        widths: Units by kind to refit to, those of the anchors among them.
         files: Of the preparation that the supernet's ranking is from.
         on_layer: Called with the number of layers done.
     """
     anatomy, device = supernet.anatomy, device_of(supernet.model)
-    anchor.check(anatomy)
-    name_of = partial(anchor_files, anchor, windows, ridge)
-    refits = GridRefits(files, supernet.ranking, device, cache, name_of)
+    for anchor in anchors:
+        anchor.check(anatomy)
+    names = [partial(anchor_files, anchor, windows, ridge) for anchor in anchors]
     layers = range(anatomy.num_hidden_layers)
 
-    def there(index: int) -> bool:
+    def kept(name_of: Callable[[int], str], index: int) -> dict[str, Tensor] | None:
         expected = expected_widths(anatomy, anatomy.layers_of(supernet.model)[index], widths, ridge)
-        return files.get(name_of(index), expected) is not None
+        return files.get(name_of(index), expected)
 
-    if all(map(there, layers)):
-        if on_layer:
-            on_layer(len(layers))
-        return refits
-    batches, scale = windows.split(batch_size), anatomy.residual_scale
-    whole_mlps = replace(anchor, neurons=(anatomy.intermediate_size,) * len(layers))
-    with frozen(supernet.model):
-        dense, pruned = Walk(supernet.model, batches), Walk(supernet.model, batches)
-        for index in layers:
-            before = anatomy.attention if anchor.kv_groups[index] else None
-            mine = SequentialRefits(supernet.ranking)
-            own = supernet.using(mine)
-            kept = files.get(name_of(index)) if there(index) else None
-            solved = dict(kept or {})
-            with supernet.layer(index) as layer:
-                goals = goals_behind(dense, index, layer, anatomy.blocks, scale)
-                if kept is None:
-                    found = reached(pruned, index, layer, anatomy.attention, None, scale)
-                    solved |= _solved(supernet, index, anatomy.attention, found, goals, widths, ridge)
-                _put(mine, index, anatomy.attention, anchor, solved, device)
-                with own.narrowed(index, whole_mlps):
-                    found = reached(pruned, index, layer, anatomy.mlp, before, scale)
-                    inputs = [(stream, z.to(stream.device)) for stream, z in found]
-                if kept is None:
-                    solved |= _solved(supernet, index, anatomy.mlp, inputs, goals, widths, ridge)
-                    files.put(name_of(index), solved)
-                _put(mine, index, anatomy.mlp, anchor, solved, device)
-                for batch, (stream, z) in enumerate(inputs):
-                    update = own.update(index, anatomy.mlp, z.to(device), anchor.neurons[index])
-                    pruned.hidden[batch] = stream + scale * update.view_as(stream).to(stream.device)
-            if on_layer:
-                on_layer(index + 1)
-    return refits
+    missing = [place for place, name_of in enumerate(names) if any(kept(name_of, index) is None for index in layers)]
+    batches = windows.split(batch_size)
+    if missing:
+        with frozen(supernet.model):
+            dense, pruned = Walk(supernet.model, batches), {place: Walk(supernet.model, batches) for place in missing}
+            for index in layers:
+                with supernet.layer(index) as layer:
+                    goals = goals_behind(dense, index, layer, anatomy.blocks, anatomy.residual_scale)
+                    for place, walk in pruned.items():
+                        found = kept(names[place], index)
+                        keep = None if found else partial(files.put, names[place](index))
+                        _pass(supernet, index, layer, anchors[place], walk, goals, widths, ridge, found, keep)
+                if on_layer:
+                    on_layer(index + 1)
+    elif on_layer:
+        on_layer(len(layers))
+    return [GridRefits(files, supernet.ranking, device, cache, name_of) for name_of in names]
+
+
+def _pass(
+    supernet: Supernet,
+    index: int,
+    layer: nn.Module,
+    anchor: Architecture,
+    walk: Walk,
+    goals: Mapping[BlockKind, Sequence[Tensor]],
+    widths: Mapping[BlockKind, Sequence[int]],
+    ridge: Ridge,
+    found: Mapping[str, Tensor] | None,
+    keep: Callable[[dict[str, Tensor]], None] | None,
+) -> None:
+    """Fit a layer at an anchor's stream and let the stream pass it.
+
+    Args:
+        found: What an earlier walk has left of the layer: it is not fitted again.
+        keep: Takes what was fitted.
+    """
+    anatomy, device, scale = supernet.anatomy, device_of(supernet.model), supernet.anatomy.residual_scale
+    before = anatomy.attention if anchor.kv_groups[index] else None
+    mine, solved = SequentialRefits(supernet.ranking), dict(found or {})
+    own = supernet.using(mine)
+    if found is None:
+        streams = reached(walk, index, layer, anatomy.attention, None, scale)
+        solved |= _solved(supernet, index, anatomy.attention, streams, goals, widths, ridge)
+    _put(mine, index, anatomy.attention, anchor, solved, device)
+    whole_mlps = replace(anchor, neurons=(anatomy.intermediate_size,) * anatomy.num_hidden_layers)
+    with own.narrowed(index, whole_mlps):
+        streams = reached(walk, index, layer, anatomy.mlp, before, scale)
+        inputs = [(stream, z.to(stream.device)) for stream, z in streams]
+    if found is None:
+        solved |= _solved(supernet, index, anatomy.mlp, inputs, goals, widths, ridge)
+    if keep:
+        keep(solved)
+    _put(mine, index, anatomy.mlp, anchor, solved, device)
+    for batch, (stream, z) in enumerate(inputs):
+        update = own.update(index, anatomy.mlp, z.to(device), anchor.neurons[index])
+        walk.hidden[batch] = stream + scale * update.view_as(stream).to(stream.device)
 
 
 def _solved(

@@ -9,9 +9,9 @@ states of all windows too. On top comes the phase that needs most:
     refits        the Gram matrix and, of what the order of units is found by, the inverse before and after some have gone and two pieces
                   of `AT_ONCE`, (12 + 8 / 32) C^2; or the Gram matrix sorted and its Cholesky factor, which is less; the right-hand side
                   and a width's solution in float32 and in the model's dtype, (8 + i) C h
-    anchors       of refits at pruned models too: three more times the hidden states of all windows and z of an MLP, where they are kept;
-                  one Gram matrix and its factor, 8 C^2; W, what is to come out, right-hand sides and solution, (20 + i) C h; a batch's
-                  inputs in float32, 4 N C
+    anchors       of refits at pruned models too: the hidden states of all windows twice more and once for each of them, and z of an MLP,
+                  where they are kept; one Gram matrix and its factor, 8 C^2; W, what is to come out, right-hand sides and solution,
+                  (20 + i) C h; a batch's inputs in float32, 4 N C
     sensitivity   a batch's activations with their graph, and refits
     reordering    what is sorted anew: the layer once more where one is brought, else the largest projection
     candidates    a batch's activations, a chunk of logits with what is computed of it, and refits
@@ -41,13 +41,13 @@ class Workload:
         window: Tokens of a window.
         batch: Windows that pass a layer at once.
         rows: Of logits that are judged at once.
-        anchored: Whether refits are fitted at pruned models, too.
+        anchors: At so many pruned models refits are fitted, too.
     """
 
     tokens: int
     scored_tokens: int
     window: int
-    anchored: bool = False
+    anchors: int = 0
     batch: int = FEW
     rows: int = CHUNK
 
@@ -114,8 +114,8 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
         "candidates": forward + logits + cached,
     }
     states = workload.tokens * hidden * itemsize
-    streams = 3 * states + workload.tokens * max(anatomy.mlp.columns, hidden) * itemsize
-    if fitted and workload.anchored:
+    streams = (2 + workload.anchors) * states + workload.tokens * max(anatomy.mlp.columns, hidden) * itemsize
+    if fitted and workload.anchors:
         phases["anchors"] = (
             forward
             + SINGLE * batch * widest
@@ -130,7 +130,7 @@ def footprint(anatomy: Anatomy, itemsize: int, workload: Workload, resident: boo
         weights=anatomy.other_parameters * itemsize + layer * (anatomy.num_hidden_layers if resident else 1),
         hidden=states if resident else 0,
         phases=phases,
-        host=max(kept, 0 if resident or not workload.anchored else streams) + (0 if resident else states),
+        host=max(kept, 0 if resident or not workload.anchors else streams) + (0 if resident else states),
     )
 
 

@@ -14,10 +14,11 @@ from pruning.errors import InvalidMask
 from pruning.masks import PruningMask
 from pruning.projection import matrix_of, resize
 from pruning.supernet import absent
+from pruning.walk import device_of
 
 
 def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | None = None) -> PreTrainedModel:
-    """Copy what `mask` keeps of `model` into a smaller model; the dense model is left as it was.
+    """Copy what `mask` keeps of `model` into a smaller model, where that computes; the dense model is left as it was.
 
     The config counts the layers that are left; widths of unequal layers show in the modules only. Attention layers are
     numbered anew, because a KV cache is addressed by `layer_idx`.
@@ -44,7 +45,7 @@ def shrink(model: PreTrainedModel, mask: PruningMask, compensation: Refits | Non
         for block in anatomy.blocks:
             width = architecture.units(block.kind)[index]
             _cut(layer, index, block, width, mask.kept(block.kind, index), mask.kept_heads(block, index), compensation)
-        layers.append(layer)
+        layers.append(layer.to(device_of(model)))  # it was cut where the dense one waits
     anatomy.set_layers(small, layers)
     small.config.num_hidden_layers = len(kept)
     attending = [position for position, index in enumerate(kept) if architecture.kv_groups[index]]

@@ -190,7 +190,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _described(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    look = tensors.mapped if isinstance(tensors, _Mapped) else tensors.__getitem__
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in ((name, look(name)) for name in tensors)}
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -209,9 +210,14 @@ class _Mapped(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor = self.mapped(name)
         if self._sums is not None and self._sums.get(name) != _checksum(tensor):
             raise DamagedTensors(f"The file '{self._path}' is damaged: remove it, and it is made anew.")
+        return tensor
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, whose values nobody has read yet."""
+        tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

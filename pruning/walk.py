@@ -74,7 +74,8 @@ def brought(layer: nn.Module, device: torch.device, copy: bool = False) -> Itera
     waiting = {parameter: parameter.data for parameter in layer.parameters()}
     try:
         for parameter, data in waiting.items():
-            parameter.data = data.to(device, non_blocking=True, copy=copy)
+            # A CPU would read what is not there yet.
+            parameter.data = data.to(device, non_blocking=device.type != "cpu", copy=copy)
         yield layer
     finally:
         for parameter, data in waiting.items():

@@ -2,7 +2,7 @@
 
     python -m experiments.refit_quality --text text:path/to/wikitext2-valid.txt
     python -m experiments.refit_quality --show
-    python -m experiments.refit_quality --curve 8192,16384,32768,65536,131072 --out curve.json
+    python -m experiments.refit_quality --curve 8192,16384,32768,65536,131072 --out curve.json --picture tokens.svg
 
 Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean, units by activation energy), the same with today's ridge,
 with today's order of units (`pruning.surgeon`), with four times the tokens, and in sequence on those; or, as a curve, today's table and
@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from experiments.quiet import Quiet
 from llmbo.comparison.problems import undo_spacing
@@ -30,6 +32,7 @@ from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.preparation import prepared
 from llmbo.problem.texts import load_windows
+from llmbo.report.picture import COLORS, MARKERS, as_svg
 from pruning.architecture import Architecture
 from pruning.block import BLOCK_KINDS
 from pruning.calibration import TokenWindows, cut_windows
@@ -64,6 +67,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
     parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
     parser.add_argument("--curve", help="numbers of tokens by commas, in place of the steps")
+    parser.add_argument("--picture", type=Path, help="draw the curve here, as SVG")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
@@ -76,6 +80,8 @@ def main() -> None:
     if not options.show:
         measure(options, stored)
     show(stored)
+    if options.picture:
+        options.picture.write_bytes(drawn(stored))
 
 
 def curve(tokens: Iterable[int]) -> Iterator[tuple[str, tuple[int, Ridge, Order]]]:
@@ -170,6 +176,29 @@ def show(stored: dict[str, Any]) -> None:
         print(f"| {share} | " + " | ".join(cell(stored["figures"], share, step) for step in STEPS) + " |")
 
 
+def drawn(stored: dict[str, Any]) -> bytes:
+    """The stored figures of a curve as an SVG: KL against tokens, means over the seeds, a line for each kind of refits and share."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for key, one in stored["figures"].items():
+        _, share, step = key.split("/")
+        kind, tokens = step.split()
+        lines.setdefault((kind, share), {}).setdefault(int(tokens), []).append(one["kl"])
+    for index, ((kind, share), found) in enumerate(sorted(lines.items(), reverse=True)):
+        style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+        tokens = sorted(found)
+        label = f"{share} of the blocks, " + ("in sequence" if kind == "sequence" else "table")
+        axes.plot(tokens, [mean(found[number]) for number in tokens], label=label, **style)
+    every = sorted({number for found in lines.values() for number in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(every, [f"{number:,}" for number in every])
+    axes.set(xlabel="calibration tokens", ylabel="KL from the dense model (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return as_svg(figure)
+
+
 def cell(figures: dict[str, Any], share: str, step: str) -> str:
     """Mean KL over the seeds that know it, and its ratio to the first step's."""
     first, found = (
@@ -179,9 +208,9 @@ def cell(figures: dict[str, Any], share: str, step: str) -> str:
     both = sorted(first.keys() & found.keys())
     if not both:
         return "-"
-    mean, ratio = sum(found[seed] for seed in both) / len(both), band([found[seed] / first[seed] for seed in both])
+    average, ratio = mean(found[seed] for seed in both), band([found[seed] / first[seed] for seed in both])
     interval = "one seed" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-    return f"{mean:.3f}" if first == found else f"{mean:.3f}: {ratio.mean:.3f} ({interval})"
+    return f"{average:.3f}" if first == found else f"{average:.3f}: {ratio.mean:.3f} ({interval})"
 
 
 if __name__ == "__main__":

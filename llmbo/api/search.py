@@ -196,7 +196,7 @@ def _check_placed(given: LoadedModel, dtype: str, device: str, offload: str, mem
             raise ConfigError(
                 f"{setting}='{wanted}', but the loaded model is in {found}: leave {setting} out, or move the model."
             )
-    if memory or offload in ("cpu", "disk"):
+    if memory or offload not in ("auto", "none"):
         setting = f"memory='{memory}'" if memory else f"offload='{offload}'"
         raise ConfigError(
             f"{setting} says where llmbo loads a model, but this one is loaded: give its name, or leave it out."

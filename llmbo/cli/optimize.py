@@ -153,7 +153,9 @@ def optimize(
     ] = "",
     offload: Annotated[
         str,
-        typer.Option(help="Where layers wait: none (on the device), cpu, disk; auto takes the first with enough room."),
+        typer.Option(
+            help="Where layers wait: none (on the device), gpu (other GPUs), cpu, disk; auto takes the first with enough room but gpu."
+        ),
     ] = "auto",
     name: Annotated[str, typer.Option(help="Run folder below runs/; by default the model's name.")] = "",
     storage: Annotated[str | None, typer.Option(help="Database URL; by default SQLite in the run folder.")] = None,

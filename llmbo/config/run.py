@@ -54,7 +54,7 @@ RESTATED = (
     "advisor_warm_start",
 )  # other defaults, or another meaning, than in older runs
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
-OFFLOAD_CHOICES = ("auto", "none", "cpu", "disk")
+OFFLOAD_CHOICES = ("auto", "none", "gpu", "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class RunConfig:
             machine gets through in a minute (`llmbo.run.tokens`), which is then a setting of the run.
         window: Tokens per window.
         memory: Most that may be taken on the device, e.g. `24GB`; empty for what is free there.
-        offload: Where the decoder layers wait: "none" (on the device), "cpu" (in the host's memory), "disk" (mapped files), or
-            "auto" for the first of these that `memory` has room for.
+        offload: Where the decoder layers wait: "none" (on the device), "gpu" (on this machine's other GPUs), "cpu" (in the host's
+            memory), "disk" (mapped files), or "auto" for the first of these that has room, other GPUs left out.
         storage: Database URL, or None for SQLite in the run folder.
         artifacts: Folder or `s3://BUCKET/PREFIX` that the preparation is put into, for workers on machines that share no other folder.
         advisor: See `llmbo.config.advisor`. The next three say where, on what grounds and how often it is heard; the others are

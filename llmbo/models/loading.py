@@ -33,7 +33,7 @@ from llmbo.models.checks import (
     dequantised,
 )
 from llmbo.models.mapping import is_mapped, mapped_copy
-from llmbo.models.placement import DTYPES, OFFLOADS, choose_device, choose_dtype, leave_layers
+from llmbo.models.placement import DTYPES, MAPPED, OFFLOADS, cards_for, choose_device, choose_dtype, leave_layers
 from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
 from pruning.export.rebuild import local_class
@@ -176,19 +176,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", offload: st
     """Load a model that can be pruned and its tokenizer for inference.
 
     Memory: the weights once, in the dtype asked for; none for what is mapped, which is all that is on the CPU in the dtype that it
-    is stored in, and with `offload="disk"` the decoder layers whatever they are stored in. Mapped weights must not be changed in place:
-    each page that is written becomes memory of its own.
+    is stored in, and with `offload="disk"` the decoder layers whatever they are stored in; with "gpu" these go from mapped files to their
+    cards. Mapped weights must not be changed in place: each page that is written becomes memory of its own.
 
     Args:
         name: An alias, a local folder, or a name on the Hugging Face hub.
         dtype: "auto" or a key of `DTYPES`.
         device: "auto" or what torch calls the device.
-        offload: Where the parameters of the decoder layers wait: "none" on the device, "cpu" in the host's memory (pinned for CUDA),
-            "disk" in the files, of which a copy is made in the cache where they cannot be mapped. All else is on the device.
+        offload: Where the parameters of the decoder layers wait: "none" on the device, "gpu" on the machine's other CUDA devices, "cpu" in
+            the host's memory (pinned for CUDA), "disk" in the files, of which a copy is made in the cache where they cannot be mapped.
+            All else is on the device.
 
     Raises:
         ModelError: The model cannot be loaded, or is not what its config says.
-        ConfigError: The device is not there.
+        ConfigError: The device is not there, or other devices have no room for the layers.
     """
     checkpoint = _loaded(find_prunable(name), dtype, device, offload)
     return LoadedModel(**vars(checkpoint), fingerprint=fingerprint(checkpoint.model))
@@ -251,14 +252,16 @@ def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Che
     device = choose_device(device)
     tokenizer = load_tokenizer(found)
     notes = found.notes
-    if offload == "disk":
+    if offload in MAPPED:
         model, dtype, told = _mapped(found, dtype, tokenizer)
         notes += told
     else:
         dtype = choose_dtype(dtype, device, found.config.get_text_config())
         model = _read(found, DTYPES[dtype], device if offload == "none" else "cpu")
     check_values(found.name, model)
-    if offload != "none":
+    if offload == "gpu":
+        leave_layers(model, device, cards=cards_for(found.name, model, device))
+    elif offload != "none":
         leave_layers(model, device, pinned=offload == "cpu" and torch.device(device).type == "cuda")
     return Checkpoint(found.name, found.source, model.eval(), tokenizer, dtype, device, notes=notes, offload=offload)
 
@@ -287,7 +290,7 @@ def _mapped(
     """The model in files, its dtype, and what was done for it. Without another wish, the dtype is the one that it is stored in."""
     if getattr(found.config, "quantization_config", None) is not None:
         raise ModelError(
-            f"The weights of '{found.name}' are dequantised while they are loaded, so they cannot stay on disk: use --offload cpu."
+            f"The weights of '{found.name}' are dequantised while they are loaded, so they cannot be mapped: use --offload cpu."
         )
     model = _read(found, "auto", "cpu")
     stored = str(model.dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """Where a model computes, in which numbers, and where its layers wait."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from llmbo.errors import ConfigError, first_line
 from pruning.anatomy import anatomy_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OFFLOADS = ("none", "cpu", "disk")
+OFFLOADS = ("none", "gpu", "cpu", "disk")
+MAPPED = ("gpu", "disk")  # places that layers go to from mapped files, or stay in them
+SPARE = 0.9  # of what is free is filled with what need not be there
 
 
 def choose_device(device: str, option: str = "--device") -> str:
@@ -59,13 +61,51 @@ def choose_dtype(
     return min(seconds, key=lambda name: seconds[name])
 
 
-def leave_layers(model: PreTrainedModel, device: str, pinned: bool) -> None:
+def other_cards(device: str) -> dict[str, int]:
+    """Free bytes of the CUDA devices that are not `device`, by name. To be asked takes some hundred megabytes of each."""
+    cards, own = range(torch.cuda.device_count()), torch.device(device)
+    if cards and own.type == "cuda":
+        index = torch.cuda.current_device() if own.index is None else own.index
+        return {f"cuda:{card}": torch.cuda.mem_get_info(card)[0] for card in cards if card != index}
+    return {f"cuda:{card}": torch.cuda.mem_get_info(card)[0] for card in cards}
+
+
+def spread(number: int, size: int, free: Mapping[str, int]) -> list[str]:
+    """On which card each of `number` layers of `size` bytes waits; of fewer layers where there is no room for more.
+
+    On as few cards as hold them, those with most room first: they may be other people's.
+
+    Args:
+        free: Bytes of each card.
+    """
+    roomiest_first = sorted(free, key=lambda card: -free[card])
+    return [card for card in roomiest_first for _ in range(int(SPARE * free[card] / size))][:number]
+
+
+def cards_for(name: str, model: PreTrainedModel, device: str) -> list[str]:
+    """The card that each layer waits on.
+
+    Raises:
+        ConfigError: There is no room for all of them.
+    """
+    anatomy = anatomy_of(model)
+    layers, size, free = anatomy.num_hidden_layers, anatomy.layer_parameters * model.dtype.itemsize, other_cards(device)
+    cards = spread(layers, size, free)
+    if len(cards) < layers:
+        raise ConfigError(
+            f"'{name}' has {layers} layers, and GPUs beside {device} have room for {len(cards)}: try --offload auto."
+        )
+    return cards
+
+
+def leave_layers(model: PreTrainedModel, device: str, pinned: bool = False, cards: Sequence[str] = ()) -> None:
     """Bring a model to the device, but for the parameters of its decoder layers, which wait where they are.
 
     What a layer brought to the device alone would miss, its buffers, goes there too.
 
     Args:
         pinned: Move them, one at a time, into memory that a CUDA device copies from directly. Its blocks are powers of two.
+        cards: Move those of each layer to a device of its own, where they wait.
 
     Raises:
         UnsupportedModel: Its layers are not known.
@@ -80,3 +120,6 @@ def leave_layers(model: PreTrainedModel, device: str, pinned: bool) -> None:
             setattr(module, name, buffer.to(device))
     for parameter in layers.parameters() if pinned else ():
         parameter.data = parameter.data.pin_memory()
+    for layer, card in zip(layers, cards, strict=bool(cards)):
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(card)

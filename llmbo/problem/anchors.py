@@ -6,7 +6,6 @@ from functools import partial
 from torch import Tensor
 
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.sequence import beyond
 from llmbo.types import Phases
 from pruning.anatomy import Anatomy
 from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, anchor_files, fit_at
@@ -61,23 +60,10 @@ def anchored(
         windows: `num_windows x length` token ids.
         widths: Of the grid.
     """
-    dense, layers = supernet.compensation, supernet.anatomy.num_hidden_layers
+    dense = supernet.compensation
     if not anchors or not isinstance(dense, GridRefits):
         return supernet
-    with phases.phase(PHASE, len(anchors) * layers) as advance:
-        found = [
-            Anchor(
-                anchor,
-                fit_at(
-                    supernet,
-                    anchor,
-                    windows,
-                    widths,
-                    files,
-                    on_layer=partial(beyond, advance, place * layers),
-                    cache=dense.cache,
-                ),
-            )
-            for place, anchor in enumerate(anchors)
-        ]
+    with phases.phase(PHASE, supernet.anatomy.num_hidden_layers) as advance:
+        fitted = fit_at(supernet, anchors, windows, widths, files, on_layer=advance, cache=dense.cache)
+    found = [Anchor(anchor, refits) for anchor, refits in zip(anchors, fitted, strict=True)]
     return supernet.using(AnchoredRefits(supernet.anatomy, dense, found))

@@ -1,7 +1,9 @@
 """Where a model's weights are while it is prepared and searched: all on the device, or one layer at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import psutil
 import torch
@@ -9,7 +11,7 @@ import torch
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import Found
-from llmbo.models.placement import DTYPES, choose_device, choose_dtype
+from llmbo.models.placement import DTYPES, MAPPED, SPARE, choose_device, choose_dtype, other_cards, spread
 from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.hardware import KIND_OF
 from llmbo.problem.method import DEFAULT
@@ -23,7 +25,6 @@ from pruning.transfers import CHUNK_BYTES
 from pruning.walk import windows_at_once
 
 SMALLEST_WINDOW = 64  # that is worth proposing
-SPARE = 0.9  # of the limit is filled with what need not be there
 WAITING = 0.5  # of the host's memory that is left over is for refits that wait there
 
 
@@ -40,11 +41,13 @@ class Machine:
         device: As torch calls it.
         free: Bytes on the device.
         host: Bytes of the host's memory; on a CPU the same.
+        cards: Bytes on each other CUDA device, by name; None for what they say once they are asked, see `others`.
     """
 
     device: str
     free: int
     host: int
+    cards: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, device: str) -> "Machine":
@@ -57,6 +60,11 @@ class Machine:
             return cls(device, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), host)
         return cls(device, host, host)
 
+    @cached_property
+    def others(self) -> Mapping[str, int]:
+        """Free bytes of the other CUDA devices, which are left alone until somebody wants to know."""
+        return other_cards(self.device) if self.cards is None else self.cards
+
     @property
     def shared(self) -> bool:
         """Host and device are one memory."""
@@ -68,10 +76,12 @@ class Residence:
     """Where the decoder layers wait, and what that takes.
 
     Args:
-        offload: "none", "cpu" or "disk", as `load_model` takes it.
+        offload: "none", "gpu", "cpu" or "disk", as `load_model` takes it.
         needed: Bytes on the device at the peak; where it is the host too, with what waits there.
         host: Bytes that wait in the host's memory, layers among them; files that are mapped do not count.
         limit, host_limit: Bytes that may be taken on the device, and on the host.
+        cards: Bytes of layers that wait on each other CUDA device.
+        homeless: Bytes of layers that should wait there and find no room.
     """
 
     offload: str
@@ -80,10 +90,12 @@ class Residence:
     host: int
     limit: int
     host_limit: int
+    cards: Mapping[str, int] = field(default_factory=dict)
+    homeless: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.limit and self.host <= self.host_limit
+        return self.needed <= self.limit and self.host <= self.host_limit and not self.homeless
 
 
 def workload_of(config: RunConfig, device: str) -> Workload:
@@ -92,7 +104,7 @@ def workload_of(config: RunConfig, device: str) -> Workload:
     scored = min(config.windows["calibration"] * config.window, DEFAULT.scored_tokens)
     there = torch.device(device)
     at_once = windows_at_once(there, config.window), rows_at_once(there)
-    return Workload(tokens, scored, config.window, bool(config.refit_anchors), *at_once)
+    return Workload(tokens, scored, config.window, config.refit_anchors or 0, *at_once)
 
 
 def refit_bytes(config: RunConfig, anatomy: Anatomy, itemsize: int) -> int:
@@ -106,10 +118,15 @@ def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Ma
     # On a CPU those that were kept are views of mapped files, which the kernel may drop.
     refits = None if not config.compensation else 0 if machine.shared else refit_bytes(config, anatomy, itemsize)
     found = footprint(anatomy, itemsize, workload_of(config, machine.device), offload == "none", refits)
-    layers = anatomy.num_hidden_layers * anatomy.layer_parameters * itemsize
-    host = found.host + (layers if offload == "cpu" else 0)
+    number, layer = anatomy.num_hidden_layers, anatomy.layer_parameters * itemsize
+    host = found.host + (number * layer if offload == "cpu" else 0)
     limit = min(machine.free, config.memory_bytes or machine.free)
-    return Residence(offload, found, found.peak + host * machine.shared, host, limit, machine.host)
+    needed = found.peak + host * machine.shared
+    if offload != "gpu":
+        return Residence(offload, found, needed, host, limit, machine.host)
+    placed = Counter(spread(number, layer, machine.others))
+    cards = {card: layer * layers for card, layers in placed.items()}
+    return Residence(offload, found, needed, host, limit, machine.host, cards, layer * (number - placed.total()))
 
 
 def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> RefitCache:
@@ -129,10 +146,20 @@ def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Mac
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:
     """Those that the settings allow, the fastest first; of one memory the CPU is no place beside the device."""
-    places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
     wanted = "none" if machine.shared and config.offload == "cpu" else config.offload
-    for offload in places if wanted == "auto" else (wanted,):
+    for offload in places_of(machine) if wanted == "auto" else (wanted,):
         yield residence_of(config, anatomy, itemsize, machine, offload)
+
+
+def places_of(machine: Machine) -> tuple[str, ...]:
+    """Where layers may wait without being told to, the fastest place first; other GPUs may be other people's."""
+    return ("none", "disk") if machine.shared else ("none", "cpu", "disk")
+
+
+def on_cards(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Residence | None:
+    """The layers on the machine's other GPUs, which nobody asked for; None where they do not fit there."""
+    found = None if machine.shared else residence_of(config, anatomy, itemsize, machine, "gpu")
+    return found if found and _usable(config, found) else None
 
 
 def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Residence:
@@ -145,13 +172,18 @@ def choose_residence(config: RunConfig, anatomy: Anatomy, itemsize: int, machine
     for residence in found:
         if residence.fits:
             if not _usable(config, residence):
-                waiting = "files" if residence.offload == "disk" else "host"
+                waiting = {"disk": "in the files", "cpu": "in the host", "gpu": "on other GPUs"}[residence.offload]
                 raise ConfigError(
-                    f"{_whole(config)[0]} runs the model as a whole, but its layers wait in the {waiting}: "
+                    f"{_whole(config)[0]} runs the model as a whole, but its layers wait {waiting}: "
                     "leave it out, or make room for --offload none."
                 )
             return residence
     last = found[-1]
+    if last.homeless:
+        raise ConfigError(
+            f"'{config.model}' has {readable(last.homeless + sum(last.cards.values()))} of layers, and {_room(machine)}: "
+            f"{_remedy(config, anatomy, itemsize, machine)}."
+        )
     if last.needed <= last.limit:
         raise ConfigError(
             f"'{config.model}' needs {readable(last.host)} of the host's memory, {readable(machine.host)} are free: "
@@ -179,9 +211,9 @@ def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[st
     anatomy, machine = anatomy_of_config(found), Machine.of(device)
     residence = choose_residence(config, anatomy, DTYPES[measured].itemsize, machine)
     stored = str(found.config.dtype).removeprefix("torch.")
-    if residence.offload != "disk" or dtype != "auto" or stored not in DTYPES:
+    if residence.offload not in MAPPED or dtype != "auto" or stored not in DTYPES:
         return measured, device, residence.offload
-    mapped = replace(config, offload="disk")  # files are mapped in the dtype that they are in
+    mapped = replace(config, offload=residence.offload)  # files are mapped in the dtype that they are in
     return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
 
 
@@ -193,7 +225,10 @@ def placed_to_cut(config: RunConfig, found: Found, dtype: str, device: str) -> t
         ConfigError: The device is not there.
     """
     device = choose_device(device)
-    places = list(residences(config, anatomy_of_config(found), DTYPES[dtype].itemsize, Machine.of(device)))
+    there = anatomy_of_config(found), DTYPES[dtype].itemsize, Machine.of(device)
+    places = list(residences(config, *there))
+    if places[-1].homeless:  # the other GPUs are gone, or busy
+        places = list(residences(replace(config, offload="auto"), *there))
     fits = next((place for place in places if place.fits), places[-1])
     return dtype, device, "none" if _whole(config) else fits.offload
 
@@ -208,6 +243,14 @@ def _whole(config: RunConfig) -> list[str]:
 
 def _usable(config: RunConfig, residence: Residence) -> bool:
     return residence.fits and (residence.offload == "none" or not _whole(config))
+
+
+def _room(machine: Machine) -> str:
+    """What the other GPUs have."""
+    if not machine.others:
+        return f"there is no GPU beside {machine.device} for them to wait on"
+    each = ", ".join(f"{readable(SPARE * free)} on {card}" for card, free in machine.others.items())
+    return f"GPUs beside {machine.device} have room for {each}"
 
 
 def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> str:
@@ -225,7 +268,8 @@ def _remedy(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine
         changes.append((f"{also}--calibration-tokens {fewer}", replace(auto, calibration_tokens=fewer), itemsize))
     for named, changed, size in changes:
         if any(_usable(config, residence) for residence in residences(changed, anatomy, size, machine)):
-            return f"{named} fits"
+            cards = on_cards(config, anatomy, size, machine) if changed == auto and config.offload != "gpu" else None
+            return f"{named} fits" + (f", and so does --offload gpu, on {' and '.join(cards.cards)}" if cards else "")
     possible = [
         one
         for one in residences(auto, anatomy, itemsize, machine)

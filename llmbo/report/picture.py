@@ -16,19 +16,26 @@ def draw_front(report: Report) -> dict[str, bytes]:
     Returns:
         The picture by file name: `front.png` at 150 dots per inch, and `front.svg` with its text as text.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     _plot(report, figure.subplots())
-    png, svg = BytesIO(), BytesIO()
+    png = BytesIO()
     figure.savefig(png, dpi=150, format="png")
     figure.set_layout_engine(None)  # laid out it is by now, and to do so again takes as long as drawing it
+    return {"front.png": png.getvalue(), "front.svg": as_svg(figure)}
+
+
+def as_svg(figure: Any) -> bytes:
+    """A matplotlib figure with its text as text; the same figure gives the same bytes."""
+    import matplotlib
+
+    svg = BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmbo"}):
-        figure.savefig(svg, format="svg", metadata={"Date": None})  # the same report gives the same bytes
-    return {"front.png": png.getvalue(), "front.svg": svg.getvalue()}
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return svg.getvalue()
 
 
 def _plot(report: Report, axes: Any) -> None:

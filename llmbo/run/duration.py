@@ -51,7 +51,7 @@ class Rates:
         matmul: Floating-point operations of a matrix product in the model's dtype.
         single: The same in float32.
         passes: Values that are gone over once.
-        link: Bytes from the host to the device; None where they are one.
+        link: Bytes to the device from where layers wait; None where they are one.
     """
 
     matmul: float
@@ -61,12 +61,19 @@ class Rates:
 
     @classmethod
     def measure(
-        cls, sizes: Sizes, dtype: torch.dtype, device: str, tokens: int, clock: Callable[[], float] = time.perf_counter
+        cls,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        device: str,
+        tokens: int,
+        source: str = "",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> "Rates":
         """A second or two, at the model's own sizes where they are not too large.
 
         Args:
             tokens: Of a batch.
+            source: The device where layers wait; by default the host.
         """
 
         def seconds(run: Callable[[], object]) -> float:
@@ -87,8 +94,8 @@ class Rates:
         x, weight, z = values(tokens, hidden), values(wide, hidden), values(tokens, wide)
         single, square = values(tokens, hidden, of=torch.float32), values(wide, hidden, of=torch.float32)
         link = None
-        if torch.device(device).type == "cuda":
-            there = torch.ones(1 << 26, dtype=torch.uint8, pin_memory=True)
+        if source or torch.device(device).type == "cuda":
+            there = torch.ones(1 << 26, dtype=torch.uint8, device=source or None, pin_memory=not source)
             link = there.nbytes / seconds(lambda: there.to(device, non_blocking=True))
         return cls(
             matmul=2 * tokens * hidden * wide / seconds(lambda: F.linear(x, weight)),
@@ -226,13 +233,13 @@ def seconds_by_phase(
         "held-out windows": last * judged + on.forward(heldout) + on.head(heldout, 1, DENSE) + on.walk(2),
     }
     if config.refit_anchors:
-        fitting = on.forward(calibration) + on.forward(calibration, WHOLE_BLOCKS) + on.walk(3)
+        fitting = on.forward(calibration, WHOLE_BLOCKS)
         for kind, width in columns.items():
             solved = sum(n**2 for n in tried[kind][1:-1]) * a.hidden_size
             products = calibration * (GRAM * width**2 + 2 * width * a.hidden_size)
             square = CHOLESKY * width**3 / 3 + width**2 * a.hidden_size
             fitting += Work(single=products + square + TRIANGULAR * solved) * a.num_hidden_layers
-        works[anchors.PHASE] = fitting * config.refit_anchors
+        works[anchors.PHASE] = on.forward(calibration) + on.walk() + fitting * config.refit_anchors
     if config.refit_front:
         refitting = on.forward(calibration) + on.forward(calibration, PASSED * mean) + on.walk(3)
         for width in columns.values():

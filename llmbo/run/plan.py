@@ -1,7 +1,6 @@
 """What a run will take, before anything is loaded: a model's config and the sizes of its files say all that is needed."""
 
 import math
-import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from llmbo.config.formats import FORMATS
 from llmbo.errors import ConfigError
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import find_prunable, load_tokenizer
-from llmbo.models.placement import DTYPES, choose_device, choose_dtype
+from llmbo.models.placement import DTYPES, MAPPED, choose_device, choose_dtype
 from llmbo.models.stored import StoredWeights, anatomy_of_config, model_of_config, stored_weights
 from llmbo.problem.engines import check_engines
 from llmbo.problem.kept import prepared_dir
@@ -27,6 +26,8 @@ from llmbo.problem.residence import (
     Machine,
     Residence,
     choose_residence,
+    on_cards,
+    places_of,
     readable,
     refit_bytes,
     residence_of,
@@ -36,6 +37,7 @@ from llmbo.problem.sequence import PHASE, check_refits
 from llmbo.problem.space import SearchSpace, space_of
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import check_window, item_files
+from llmbo.run.disk import WRITTEN, Disk, missing
 from llmbo.run.duration import Rates, seconds_by_phase
 from llmbo.run.recipes import recipe_named
 from llmbo.run.tokens import settled
@@ -48,28 +50,6 @@ WIDTH = 70  # of a line behind its name
 HEADERS = 0.05  # of a file, so much may be something else than weights
 PAGE_BYTES = 1_000_000  # the report's page, with its script, and pictures
 TRIAL_BYTES, TRIAL_BLOCK_BYTES = 2_000, 250  # of a trial in database, report and page, and for each of its blocks
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes that will be written, and those free where they go."""
-
-    place: Path
-    needed: int
-    free: int
-
-    @classmethod
-    def at(cls, place: Path, needed: int) -> "Disk":
-        return cls(place, needed, shutil.disk_usage(_standing(place)).free)
-
-    def shares(self, other: "Disk") -> bool:
-        """Whether both places are on one file system."""
-        return _standing(self.place).stat().st_dev == _standing(other.place).stat().st_dev
-
-
-def _standing(place: Path) -> Path:
-    """The folder that is there already, of `place` and those above it."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -97,7 +77,7 @@ class Plan:
         smallest_share: Of the decoder layers' parameters, in the smallest legal model.
         recipe: Of the allocation path, in words.
         machine: Memory that is free.
-        residences: By where layers wait: "none", "cpu", "disk".
+        residences: By where layers wait: "none", "cpu", "disk"; "gpu" where that was asked for, or would spare the host.
         chosen: The one that the run would take; None where none fits.
         refused: What is missing and what would fit, in a line; empty where the run fits.
         disk: What will be written, some of `WRITTEN`.
@@ -160,6 +140,8 @@ class Plan:
                 "",
                 f"{WAITING[offload]}: peak {readable(residence.needed)} ({residence.footprint.largest}){host}{mark}",
             )
+            if offload == "gpu":
+                yield "", _on_cards(residence, residence == self.chosen or bool(residence.homeless))
         for index, (name, disk) in enumerate(self.disk.items()):
             told = f"{WRITTEN[name]} {readable(disk.needed)}; {readable(disk.free)} free in {disk.place}"
             yield "" if index else "disk", told
@@ -183,15 +165,9 @@ class Plan:
         yield "fits", "no" if self.refused else "yes"
 
 
-WRITTEN = {
-    "download": "the weights, to be downloaded,",
-    "copy": "a copy of the weights to map",
-    "refits": "refits of all widths",
-    "run": "the run's folder",
-    "export": "an export, at most",
-}
 WAITING = {
     "none": "all layers on the device",
+    "gpu": "one layer at a time from other GPUs",
     "cpu": "one layer at a time from the host",
     "disk": "one layer at a time from mapped files",
 }
@@ -224,7 +200,8 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     machine = machine or Machine.of(device)
     config = settled(config, anatomy, dtype, device, rates)
     check_refits(config, anatomy)
-    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config, device).batch_tokens)
+    source = next(iter(machine.others), "") if config.offload == "gpu" else ""
+    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config, device).batch_tokens, source)
     chosen, refused = None, ""
     try:
         chosen = choose_residence(config, anatomy, itemsize, machine)
@@ -234,12 +211,16 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     parameters = anatomy.other_parameters + dense_block_parameters(anatomy)
     disk = _disk(config, space, itemsize, parameters, stored)
     copied = stored is None or abs(stored.bytes / (itemsize * parameters) - 1) > HEADERS
-    if chosen and chosen.offload == "disk" and copied:
+    if chosen and chosen.offload in MAPPED and copied:
         disk["copy"] = Disk.at(cache_dir(), itemsize * parameters)
     if chosen:
         spare = machine.host - (chosen.needed if machine.shared else chosen.host)
-        refused = next(filter(None, (_missing(name, needed, spare) for name, needed in disk.items())), "")
-    places = ("none", "disk") if machine.shared else ("none", "cpu", "disk")
+        refused = next(filter(None, (missing(name, needed, spare) for name, needed in disk.items())), "")
+    residences = {place: residence_of(config, anatomy, itemsize, machine, place) for place in places_of(machine)}
+    if config.offload == "gpu":
+        residences["gpu"] = residence_of(config, anatomy, itemsize, machine, "gpu")
+    elif (not chosen or chosen.offload != "none") and (beside := on_cards(config, anatomy, itemsize, machine)):
+        residences["gpu"] = beside
     return Plan(
         config,
         dtype,
@@ -252,7 +233,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
         smallest_share=_smallest_share(space),
         recipe=recipe,
         machine=machine,
-        residences={place: residence_of(config, anatomy, itemsize, machine, place) for place in places},
+        residences=residences,
         chosen=chosen,
         refused=refused,
         disk=disk,
@@ -291,23 +272,6 @@ def _disk(
     return found
 
 
-def _missing(name: str, disk: Disk, spare: int) -> str:
-    """What to do where a run could not go on for want of disk.
-
-    Args:
-        spare: Bytes of the host's memory, which can hold refits as well. An export is made when its size is known.
-    """
-    if disk.needed <= disk.free or name == "export" or (name == "refits" and disk.needed <= spare):
-        return ""
-    remedy = {
-        "download": "set HF_HUB_CACHE to a larger disk",
-        "copy": "set LLMBO_CACHE to a larger disk",
-        "refits": "set LLMBO_PREPARED to a larger disk, or take a larger --neuron-step",
-    }.get(name, "free some")
-    said = f"Too little disk space for {WRITTEN[name].rstrip(',')} in '{disk.place}'"
-    return f"{said}: {readable(disk.needed)} are needed, {readable(disk.free)} are free; {remedy}."
-
-
 def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
     kind = parse_spec(config.advisor).kind
     if kind not in ("openai", "transformers", "mail"):
@@ -322,6 +286,13 @@ def _advice(config: RunConfig, anatomy: Anatomy) -> AdviceCost | None:
         return AdviceCost(calls, tokens, None)
     dollars = price.of(tokens * prompt // (prompt + reply), tokens * reply // (prompt + reply))
     return AdviceCost(calls, tokens, min(dollars, config.advisor_max_cost or dollars))
+
+
+def _on_cards(residence: Residence, asked: bool) -> str:
+    each = [f"{readable(size)} on {card}" for card, size in residence.cards.items()]
+    if residence.homeless:
+        each.append(f"no room for {readable(residence.homeless)}")
+    return f"  {', '.join(each)}" + ("" if asked else "; --offload gpu would do, faster than the host")
 
 
 def _count(number: float) -> str:

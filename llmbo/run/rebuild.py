@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import nn
 from transformers import PreTrainedModel
 
 from llmbo.config import RunConfig
@@ -226,8 +225,6 @@ class RebuildInputs:
         mask = PruningMask.from_architecture(architecture_of(trial), ranking)
         with phases.phase("cutting"):
             small = shrink(self.loaded.model, mask, refits)
-            if not self.loaded.resident:
-                nn.Module.to(small, self.loaded.device)  # its layers are where those of the base model wait
             measured = expected = column.objectives.loss
             if not kept:
                 measured = quality(small, self.windows.proxy).loss

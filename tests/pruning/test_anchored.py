@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy
-from pruning.anchored import ABOVE, Anchor, AnchoredRefits, fit_at
+from pruning.anchored import ABOVE, Anchor, AnchoredRefits, anchor_files, fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.compensation import Refits, Ridge
@@ -20,8 +21,10 @@ from pruning.masks import PruningMask, Ranking
 from pruning.refits import GridRefits, fit
 from pruning.sequential import sequential_refit
 from pruning.shrinking import shrink
+from pruning.streams import goals_behind
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
+from pruning.walk import Walk
 
 RIDGE = Ridge(0.05)
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
@@ -82,7 +85,7 @@ def test_at_an_anchors_widths_they_are_those_in_sequence_and_elsewhere_those_of_
         if 0 < (units := anchor.units(block.kind)[index]) < block.units
     ]
     with Supernet(model, random_ranking(anatomy, 0)) as supernet:
-        refits = fit_at(supernet, anchor, text, widths, TensorFiles(None), RIDGE)
+        (refits,) = fit_at(supernet, [anchor], text, widths, TensorFiles(None), RIDGE)
 
         own = sequential_refit(supernet, anchor, text, RIDGE)
         assert all(same(refits, own, anatomy, *place) for place in narrow)
@@ -111,12 +114,12 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_refits_and_one_that_was_not
             raise Stop
 
     whole, stopped = TensorFiles(tmp_path / "whole"), TensorFiles(tmp_path / "stopped")
-    fit_at(supernet, anchor, text, widths, whole, RIDGE)
+    fit_at(supernet, [anchor], text, widths, whole, RIDGE)
     with pytest.raises(Stop):
-        fit_at(supernet, anchor, text, widths, stopped, RIDGE, on_layer=stop)
+        fit_at(supernet, [anchor], text, widths, stopped, RIDGE, on_layer=stop)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
     assert len(first) == 3
-    fit_at(supernet, anchor, text, widths, stopped, RIDGE)
+    fit_at(supernet, [anchor], text, widths, stopped, RIDGE)
 
     for path in (tmp_path / "whole").iterdir():
         there, again = whole.get(path.stem), stopped.get(path.stem)
@@ -129,8 +132,46 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_refits_and_one_that_was_not
 
     told: list[int] = []
     with model.register_forward_pre_hook(passed), anatomy.layers_of(model)[0].register_forward_pre_hook(passed):
-        fit_at(supernet, anchor, text, widths, stopped, RIDGE, on_layer=told.append)
+        fit_at(supernet, [anchor], text, widths, stopped, RIDGE, on_layer=told.append)
     assert told == [anatomy.num_hidden_layers]
+
+
+@ONE_FAMILY
+def test_anchors_share_the_dense_stream_and_are_fitted_as_each_alone_bit_by_bit(
+    supernet: Supernet,
+    anatomy: Anatomy,
+    anchor: Architecture,
+    text: Tensor,
+    widths: Mapping[BlockKind, Sequence[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where a walk was stopped between two of them, or one was fitted before."""
+    other = replace(anchor, neurons=(17, 17, 11, 24, 0))
+    alone = TensorFiles(tmp_path / "alone")
+    for one in (anchor, other):
+        fit_at(supernet, [one], text, widths, alone, RIDGE)
+    names = [path.stem for path in (tmp_path / "alone").iterdir()]
+    assert len(names) == 2 * anatomy.num_hidden_layers
+    seen: list[int] = []
+
+    def counted(walk: Walk, index: int, *rest: Any) -> Any:
+        seen.append(index)
+        return goals_behind(walk, index, *rest)
+
+    monkeypatch.setattr("pruning.anchored.goals_behind", counted)
+    for gone in (names, [anchor_files(other, text, RIDGE, 1)], names[:1], []):
+        for name in gone:
+            (tmp_path / "together" / f"{name}.safetensors").unlink(missing_ok=True)
+        seen.clear()
+        together = TensorFiles(tmp_path / "together")  # one that has a file open goes on having it
+        found = fit_at(supernet, [anchor, other], text, widths, together, RIDGE)
+        assert seen == list(range(anatomy.num_hidden_layers)) * bool(gone)
+        for name in names:
+            there, again = alone.get(name), together.get(name)
+            assert there and again and there.keys() == again.keys()
+            assert all(torch.equal(there[each], again[each]) for each in there)
+        assert not torch.equal(*(refits.weight(4, anatomy.mlp, 11) for refits in found))
 
 
 @ONE_FAMILY
@@ -145,7 +186,7 @@ def test_layers_that_are_brought_one_at_a_time_give_the_same(
     found = []
     for resident in (True, False):
         with Supernet(model, dense.ranking, dense, resident) as supernet:
-            found.append(fit_at(supernet, anchor, text, widths, TensorFiles(None), RIDGE))
+            found += fit_at(supernet, [anchor], text, widths, TensorFiles(None), RIDGE)
     assert all(same(*found, anatomy, index, "mlp", 11) for index in range(anatomy.num_hidden_layers))
 
 
@@ -166,7 +207,7 @@ def test_a_sub_network_takes_the_refits_of_the_anchor_above_it_wherever_it_is_ru
         "between": replace(anchor, kv_groups=(1, 1, 2, 1, 1)),
     }
     with Supernet(model, dense.ranking, dense) as supernet:
-        small, large = (fit_at(supernet, one, text, widths, TensorFiles(None), RIDGE) for one in (anchor, larger))
+        small, large = fit_at(supernet, [anchor, larger], text, widths, TensorFiles(None), RIDGE)
         refits = AnchoredRefits(anatomy, dense, [Anchor(larger, large), Anchor(anchor, small)])
         taken = {name: refits.serving(candidate) for name, candidate in candidates.items()}
         share = {name: cost_of(anatomy, candidate).share for name, candidate in candidates.items()}

@@ -9,14 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning.anatomy import Anatomy
+from pruning.anchored import fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.exchanges import exchange_costs
 from pruning.gradients import loss_gradient
 from pruning.likelihood import Head, dense_distribution, frozen, last_hidden
-from pruning.masks import Ranking
+from pruning.masks import PruningMask, Ranking
 from pruning.refits import GridRefits, RefitCache, fit
 from pruning.sensitivity import block_sensitivity
+from pruning.sequential import sequential_refit
+from pruning.shrinking import shrink
 from pruning.supernet import Supernet
 from pruning.tensor_files import TensorFiles
 from pruning.walk import Walk
@@ -24,6 +27,10 @@ from pruning.walk import Walk
 Draw = Callable[[Anatomy, int], Ranking]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 WIDTHS: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 5, 11, 24]}
+WAITING = (
+    "cpu",
+    *(["cuda:0"] if torch.cuda.is_available() else []),
+)  # devices that can stand for another than the computing one
 
 
 def test_a_walk_there_and_back_is_a_pass_of_the_whole_model(
@@ -65,14 +72,19 @@ def some(anatomy: Anatomy) -> list[Architecture]:
     ]
 
 
+@pytest.mark.parametrize("place", WAITING)
 def test_what_is_brought_layer_by_layer_measures_as_what_stays(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, place: str
 ) -> None:
-    fitted = fit(model, windows, WIDTHS, TensorFiles(None), scored=0)
+    """From another device as well: everything that a search and its exports ask."""
     dense = dense_distribution(model, windows)
-    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
     found = []
-    for resident, by_layer in ((False, True), (True, True), (True, False)):
+    for resident, by_layer in ((True, False), (True, True), (False, True)):
+        if not resident:
+            for parameter in anatomy.layers_of(model).parameters():
+                parameter.data = parameter.data.to(place)
+        before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+        fitted = fit(model, windows, WIDTHS, TensorFiles(None), scored=2)
         with Supernet(model, fitted.ranking, fitted.refits, resident=resident) as supernet:
             supernet.by_layer = by_layer  # as on a GPU
             draw = torch.Generator().manual_seed(0)
@@ -87,13 +99,22 @@ def test_what_is_brought_layer_by_layer_measures_as_what_stays(
                 "dense": supernet.distribution(windows).top_logprobs,
                 "sensitivity": block_sensitivity(supernet, windows, WIDTHS, draw),
                 "exchanges": exchange_costs(supernet, architecture, tried, windows, dense, draw),  # type: ignore[arg-type]
+                "scores": {kind: block.fisher for kind, block in fitted.statistics.blocks.items()},
+                "in sequence": sequential_refit(supernet, architecture, windows).to_tensors(),
+                "at an anchor": fit_at(supernet, [architecture], windows, WIDTHS, TensorFiles(None))[0].weight(
+                    0, anatomy.mlp, 5
+                ),
             }
+        mask = PruningMask.from_architecture(architecture, fitted.ranking)
+        small = shrink(model, mask, fitted.refits)
+        assert {p.device.type for p in small.parameters()} == {"cpu"}
+        parts["cut"] = small.state_dict()
         if not resident:
             for name, p in model.named_parameters():
                 assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1])
         found.append(parts)
-    for name, expected in found.pop().items():
-        for own in found:
+    for name, expected in found[0].items():
+        for own in found[1:]:
             torch.testing.assert_close(own[name], expected, **CLOSE)
     assert found[0]["kl"][0].abs().max() < 1e-6 < found[0]["kl"][1:].min()
 

@@ -50,3 +50,30 @@ def test_every_step_is_measured_once_and_what_another_order_gave_is_measured_ane
     assert sum(figure.get("order") == "surgeon" for figure in again.values()) == 12
     assert {key: figure["kl"] for key, figure in again.items()} == {key: figure["kl"] for key, figure in first.items()}
     assert {key.split("/")[2] for key, figure in again.items() if "order" not in figure} == {"first version", "ridge"}
+
+
+def test_a_curve_is_measured_and_drawn(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines through the mean of the seeds, tokens on the axis; the same figures give the same picture."""
+    out, picture = tmp_path / "curve.json", tmp_path / "curve.svg"
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
+    monkeypatch.setattr(benchmark, "WINDOW", 16)
+    monkeypatch.setattr(benchmark, "TOKENS", 128)
+    monkeypatch.setattr(benchmark, "STEPS", dict(benchmark.STEPS))
+    where = ["--model", f"{model_folder}", "--text", f"text:{text_file}", "--out", f"{out}", "--picture", f"{picture}"]
+    flags = [*where, "--seeds", "2", "--shares", "0.65", "--judged", "4", "--curve", "64,1024"]
+    drawn = []
+    for words in ((), ("--show",)):
+        monkeypatch.setattr(sys, "argv", ["refit_quality", *flags, *words])
+        benchmark.main()
+        drawn.append(picture.read_bytes())
+    figures = json.loads(out.read_text())["figures"]
+    assert figures.keys() == {
+        f"{seed}/0.65/{kind} {tokens}" for seed in "01" for kind in ("table", "sequence") for tokens in (64, 1024)
+    }
+    assert drawn[0] == drawn[1] and all(
+        text in drawn[0] for text in (b">1,024<", b">0.65 of the blocks, table<", b">0.65 of the blocks, in sequence<")
+    )
+    figures["0/0.65/table 64"]["kl"] += 1
+    assert benchmark.drawn({"figures": figures}) != drawn[0]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.mapping import is_mapped
-from llmbo.models.placement import leave_layers
+from llmbo.models.placement import SPARE, leave_layers, spread
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 RANDOM_MODEL: dict[str, Any] = runpy.run_path(str(EXPERIMENTS / "random_model.py"))
@@ -167,7 +167,7 @@ def test_layers_wait_and_all_else_goes_to_the_device(model_folder: Path) -> None
     for layer in model.model.layers:
         layer.self_attn.register_buffer("table", torch.ones(3), persistent=False)
     waiting = {name: weight.data_ptr() for name, weight in model.model.layers.named_parameters()}
-    leave_layers(model, "meta", pinned=False)
+    leave_layers(model, "meta")
     assert {name: weight.data_ptr() for name, weight in model.model.layers.named_parameters()} == waiting
     elsewhere = {name for name, weight in model.named_parameters() if weight.device.type == "meta"}
     assert elsewhere == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -175,6 +175,45 @@ def test_layers_wait_and_all_else_goes_to_the_device(model_folder: Path) -> None
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
     assert {"model.rotary_emb.inv_freq", "model.layers.0.self_attn.table"} <= set(buffers)
     assert not {name for name in model.state_dict() if "table" in name} and model.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="layers wait on another device, and there is a CPU alone")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_wait_on_a_card_and_all_else_on_the_device(
+    dtype: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU computes. In the dtype that they are stored in or another, weights reach the card from mapped files."""
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
+    loaded, plain = (load_model(str(model_folder), dtype, "cpu", offload) for offload in ("gpu", "none"))
+    layers = loaded.model.model.layers
+    assert {weight.device.type for weight in layers.parameters()} == {"cuda"}
+    assert {buffer.device.type for buffer in loaded.model.buffers()} == {"cpu"}
+    elsewhere = [weight for weight in loaded.model.parameters() if weight.device.type == "cpu"]
+    assert len(elsewhere) == 3 and loaded.model.device.type == "cpu"
+    assert loaded.fingerprint == plain.fingerprint and bool(loaded.notes) == (dtype != "float32")
+
+
+def test_layers_are_spread_over_as_few_cards_as_hold_them() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        number, size, cards = (int(torch.randint(1, most, (), generator=draw)) for most in (40, 100, 6))
+        free = {f"cuda:{card}": int(torch.randint(1000, (), generator=draw)) for card in range(cards)}
+        holds = {card: int(SPARE * room / size) for card, room in free.items()}
+        places = spread(number, size, free)
+        assert len(places) == min(number, sum(holds.values()))
+        assert all(places.count(card) <= holds[card] for card in free)
+        used = set(places)
+        best = sorted(holds.values(), reverse=True)
+        assert not used or sum(best[: len(used) - 1]) < number
+    assert spread(3, 10, {"cuda:1": 12, "cuda:3": 23}) == ["cuda:3", "cuda:3", "cuda:1"] and spread(3, 10, {}) == []
+
+
+def test_cards_that_are_full_by_now_are_told(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmbo.models.placement.other_cards", lambda device: {"cuda:1": 1000})
+    with pytest.raises(
+        ConfigError, match=rf"'{model_folder}' has \d layers, and GPUs beside cpu have room for 0: try --off"
+    ):
+        load_model(str(model_folder), "float32", "cpu", "gpu")
 
 
 def test_an_unknown_place_is_refused(model_folder: Path) -> None:

@@ -368,7 +368,7 @@ def test_fp8_is_dequantised_and_says_so(
         torch.testing.assert_close(loaded.model.get_parameter(name), weight, rtol=0.07, atol=0.01)
     assert re.search(r"stored in fp8 and dequantised", *loaded.notes)
     assert "quantization_config" not in loaded.model.config.to_dict()  # nor in what is exported
-    with pytest.raises(ModelError, match=rf"'{folder}' are dequantised .* cannot stay on disk: use --offload cpu"):
+    with pytest.raises(ModelError, match=rf"'{folder}' are dequantised .* cannot be mapped: use --offload cpu"):
         load_model(str(folder), "float32", "cpu", "disk")
     assert "dequantised" in invoke(tmp_path, *commands["evaluate"], folder).output
     result = invoke(tmp_path, *(word for word in commands["optimize"] if word != "--quiet"), folder)

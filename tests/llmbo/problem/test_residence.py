@@ -15,6 +15,7 @@ from experiments.gpu_check.__main__ import check
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
+from llmbo.models.placement import SPARE
 from llmbo.problem.residence import Machine, choose_residence, placed, placed_to_cut, refit_cache, residence_of
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.compensation import CACHE_BYTES
@@ -51,6 +52,37 @@ def test_more_room_never_chooses_a_slower_place(anatomy: Anatomy) -> None:
     assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host)) == "cpu"
     assert chosen(anatomy, Machine("cuda", part, rich["cpu"].host - 1)) == "disk"
     assert chosen(anatomy, Machine("cuda", PLENTY, PLENTY), offload="disk") == "disk"
+
+
+def test_other_gpus_are_taken_only_when_named_and_byte_by_byte(anatomy: Anatomy) -> None:
+    layer = 2 * anatomy.layer_parameters
+    enough = {"cuda:1": round(20.5 * layer / SPARE), "cuda:3": round(12 * layer / SPARE) + 1}
+    part = residence_of(CONFIG, anatomy, 2, Machine("cuda", PLENTY, PLENTY), "disk")
+    machine = Machine("cuda", part.needed, PLENTY, enough)
+    assert chosen(anatomy, machine) == "cpu" and chosen(anatomy, machine, offload="gpu") == "gpu"
+    found = residence_of(CONFIG, anatomy, 2, machine, "gpu")
+    assert found.cards == {"cuda:1": 20 * layer, "cuda:3": 12 * layer} and not found.homeless
+    assert (found.needed, found.host) == (part.needed, part.host)
+    for cards, homeless, said in (
+        (enough | {"cuda:3": enough["cuda:3"] - 2}, 1, "8.9 GB on cuda:1, 5.2 GB on cuda:3: --offload auto fits"),
+        ({}, 32, "there is no GPU beside cuda for them to wait on: --offload auto fits"),
+    ):
+        machine = Machine("cuda", PLENTY, PLENTY, cards)
+        assert residence_of(CONFIG, anatomy, 2, machine, "gpu").homeless == homeless * layer
+        with pytest.raises(ConfigError, match=rf"^'big' has 14\.0 GB of layers, and .*{said}\.$"):
+            chosen(anatomy, machine, offload="gpu")
+    with pytest.raises(ConfigError, match="--racing runs the model as a whole, but its layers wait on other GPUs"):
+        chosen(anatomy, Machine("cuda", PLENTY, PLENTY, enough), offload="gpu", racing=True)
+
+
+def test_a_refusal_names_other_gpus_where_they_would_do(anatomy: Anatomy) -> None:
+    for cards, gpu in (({"cuda:1": 10**10, "cuda:3": 10**10}, True), ({"cuda:1": 10**10}, False), ({}, False)):
+        machine = Machine("cuda", 10**10, PLENTY, cards)
+        with pytest.raises(ConfigError, match="--offload auto fits") as caught:
+            chosen(anatomy, machine, offload="none")
+        assert ("and so does --offload gpu, on cuda:1 and cuda:3." in str(caught.value)) == gpu
+        if gpu:
+            assert chosen(anatomy, machine, offload="gpu") == "gpu"
 
 
 def test_refits_fill_what_a_gpu_has_left_and_no_more(anatomy: Anatomy) -> None:
@@ -125,7 +157,8 @@ def test_a_tiny_model_is_placed_here(model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"--memory allows: --memory \d+MB fits"):
         placed(RunConfig(found.name, memory="1KB"), found, "float32", "cpu")
     for settings, offload in (
-        ({}, "none"), ({"offload": "disk"}, "disk"), ({"memory": "1KB"}, "disk"), ({"memory": "1KB", "offload": "none"}, "none"),
+        ({}, "none"), ({"offload": "gpu"}, "none"),
+        ({"offload": "disk"}, "disk"), ({"memory": "1KB"}, "disk"), ({"memory": "1KB", "offload": "none"}, "none"),
         ({"memory": "1KB", "racing": True}, "none"),
     ):  # fmt: skip
         config = RunConfig(found.name, **settings)

@@ -14,24 +14,29 @@ def numbers(values: dict[str, float | None] | None) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("flags", [{}, {"no_compensation": True}], ids=["refits", "none"])
-def test_a_run_with_layers_on_disk_is_the_run_of_a_resident_model(
+def test_a_run_with_layers_elsewhere_is_the_run_of_a_resident_model(
     llmbo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, object]
 ) -> None:
+    if not torch.cuda.is_available():  # the computing device, by another name, stands for a card
+        for user in ("llmbo.models.placement", "llmbo.problem.residence"):
+            monkeypatch.setattr(f"{user}.other_cards", lambda device: {"cpu:0": 10**9})
     found = {}
-    for offload in ("none", "disk"):
+    for offload in ("none", "disk", "gpu"):
         monkeypatch.setenv("LLMBO_PREPARED", str(tmp_path / offload))  # nothing is taken from the other
         done = llmbo(name=offload, budget=6, offload=offload, **flags)
         assert done.exit_code == 0, done.output
         found[offload] = llmbo.report(offload)
     for part in ("trials", "front"):
-        disk, resident = found["disk"][part], found["none"][part]
-        assert [point["architecture"] for point in disk] == [point["architecture"] for point in resident]
-        for one, other in zip(disk, resident, strict=True):
-            for values in ("objectives", "heldout"):
-                assert numbers(one.get(values)) == pytest.approx(numbers(other.get(values)), rel=1e-4)
+        resident = found["none"][part]
+        for elsewhere in (found["disk"][part], found["gpu"][part]):
+            assert [point["architecture"] for point in elsewhere] == [point["architecture"] for point in resident]
+            for one, other in zip(elsewhere, resident, strict=True):
+                for values in ("objectives", "heldout"):
+                    assert numbers(one.get(values)) == pytest.approx(numbers(other.get(values)), rel=1e-4)
     stored = {offload: load_run(tmp_path / "runs" / offload) for offload in found}
     cut = {offload: run.model(found["disk"]["front"][0]["trial"]).state_dict() for offload, run in stored.items()}
-    torch.testing.assert_close(cut["disk"], cut["none"], rtol=1e-3, atol=1e-4)
+    for offload in ("disk", "gpu"):
+        torch.testing.assert_close(cut[offload], cut["none"], rtol=1e-3, atol=1e-4)
     assert {offload: run._rebuilt().loaded.offload for offload, run in stored.items()} == {each: each for each in found}
 
 

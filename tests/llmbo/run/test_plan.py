@@ -1,6 +1,7 @@
 """What `--plan` says before anything is loaded: figures that follow from the config, this machine's rates, and whether it fits."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,12 +56,12 @@ def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.Monke
         anatomies[name] = anatomies.get(name) or anatomy_of_config(found)
         return anatomies[name]
 
-    def make(size: str, **settings: Any) -> Plan:
+    def make(size: str, machine: Machine = CARD, **settings: Any) -> Plan:
         config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **SHAPES[size])
         if not (tmp_path / size).is_dir():
             config.save_pretrained(tmp_path / size)
         settings = {"dtype": "bfloat16", "device": "cpu"} | settings
-        return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, CARD)
+        return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, machine)
 
     monkeypatch.setattr("llmbo.run.plan.anatomy_of_config", read_once)
     return make
@@ -87,6 +88,28 @@ def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None
     assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit no disk here
     assert "--neuron-step" in crowded.refused and crowded.chosen is not None
     assert "--racing runs the model as a whole" in planned("70B", racing=True).refused
+
+
+def test_other_gpus_are_told_where_they_would_spare_the_host(planned: Callable[..., Plan]) -> None:
+    """And nobody asks them where the model fits by itself."""
+    beside = replace(CARD, cards={"cuda:1": 80 * 10**9, "cuda:2": 80 * 10**9})
+    told = planned("70B", beside)
+    assert told.chosen == told.residences["cpu"]
+    assert "\n            71.9 GB on cuda:1, 65.0 GB on cuda:2; --offload gpu would do, faster than the host\n" in str(
+        told
+    )
+    taken = planned("70B", beside, offload="gpu")
+    assert taken.chosen == taken.residences["gpu"]
+    assert re.search(
+        r"from other GPUs: peak .* on the host  <- chosen\n +71.9 GB on cuda:1, 65.0 GB on cuda:2\n", str(taken)
+    )
+    assert planned("70B", offload="gpu").refused.startswith(
+        f"'{taken.config.model}' has 136.9 GB of layers, and there is no GPU"
+    )
+    short = planned("70B", replace(beside, cards={"cuda:1": 80 * 10**9}), offload="gpu")
+    assert not short.fits and "71.9 GB on cuda:1, no room for 65.0 GB\n" in str(short)
+    unasked = replace(beside)
+    assert "gpu" not in planned("8B", unasked).residences and "others" not in vars(unasked)
 
 
 def test_refits_are_counted_where_they_go(

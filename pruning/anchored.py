@@ -117,7 +117,7 @@ def fit_at(
     names = [partial(anchor_files, anchor, windows, ridge) for anchor in anchors]
     layers = range(anatomy.num_hidden_layers)
 
-    def kept(name_of: Callable[[int], str], index: int) -> dict[str, Tensor] | None:
+    def kept(name_of: Callable[[int], str], index: int) -> Mapping[str, Tensor] | None:
         expected = expected_widths(anatomy, anatomy.layers_of(supernet.model)[index], widths, ridge)
         return files.get(name_of(index), expected)
 
@@ -150,7 +150,7 @@ def _pass(
     widths: Mapping[BlockKind, Sequence[int]],
     ridge: Ridge,
     found: Mapping[str, Tensor] | None,
-    keep: Callable[[dict[str, Tensor]], None] | None,
+    keep: Callable[[Mapping[str, Tensor]], object] | None,
 ) -> None:
     """Fit a layer at an anchor's stream and let the stream pass it.
 

@@ -68,7 +68,8 @@ class Sight:
 
     def heard(self, record: FrozenTrial) -> float | None:
         """The same; None while its beat has not been seen to move."""
-        return self.silent(record) if record.number in self._signs and self._signs[record.number][2] else None
+        sign = self._signs.get(record.number)
+        return self.silent(record) if sign is not None and sign.moved else None
 
     def lives(self, record: FrozenTrial, lock_tells: bool = True) -> bool | None:
         """Whether the process behind a record is there; None while that cannot be told yet.

@@ -10,7 +10,7 @@ from functools import cached_property
 from html import unescape
 from typing import Any
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 BLOT = "***"
 SHORTEST_SECRET = 6  # placeholders like `none` and `EMPTY` are shorter, and blotting them out would garble replies
 DEPTH = 8  # escapes of escapes that are followed
@@ -25,6 +25,11 @@ _ESCAPE = re.compile(
 def environment_key() -> str:
     """The key without the line end that a file leaves at it; empty if there is none."""
     return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def environment_url() -> str:
+    """The server that the environment names for the key; empty if it names none."""
+    return os.environ.get(URL_VARIABLE, "").strip()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import random
 import ssl
 import threading
@@ -16,14 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 
-from llmbo.advisor.censor import KEY_VARIABLE, environment_key
+from llmbo.advisor.censor import KEY_VARIABLE, URL_VARIABLE, environment_key, environment_url
 from llmbo.advisor.client import ClientError, Completion
 from llmbo.advisor.render import Prompt, estimated_tokens
 from llmbo.advisor.shapes import complaint, reply_text
 from llmbo.config.advisor import checked_url
 from llmbo.errors import ConfigError, first_line
 
-URL_VARIABLE = "OPENAI_BASE_URL"
 MAX_BYTES = 1_000_000  # of a response; more is no reply
 BACKOFF = 0.5  # seconds before the first retry, doubled each time
 MAX_RETRIES = 4
@@ -89,7 +87,7 @@ class OpenAIClient:
         Raises:
             ConfigError: OpenAI's own server without a key, or `OPENAI_BASE_URL` names no server.
         """
-        key, given = environment_key(), os.environ.get(URL_VARIABLE, "").strip()
+        key, given = environment_key(), environment_url()
         base_url = base_url or (checked_url(given, f"{URL_VARIABLE} must hold") if given else None)
         if not key and base_url is None:
             raise ConfigError(

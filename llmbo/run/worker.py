@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from llmbo.advisor.censor import KEY_VARIABLE, URL_VARIABLE, environment_key, environment_url
 from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig
+from llmbo.config.advisor import parse_spec
 from llmbo.display.progress import Display
-from llmbo.errors import ModelError, TakenOver
+from llmbo.errors import ConfigError, ModelError, TakenOver
 from llmbo.evaluation.items import Exam
 from llmbo.models.loading import find_prunable, load_model
 from llmbo.problem.elastic import adapted, heard
@@ -81,6 +83,7 @@ def work(
     config = RunConfig.from_settings(
         {**settings, **facts.get("free", {})}, name=name, storage=url, budget=facts["budget"]
     )
+    check_key(config.advisor)
     display.budget = config.budget
     with display.phase("model"):
         base = find_prunable(model or config.model)
@@ -141,6 +144,20 @@ def work(
         serve(patience, name, seat, {"device": loaded.device}, evaluate)
 
 
+def check_key(advisor: str) -> None:
+    """Whoever may write the database could have keys sent anywhere: a server that it alone names gets none.
+
+    Raises:
+        ConfigError: This machine has a key, and nothing here says that the run's server may have it.
+    """
+    server = parse_spec(advisor).base_url
+    if server and environment_key() and environment_url() != server:
+        raise ConfigError(
+            f"The run asks a language model at {server}, and {KEY_VARIABLE} is set here: set {URL_VARIABLE}={server} if that server may "
+            f"have the key, or unset {KEY_VARIABLE}."
+        )
+
+
 @contextmanager
 def helpers(devices: Sequence[str], parts: RunParts, tell: Callable[[str], None]) -> Iterator[None]:
     """Workers on the other devices of this machine while the block lasts; what they say is in the run folder.
@@ -154,6 +171,8 @@ def helpers(devices: Sequence[str], parts: RunParts, tell: Callable[[str], None]
         **os.environ,
         "LLMBO_RUN": parts.config.storage or str(parts.folder),
     }  # not among the words, which anyone can list
+    if server := parse_spec(parts.config.advisor).base_url:  # as was typed here
+        env[URL_VARIABLE] = server
     words = [sys.executable, "-m", "llmbo", "worker", "--name", parts.config.name, "--device"]
     started = []
     for number, device in enumerate(devices[1:], 1):

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from llmbo import optimize
 from llmbo.cli import app
 from llmbo.errors import ConfigError
+from llmbo.run.worker import check_key
 
 DOCS = Path(__file__).parents[3] / "docs" / "workers"
 
@@ -56,6 +57,26 @@ def test_a_worker_finishes_a_run_as_its_owner_would_have(
         [(trial["architecture"], trial["objectives"]) for trial in run.report()["trials"]] for run in (llmbo, alone)
     )
     assert ours == theirs and len(ours) == 9
+
+
+def test_a_key_goes_to_no_server_that_the_database_alone_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, url, advisor, refused in (
+        ("secret", "", "openai:m@http://elsewhere/v1", True),
+        ("secret", "http://other/v1", "openai:m@http://elsewhere/v1", True),
+        ("secret", "http://elsewhere/v1", "openai:m@http://elsewhere/v1", False),
+        ("", "", "openai:m@http://elsewhere/v1", False),
+        ("secret", "", "openai:m", False),
+        ("secret", "", "heuristic", False),
+    ):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        with (
+            pytest.raises(ConfigError, match="OPENAI_BASE_URL=http://elsewhere/v1")
+            if refused
+            else contextlib.nullcontext() as caught
+        ):
+            check_key(advisor)
+        assert "secret" not in str(caught)
 
 
 def test_how_schedulers_start_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from pruning.text import read_mix
 PLACES = ("model", "text", "items", "name", "storage")
 # Settings that came after rounds were first stored and change no proposal. What a comparison never sets and was there then is keyed too.
 SINCE = (
-    "samples", "refit_front", "heldout_text", "memory", "offload", "advisor_reply_tokens", "advisor_warm_start",
+    "samples", "refit_front", "heldout_text", "memory", "offload", "artifacts", "advisor_reply_tokens", "advisor_warm_start",
 )  # fmt: skip
 KEYED_BY = "content"  # written beside the code's digest; earlier versions keyed rounds by the text's path
 

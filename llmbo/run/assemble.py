@@ -244,19 +244,8 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 proposer = proposer_of(config, problem, objectives, loaded, advice, phases.note)
                 evaluator = evaluator_of(config, problem, objectives, store)
                 yield RunParts(
-                    config,
-                    folder,
-                    problem,
-                    objectives,
-                    proposer,
-                    evaluator,
-                    store,
-                    advice,
-                    elsewhere,
-                    loaded,
-                    items,
-                    exams,
-                )
+                    config, folder, problem, objectives, proposer, evaluator, store, advice, elsewhere, loaded, items, exams
+                )  # fmt: skip
 
 
 def _parts(base: Found | LoadedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

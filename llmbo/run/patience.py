@@ -3,14 +3,16 @@
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from llmbo.errors import AwayError
-from llmbo.run.database import explained
+from llmbo.run.database import explained, uninterrupted
 
 LONGEST = 300.0  # seconds that a database may be away
 FIRST, LAST = 0.1, 10.0  # seconds between two tries, doubled from the first on
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Patience:
@@ -74,3 +76,22 @@ class Patience:
         if self._told and self._since is not None:
             self.tell(f"The database answers again, after {self._clock() - self._since:.0f} s.")
         self._since, self._told = None, False
+
+
+class Patient(Protocol):
+    """Who needs a database."""
+
+    patience: Patience
+
+
+S = TypeVar("S", bound=Patient)
+
+
+def whole(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method in which no signal comes; repeated from its start where the database is away, it finds what it has stored already."""
+
+    @wraps(method)
+    def patient(owner: S, /, *args: P.args, **options: P.kwargs) -> T:
+        return owner.patience(lambda: uninterrupted()(method)(owner, *args, **options))
+
+    return patient

@@ -30,7 +30,7 @@ from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
 from llmbo.run.database import explained, open_storage, uninterrupted
 from llmbo.run.lease import Lease
-from llmbo.run.patience import Patience
+from llmbo.run.patience import Patience, whole
 from llmbo.run.records import (
     JUDGEMENTS,
     digest_elsewhere,
@@ -63,16 +63,6 @@ def _waits(frozen: FrozenTrial) -> bool:
     return frozen.state is TrialState.WAITING
 
 
-def _whole(method: Callable[Concatenate["TrialStore", P], R]) -> Callable[Concatenate["TrialStore", P], R]:
-    """No signal comes in between. Repeated from its start where the database is away, and then finds what it has stored already."""
-
-    @wraps(method)
-    def patient(store: "TrialStore", /, *args: P.args, **options: P.kwargs) -> R:
-        return store.patience(lambda: uninterrupted()(method)(store, *args, **options))
-
-    return patient
-
-
 def _writes(method: Callable[Concatenate["TrialStore", P], R]) -> Callable[Concatenate["TrialStore", P], R]:
     """Only by the run's owner, and whole."""
 
@@ -81,7 +71,7 @@ def _writes(method: Callable[Concatenate["TrialStore", P], R]) -> Callable[Conca
         store.check()
         return method(store, *args, **options)
 
-    return _whole(checked)
+    return whole(checked)
 
 
 class TrialStore:
@@ -176,17 +166,17 @@ class TrialStore:
         if place is not None and not self._team.holds(place):
             raise TakenOver(f"Trial {place} was given to another process: what this one has measured is not stored.")
 
-    @_whole
+    @whole
     def trials(self) -> list[Trial]:
         """All trials by number."""
         return [self._trial(frozen, number) for number, frozen in enumerate(frozen_trials(self._study))]
 
-    @_whole
+    @whole
     def rounds(self) -> list[list[Proposal]]:
         """The stored proposals of every round."""
         return rounds_of(self._study.user_attrs, self._space.max_levels)
 
-    @_whole
+    @whole
     def leads(self) -> bool:
         """Whether this process is the one that proposes; a worker becomes it where nobody is.
 
@@ -195,12 +185,12 @@ class TrialStore:
         """
         return self._team is None or self._team.leads()
 
-    @_whole
+    @whole
     def size(self) -> int:
         """How many processes evaluate, this one included."""
         return self._team.size() if self._team else 1
 
-    @_whole
+    @whole
     def free(self, numbers: Sequence[int]) -> list[int]:
         """Those of some unfinished trials that this process may start."""
         if self._team is None:
@@ -234,7 +224,7 @@ class TrialStore:
         if number >= len(frozen_trials(self._study)):
             self._add(number, round_number, proposal, TrialState.WAITING)
 
-    @_whole
+    @whole
     def start(self, number: int, round_number: int, proposal: Proposal) -> bool:
         """Mark trial `number` as RUNNING, if it is not; False where another process has it."""
         frozen = frozen_trials(self._study)
@@ -267,13 +257,13 @@ class TrialStore:
             )
         )
 
-    @_whole
+    @whole
     def finish(self, number: int, found: Measurement, seconds: float) -> None:
         """Store the measurements of a RUNNING trial and mark it COMPLETE."""
         attributes = {"values": {**found, "seconds": seconds}, "windows": found.windows}
         self._end(number, TrialState.COMPLETE, attributes, [found[name] for name in self._study.metric_names or []])
 
-    @_whole
+    @whole
     def fail(self, number: int, reason: str, seconds: float) -> None:
         """Mark a RUNNING trial as FAILED."""
         self._end(number, TrialState.FAIL, {"values": {"seconds": seconds}, "failure": reason})
@@ -286,7 +276,7 @@ class TrialStore:
             judgement_key(heldout_kind(digest), number), kept
         )  # a finished trial is closed for good
 
-    @_whole
+    @whole
     def heldout(self, digest: str = "") -> dict[int | None, Measurement]:
         """Held-out measurements by trial number, the dense model's (None) with those of their windows."""
         return heldout_of(self._study.user_attrs, digest)
@@ -296,7 +286,7 @@ class TrialStore:
         """Keep what a row of `records.JUDGEMENTS` says of a trial, or of the dense model (None)."""
         self._study.set_user_attr(judgement_key(kind, number), dict(found))
 
-    @_whole
+    @whole
     def judgements(self, kind: str) -> dict[int | None, dict[str, Any]]:
         """The same, by trial number."""
         return judgements_of(self._study.user_attrs, kind)
@@ -306,7 +296,7 @@ class TrialStore:
         """Add one fact about the run, e.g. seconds by phase."""
         self._study.set_user_attr("facts", {**self.facts, key: value})
 
-    @_whole
+    @whole
     def notes(self) -> dict[str, Any]:
         """What an advisor was asked and what it answered, by key."""
         found = self._study.user_attrs
@@ -318,7 +308,7 @@ class TrialStore:
         self._study.set_user_attr(f"{_ADVICE}{key}", value)
 
     @property
-    @_whole
+    @whole
     def facts(self) -> dict[str, Any]:
         return self._study.user_attrs["facts"]
 

@@ -58,7 +58,8 @@ class PinnedMemory:
         if self._used + size > len(self._chunk):
             if size > CHUNK_BYTES or self._left < CHUNK_BYTES:
                 return None
-            self._chunk, self._used = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True), 0
+            pinned = torch.cuda.is_available()  # nothing else can, or has to be copied from
+            self._chunk, self._used = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned), 0
             self._left -= CHUNK_BYTES
         kept = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._used += size

@@ -207,15 +207,20 @@ def test_what_is_handed_on_outlives_its_source(
 
 
 @ONE_FAMILY
+@pytest.mark.parametrize("waiting", [0, 3000, 10**6])
 def test_the_cache_on_the_device_is_bounded_and_invisible(
-    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor
+    model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, waiting: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And so is what waits for it in memory that it is copied from: each refit is read once where all have room there."""
     from pruning.refits import GridRefits
 
-    files = TensorFiles(None)
+    monkeypatch.setattr("pruning.transfers.CHUNK_BYTES", 8192)
+    files, reads = TensorFiles(None), list[object]()
     expected = fit(model, windows, WIDTHS, files, scored=2)
     assert expected.refits is not None
-    small = GridRefits(files, expected.ranking, "cpu", RefitCache(3 * anatomy.hidden_size * 11 * 8))
+    cache, read = RefitCache(3 * anatomy.hidden_size * 11 * 8, waiting), RefitCache._read
+    monkeypatch.setattr(RefitCache, "_read", lambda self, key, how: (reads.append(key), read(self, key, how))[1])
+    small = GridRefits(files, expected.ranking, "cpu", cache)
     for _ in range(2):
         for layer in range(5):
             for units in (5, 11):
@@ -223,3 +228,4 @@ def test_the_cache_on_the_device_is_bounded_and_invisible(
                 assert torch.equal(found, expected.refits.weight(layer, anatomy.mlp, units))
                 assert small.cache.held == sum(size for _, size in small.cache.kept.values()) <= small.cache.most
     assert 1 < len(small.cache.kept) < 10
+    assert len([key for key in reads if "mlp" in str(key)]) == {0: 30, 3000: 30, 10**6: 20}[waiting]

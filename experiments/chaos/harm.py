@@ -99,6 +99,9 @@ class Harm:
         awake = [process for process in self._alive() if process.pid not in self._asleep]
         kinds = ["kill", "kill", "stop", "leave"] if awake else []
         kinds += ["database"] if self.server else []
+        last = sum(self.faults.values()) + 1 == self.kills
+        if self.server and last and not self.faults["database killed"]:  # chance may have spared it
+            kinds = ["database"]
         if not kinds:
             return
         kind = self.random.choice(kinds)

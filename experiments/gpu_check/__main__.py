@@ -28,7 +28,7 @@ from llmbo.models.stored import anatomy_of_config
 from llmbo.problem.method import DEFAULT
 from llmbo.problem.residence import Machine, choose_residence, refit_cache
 from llmbo.problem.space import SearchSpace, space_of
-from llmbo.run.duration import Rates
+from llmbo.run.duration import Rates, wait_for
 from pruning.architecture import Architecture
 from pruning.cost import Serving, cost_of
 from pruning.memory import _Allocations
@@ -165,14 +165,9 @@ def _taken(device: torch.device, run: Callable[[], Any]) -> tuple[Any, Taken]:
     start = time.perf_counter()
     with _Allocations(device) as allocations:
         found = run()
-        _wait(device)
+        wait_for(device)
         seconds = time.perf_counter() - start
     return found, Taken(seconds, allocations.peak)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

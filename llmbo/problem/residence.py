@@ -136,12 +136,12 @@ def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Mac
     if machine.shared or not config.compensation:
         return RefitCache()
     found = residence_of(config, anatomy, itemsize, machine, offload)
-    most, all_of_them = (
+    most, needed = (
         CACHE_BYTES + max(0, round(SPARE * found.limit) - found.needed),
         refit_bytes(config, anatomy, itemsize),
     )
-    waiting = min(all_of_them + CHUNK_BYTES, int(WAITING * max(0, found.host_limit - found.host)))
-    return RefitCache(most, waiting if most < all_of_them else 0)
+    waiting = min(needed + CHUNK_BYTES, int(WAITING * max(0, found.host_limit - found.host)))
+    return RefitCache(most, waiting if most < needed else 0)
 
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:

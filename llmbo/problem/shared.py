@@ -22,6 +22,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmbo.errors import DamagedError, ModelError, StorageError, first_fault, first_line
+from llmbo.problem.residence import readable
 from llmbo.types import Phases
 from pruning.tensor_files import SUFFIX, TensorFiles
 
@@ -201,7 +202,7 @@ def share(files: TensorFiles, made_from: Mapping[str, Any], address: str, phases
         if not artifacts.has(f"{manifest}.json"):
             artifacts.write(f"{manifest}.json", io.BytesIO(content))
     phases.note(
-        f"The preparation is in {artifacts.address}: {len(names)} files, {new} of them new ({_megabytes(moved)})."
+        f"The preparation is in {artifacts.address}: {len(names)} files, {new} of them new ({readable(moved)})."
     )
     return Fact(address=artifacts.address, manifest=manifest).model_dump()
 
@@ -300,7 +301,7 @@ class Shared:
     @property
     def taken(self) -> str:
         """How much was, in words."""
-        return f"Taken from {self.artifacts.address}: {self.files} files ({_megabytes(self.bytes)})."
+        return f"Taken from {self.artifacts.address}: {self.files} files ({readable(self.bytes)})."
 
 
 def _comparable(made_from: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,7 +314,3 @@ def _damaged(artifacts: Artifacts, name: str) -> DamagedError:
     return DamagedError(
         f"'{name}' in {artifacts.address} is damaged: remove it there, and start the run's own command again, which puts it there anew."
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -81,7 +81,7 @@ class Rates:
             for _ in range(REPEATS):
                 start = clock()
                 run()
-                _wait(device)
+                wait_for(device)
                 times.append(clock() - start)
             return max(min(times[1:]), 1e-9)  # the first call warms up
 
@@ -259,7 +259,8 @@ def _asks_marginals(config: RunConfig) -> bool:
     )
 
 
-def _wait(device: str) -> None:
+def wait_for(device: str | torch.device) -> None:
+    """Until the device has done what it was given."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from llmbo.errors import StorageError, TakenOver
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
-from llmbo.run.database import explained, open_storage, uninterrupted
+from llmbo.run.database import explained, open_storage
 from llmbo.run.lease import Lease
 from llmbo.run.patience import Patience, whole
 from llmbo.run.records import (
@@ -198,7 +198,7 @@ class TrialStore:
         frozen, may, leads = frozen_trials(self._study), self._team.may_start(), self._team.lease is not None
         return [n for n in numbers if (leads if n >= len(frozen) else may(n, _waits(frozen[n])))]
 
-    @uninterrupted()
+    @whole
     def lost(self, numbers: Sequence[int]) -> list[int]:
         """Those of some free trials that a process has begun, or claimed, which is gone: no worker will take them."""
         if self._team is None:
@@ -272,9 +272,8 @@ class TrialStore:
     def set_heldout(self, number: int | None, found: Measurement, digest: str = "") -> None:
         """Keep held-out measurements of a trial, or of the dense model (None), on windows of another text where there is a digest."""
         kept = {"values": dict(found), "windows": found.windows}
-        self._study.set_user_attr(
-            judgement_key(heldout_kind(digest), number), kept
-        )  # a finished trial is closed for good
+        # A finished trial is closed for good, the study is not.
+        self._study.set_user_attr(judgement_key(heldout_kind(digest), number), kept)
 
     @whole
     def heldout(self, digest: str = "") -> dict[int | None, Measurement]:

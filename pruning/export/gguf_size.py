@@ -34,17 +34,23 @@ class GgufSize:
         model: The dense one, wherever its weights are: only shapes and config are looked at.
         mixture: No recipe.
         name: The model's name in the file.
+        uniform: Only sub-networks with equal layers are asked of, which more families can be.
 
     Raises:
         UnsupportedExport: llama.cpp cannot hold the model with layers of unequal size, or its tokenizer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, mixture: Mixture, name: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        mixture: Mixture,
+        name: str,
+        uniform: bool = False,
     ) -> None:
         self.anatomy, self.mixture = anatomy_of(model), mixture
         full = Architecture.full(self.anatomy)
-        cut = Architecture(full.kv_groups, (0, *full.neurons[1:]))
+        cut = full if uniform else Architecture(full.kv_groups, (0, *full.neurons[1:]))
         unequal, equal = (Pruned(model, self.anatomy, each, tokenizer) for each in (cut, full))
         self.names = [check_gguf(model.config, self.anatomy, each.architecture) for each in (unequal, equal)]
         self.dense = [shapes(equal, kind) for kind in self.names]

@@ -46,17 +46,17 @@ def tensors(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
         shift, factor = _scaling(pruned, source)
         yield name, ((values + shift) * factor).contiguous().numpy()
     yield from zeros(pruned, architecture)
-    factors = _rotary_factors(pruned)
-    if architecture in ("llama", "deci") and factors is not None:
-        yield "rope_freqs.weight", factors
+    if _turns_otherwise(pruned, architecture):
+        yield "rope_freqs.weight", _rotary_factors(pruned)
 
 
 def shapes(pruned: Pruned, architecture: str) -> dict[str, tuple[int, ...]]:
     """Of all tensors without stand-ins, by GGUF's names; weights are not looked at."""
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in _matrices(pruned.model).items()}
     found = {name: tuple(values.shape) for name, _, values in _named(state, pruned, architecture)}
-    factors = _rotary_factors(pruned) if architecture in ("llama", "deci") else None
-    return found | ({} if factors is None else {"rope_freqs.weight": factors.shape})
+    return found | (
+        {"rope_freqs.weight": (pruned.anatomy.head_dim // 2,)} if _turns_otherwise(pruned, architecture) else {}
+    )
 
 
 def with_matrices(pruned: Pruned, architecture: str, stored: Callable[[str], Array]) -> PreTrainedModel:
@@ -190,12 +190,15 @@ def zeros(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
             yield f"blk.{position}.{name}", (np.ones if len(shape) == 1 else np.zeros)(shape, dtype=np.float32)
 
 
-def _rotary_factors(pruned: Pruned) -> Array | None:
-    """What llama.cpp divides the plain rotary frequencies by, `head_dim / 2`; None if they are plain."""
+def _turns_otherwise(pruned: Pruned, architecture: str) -> bool:
+    """Whether the file tells rotary frequencies that are not the plain ones."""
     rope = getattr(pruned.model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") == "default":
-        return None
-    dim = pruned.anatomy.head_dim
+    return architecture in ("llama", "deci") and rope.get("rope_type", "default") != "default"
+
+
+def _rotary_factors(pruned: Pruned) -> Array:
+    """What llama.cpp divides the plain rotary frequencies by, `head_dim / 2`."""
+    rope, dim = pruned.model.config.rope_parameters, pruned.anatomy.head_dim
     plain = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     actual = pruned.model.get_decoder().rotary_emb.inv_freq.cpu().double()
     factors: Array = (plain / actual).float().numpy()

@@ -28,11 +28,12 @@ from pruning.export.gguf_size import GgufSize
 from pruning.export.gguf_tokenizer import check_tokenizer
 from pruning.export.quantise import FALLBACKS, FILE_TYPES, PLAIN, Mixture, _ggml
 from pruning.export.verify import difference, expected_logits, probe
-from pruning.importance import magnitude
+from pruning.importance import magnitude, within_groups
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink, shrink_to
 from pruning.statistics import collect_statistics
 from pruning.text import read_text
+from pruning.widths import attention_width
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp (a C++ compiler and minutes)"
@@ -44,12 +45,20 @@ TEXT = "It's 12345 o'clock; the cat, the hat & the naïve café.\n\n\tx = y ** 2
 
 
 def pruned_to(
-    model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tokenizer: Any = None
+    model: PreTrainedModel,
+    kv_groups: tuple[int, ...],
+    neurons: tuple[int, ...],
+    tokenizer: Any = None,
+    fewer: tuple[int, ...] = (),
 ) -> Pruned:
     anatomy = anatomy_of(model)
-    architecture = Architecture(kv_groups, neurons)
+    architecture = Architecture(kv_groups, neurons, fewer)
     statistics = collect_statistics(model, torch.ones(1, 2, dtype=torch.long), scored=0, grams=lambda layer: False)
     ranking = magnitude(statistics).ranking()
+    if fewer:  # the last heads first
+        last = torch.arange(anatomy.num_attention_heads).flip(0)
+        inside = [within_groups(last, groups, anatomy.attention.queries) for groups in ranking.groups]
+        ranking = replace(ranking, heads=torch.stack(inside))
     return Pruned(shrink(model, PruningMask.from_architecture(architecture, ranking)), anatomy, architecture, tokenizer)
 
 
@@ -103,15 +112,47 @@ def llama_logits(model: Any, windows: Tensor) -> Tensor:
     ],
 )
 def test_llama_cpp_computes_the_same(
-    model: PreTrainedModel, kv_groups: tuple[int, ...], neurons: tuple[int, ...], tmp_path: Path
+    model: PreTrainedModel,
+    kv_groups: tuple[int, ...],
+    neurons: tuple[int, ...],
+    tmp_path: Path,
+    fewer: tuple[int, ...] = (),
 ) -> None:
-    cut = pruned_to(model, kv_groups, neurons)
+    cut = pruned_to(model, kv_groups, neurons, fewer=fewer)
     write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3  # its KV cache is float16
-    predicted = GgufSize(model, None, Mixture.of("f32"), "x")(torch.tensor(kv_groups), torch.tensor(neurons))
-    assert int(predicted) == (tmp_path / "x.gguf").stat().st_size
+    widths = (torch.tensor(cut.architecture.units(kind)) for kind in ("attention", "mlp"))
+    assert int(GgufSize(model, None, Mixture.of("f32"), "x")(*widths)) == (tmp_path / "x.gguf").stat().st_size
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("model", ["llama-tied", "llama-biased", "qwen2"], indirect=True)
+@pytest.mark.parametrize(
+    ("kv_groups", "neurons", "fewer"),
+    [
+        ((2, 1, 0, 1, 2), (24, 8, 3, 0, 9), (1, 1, 0, 0, 0)),
+        ((0, 2, 2, 1, 0), (8, 0, 24, 9, 0), (0, 1, 0, 1, 0)),
+        ((2, 2, 0, 2, 2), (8, 8, 0, 8, 8), (1, 1, 0, 1, 1)),  # equal
+    ],
+)
+def test_query_heads_that_a_layer_lacks(
+    model: PreTrainedModel,
+    kv_groups: tuple[int, ...],
+    neurons: tuple[int, ...],
+    fewer: tuple[int, ...],
+    tmp_path: Path,
+) -> None:
+    """As many of each KV group of a layer, another number in another layer: `head_count` is told by layer."""
+    test_llama_cpp_computes_the_same(model, kv_groups, neurons, tmp_path, fewer)
+    told = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    heads = next(field for name, field in told.items() if name.endswith(".attention.head_count")).contents()
+    pairs = zip(kv_groups, neurons, fewer, strict=True)
+    kept = [groups * (2 - gone) for groups, width, gone in pairs if groups or width]
+    if not kept[0]:
+        kept[0] = 2  # a layer of zeros in its place
+    assert heads == (kept[0] if len(set(neurons)) == 2 else kept)
 
 
 @needs_llama_cpp
@@ -150,6 +191,12 @@ def test_families_with_equal_layers(model: PreTrainedModel, groups: int, tmp_pat
         model = with_config(model, query_pre_attn_scalar=11)
     cut = pruned_to(model, (groups, groups, 0, groups, groups), (8, 8, 0, 8, 8))
     write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
+    size = GgufSize(model, None, Mixture.of("f32"), "x", uniform=True)
+    assert int(size(*map(torch.tensor, (cut.architecture.kv_groups, cut.architecture.neurons)))) == (
+        os.path.getsize(tmp_path / "x.gguf")
+    )
+    with pytest.raises(UnsupportedExport):
+        GgufSize(model, None, Mixture.of("f32"), "x")
     tokens = probe(cut.model, min(32, context_length(cut.model.config)))
     found = llama_logits(opened(tmp_path / "x.gguf", tokens.shape[1]), tokens)
     assert difference(found, expected_logits(cut.model, tokens)) < 5e-3
@@ -375,12 +422,14 @@ def test_the_size_of_a_file_is_known_to_the_byte(kind: str, tmp_path: Path) -> N
     neurons = torch.tensor([0, 32, 64, 90, 96])[torch.randint(5, (2, 3, 12), generator=rng)]
     groups[1, 1], neurons[1, 1] = 1, 32
     groups[1, 1, 4], neurons[1, 1, 4], groups[1, 2], neurons[1, 2] = 0, 0, 2, 96
+    groups = attention_width(groups, torch.randint(2, groups.shape, generator=rng) * (groups > 0))
+    groups[1, 1], groups[1, 2] = attention_width(1, 1) * (groups[1, 1] > 0), attention_width(2, 0)
     found = GgufSize(model, tokenizer, Mixture.of(kind), "any name")(groups, neurons)
     assert found.shape == (2, 3) and len(found.unique()) == 6
     for some, others, size in zip(
         groups.view(6, 12).tolist(), neurons.view(6, 12).tolist(), found.view(6).tolist(), strict=True
     ):
-        architecture = Architecture(tuple(some), tuple(others))
+        architecture = Architecture.of(tuple(some), tuple(others))
         cut = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture, tokenizer)
         write_gguf(cut, tmp_path / "x.gguf", Mixture.of(kind), "any name")
         assert size == (tmp_path / "x.gguf").stat().st_size, architecture

@@ -13,6 +13,7 @@ from llmbo.deploy.export import export
 from llmbo.deploy.fit import best_within, parse_budgets, sign_of
 from llmbo.deploy.reader import started
 from llmbo.deploy.request import ExportRequest
+from llmbo.deploy.target import Target
 from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel
@@ -102,17 +103,21 @@ class Run:
         judged = _judged(dense.heldout), _judged(dense.elsewhere)
         return Point(None, architecture, _measured(dense.objectives), judged[0], elsewhere=judged[1], **_seen(dense))
 
-    def best_within(self, budgets: Mapping[str, float]) -> Point:
+    def best_within(self, budgets: Mapping[str, float], format: str = "", dtype: str = "", quantize: str = "") -> Point:
         """The best model of the front within budgets, as `llmbo export --fit` takes it: `run.best_within({"params": 1e8})`.
 
         Args:
-            budgets: Largest values by name of any objective or cost that the report holds; of accuracy the smallest.
+            budgets: Largest values by name of any objective or cost that the report holds, and `file_bytes`; of accuracy the smallest.
+            format, dtype, quantize: What it is to be exported as, see `export`: `file_bytes` is counted of that.
 
         Raises:
             ConfigError: No model is within all of them: the nearest is named.
+            ModelError: The base model's config or tokenizer, by which `file_bytes` is counted, is not there.
+            UnsupportedExport: The format cannot hold any.
         """
-        words = [f"{name}{sign_of(name)}{value!r}" for name, value in budgets.items()]
-        found = best_within(self.report, parse_budgets(words)).trial
+        target = Target.of(self.report, format, dtype, quantize)
+        with libraries_silenced():
+            found = best_within(self.report, parse_budgets(_words(budgets)), target, self._base).trial
         assert found is not None  # a point of the front
         return self._point(self.report.trials[found])
 
@@ -192,9 +197,9 @@ class Run:
 
     def export(
         self,
-        trial: int,
+        trial: int | Mapping[str, float],
         out: str | Path,
-        format: str = "hf",
+        format: str = "",
         dtype: str = "",
         max_shard_size: str = "5GB",
         refit: str = "",
@@ -203,9 +208,11 @@ class Run:
         """Write a trial's model as a folder that loads where people deploy, as `llmbo export` does.
 
         Args:
+            trial: Its number, or budgets of which the best model of the front keeps all: `run.export({"file_bytes": 4e9}, "DIR",
+                format="gguf", quantize="q4_k_m")`. See `best_within`.
             out: Folder to make; it must be empty or not exist.
-            format: hf, gguf, vllm or padded.
-            dtype: By default the run's own, and f16 in a GGUF file.
+            format: hf, gguf, vllm or padded; by default what the run counted `file_bytes` of, else what its first engine takes, else hf.
+            dtype: By default what the run counted `file_bytes` of, else the run's own, and f16 in a GGUF file.
             refit: As in `model`.
             quantize: In place of `dtype`, a file type of llama.cpp, `recipe:FILE`, or `searched:SIZE`.
 
@@ -215,11 +222,19 @@ class Run:
         Raises:
             LlmboError, PruningError: One line for the user; nothing is left in `out`.
         """
-        request = ExportRequest.of(str(self.folder), trial, format, Path(out), dtype, max_shard_size, refit, quantize)
-        arguments = {"trial": trial, "format": format, "out": str(out)} | ({"refit": refit} if refit else {})
-        arguments |= {"quantize": quantize} if quantize else {}
+        number, fit = (None, _words(trial)) if isinstance(trial, Mapping) else (trial, [])
+        with libraries_silenced():
+            request = ExportRequest.of(
+                str(self.folder), number, format, Path(out), dtype, max_shard_size, refit, quantize, fit, self._base
+            )
+        arguments: dict[str, Any] = {"trial": trial, "format": request.format.name, "out": str(out)}
+        arguments |= {key: said for key, said in (("dtype", dtype), ("refit", refit), ("quantize", quantize)) if said}
         command = call_text("export", arguments, f"llmbo.load_run({str(self.folder)!r})")
-        with started(format) as read, libraries_silenced(), build_display(self._show, 0, self.name) as display:
+        with (
+            started(request.format.name) as read,
+            libraries_silenced(),
+            build_display(self._show, 0, self.name) as display,
+        ):
             return export(request, command, display, self._base, read=read)
 
     def _point(self, trial: TrialPart) -> Point:
@@ -243,6 +258,11 @@ class Run:
 
     def _repr_html_(self) -> str:
         return run_html(str(self.folder), self.report)
+
+
+def _words(budgets: Mapping[str, float]) -> list[str]:
+    """As `--fit` takes them."""
+    return [f"{name}{sign_of(name)}{value!r}" for name, value in budgets.items()]
 
 
 def call_text(function: str, arguments: Mapping[str, Any], on: str = "llmbo") -> str:

@@ -12,7 +12,8 @@ from llmbo.config.formats import FORMATS, caveat
 
 
 def _format_help() -> str:
-    return "; ".join(f"{row.name}: {row.description}" for row in FORMATS.values()) + "."
+    rows = "; ".join(f"{row.name}: {row.description}" for row in FORMATS.values())
+    return f"{rows}. By default, with the file type, what the run counted file_bytes of, else what its first engine takes, else hf."
 
 
 def _dtype_help() -> str:
@@ -34,15 +35,15 @@ def _quantize_help() -> str:
 
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
-    format: Annotated[str, typer.Option(help=_format_help())],
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
+    format: Annotated[str, typer.Option(help=_format_help(), show_default=False)] = "",
     trial: Annotated[int | None, typer.Option(help="Number of a finished trial, usually one of the front.")] = None,
     fit: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME<=VALUE",
             help="Instead of --trial: the best model of the front within this budget on any objective that the report holds, e.g. "
-            '"params<=1e8"; may be repeated.',
+            '"params<=1e8", or on the file that is written: "file_bytes<=4e9"; may be repeated.',
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
@@ -63,7 +64,7 @@ def export(
     What was written is loaded again in a fresh process and its logits compared before the folder appears.
 
     Example: llmbo export runs/llama --trial 38 --format gguf --out exports/llama-54
-    Example: llmbo export runs/llama --fit "params_share<=0.6" --format hf --out exports/llama-small
+    Example: llmbo export runs/llama --fit "file_bytes<=9e7" --format gguf --quantize q4_k_m --out exports/llama-90mb
     """
     from llmbo.deploy.reader import started
     from llmbo.display.console import Console
@@ -76,7 +77,7 @@ def export(
             from llmbo.models.silence import silence_libraries
 
         silence_libraries()
-        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, quantize, fit or ())
+        request = ExportRequest.of(run, trial, format, out, dtype, max_shard_size, refit, quantize, fit or (), model)
         with Display(Console(stderr=True), 0) as display:
             check = write(request, shlex.join(["llmbo", *sys.argv[1:]]), display, model, device, read)
     chosen = f"trial {request.trial.number}, " if fit else ""
@@ -84,7 +85,7 @@ def export(
     values, dense = request.trial.objectives, request.report.model.params
     assert values is not None
     say(
-        f"{out}: {chosen}{values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.label}, {size / 1e6:.1f} MB. "
+        f"{out}: {chosen}{values.params / 1e6:.1f}M of {dense / 1e6:.1f}M parameters, {request.target.label}, {size / 1e6:.1f} MB. "
         f"Refits: {request.refit}. Checked by {check.by}: difference {check.difference:.1e} of the logits' spread."
     )
     for note in check.notes:

@@ -37,6 +37,7 @@ class Format:
         checking: Bytes per parameter of what lies beside the result while it is checked.
         quantised: What `--quantize` may say, beside `recipe:FILE`; nothing where the format has no blocks.
         held: What a folder holds, `Pruned -> model`, where that has other tensors than the pruned model.
+        widened: `(dense model, Architecture) -> Architecture`, where a folder is as large as that of another architecture.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Format:
     checking: float = 0.0
     quantised: tuple[str, ...] = ()
     held: str = ""
+    widened: str = ""
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -65,6 +67,11 @@ class Format:
     def description(self) -> str:
         """For the flag's help, the report page and the documentation."""
         return self.title if self.saves else f"{self.title}: {SAVES_NOTHING}"
+
+    def flag(self, dtype: str) -> str:
+        """How `llmbo export` is told to store weights so; empty where it would without."""
+        kind = "dtype" if dtype in self.choices else "quantize"
+        return "" if dtype == self.default else f" --{kind} {dtype}"
 
     def bytes_on_disk(self, dtype: str, params: int, dense_params: int) -> int:
         """What the weights take, at most.
@@ -167,6 +174,7 @@ or, in vLLM, `vllm serve {{path}} --trust-remote-code`: the model's class is vLL
         check_model="pruning.export.hf:check_padded",
         load=_TRANSFORMERS,
         saves=False,
+        widened="pruning.export.hf:widest",
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}

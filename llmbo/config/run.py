@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
 from llmbo.config.advisor import CONTEXT_LEVELS, DEFAULT_HOOKS, check_hooks, parse_spec
-from llmbo.config.formats import FILE_TYPE, counted_types, engines_of
+from llmbo.config.formats import ENGINES, FILE_TYPE, counted_types, engines_of
 from llmbo.config.numbers import (
     MOST,
     MOST_CONTEXT,
@@ -299,6 +299,25 @@ class RunConfig:
         return {key: value for key, value in asdict(self).items() if key not in FREE}
 
 
+def exported_as(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What models of a run are exported as where nothing else is said: a name in `FORMATS`, and how weights are stored.
+
+    It is what the run counted `file_bytes` of, if it did, else what its first engine takes. The latter is empty for the format's default.
+
+    Args:
+        settings: Of a report, whatever version wrote them.
+    """
+    known = restated(settings)
+    if known["quantize"] != "auto":
+        return "gguf", str(known["quantize"])
+    formats = [ENGINES[name].format for name in known["deploy"] if name in ENGINES]
+    return (formats or ["gguf" if _counts_files(known) else "hf"])[0], ""
+
+
+def _counts_files(settings: Mapping[str, Any]) -> bool:
+    return "file_bytes" in f"{settings.get('objectives')} {settings.get('maximum')}"
+
+
 def restated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings in the words of this version, with what a run did that was started before there was a setting.
 
@@ -309,6 +328,5 @@ def restated(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "advisor_warm_start" not in settings and isinstance(share, int | float) and 0 <= share <= 0.5:
         settings |= {"advisor_warm_start": round(12 * share), "advisor_share": 1.0}
     if settings["quantize"] == "":
-        wanted = "file_bytes" in f"{settings.get('objectives')} {settings.get('maximum')}"
-        settings["quantize"] = FILE_TYPE if wanted else "auto"
+        settings["quantize"] = FILE_TYPE if _counts_files(settings) else "auto"
     return settings

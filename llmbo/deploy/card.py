@@ -76,12 +76,12 @@ def model_card(request: ExportRequest, cut: Cut, licence: str, load: str, comman
             "",
             f"{values.params:,} of {base.params:,} parameters; {values.params_share:.1%} of the decoder layers' parameters. "
             f"Cut from `{base.name}` ({base.model_type}, licence {licence}) by [llmbo](https://pypi.org/project/llmbo), "
-            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.label}. {SIZE} on disk. "
+            f"trial {trial.number} of the run `{report.run.name}`. Stored as {request.target.label}. {SIZE} on disk. "
             f"{'Trained briefly after pruning, see below' if recovery else 'Not trained after pruning'}.",
             "",
             "## Load",
             "",
-            load.format(path=request.out, name=request.name, dtype=request.label),
+            load.format(path=request.out, name=request.name, dtype=request.target.label),
             "",
             *([f"**{warning}**", ""] if warning else []),
             f"## Measured{' before training' * bool(recovery)}",

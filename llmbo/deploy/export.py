@@ -65,6 +65,8 @@ def write(
         ModelError, StorageError, PruningError: One line for the user; nothing is left.
     """
     format, architecture, small = request.format, request.architecture, cut.model
+    if request.target.note:
+        phases.note(request.target.note)
     nn.Module.to(small, "cpu")
     if request.dtype in DTYPES:  # others are the writer's own
         cast(small, DTYPES[request.dtype])

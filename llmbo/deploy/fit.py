@@ -6,9 +6,12 @@ from typing import Any
 
 from llmbo.config.numbers import VALUE
 from llmbo.config.objectives import OBJECTIVES
+from llmbo.deploy.target import Base, Target
 from llmbo.errors import ConfigError, unknown
 from llmbo.report.quantities import quality_of
 from llmbo.report.schema import FrontPoint, Report, Values
+from pruning.architecture import Architecture
+from pruning.errors import PruningError
 
 
 def parse_budgets(words: Sequence[str]) -> dict[str, float]:
@@ -46,22 +49,28 @@ def sign_of(name: str) -> str:
     return ">=" if name in OBJECTIVES and OBJECTIVES[name].maximize else "<="
 
 
-def best_within(report: Report, budgets: Mapping[str, float]) -> FrontPoint:
+def best_within(report: Report, budgets: Mapping[str, float], target: Target, base: Base = None) -> FrontPoint:
     """The point of the front with the best quality, as the search measured it, of those within all budgets; of equal ones the smallest.
 
     Args:
-        budgets: Values by name of any objective or cost that the report holds.
+        budgets: Values by name of any objective or cost that the report holds, and `file_bytes`.
+        target: What it is to be exported as: what that cannot hold is passed over, and `file_bytes` is counted of it.
+        base: As in `Target.sizes`.
 
     Raises:
         ConfigError: The report holds no such value, or no point is within all of them: the nearest is named.
+        ModelError: What `file_bytes` is counted from is not there.
+        UnsupportedExport: The format holds no point of the front.
     """
-    front = [point for point in report.front if point.trial is not None]
+    front = _holdable([point for point in report.front if point.trial is not None], report, target)
     held = [name for name in OBJECTIVES if all(_value(point.objectives, name) is not None for point in front)]
     for name in budgets:
-        if front and name not in held:
+        if front and name not in (*held, "file_bytes"):
             raise ConfigError(
                 f"--fit {name}: the report of the run '{report.run.name}' holds no {name}, only {', '.join(held)}."
             )
+    if front and "file_bytes" in budgets:
+        front = _sized(front, target.sizes(report, [_architecture(point) for point in front], base))
     quality = quality_of([part.model_dump() for part in report.objectives])
     within = [point for point in front if all(_excess(point, name, value) <= 0 for name, value in budgets.items())]
     if within:
@@ -77,6 +86,32 @@ def best_within(report: Report, budgets: Mapping[str, float]) -> FrontPoint:
         f"No model on the front of the run '{report.run.name}' has {asked}: the nearest is trial {nearest.trial} with {has}. "
         "Ask for less, or search with --max or a lower --min-share."
     )
+
+
+def _holdable(front: Sequence[FrontPoint], report: Report, target: Target) -> list[FrontPoint]:
+    """Those that the format can hold; if it can hold none, it says why."""
+    found, refused = [], None
+    for point in front:
+        try:
+            target.check(report, _architecture(point))
+        except PruningError as error:
+            refused = refused or error
+        else:
+            found.append(point)
+    if refused and not found:
+        raise refused
+    return found
+
+
+def _sized(front: Sequence[FrontPoint], sizes: Sequence[int]) -> list[FrontPoint]:
+    return [
+        point.model_copy(update={"objectives": point.objectives.model_copy(update={"file_bytes": size})})
+        for point, size in zip(front, sizes, strict=True)
+    ]
+
+
+def _architecture(point: FrontPoint) -> Architecture:
+    return Architecture.from_dict(point.architecture.model_dump())
 
 
 def _value(values: Values, name: str) -> Any:

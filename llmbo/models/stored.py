@@ -36,8 +36,11 @@ def anatomy_of_config(found: Found) -> Anatomy:
     return anatomy_of(model_of_config(found))
 
 
-def model_of_config(found: Found) -> PreTrainedModel:
+def model_of_config(found: Found, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that this config makes; nothing is allocated.
+
+    Args:
+        dtype: That it would be loaded in; by default what the config says.
 
     Raises:
         ModelError: It cannot be built, or pruned.
@@ -45,7 +48,8 @@ def model_of_config(found: Found) -> PreTrainedModel:
     with told(found.name, found.source):
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False)
+                kind = {"dtype": dtype} if dtype else {}
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False, **kind)
             anatomy_of(model)
         except UnsupportedModel as error:
             raise ModelError(f"Cannot prune '{found.name}'. {error}") from error

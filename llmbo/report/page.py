@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbo.config.formats import ENGINES, FORMATS, Format
+from llmbo.config.run import exported_as
 from llmbo.errors import printable
 from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
@@ -46,6 +47,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         "runs": [
             {"label": label, "folder": folder, "trace": trace, "counts": counting(report), "report": report}
             | {"elsewhere": elsewhere_name(report)}
+            | {"flags": _flags(report)}
             | {"recovered": [made.model_dump() for made in read_recovered(Path(folder))]}
             for label, trace, (folder, report) in zip(labels, together["traces"], runs, strict=True)
         ],
@@ -76,9 +78,16 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _formats(report: Mapping[str, Any]) -> list[Format]:
-    """All of them, first what the run's engines take."""
-    asked = [ENGINES[name].format for name in report["run"]["settings"].get("deploy", ()) if name in ENGINES]
+    """All of them, first what the run counted files of, then what its engines take."""
+    asked = [exported_as(report["run"]["settings"])[0]]
+    asked += [ENGINES[name].format for name in report["run"]["settings"].get("deploy", ()) if name in ENGINES]
     return [FORMATS[name] for name in dict.fromkeys([*asked, *FORMATS])]
+
+
+def _flags(report: Mapping[str, Any]) -> dict[str, str]:
+    """By format, what `llmbo export` is to be told of how weights are stored: as the run counted them."""
+    format, counted = exported_as(report["run"]["settings"])
+    return {format: FORMATS[format].flag(counted)} if counted else {}
 
 
 def _asset(name: str) -> str:

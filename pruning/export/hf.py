@@ -70,7 +70,7 @@ def check_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     Raises:
         UnsupportedExport: No stock config can tell the sizes.
     """
-    _padded_config(Pruned(model, anatomy_of(model), architecture))
+    _stock_sizes(model, anatomy_of(model), architecture)
 
 
 def save_hf(
@@ -115,7 +115,8 @@ def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrai
 def padded(pruned: Pruned) -> PreTrainedModel:
     """A model of the stock class whose layers all have the widest kept layer's size; what is missing is zero."""
     stock: Any = type(pruned.model)
-    model: PreTrainedModel = stock(_padded_config(pruned))
+    *_, config = _stock_sizes(pruned.model, pruned.anatomy, pruned.architecture)
+    model: PreTrainedModel = stock(config)
     cast(model, pruned.model.dtype)
     weights = pruned.model.state_dict()
     with torch.no_grad():
@@ -151,15 +152,33 @@ def _pad_layer(pruned: Pruned, model: PreTrainedModel, index: int, units: tuple[
         matrix_of(wide_block.output_of(target))[:, columns] = matrix_of(block.output_of(small))
 
 
-def _padded_config(pruned: Pruned) -> PreTrainedConfig:
-    """Of as few heads as the widest layer has and the family can tell."""
-    anatomy, neurons = pruned.anatomy, max(pruned.architecture.neurons) or 1
-    widths = [width for width in pruned.architecture.units("attention") if width]
+def widest(model: PreTrainedModel, architecture: Architecture) -> Architecture:
+    """What a padded folder is as large as: every kept layer as wide as the widest, with as few heads as the family can tell.
+
+    Args:
+        model: The dense one; its weights are not looked at.
+
+    Raises:
+        UnsupportedExport: No stock config can tell the sizes.
+    """
+    attention, neurons, _ = _stock_sizes(model, anatomy_of(model), architecture)
+    layers = range(len(architecture.neurons))
+    kept = [(attention, neurons) if architecture.keeps_layer(layer) else (0, 0) for layer in layers]
+    return Architecture.of(*zip(*kept, strict=True))
+
+
+def _stock_sizes(
+    model: PreTrainedModel, anatomy: Anatomy, architecture: Architecture
+) -> tuple[int, int, PreTrainedConfig]:
+    """Widths of attention and MLP, and the config that tells them."""
+    neurons = max(architecture.neurons) or 1
+    widths = [width for width in architecture.units("attention") if width]
     for lacking in range(min(map(lacking_of, widths)), -1, -1):
         for groups in range(max(map(units_of, widths)), anatomy.num_key_value_heads + 1):
-            config = stock_config(pruned.model, anatomy, attention_width(groups, lacking), neurons)
+            attention = attention_width(groups, lacking)
+            config = stock_config(model, anatomy, attention, neurons)
             if config is not None:
-                return config
+                return attention, neurons, config
     raise UnsupportedExport(
         f"A stock '{anatomy.family.model_type}' config cannot hold the dense model's own head count: export --format hf."
     )

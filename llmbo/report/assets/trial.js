@@ -210,9 +210,9 @@ function layersAsText(entry) {
 const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
 
 function exportCommand(entry, state) {
-  const folder = RUNS[entry.run].folder;
+  const { folder, flags } = RUNS[entry.run];
   const target = `${folder}/trial-${entry.number}${state.format === DATA.formats[0].name ? "" : `-${state.format}`}`;
-  const command = `llmbo export ${quoted(folder)} --trial ${entry.number} --format ${state.format} --out ${quoted(target)}`;
+  const command = `llmbo export ${quoted(folder)} --trial ${entry.number} --format ${state.format}${flags[state.format] ?? ""} --out ${quoted(target)}`;
   const choice = el("select", { id: "export-format", onchange: (event) => update({ format: event.target.value }) },
     ...DATA.formats.map(({ name, title }) => el("option", { value: name, selected: name === state.format }, title)));
   const button = el("button", { type: "button", id: "copy", onclick: () => copy(command, button) }, "Copy");

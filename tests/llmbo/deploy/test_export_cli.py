@@ -21,6 +21,7 @@ from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.deploy import disk
 from llmbo.deploy.fit import best_within
+from llmbo.deploy.target import Target
 from llmbo.errors import ConfigError
 from llmbo.models.loading import load_model
 from llmbo.problem.texts import load_windows
@@ -101,7 +102,7 @@ def test_an_exported_trial_measures_what_the_run_measured(
 def test_the_best_model_within_a_budget_is_taken(export: Export, finished: Any, tmp_path: Path) -> None:
     """Of the whole front, whatever is asked for; several budgets are all kept."""
     report = read_run(str(finished.folder / "runs" / "tiny"))
-    points = [point.objectives for point in report.front]
+    points, target = [point.objectives for point in report.front], Target.of(report, "hf")
     assert len(points) > 3
     for name in ("params", "params_share", "kv_bytes", "kl"):
         for bound in sorted(getattr(point, name) for point in points):
@@ -110,12 +111,12 @@ def test_the_best_model_within_a_budget_is_taken(export: Export, finished: Any, 
                 kept = [p for p in points if all(getattr(p, key) <= value for key, value in budgets.items())]
                 if not kept:
                     with pytest.raises(ConfigError, match="the nearest is trial"):
-                        best_within(report, budgets)
+                        best_within(report, budgets, target)
                     continue
-                best = best_within(report, budgets).objectives
+                best = best_within(report, budgets, target).objectives
                 assert best in kept and best.kl == min(point.kl for point in kept)
     bound = sorted(point.params for point in points)[1]
-    wanted = best_within(report, {"params": bound}).trial
+    wanted = best_within(report, {"params": bound}, target).trial
     result = export("tiny", fit=f"params<={bound}", format="hf", out=tmp_path / "out")
     assert result.exit_code == 0 and f"/out: trial {wanted}, " in result.stdout and " MB" in result.stdout, (
         result.output

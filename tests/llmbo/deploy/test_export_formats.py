@@ -23,7 +23,9 @@ from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.config.formats import FORMATS, Format, caveat
 from llmbo.deploy.export import export
+from llmbo.deploy.fit import best_within
 from llmbo.deploy.request import ExportRequest
+from llmbo.deploy.target import Target
 from llmbo.display.console import Console
 from llmbo.display.progress import Display
 from llmbo.errors import ConfigError, ModelError
@@ -31,6 +33,8 @@ from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.file_size import file_costs
 from llmbo.report.page import render_page
 from llmbo.run.rebuild import read_run
+from pruning.architecture import Architecture
+from pruning.errors import UnsupportedExport
 from pruning.export.verify import difference
 
 # How a program goes on that has a `model` from one of these libraries and `tokens`: it ends with `logits`.
@@ -94,6 +98,14 @@ def folder(finished: Any, tmp_path_factory: pytest.TempPathFactory, text_file: P
 @pytest.fixture(scope="module")
 def run(folder: Path) -> str:
     return str(folder / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def priced(finished: Any, folder: Path) -> str:
+    """A run on the same model that counted GGUF files of a coarse type, though nobody asked for any engine."""
+    options = {"model": folder / "model", "neuron_step": 32, "name": "priced", "quantize": "q4_0"}
+    assert replace(finished, folder=folder)(budget=4, **options).exit_code == 0
+    return str(folder / "runs" / "priced")
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +204,106 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
         assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
 
 
+STORED = [(row.name, kind) for row in FORMATS.values() for kind in dict.fromkeys((*row.dtypes, *row.quantised))]
+
+
+@pytest.mark.parametrize(("format", "kind"), [*STORED, ("gguf", "recipe")])
+def test_the_best_model_whose_file_is_small_enough_is_taken(
+    format: str, kind: str, run: str, base: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of a file before there is any is true to the byte, and a budget of a byte less is another one."""
+    if kind.endswith(("_m", "_k")) and importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama.cpp makes these")
+    if kind == "recipe":
+        (tmp_path / "mine.json").write_text('{"ffn_down": "q8_0", "token_embd": "bf16", "attn": "q5_1"}')
+        kind = f"recipe:{tmp_path / 'mine.json'}"
+    flag = "dtype" if kind in FORMATS[format].choices else "quantize"
+    report, find_spec = read_run(run), importlib.util.find_spec
+    target, front = Target.of(report, format, **{flag: kind}), [point for point in report.front if point.trial]
+    architectures = [Architecture.from_dict(point.architecture.model_dump()) for point in front]
+    sizes = dict(zip([point.trial for point in front], target.sizes(report, architectures), strict=True))
+    assert target.sizes(report, architectures, base) == list(sizes.values())  # loaded or not
+    quality = {point.trial: point.objectives.kl for point in front}
+    budget = sorted(sizes.values())[len(sizes) // 2]
+    wanted = min((number for number in sizes if sizes[number] <= budget), key=quality.__getitem__)
+    asked: dict[str, Any] = {"format": format, "out": tmp_path / "out", flag: kind}
+    request = ExportRequest.of(run, None, **asked, fit=[f"file_bytes<={sizes[wanted]}"])
+    assert request.trial.number == wanted and request.dtype == kind and request.target.note == ""
+    less = [number for number in sizes if sizes[number] <= sizes[wanted] - 1]
+    if less:
+        smaller = ExportRequest.of(run, None, **asked, fit=[f"file_bytes<={sizes[wanted] - 1}"])
+        assert smaller.trial.number == min(less, key=quality.__getitem__) != wanted
+    monkeypatch.setattr(  # read back, which is faster
+        importlib.util, "find_spec", lambda name: None if name == "llama_cpp" and "_k" not in kind else find_spec(name)
+    )
+    export(request, "the command", shown(), base)
+    weights = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".gguf", ".safetensors")]
+    assert sum(path.stat().st_size for path in weights) == sizes[wanted]
+
+
+def test_a_run_that_counted_a_type_is_exported_so(priced: str, base: LoadedModel, tmp_path: Path) -> None:
+    """Unless something else is asked for, in either face, and it is said."""
+    point = read_run(priced).front[-1]
+    request = ExportRequest.of(priced, point.trial, "", tmp_path / "out")
+    assert (request.format.name, request.dtype) == ("gguf", "q4_0")
+    assert request.target.note == "--format gguf --quantize q4_0, of which the run counted file_bytes."
+    for format, kind, note in (("hf", "float32", ""), ("gguf", "q4_0", request.target.note)):
+        other = ExportRequest.of(priced, point.trial, format, tmp_path / "out")
+        assert (other.dtype, other.target.note) == (kind, note)
+    assert ExportRequest.of(priced, point.trial, "", tmp_path / "out", "f16").target.note.startswith("--format gguf, s")
+
+    counted = point.objectives.model_dump()["file_bytes"]
+    opened = llmbo.Run(Path(priced), read_run(priced), base, "nothing")
+    assert opened.best_within({"file_bytes": counted}).trial == point.trial
+    whole = opened.best_within({"file_bytes": 1e9}, format="hf")
+    assert whole.trial == point.trial  # the largest is the best
+    with pytest.raises(
+        ConfigError, match=rf"has file_bytes<={counted}: the nearest is trial \d+ with file_bytes \d+\."
+    ):
+        opened.best_within({"file_bytes": counted}, format="hf", dtype="float32")
+    opened.export({"file_bytes": counted}, tmp_path / "out")
+    [file] = (tmp_path / "out").glob("*.gguf")
+    assert file.stat().st_size == counted and file.name == f"priced-trial-{point.trial}-q4_0.gguf"
+    told = json.loads((tmp_path / "out" / "llmbo.json").read_text())
+    assert (told["dtype"], told["trial"]) == ("q4_0", point.trial)
+    assert f"export(trial={{'file_bytes': {counted}}}, format='gguf'" in told["command"]
+
+
+def test_what_a_file_takes_cannot_always_be_told(run: str, finished: Any, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"format": "gguf", "out": tmp_path / "out", "fit": ["file_bytes<=1e9"]}
+    with pytest.raises(ConfigError, match="both say how large the file may be: leave one out"):
+        ExportRequest.of(run, None, **asked, quantize="searched:1MB")
+    with pytest.raises(ModelError, match="no model folder '/no/such/model'"):
+        ExportRequest.of(run, None, **asked, base="/no/such/model")
+    with pytest.raises(ModelError, match=r"had another model \(hidden_size 64, now 32\).*--model says"):
+        ExportRequest.of(run, None, **asked, base=str(finished.report()["run"]["settings"]["model"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_cannot_hold_is_passed_over(finished: Any, tmp_path: Path) -> None:
+    run = str(finished.folder / "runs" / "tiny")
+    report = read_run(run)
+    held = [point for point in report.front if {*point.architecture.kv_groups} <= {0, report.model.num_key_value_heads}]
+    assert held and len(held) < len(report.front)
+    best = min(held, key=lambda point: point.objectives.kl)
+    for name, budget in (("params", 1e9), ("file_bytes", 1e9)):
+        assert (
+            ExportRequest.of(run, None, "vllm", tmp_path / "out", fit=[f"{name}<={budget}"]).trial.number == best.trial
+        )
+    report.front[:] = [point for point in report.front if point not in held]
+    with pytest.raises(UnsupportedExport, match="keeps all heads of a layer or none"):
+        best_within(report, {"params": 1e9}, Target.of(report, "vllm"))
+
+
 def test_types_are_searched_for_a_size(
     run: str, trial: int, base: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # read back, which is faster
     request = ExportRequest.of(run, trial, "gguf", tmp_path / "out", quantize="searched:1KB")
-    export(replace(request, dtype="q8_0", out=tmp_path / "q8_0"), "the command", shown(), base)
+    coarse = replace(request.target, dtype="q8_0")
+    export(replace(request, target=coarse, out=tmp_path / "q8_0"), "the command", shown(), base)
     size = int(0.8 * next((tmp_path / "q8_0").glob("*.gguf")).stat().st_size)
-    check = export(replace(request, dtype=f"searched:{size}"), "the command", shown(), base)
+    check = export(replace(request, target=replace(coarse, dtype=f"searched:{size}")), "the command", shown(), base)
     [file] = (tmp_path / "out").glob("*-searched.gguf")
     assert 0.9 * size < file.stat().st_size <= size
     enough = request.options(None, torch.zeros(100, 256), lambda done: None)["windows"]
@@ -232,28 +336,32 @@ def test_only_what_saves_nothing_is_said_to(tmp_path: Path) -> None:
         assert ("saves no memory" in row.description) == bool(caveat(row)) == (small == large) == (not row.saves)
 
 
+@pytest.mark.parametrize("counted", ["", "q4_0"])
 def test_the_report_page_offers_every_format_with_a_command_that_is_understood(
-    browser: Any, run: str, tmp_path: Path
+    counted: str, browser: Any, run: str, priced: str, tmp_path: Path
 ) -> None:
+    run, first = (priced, "gguf") if counted else (run, "vllm")
     page_file = tmp_path / "page.html"
     page_file.write_text(render_page([(run, json.loads((Path(run) / "report.json").read_text()))]), encoding="utf-8")
     page = browser.new_page()
     page.goto(page_file.as_uri())
     titles = page.locator("#export-format option").all_text_contents()
-    assert titles == [
-        FORMATS[name].description for name in ("vllm", "hf", "gguf", "padded")
-    ]  # first what --deploy asks for
-    assert "--format vllm " in page.locator("#export-command").text_content()
-    folders = set()
-    for name in FORMATS:
+    others = [name for name in FORMATS if name != first]
+    assert titles == [FORMATS[name].description for name in (first, *others)]
+    assert f"--format {first} " in page.locator("#export-command").text_content()
+    folders, formats = set(), ["gguf", "hf"] if counted else [*FORMATS]  # of the former's heads vLLM wants all
+    for name in formats:
         page.select_option("#export-format", name)
         words = shlex.split(page.locator("#export-command").text_content())
         group: Any = typer.main.get_command(app)
         given = group.commands["export"].make_context("export", words[2:]).params
-        request = ExportRequest.of(given["run"], given["trial"], given["format"], Path(given["out"]), given["dtype"])
+        stored = {"dtype": given["dtype"], "quantize": given["quantize"]}
+        request = ExportRequest.of(given["run"], given["trial"], given["format"], Path(given["out"]), **stored)
         assert words[:2] == ["llmbo", "export"] and request.format.name == name
+        assert stored == {"dtype": "", "quantize": counted if name == "gguf" else ""}
+        assert request.dtype == (counted or "f16" if name == "gguf" else "float32")
         folders.add(request.out)
-    assert len(folders) == len(FORMATS)
+    assert len(folders) == len(formats)
     page.close()
 
 

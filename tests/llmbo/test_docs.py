@@ -84,6 +84,7 @@ SMALLER = {
     r"^(llmbo recover (?!.*--steps).*)$": r"\1 --minutes 0.02",
     r"--reference-point 3\.5,134515008": "--reference-point 9,1e6",  # the tiny model's loss and size
     r"^(llmbo profile (?!--help).*)$": r"\1 --repeats 1 --check 2",
+    r"(experiments\.dropped_blocks) --seeds \d+": r"\1 --seeds 2 --evaluations 20",
     r"http://localhost:\d+/v1": "{server}",
     r"(experiments\.deploy_speed .*?)(--threads 2)?$": r"\1 --threads 1 --repeats 1 --prompt 8 --tokens 2",
 }

@@ -57,14 +57,14 @@ class Fitted:
 
 class RefitCache:
     """Refits that were asked for: up to `most` bytes on the device, the least recently used leaving first, and of those that have to leave
-    up to `waiting` bytes in memory that a CUDA device copies from directly.
+    up to `waiting` bytes in memory that a CUDA device copies from directly, as long as `spare` bytes of the host's stay free.
     """
 
-    def __init__(self, most: int = CACHE_BYTES, waiting: int = 0) -> None:
+    def __init__(self, most: int = CACHE_BYTES, waiting: int = 0, spare: int = 0) -> None:
         self.most = most
         self.held = 0
         self.kept: OrderedDict[tuple[str, str], tuple[Coming, int]] = OrderedDict()
-        self._memory = PinnedMemory(waiting)
+        self._memory = PinnedMemory(waiting, spare)
         self._waiting: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def get(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -45,22 +46,36 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
 
 
 class PinnedMemory:
-    """Room in the host's memory that a CUDA device copies from directly, up to `most` bytes, never given back."""
+    """Room in the host's memory that a CUDA device copies from directly, never given back.
 
-    def __init__(self, most: int) -> None:
-        self._left = most
+    Args:
+        most: Bytes that it may take.
+        spare: Bytes that stay free on the host whoever takes the others: several processes may fill memory of their own at once.
+    """
+
+    def __init__(self, most: int, spare: int = 0) -> None:
+        self._left, self._spare = most, spare
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def keep(self, tensor: Tensor) -> Tensor | None:
         """A copy of a tensor there; None where there is no room for it."""
         size = -(-tensor.nbytes // ALIGNED) * ALIGNED
-        if self._used + size > len(self._chunk):
-            if size > CHUNK_BYTES or self._left < CHUNK_BYTES:
-                return None
-            pinned = torch.cuda.is_available()  # nothing else can, or has to be copied from
-            self._chunk, self._used = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned), 0
-            self._left -= CHUNK_BYTES
+        if self._used + size > len(self._chunk) and (size > CHUNK_BYTES or not self._more()):
+            return None
         kept = self._chunk[self._used : self._used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._used += size
         return kept.copy_(tensor)
+
+    def _more(self) -> bool:
+        """Whether there is another chunk. A host may refuse to lock what it has free: then what is there has to do."""
+        if self._left < CHUNK_BYTES or psutil.virtual_memory().available - CHUNK_BYTES < self._spare:
+            return False
+        pinned = torch.cuda.is_available()  # nothing else can, or has to be copied from
+        try:
+            self._chunk, self._used = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned), 0
+        except RuntimeError:
+            self._left = 0
+            return False
+        self._left -= CHUNK_BYTES
+        return True

@@ -15,7 +15,8 @@ from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, adopt_model
 from llmbo.models.silence import libraries_silenced
 from llmbo.report.files import find_run
-from llmbo.run.assemble import assemble
+from llmbo.run.assemble import assemble, database_of
+from llmbo.run.database import check_shared
 from llmbo.run.execute import execute
 from llmbo.run.plan import Plan, plan_of
 from llmbo.run.rebuild import read_run
@@ -114,12 +115,7 @@ def optimize(
     typed = locals()  # the arguments, while nothing else is here
     settings = {item.name: typed[item.name] for item in fields(RunConfig)}
     command = command or call_text("optimize", settings | ({"fresh": True} if fresh else {}))
-    if isinstance(devices, str):
-        raise ConfigError(f"devices='{devices}' is one text: give a list, devices={devices.split(',')!r}.")
-    if devices:
-        if device not in ("auto", devices[0]) or not isinstance(model, str):
-            raise ConfigError("devices= says where workers load a model: give its name, and no other device=.")
-        settings |= {"device": devices[0]}
+    settings |= _first(devices, model, device)
     given = None
     if not isinstance(model, str):
         given = adopt_model(model, tokenizer)
@@ -128,6 +124,8 @@ def optimize(
     elif tokenizer is not None:
         raise ConfigError(f"tokenizer= belongs to a loaded model: '{model}' brings its own, so leave it out.")
     config = _config(settings)
+    if devices:
+        check_shared(database_of(config))
     with (
         _evaluating(given),
         libraries_silenced(),
@@ -139,21 +137,23 @@ def optimize(
     return Run(parts.folder, read_run(str(parts.folder)), given, show)
 
 
-def plan(model: str, **settings: Any) -> Plan:
+def plan(model: str, devices: Sequence[str] = (), **settings: Any) -> Plan:
     """What `optimize` with these settings would take, before anything is loaded: memory, disk, minutes, the advisor's cost.
 
     Of the model its config alone is read, so that weights need not be here.
 
     Args:
         model: Alias, local folder or hub name.
+        devices: As `optimize` takes them.
         settings: Those of `llmbo.config.RunConfig`, as `optimize` takes them.
 
     Raises:
         LlmboError, PruningError: What `optimize` would refuse before it loads anything.
     """
     defaults = {item.name: item.default for item in fields(RunConfig) if item.default is not MISSING}
+    settings |= _first(devices, model, settings.get("device", "auto"))
     with libraries_silenced():
-        return plan_of(_config({**defaults, "model": model, **settings}))
+        return plan_of(_config({**defaults, "model": model, **settings}), devices=tuple(devices))
 
 
 def load_run(
@@ -183,6 +183,15 @@ def _config(settings: Mapping[str, Any]) -> RunConfig:
     if isinstance(maximum, Mapping):
         settings = {**settings, "maximum": [f"{key}={value}" for key, value in maximum.items()]}
     return RunConfig.from_settings({key: _stored(value) for key, value in settings.items()})
+
+
+def _first(devices: Sequence[str], model: Any, device: str) -> dict[str, str]:
+    """The setting that the first of `devices` is."""
+    if isinstance(devices, str):
+        raise ConfigError(f"devices='{devices}' is one text: give a list, devices={devices.split(',')!r}.")
+    if devices and (device not in ("auto", devices[0]) or not isinstance(model, str)):
+        raise ConfigError("devices= says where workers load a model: give its name, and no other device=.")
+    return {"device": devices[0]} if devices else {}
 
 
 def _stored(value: Any) -> Any:

@@ -234,7 +234,7 @@ def optimize(
 
         silence_libraries()
         if plan:
-            planned = llmbo.plan(**settings)
+            planned = llmbo.plan(**settings, devices=split_list(devices))
             say(str(planned))
             if planned.refused:
                 raise ConfigError(planned.refused)

@@ -33,6 +33,13 @@ def worker(
             help="Where the run's --artifacts are on this machine, if elsewhere than the run's.",
         ),
     ] = "",
+    memory: Annotated[
+        str, typer.Option(help="Of this worker's device, e.g. 24GB, if another than the run may take of its own.")
+    ] = "",
+    offload: Annotated[
+        str,
+        typer.Option(help="auto, none, gpu, cpu, disk: where this worker's layers wait, if elsewhere than the run's."),
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
     print_slurm: Annotated[
         bool,
@@ -54,9 +61,10 @@ def worker(
     """
     if print_slurm:
         placed = {"--device": device if device != "auto" else "", "--model": model, "--artifacts": artifacts}
+        placed |= {"--memory": memory, "--offload": offload}
         options = {"--name": name, **placed}
         return say(slurm_script(run, [word for pair in options.items() if pair[1] for word in pair]), err=False)
-    with one_line_errors(interrupted="Left the run; it goes on without this worker.", smaller="--memory of the run"):
+    with one_line_errors(interrupted="Left the run; it goes on without this worker.", smaller="--memory"):
         from llmbo.display.progress import build_display
         from llmbo.models.silence import libraries_silenced
         from llmbo.run.stored import run_in
@@ -65,7 +73,7 @@ def worker(
         url, name = (run, name or run_in(run)) if _is_url(run) else own_database(run)[1:]
         show = "nothing" if quiet else "json" if json_logs else "auto"
         with libraries_silenced(), build_display(show, 0, name) as display:  # type: ignore[arg-type]
-            work(url, name, display, shlex.join(["llmbo", *sys.argv[1:]]), device, model, artifacts)
+            work(url, name, display, shlex.join(["llmbo", *sys.argv[1:]]), device, model, artifacts, memory, offload)
         say(f"The search of the run '{name}' is done.")
 
 

@@ -72,7 +72,11 @@ def files_of(
     folder = prepared_dir() / key
 
     def begin(folder: Path) -> None:
-        (folder / MADE_FROM).write_text(json.dumps({"name": loaded.name, **made_from}, indent=1))
+        own = (
+            folder / f".{MADE_FROM}.{os.getpid()}"
+        )  # others may read it meanwhile, on a folder that several machines share
+        own.write_text(json.dumps({"name": loaded.name, **made_from}, indent=1))
+        own.replace(folder / MADE_FROM)
 
     with contextlib.suppress(OSError):  # whoever writes the tensors will say so
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Where a model's weights are while it is prepared and searched: all on the device, or one layer at a time."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -64,6 +64,11 @@ class Machine:
     def others(self) -> Mapping[str, int]:
         """Free bytes of the other CUDA devices, which are left alone until somebody wants to know."""
         return other_cards(self.device) if self.cards is None else self.cards
+
+    def among(self, devices: Sequence[str]) -> "Machine":
+        """What one of several processes may count on that begin at once, a process on each of `devices`."""
+        host = self.host // max(1, len(devices))
+        return replace(self, free=host if self.shared else self.free, host=host)
 
     @property
     def shared(self) -> bool:
@@ -131,7 +136,8 @@ def residence_of(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Ma
 
 def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine, offload: str) -> RefitCache:
     """Room for refits on the device: what is counted as needed, and most of what is left over. Where that does not hold all of them, a
-    share of the host's memory is for the others: from files they would come more slowly than candidates are computed.
+    share of the host's memory is for the others: from files they would come more slowly than candidates are computed. As much again stays
+    free, whoever else takes from it: on a machine with several devices each has a process of its own.
     """
     if machine.shared or not config.compensation:
         return RefitCache()
@@ -140,8 +146,9 @@ def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Mac
         CACHE_BYTES + max(0, round(SPARE * found.limit) - found.needed),
         refit_bytes(config, anatomy, itemsize),
     )
-    waiting = min(needed + CHUNK_BYTES, int(WAITING * max(0, found.host_limit - found.host)))
-    return RefitCache(most, waiting if most < needed else 0)
+    left = max(0, found.host_limit - found.host)
+    waiting = min(needed + CHUNK_BYTES, int(WAITING * left)) if most < needed else 0
+    return RefitCache(most, waiting, left - int(WAITING * left))
 
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:

@@ -179,16 +179,22 @@ def check_shared(url: str) -> None:
     Raises:
         StorageError: It is on a network file system.
     """
-    path = _path(url)
-    if path is None or url.startswith(JOURNAL):
-        return
-    places = [part for part in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(part.mountpoint)]
-    kind = max(places, key=lambda part: len(part.mountpoint)).fstype if places else ""
-    if kind.startswith(NETWORK):
+    if kind := network_of(url):
+        path = Path(str(_path(url)))
         raise StorageError(
             f"'{path}' is on a network file system ({kind}), where SQLite loses what several processes write: start the run "
             f"with --storage journal:{path.with_suffix('.log')}, or postgresql://…"
         )
+
+
+def network_of(url: str) -> str:
+    """The kind of network file system that a SQLite file is on; empty for any other place or database."""
+    path = _path(url)
+    if path is None or url.startswith(JOURNAL):
+        return ""
+    places = [part for part in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(part.mountpoint)]
+    kind = max(places, key=lambda part: len(part.mountpoint)).fstype if places else ""
+    return kind if kind.startswith(NETWORK) else ""
 
 
 def _storage(url: str) -> BaseStorage:

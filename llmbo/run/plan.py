@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class Plan:
 
     Args:
         dtype, device: As the run would choose them here.
+        devices: Of the processes that evaluate, where there are several; `machine` is then what one of them may count on.
         parameters, block_parameters: Of the dense model, and of its decoder layers.
         stored: Its files; None where only the config is known.
         levels: Widths that the search knows for each kind of block, none and all of it among them.
@@ -88,6 +89,7 @@ class Plan:
     config: RunConfig
     dtype: str
     device: str
+    devices: Sequence[str]
     anatomy: Anatomy
     parameters: int
     block_parameters: int
@@ -131,6 +133,8 @@ class Plan:
         yield "", f"smallest legal {share:.1%} of the layers, {_count(smallest)} parameters"
         for index, line in enumerate(textwrap.wrap(self.recipe, WIDTH)):
             yield "" if index else "recipe", line
+        if self.devices:
+            yield "devices", f"{', '.join(self.devices)}: a process and a model on each; what follows is of the first"
         limit = self.residences["none"].limit
         yield "memory", f"{readable(limit)} may be taken on {self.device}"
         for offload, residence in self.residences.items():
@@ -173,11 +177,14 @@ WAITING = {
 }
 
 
-def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | None = None) -> Plan:
+def plan_of(
+    config: RunConfig, rates: Rates | None = None, machine: Machine | None = None, devices: Sequence[str] = ()
+) -> Plan:
     """Work out what a run takes; of the model only its config is read.
 
     Args:
         rates, machine: Instead of this machine's.
+        devices: Of all processes that evaluate; the settings name the first.
 
     Raises:
         LlmboError, PruningError: What a run would refuse before it loads anything.
@@ -197,7 +204,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
     if config.deploy:
         check_engines(config, model_of_config(found), load_tokenizer(found))
     space = space_of(config, anatomy)
-    machine = machine or Machine.of(device)
+    machine = (machine or Machine.of(device)).among(devices)
     config = settled(config, anatomy, dtype, device, rates)
     check_refits(config, anatomy)
     source = next(iter(machine.others), "") if config.offload == "gpu" else ""
@@ -221,10 +228,13 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
         residences["gpu"] = residence_of(config, anatomy, itemsize, machine, "gpu")
     elif (not chosen or chosen.offload != "none") and (beside := on_cards(config, anatomy, itemsize, machine)):
         residences["gpu"] = beside
+    seconds = seconds_by_phase(config, space, itemsize, chosen is None or chosen.offload != "none", rates)
+    seconds["search"] /= max(1, len(set(devices)))  # several on one device halve its rate between them
     return Plan(
         config,
         dtype,
         device,
+        devices,
         anatomy,
         parameters,
         dense_block_parameters(anatomy),
@@ -238,7 +248,7 @@ def plan_of(config: RunConfig, rates: Rates | None = None, machine: Machine | No
         refused=refused,
         disk=disk,
         rates=rates,
-        seconds=seconds_by_phase(config, space, itemsize, chosen is None or chosen.offload != "none", rates),
+        seconds=seconds,
         advice=_advice(config, anatomy),
     )
 

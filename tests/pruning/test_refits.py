@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from pruning.refits import Fitted, Order, RefitCache, fit, layer_name
 from pruning.statistics import collect_statistics
 from pruning.surgeon import surgeon_ranking
 from pruning.tensor_files import TensorFiles
+from pruning.transfers import PinnedMemory
 
 WIDTHS: dict[BlockKind, list[int]] = {"attention": [0, 1, 2], "mlp": [0, 5, 11, 24]}
 ONE_FAMILY = pytest.mark.parametrize("model", ["llama-biased"], indirect=True)
@@ -229,3 +232,29 @@ def test_the_cache_on_the_device_is_bounded_and_invisible(
                 assert small.cache.held == sum(size for _, size in small.cache.kept.values()) <= small.cache.most
     assert 1 < len(small.cache.kept) < 10
     assert len([key for key in reads if "mlp" in str(key)]) == {0: 30, 3000: 30, 10**6: 20}[waiting]
+
+
+def test_others_keep_room_on_the_host_and_a_host_that_locks_no_more_is_read_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes that fill memory of their own at once see each other's chunks in what is left."""
+    chunk, taken = 8192, list[int]()
+    monkeypatch.setattr("pruning.transfers.CHUNK_BYTES", chunk)
+    empty, tensor = torch.empty, torch.arange(chunk // 8)
+
+    def counted(size: int, **how: Any) -> Tensor:
+        taken.extend([size] if size else [])
+        if len(taken) > 5:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, dtype=how["dtype"])
+
+    monkeypatch.setattr("pruning.transfers.torch.empty", counted)
+    monkeypatch.setattr(
+        "pruning.transfers.psutil.virtual_memory", lambda: SimpleNamespace(available=6 * chunk - sum(taken))
+    )
+    one, other = PinnedMemory(100 * chunk, 3 * chunk), PinnedMemory(100 * chunk, 3 * chunk)
+    kept = [memory.keep(tensor) for memory in (one, other, one, other, one)]
+    assert [each is not None for each in kept] == [True, True, True, False, False]
+    assert all(torch.equal(each, tensor) for each in kept if each is not None)
+    greedy = PinnedMemory(100 * chunk)
+    assert [greedy.keep(tensor) is None for _ in range(4)] == [False, False, True, True] and len(taken) == 6

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,12 +56,12 @@ def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.Monke
         anatomies[name] = anatomies.get(name) or anatomy_of_config(found)
         return anatomies[name]
 
-    def make(size: str, machine: Machine = CARD, **settings: Any) -> Plan:
+    def make(size: str, machine: Machine = CARD, devices: Sequence[str] = (), **settings: Any) -> Plan:
         config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **SHAPES[size])
         if not (tmp_path / size).is_dir():
             config.save_pretrained(tmp_path / size)
         settings = {"dtype": "bfloat16", "device": "cpu"} | settings
-        return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, machine)
+        return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, machine, devices)
 
     monkeypatch.setattr("llmbo.run.plan.anatomy_of_config", read_once)
     return make
@@ -275,6 +275,18 @@ def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None
     # A walk for each round of four.
     assert waiting["search"] - base["search"] == pytest.approx(15 * walk, rel=0.01)
     assert Work(3.0, 4.0, 5.0, 6.0).seconds(Rates(3.0, 2.0, 1.0, 6.0)) == 1 + 2 + 5 + 1
+
+
+def test_several_processes_share_a_host_and_the_search(planned: Callable[..., Plan]) -> None:
+    """Two cards halve the search and not the preparation; two processes on one processor halve nothing but its memory."""
+    one, cards = planned("8B"), planned("8B", devices=("cuda:0", "cuda:1"))
+    assert cards.seconds["search"] == one.seconds["search"] / 2
+    assert {**cards.seconds, "search": 0} == {**one.seconds, "search": 0}
+    assert (cards.machine.free, cards.machine.host) == (CARD.free, CARD.host // 2) and "cuda:0, cuda:1" in str(cards)
+    alone, host = planned("8B", Machine("cpu", 10**11, 10**11)), Machine("cpu", 35 * 10**9, 35 * 10**9)
+    two = planned("8B", Machine("cpu", 10**11, 10**11), ("cpu", "cpu"))
+    assert two.seconds == alone.seconds and two.machine.free == two.machine.host == 10**11 // 2
+    assert planned("8B", host, offload="none").fits and not planned("8B", host, ("cpu", "cpu"), offload="none").fits
 
 
 def test_rates_are_measured_by_the_clock(planned: Callable[..., Plan]) -> None:

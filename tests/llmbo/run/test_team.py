@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from llmbo.run import lease as lease_module
 from llmbo.run.database import open_storage
 from llmbo.run.lease import Pulse, leased, record
 from llmbo.run.lock import locked
+from llmbo.run.records import round_key
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import run_in
 from llmbo.run.team import Team, joined
 from llmbo.run.worker import check_agrees, check_versions
 from llmbo.search import loop
+from llmbo.search.strategies import strategy_of
 from llmbo.types import Measurement, Proposal, Trial, TrialState
 
 TIMEOUT = 60.0  # seconds; only a hanging child reaches it
@@ -164,6 +167,37 @@ def test_every_trial_of_a_shared_run_is_measured_once_whoever_is_killed_or_falls
     assert any(pendings)
 
 
+def test_a_proposal_follows_from_the_trials_and_pendings_stored_with_it(
+    toy: Any, own: Callable[..., TrialStore], tmp_path: Path
+) -> None:
+    """The default search with two candidates always under way, and each of its rounds once more from what the database holds."""
+    build, url = strategy_of("qnehvi").build, f"sqlite:///{tmp_path}/study.db"
+    store, proposer = own(open_storage(url), None), build(toy, toy.objectives, {"num_initial": 4})
+    begun: list[tuple[int, Proposal]] = []
+    for number in range(5):
+        trials = store.trials()
+        running = [trial.number for trial in trials if trial.state is TrialState.RUNNING]
+        store.add_round(proposer.propose(trials, 2, number), running)
+        for proposal in store.rounds()[number]:
+            begun.append((number, proposal))
+            store.start(len(begun) - 1, number, proposal)
+            if len(begun) > 2:
+                done = len(begun) - 3
+                store.finish(done, toy.evaluate(begun[done][1].x), 1.0)
+    again, first = own(open_storage(url), None), 0
+    made = optuna.load_study(study_name="run", storage=open_storage(url)).user_attrs
+    for number, proposals in enumerate(again.rounds()):
+        pending = made[round_key(number, None)][0].get("pending", [])
+        assert pending == list(range(max(0, first - 2), first))
+        shown = [
+            replace(trial, state=TrialState.RUNNING, values={}) if trial.number in pending else trial
+            for trial in again.trials()[:first]
+        ]
+        anew = build(toy, toy.objectives, {"num_initial": 4}).propose(shown, 2, number)
+        assert [proposal.x for proposal in anew] == [proposal.x for proposal in proposals]
+        first += len(proposals)
+
+
 def _begun(url: str) -> bool:
     return any(one.study_name == "run" and "facts" in one.user_attrs for one in open_storage(url).get_all_studies())
 
@@ -208,13 +242,18 @@ def test_a_machine_that_computes_otherwise_is_named(toy: Any) -> None:
         check_versions("run", {"torch": "2.12.0"}, {"torch": "2.13.0"})
 
 
-def test_sqlite_is_refused_where_machines_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_is_refused_where_machines_share_it(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner alone may go on there, and is told; several processes are refused before anything is loaded."""
     part = type("Part", (), {"mountpoint": "/", "fstype": "nfs4"})
     monkeypatch.setattr(database.psutil, "disk_partitions", lambda all: [part])
     with pytest.raises(StorageError, match=r"nfs4.*journal:"):
         database.check_shared("sqlite:////shared/study.db")
     database.check_shared("journal:/shared/study.log")
     database.check_shared("postgresql://host/db")
+    refused = llmbo(devices="cpu,cpu", device=None)
+    assert refused.exit_code == 2 and "nfs4" in refused.stderr and not (llmbo.folder / "runs").exists()
+    alone = llmbo(budget=2)
+    assert alone.exit_code == 0 and "on a network file system (nfs4)" in alone.stderr
 
 
 def test_a_proxy_on_loopback_serves_an_owner_and_a_worker(

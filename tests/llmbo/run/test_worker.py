@@ -4,15 +4,18 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import optuna
 import pytest
+import torch
 import yaml
 from sqlalchemy import make_url
 from typer.main import get_command
@@ -21,7 +24,7 @@ from typer.testing import CliRunner
 from llmbo import optimize
 from llmbo.cli import app
 from llmbo.errors import ConfigError
-from llmbo.run.worker import check_key
+from llmbo.run.worker import check_key, helpers
 
 DOCS = Path(__file__).parents[3] / "docs" / "workers"
 
@@ -49,7 +52,18 @@ def test_a_worker_finishes_a_run_as_its_owner_would_have(
     ):
         refused = worker(**changed)
         assert refused.exit_code == 2 and said in refused.output.splitlines()[-1], refused.output
-    assert worker().exit_code == 0
+    study.set_user_attr("facts", {**facts, "budget": 9})
+    parts: Any = SimpleNamespace(
+        config=SimpleNamespace(storage=None, advisor="none", name="tiny"), folder=Path("runs/tiny")
+    )
+    said, threads = list[str](), torch.get_num_threads()
+    with contextlib.chdir(llmbo.folder), helpers(["cpu", "cpu"], parts, said.append):
+        log = llmbo.folder / "runs" / "tiny" / "worker-1.log"
+        longest = time.monotonic() + 120
+        while "is done" not in log.read_text():  # as `--devices` starts it, a process of its own
+            assert time.monotonic() < longest, log.read_text()
+            time.sleep(0.1)
+    assert not said and torch.get_num_threads() == threads
     (tmp_path / "alone").mkdir()
     alone = make_llmbo(tmp_path / "alone")
     assert alone(budget=9).exit_code == 0

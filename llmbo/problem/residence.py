@@ -215,13 +215,35 @@ def placed(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[st
     """
     device = choose_device(device)
     measured = choose_dtype(dtype, device, found.config.get_text_config())
-    anatomy, machine = anatomy_of_config(found), Machine.of(device)
-    residence = choose_residence(config, anatomy, DTYPES[measured].itemsize, machine)
+    dtype, residence = housed(config, found, anatomy_of_config(found), dtype, measured, Machine.of(device))
+    return dtype, device, residence.offload
+
+
+def housed(
+    config: RunConfig, found: Found, anatomy: Anatomy, dtype: str, measured: str, machine: Machine
+) -> tuple[str, Residence]:
+    """The dtype of a run's model, and where its layers wait.
+
+    Args:
+        dtype: As for `placed`.
+        measured: What "auto" is where nothing is mapped.
+
+    Raises:
+        ConfigError: As `choose_residence`.
+    """
+    expected = dtype_in(config.offload, found, dtype, measured)
+    residence = choose_residence(config, anatomy, DTYPES[expected].itemsize, machine)
+    taken = dtype_in(residence.offload, found, dtype, measured)
+    if taken != expected:
+        there = replace(config, offload=residence.offload)
+        residence = choose_residence(there, anatomy, DTYPES[taken].itemsize, machine)
+    return taken, residence
+
+
+def dtype_in(offload: str, found: Found, dtype: str, measured: str) -> str:
+    """Of a model whose layers wait there: "auto" is what files are stored in where these are mapped, elsewhere what was measured."""
     stored = str(found.config.dtype).removeprefix("torch.")
-    if residence.offload not in MAPPED or dtype != "auto" or stored not in DTYPES:
-        return measured, device, residence.offload
-    mapped = replace(config, offload=residence.offload)  # files are mapped in the dtype that they are in
-    return stored, device, choose_residence(mapped, anatomy, DTYPES[stored].itemsize, machine).offload
+    return stored if dtype == "auto" and offload in MAPPED and stored in DTYPES else measured
 
 
 def placed_to_cut(config: RunConfig, found: Found, dtype: str, device: str) -> tuple[str, str, str]:

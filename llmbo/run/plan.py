@@ -25,7 +25,8 @@ from llmbo.problem.kept import prepared_dir
 from llmbo.problem.residence import (
     Machine,
     Residence,
-    choose_residence,
+    dtype_in,
+    housed,
     on_cards,
     places_of,
     readable,
@@ -198,22 +199,22 @@ def plan_of(
     item_files(config)
     _, recipe = recipe_named(config.recipe)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, found.config.get_text_config())
-    itemsize = DTYPES[dtype].itemsize
+    measured = choose_dtype(config.dtype, device, found.config.get_text_config())
     anatomy = anatomy_of_config(found)
     if config.deploy:
         check_engines(config, model_of_config(found), load_tokenizer(found))
     space = space_of(config, anatomy)
     machine = (machine or Machine.of(device)).among(devices)
-    config = settled(config, anatomy, dtype, device, rates)
+    config = settled(config, anatomy, measured, device, rates)  # as a run does, before it knows where layers wait
     check_refits(config, anatomy)
-    source = next(iter(machine.others), "") if config.offload == "gpu" else ""
-    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config, device).batch_tokens, source)
-    chosen, refused = None, ""
+    dtype, chosen, refused = dtype_in(config.offload, found, config.dtype, measured), None, ""
     try:
-        chosen = choose_residence(config, anatomy, itemsize, machine)
+        dtype, chosen = housed(config, found, anatomy, config.dtype, measured, machine)
     except ConfigError as error:
         refused = str(error)
+    itemsize = DTYPES[dtype].itemsize
+    source = next(iter(machine.others), "") if config.offload == "gpu" else ""
+    rates = rates or Rates.measure(anatomy, DTYPES[dtype], device, workload_of(config, device).batch_tokens, source)
     stored = stored_weights(found.source)
     parameters = anatomy.other_parameters + dense_block_parameters(anatomy)
     disk = _disk(config, space, itemsize, parameters, stored)

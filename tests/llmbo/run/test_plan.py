@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import llmbo as face
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
-from llmbo.models.loading import load_model
+from llmbo.models.loading import find_prunable, load_model
+from llmbo.models.placement import DTYPES
 from llmbo.models.stored import anatomy_of_config, stored_weights
 from llmbo.problem.preparation import prepared
-from llmbo.problem.residence import Machine
+from llmbo.problem.residence import Machine, placed, residence_of
 from llmbo.problem.sequence import PHASE
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.texts import load_windows
@@ -170,6 +171,37 @@ def test_the_command_says_it_in_a_screen_and_writes_nothing(llmbo: Any) -> None:
     ):  # fmt: skip
         refused = llmbo(plan=True, **flags)
         assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and says in refused.stderr
+
+
+def test_mapped_weights_stay_in_the_dtype_of_their_files(
+    planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the plan as in the run, unless the settings name one; here on a machine whose products are faster in the other."""
+    for user in ("llmbo.run.plan", "llmbo.problem.residence"):
+        monkeypatch.setattr(f"{user}.choose_dtype", lambda dtype, *_: "float32" if dtype == "auto" else dtype)
+    planned("70B")
+    entries = json.loads((tmp_path / "70B" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "70B" / "config.json").write_text(json.dumps(entries))
+    found = find_prunable(str(tmp_path / "70B"))
+    monkeypatch.setattr("llmbo.problem.residence.anatomy_of_config", lambda _: planned("70B").anatomy)
+    large = Machine("cuda", 40 * 10**9, 10**12, {"cuda:1": 160 * 10**9})
+    alone = Machine("cpu", 60 * 10**9, 60 * 10**9)  # files are all that is left to it
+    for machine, settings, dtype in (
+        (large, {"offload": "cpu"}, "float32"),
+        (large, {"offload": "disk"}, "bfloat16"),
+        (large, {"offload": "disk", "dtype": "float16"}, "float16"),
+        (large, {"offload": "gpu"}, "bfloat16"),
+        (alone, {}, "bfloat16"),
+    ):
+        settings = {"dtype": "auto", **settings}
+        plan = planned("70B", machine, **settings)
+        assert plan.dtype == dtype and plan.chosen and f", {dtype} on cpu\n" in str(plan), str(plan)
+        size = DTYPES[dtype].itemsize
+        assert plan.chosen == residence_of(plan.config, plan.anatomy, size, machine, plan.chosen.offload)
+        monkeypatch.setattr(Machine, "of", lambda _, machine=machine: machine)
+        assert placed(plan.config, found, settings["dtype"], "cpu") == (dtype, "cpu", plan.chosen.offload)
+    refused = planned("70B", offload="disk", dtype="auto", memory="1GB")
+    assert not refused.chosen and refused.dtype == "bfloat16"
 
 
 def test_stored_weights_are_counted_by_files_or_by_the_index(model_folder: Path, tmp_path: Path) -> None:

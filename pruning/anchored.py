@@ -79,10 +79,11 @@ class AnchoredRefits(Refits):
         return next((anchor.refits for reach, anchor in self._anchors if share <= reach), self._dense)
 
 
-def anchor_files(anchor: Architecture, windows: Tensor, ridge: Ridge, index: int) -> str:
-    """What the refits of a layer at an anchor's inputs are called among the files, which belong to a model and a text."""
+def anchor_files(anchor: Architecture, windows: Tensor, ridge: Ridge = ANCHOR_RIDGE) -> Callable[[int], str]:
+    """A layer's index -> what its refits at an anchor's inputs are called among the files, which belong to a model and a text."""
     made_from = f"{anchor.digest} {tuple(windows.shape)} {sorted(asdict(ridge).items())}"
-    return f"at_{sha256(made_from.encode()).hexdigest()[:12]}_{index:03d}"
+    name = f"at_{sha256(made_from.encode()).hexdigest()[:12]}"
+    return lambda index: f"{name}_{index:03d}"
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def fit_at(
     anatomy, device = supernet.anatomy, device_of(supernet.model)
     for anchor in anchors:
         anchor.check(anatomy)
-    names = [partial(anchor_files, anchor, windows, ridge) for anchor in anchors]
+    names = [anchor_files(anchor, windows, ridge) for anchor in anchors]
     layers = range(anatomy.num_hidden_layers)
 
     def kept(name_of: Callable[[int], str], index: int) -> Mapping[str, Tensor] | None:

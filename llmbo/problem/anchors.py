@@ -1,14 +1,13 @@
 """At which pruned models a run's refits are fitted beside the dense one's, and what its trials take of them."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from torch import Tensor
 
 from llmbo.problem.family import ThresholdFamily
 from llmbo.types import Phases
 from pruning.anatomy import Anatomy
-from pruning.anchored import ANCHOR_RIDGE, Anchor, AnchoredRefits, anchor_files, fit_at
+from pruning.anchored import Anchor, AnchoredRefits, anchor_files, fit_at
 from pruning.architecture import Architecture
 from pruning.block import BlockKind
 from pruning.compensation import Refits
@@ -34,15 +33,14 @@ def kept_at(
     """What `anchored` has kept where the dense model's refits are, which the caller has seen to be there."""
     if not isinstance(dense, GridRefits):
         return None
-    found = [Anchor(one, dense.named(partial(anchor_files, one, windows, ANCHOR_RIDGE))) for one in anchors]
+    found = [Anchor(one, dense.named(anchor_files(one, windows))) for one in anchors]
     return AnchoredRefits(anatomy, dense, found)
 
 
 def names_at(anchors: Sequence[Architecture], windows: Tensor) -> list[str]:
     """All that is kept of refits at these members, `num_windows x length` token ids."""
-    return [
-        anchor_files(anchor, windows, ANCHOR_RIDGE, index) for anchor in anchors for index in range(len(anchor.neurons))
-    ]
+    found = ((anchor_files(anchor, windows), len(anchor.neurons)) for anchor in anchors)
+    return [name_of(index) for name_of, layers in found for index in range(layers)]
 
 
 def anchored(

@@ -160,7 +160,7 @@ def test_anchors_share_the_dense_stream_and_are_fitted_as_each_alone_bit_by_bit(
         return goals_behind(walk, index, *rest)
 
     monkeypatch.setattr("pruning.anchored.goals_behind", counted)
-    for gone in (names, [anchor_files(other, text, RIDGE, 1)], names[:1], []):
+    for gone in (names, [anchor_files(other, text, RIDGE)(1)], names[:1], []):
         for name in gone:
             (tmp_path / "together" / f"{name}.safetensors").unlink(missing_ok=True)
         seen.clear()

@@ -24,7 +24,7 @@ from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.silence import silence_libraries
-from llmbo.problem.elastic import adapted
+from llmbo.problem.elastic import adapted, adapter_of
 from llmbo.problem.preparation import prepared
 from llmbo.problem.texts import load_windows
 from llmbo.training.elastic import WHOLE, Task, dealt_windows, train_elastic
@@ -104,7 +104,7 @@ class Study:
         told = train_elastic(self._task, plan, length, "python -m experiments.elastic", Quiet())
         seconds = time.perf_counter() - start
         config = replace(self._config, elastic=str(self._task.out))
-        loaded = adapted(config, load_model(config.model, "float32", config.device))
+        loaded = adapted(adapter_of(config), load_model(config.model, "float32", config.device))
         entries = {}
         for share, cut in self._cut(config, loaded).items():
             entries[share] = {"seconds": seconds, "history": told.progress.history, **self._judge(cut)}

@@ -21,18 +21,26 @@ def heard(windows: TokenWindows, elsewhere: TokenWindows | None) -> list[Tensor]
     return [windows.proxy, windows.heldout, *([elsewhere.heldout] if elsewhere else [])]
 
 
-def adapted(config: RunConfig, loaded: LoadedModel, *windows: Tensor) -> LoadedModel:
-    """The model that is cut: with the settings' adapter in its weights, if there is one. A model that a caller has loaded is copied.
+def adapter_of(config: RunConfig) -> Adapter | None:
+    """The one that the settings name.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
+    return Adapter.read(config.elastic) if config.elastic else None
+
+
+def adapted(adapter: Adapter | None, loaded: LoadedModel, *windows: Tensor) -> LoadedModel:
+    """The model that is cut: with the adapter in its weights, if there is one. A model that a caller has loaded is copied.
 
     Args:
         windows: `num_windows x length` token ids each. What the model predicted there before stays known: objectives compare with that.
 
     Raises:
-        ModelError: The adapter is missing, damaged, or of another model.
+        ModelError: The adapter is of another model, or damaged.
     """
-    if not config.elastic:
+    if adapter is None:
         return loaded
-    adapter = Adapter.read(config.elastic)
     adapter.check(loaded)
     model = copy.deepcopy(loaded.model) if loaded.adopted else loaded.model
     known = {digest_of(part): dense_distribution(model, part) for part in windows}
@@ -40,7 +48,7 @@ def adapted(config: RunConfig, loaded: LoadedModel, *windows: Tensor) -> LoadedM
     return replace(loaded, model=model, known=known, fingerprint=fingerprint(model))
 
 
-def check_unseen(config: RunConfig, data: Mapping[str, Any], elsewhere: TokenWindows | None) -> None:
+def check_unseen(config: RunConfig, adapter: Adapter, data: Mapping[str, Any], elsewhere: TokenWindows | None) -> None:
     """Refuse windows that the adapter was trained on: what is measured there tells nothing.
 
     Args:
@@ -49,7 +57,7 @@ def check_unseen(config: RunConfig, data: Mapping[str, Any], elsewhere: TokenWin
     Raises:
         ConfigError: What may be taken instead.
     """
-    text = Adapter.read(config.elastic).about["text"]
+    text = adapter.about["text"]
     reserved, source = text["reserved"], text["source"]
     for dealt in searched(config, data):
         kept = (text["seed"], text["window"]) == (dealt.seed, dealt.length) and not config.chat

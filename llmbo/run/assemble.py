@@ -14,11 +14,10 @@ from llmbo.advisor.store import FILE, AdviceStore
 from llmbo.config import RunConfig, restated
 from llmbo.errors import ConfigError, DamagedError, StorageError
 from llmbo.evaluation.items import Exam, read_item_files
-from llmbo.models.adapter import Adapter
 from llmbo.models.loading import Found, LoadedModel, find_prunable, load_model, load_tokenizer
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.stored import anatomy_of_config, model_of_config
-from llmbo.problem.elastic import adapted, check_unseen, heard
+from llmbo.problem.elastic import adapted, adapter_of, check_unseen, heard
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.kept import forget
@@ -176,8 +175,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
     config = _settled(config, base, anatomy)
     check_refits(config, anatomy)
     items = item_files(config)
-    if config.elastic:
-        Adapter.read(config.elastic)
+    adapter = adapter_of(config)
     pulse: Pulse | None = None
     with locked(folder):
         with suppress(DamagedError) if fresh and own_file else nullcontext():
@@ -203,9 +201,9 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             check_refits(config, anatomy)
         data = facts_of(loaded, windows)["data"]
         elsewhere = load_elsewhere(config, loaded, data)
-        if config.elastic:
-            check_unseen(config, data, elsewhere)
-            loaded = adapted(config, loaded, *heard(windows, elsewhere))
+        if adapter:
+            check_unseen(config, adapter, data, elsewhere)
+            loaded = adapted(adapter, loaded, *heard(windows, elsewhere))
         facts = {**facts_of(loaded, windows), "items": items_digest(config)}
         if stored:
             digests = ({"items": found.get("items")} for found in (stored, facts))

@@ -15,7 +15,7 @@ from llmbo.advisor.store import AdviceStore, MemoryNotes
 from llmbo.config import TOLD, RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import find_prunable, load_model
-from llmbo.problem.elastic import adapted
+from llmbo.problem.elastic import adapted, adapter_of
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import prepared
@@ -56,7 +56,7 @@ def reopened(
     base = find_prunable(config.model)
     loaded = load_model(config.model, *placed(config, base, facts["dtype"], facts["device"]))
     windows = load_windows(config, loaded)
-    loaded = adapted(config, loaded, windows.proxy)
+    loaded = adapted(adapter_of(config), loaded, windows.proxy)
     with prepared(config, loaded, windows, phases, facts.get("profiles"), Method.of(facts.get("recipe"))) as problem:
         objectives = build_objectives(
             config.objectives, facts["dense"], problem.smallest, config.reference_point, config.limits

@@ -10,7 +10,7 @@ from llmbo.config import RunConfig
 from llmbo.errors import ConfigError, ModelError, StorageError, first_fault, unknown
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.problem.anchors import anchored, kept_at, names_at
-from llmbo.problem.elastic import adapted
+from llmbo.problem.elastic import adapted, adapter_of
 from llmbo.problem.kept import OWN, hand_on, own_files
 from llmbo.problem.method import Method
 from llmbo.problem.preparation import fitted
@@ -140,7 +140,7 @@ def load_base(
                 f"load it in {report.run.dtype}."
             )
         windows = load_windows(config, loaded)
-        loaded = adapted(config, loaded, windows.proxy)
+        loaded = adapted(adapter_of(config), loaded, windows.proxy)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)
     for facts in (stored, found):

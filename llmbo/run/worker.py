@@ -21,7 +21,7 @@ from llmbo.display.progress import Display
 from llmbo.errors import ConfigError, ModelError, TakenOver
 from llmbo.evaluation.items import Exam
 from llmbo.models.loading import find_prunable, load_model
-from llmbo.problem.elastic import adapted, heard
+from llmbo.problem.elastic import adapted, adapter_of, heard
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import Problem, prepared
@@ -100,7 +100,7 @@ def work(
         loaded = load_model(base.name, *placed(config, base, facts["dtype"], device))
         windows = load_windows(config, loaded)
         elsewhere = load_elsewhere(config, loaded, facts["data"])
-        loaded = adapted(config, loaded, *heard(windows, elsewhere))
+        loaded = adapted(adapter_of(config), loaded, *heard(windows, elsewhere))
     items = item_files(config)
     found = {**facts_of(loaded, windows), "items": items_digest(config)}
     stored = {**facts, "model": {**facts["model"], "name": ""}}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 from peft import PeftModel
+from safetensors.torch import load_file
 from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -100,10 +101,13 @@ def test_a_stopped_training_ends_with_the_same_adapter(
 
 
 def test_an_adapter_is_searched_and_exported_like_a_dense_model(
-    llmbo: Any, model_folder: Path, adapter: Path, story: Path, tmp_path: Path
+    llmbo: Any, model_folder: Path, adapter: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=3)
-    assert result.exit_code == 0, result.output
+    read: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("llmbo.models.adapter.load_file", lambda path: read.append(path) or load_file(path))
+        result = llmbo(elastic=adapter, text=f"text:{story}", min_share=0.4, budget=3)
+    assert result.exit_code == 0 and read == [adapter / "adapter_model.safetensors"], result.output
     report = llmbo.report()
     model = load_checkpoint(str(model_folder), "float32", "cpu")
     windows = load_windows(RunConfig.from_settings(report["run"]["settings"]), model)

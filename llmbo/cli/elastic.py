@@ -2,18 +2,31 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmbo.cli.common import one_line_errors, say
-from llmbo.cli.recover import tell
+from llmbo.cli.training import (
+    Batch,
+    Dtype,
+    EvalEvery,
+    Heldout,
+    MicroBatch,
+    Minutes,
+    Out,
+    Patience,
+    Recompute,
+    Steps,
+    Tokens,
+    Window,
+    tell,
+)
 
 
 def elastic(
     model: Annotated[str, typer.Option(help="Alias (see `llmbo models`), local folder or hub name.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
+    out: Out,
     text: Annotated[
         str,
         typer.Option(
@@ -21,35 +34,25 @@ def elastic(
             "Half of it is left alone, for searches."
         ),
     ] = "builtin",
-    minutes: Annotated[
-        float | None, typer.Option(help="Time to train, from which steps follow; 20 if nothing else says how long.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --minutes.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of --minutes.")] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    tokens: Tokens = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    batch: Annotated[int, typer.Option(help="Windows per step; 0: 4 on a CPU, 16 elsewhere.")] = 0,
-    micro_batch: Annotated[
-        int, typer.Option(help="Windows that pass the model at once, for less memory; 0: all of a batch.")
-    ] = 0,
-    recompute: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
-    ] = False,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    batch: Batch = 0,
+    micro_batch: MicroBatch = 0,
+    recompute: Recompute = False,
+    window: Window = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate; 0 takes 1e-3.")] = 0.0,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations, each a checkpoint; 0: ten in all.")] = 0,
-    patience: Annotated[int, typer.Option(help="Validations without a gain after which training stops.")] = 4,
-    heldout: Annotated[
-        int, typer.Option(help="Windows for validation, and as many for the final comparison; not trained on.")
-    ] = 12,
+    eval_every: EvalEvery = 0,
+    patience: Patience = 4,
+    heldout: Heldout = 12,
     min_share: Annotated[
         float, typer.Option(help="Of the smallest member that is trained, as for `llmbo optimize`.")
     ] = 0.4,
     neuron_step: Annotated[int, typer.Option(help="Neurons per step of a member, as for `llmbo optimize`.")] = 0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens for the members' refits, as there.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the products: auto (the faster one here), float32, bfloat16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Train an adapter that makes a model's sub-networks better, all of them at once; `llmbo optimize --elastic` then searches them.

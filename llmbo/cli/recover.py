@@ -2,28 +2,37 @@
 
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmbo.cli.common import one_line_errors, say
-
-if TYPE_CHECKING:
-    from llmbo.training.plan import Progress
+from llmbo.cli.training import (
+    Batch,
+    Dtype,
+    EvalEvery,
+    Heldout,
+    MicroBatch,
+    Minutes,
+    Out,
+    Patience,
+    Recompute,
+    Steps,
+    Tokens,
+    Window,
+    tell,
+)
 
 
 def recover(
     source: Annotated[
         str, typer.Argument(help="Folder written by `llmbo export`; with --trial, a run.", metavar="DIR_OR_RUN")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
+    out: Out,
     trial: Annotated[int | None, typer.Option(help="Recover this trial of a run.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Time to train, from which steps follow; 20 if nothing else says how long.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --minutes.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead of --minutes.")] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    tokens: Tokens = None,
     train: Annotated[
         str,
         typer.Option(
@@ -60,26 +69,18 @@ def recover(
     ] = "",
     format: Annotated[str, typer.Option(help="With --trial: what to write, as for `llmbo export`.")] = "hf",
     refit: Annotated[str, typer.Option(help="With --trial: sequential or table, as for `llmbo export`.")] = "",
-    batch: Annotated[int, typer.Option(help="Windows per step; 0: 4 on a CPU, 16 elsewhere.")] = 0,
-    micro_batch: Annotated[
-        int, typer.Option(help="Windows that pass the model at once, for less memory; 0: all of a batch.")
-    ] = 0,
-    recompute: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
-    ] = False,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    batch: Batch = 0,
+    micro_batch: MicroBatch = 0,
+    recompute: Recompute = False,
+    window: Window = 256,
     lr: Annotated[
         float, typer.Option(help="Peak learning rate; 0 takes what suits: 3e-4 for all weights, 1e-3 for the rest.")
     ] = 0.0,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations, each a checkpoint; 0: ten in all.")] = 0,
-    patience: Annotated[int, typer.Option(help="Validations without a gain after which training stops.")] = 4,
-    heldout: Annotated[
-        int, typer.Option(help="Windows for validation, and as many for the final comparison; not trained on.")
-    ] = 12,
+    eval_every: EvalEvery = 0,
+    patience: Patience = 4,
+    heldout: Heldout = 12,
     seed: Annotated[int, typer.Option(help="Seed of the windows' order.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the products: auto (the faster one here), float32, bfloat16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (of a trial: the run's), cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Train a pruned model for some minutes and write it as a new folder. It is never worse than what it was.
@@ -125,9 +126,3 @@ def recover(
         say(f"Training stopped early: {progress.fault}. That is what was written; a smaller --lr may get further.")
     if progress.best[0] == 0:
         say("No validation was better than the untrained model, so that is what was written.")
-
-
-def tell(progress: "Progress", console: Any) -> None:
-    step, value = progress.history[-1]
-    best = " (best)" if progress.best[0] == step else ""
-    console.print(f"step {step}: validation {value:.4f}{best}", style="dim", highlight=False)

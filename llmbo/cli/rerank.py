@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmbo.cli.common import one_line_errors, say
-from llmbo.cli.recover import tell
+from llmbo.cli.training import tell
 from llmbo.config.numbers import MOST, Within
 
 if TYPE_CHECKING:

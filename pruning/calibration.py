@@ -73,12 +73,16 @@ class Dealt:
         windows: How many, of all splits together.
         length: Tokens in each, BOS included.
         seed: Of their order.
+        first: So many of them, dealt before the others, do not count.
+        behind: What had been dealt before: windows that share a token with it were passed over.
     """
 
     sha256: str
     windows: int
     length: int
     seed: int
+    first: int = 0
+    behind: tuple["Dealt", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,20 @@ class _Cut:
     def too_short(self, needed: str, remedy: str) -> NotEnoughText:
         return NotEnoughText(f"The text '{self.text.source}' holds {self.tokens} tokens, {needed}: {remedy}.")
 
-    def unseen(self, seed: int, seen: Sequence[Dealt]) -> tuple[Tensor, Tensor, int]:
-        """The order in which its windows are dealt, those of them that share no token with what was dealt before, and how many tokens
-        were."""
+    def unseen(self, seed: int, seen: Sequence[Dealt]) -> tuple[Tensor, int]:
+        """Its windows that share no token with what was dealt before, in the order in which they are dealt, and how many tokens were."""
+        used = self._used(seen)
+        return _apart(dealing_order(len(self.windows), seed), self.payload, used), int(used.sum())
+
+    def _used(self, seen: Sequence[Dealt]) -> Tensor:
+        """Which of its tokens were dealt before."""
         used = torch.zeros(self.tokens, dtype=torch.bool)
         for past in (past for past in seen if past.sha256 == self.text.sha256):
-            dealt = past.length - self.bos
-            for place in dealing_order(self.tokens // dealt, past.seed)[: past.windows].tolist():
-                used[place * dealt : (place + 1) * dealt] = True
-        order = dealing_order(len(self.windows), seed)
-        fresh = ~used[: len(self.windows) * self.payload].view(-1, self.payload).any(1)
-        return order, order[fresh[order]], int(used.sum())
+            length = past.length - self.bos
+            order = _apart(dealing_order(self.tokens // length, past.seed), length, self._used(past.behind))
+            for place in order[past.first : past.windows].tolist():
+                used[place * length : (place + 1) * length] = True
+        return used
 
 
 def cut_windows(
@@ -157,6 +164,7 @@ def unseen_windows(
     training: int = 1,
     seen: Sequence[Dealt] = (),
     chat: bool = False,
+    judged: Sequence[Dealt] = (),
 ) -> TokenWindows:
     """All windows of a text: to train on (`calibration`), to choose by (`proxy`) and to compare on (`heldout`).
 
@@ -167,6 +175,7 @@ def unseen_windows(
         heldout: Windows wanted in each of the latter.
         training: Windows wanted at least in the first, which may have been dealt before.
         seen: Counts where it came from the same text, cut with the same tokenizer and `chat`.
+        judged: As `seen`; what others judge by, of which nothing is trained on either.
 
     Raises:
         NotEnoughText: Says how many tokens are there and how many are needed.
@@ -174,9 +183,10 @@ def unseen_windows(
 
     def deal(cut: _Cut, wanted: Sequence[int]) -> Hand:
         first, judging = wanted[0], sum(wanted[1:])
-        order, unseen, used = cut.unseen(seed, seen)
-        if len(unseen) < judging or len(cut.windows) < first + judging:
-            needed = max(used, first * cut.payload) + judging * cut.payload
+        unseen, used = cut.unseen(seed, [*seen, *judged])
+        free, away = cut.unseen(seed, judged)
+        if len(unseen) < judging or len(free) < first + judging:
+            needed = max(used, first * cut.payload + away) + judging * cut.payload
             raise cut.too_short(
                 f"at least {needed} are needed: {judging} windows of {cut.payload} to "
                 f"judge by, beside the {used} tokens that the search used and {first} windows to train on "
@@ -184,7 +194,7 @@ def unseen_windows(
                 "give a longer or another text, or a smaller --heldout",
             )
         kept = unseen[len(unseen) - judging :]
-        return order[~torch.isin(order, kept)], *kept.split(list(wanted[1:]))
+        return free[~torch.isin(free, kept)], *kept.split(list(wanted[1:]))
 
     return _dealt(_cuts(text, tokenizer, length, chat), text, [training, heldout, heldout], deal)
 
@@ -208,14 +218,14 @@ def fresh_windows(
     """
 
     def deal(cut: _Cut, wanted: Sequence[int]) -> Hand:
-        order, unseen, used = cut.unseen(seed, seen)
+        unseen, used = cut.unseen(seed, seen)
         if len(unseen) < count:
             raise cut.too_short(
                 f"{count} windows of {cut.payload} are needed beside the {used} tokens that the search used "
                 f"({len(unseen)} windows are unseen)",
                 "name a longer text, or none, for --heldout-text, or ask for fewer --heldout-tokens",
             )
-        return order[:0], order[:0], unseen[:count]
+        return unseen[:0], unseen[:0], unseen[:count]
 
     return _dealt(_cuts(text, tokenizer, length, chat), text, [0, 0, count], deal)
 
@@ -280,6 +290,11 @@ def _interleaved(parts: Sequence[Tensor]) -> Tensor:
     """The windows of all parts, each evenly over the whole: whoever reads the first few sees the texts in proportion."""
     when = torch.cat([(torch.arange(len(part), dtype=torch.float64) + 0.5) / max(1, len(part)) for part in parts])
     return torch.cat(list(parts))[when.argsort(stable=True)]
+
+
+def _apart(order: Tensor, length: int, used: Tensor) -> Tensor:
+    """Those of a text's windows of so many tokens, in their order, that hold no token which is used."""
+    return order[~used[: len(order) * length].view(-1, length).any(1)[order]]
 
 
 def dealing_order(windows: int, seed: int) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmbo.config import RunConfig
 from llmbo.errors import StorageError, first_line
 from llmbo.models.checks import check_tokens
 from llmbo.models.loading import fingerprint
+from llmbo.problem.texts import judged_by, searched
 from llmbo.report.files import replace_file
 from llmbo.training.learner import REFIT_TOKENS, Refitter
 from llmbo.training.plan import PASSES, VALIDATIONS, Length, Plan
@@ -46,6 +48,7 @@ class Student:
         dense: That it was cut from, in the dtype of the products; None where neither distillation nor refits ask for it.
         architecture: What was kept of `dense`, where that is known.
         seen: Windows that the search took of its text.
+        judged: Windows of any text that the search's front was judged by.
         chat: Whether texts are put through the chat template.
         text: Of the search, "builtin" where there was none.
     """
@@ -57,8 +60,14 @@ class Student:
     dense: PreTrainedModel | None = None
     architecture: Architecture | None = None
     seen: tuple[Dealt, ...] = ()
+    judged: tuple[Dealt, ...] = ()
     chat: bool = False
     text: str = "builtin"
+
+    def searched_by(self, config: RunConfig, data: Mapping[str, Any], elsewhere: Mapping[str, Any] | None) -> None:
+        """Take over what is known of its search; the latter two as for `judged_by`."""
+        self.seen, self.judged = searched(config, data), judged_by(config, data, elsewhere)
+        self.chat, self.text = config.chat, config.text
 
     @property
     def refitter(self) -> Refitter | None:
@@ -80,7 +89,8 @@ class Course:
 
 
 def windows_for(student: Student, text: str, window: int, plan: Plan, heldout: int, work: Path) -> TokenWindows:
-    """To train on (`calibration`), to validate by (`proxy`) and to compare on (`heldout`). The search has seen none of the latter.
+    """To train on (`calibration`), to validate by (`proxy`) and to compare on (`heldout`). The search has seen none of the latter, and
+    was judged by none of them all.
 
     Args:
         text: As `read_mix` takes it, or `self`: sampled from the dense model, and kept in `work`.
@@ -91,7 +101,7 @@ def windows_for(student: Student, text: str, window: int, plan: Plan, heldout: i
     else:
         mix = read_mix(text)
         windows = unseen_windows(
-            mix, student.tokenizer, window, plan.seed, heldout, plan.batch, student.seen, student.chat
+            mix, student.tokenizer, window, plan.seed, heldout, plan.batch, student.seen, student.chat, student.judged
         )
     check_tokens(student.model, student.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     return windows

@@ -21,7 +21,6 @@ from llmbo.errors import ConfigError, ModelError, first_line
 from llmbo.models.checks import check_finite
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
-from llmbo.problem.texts import searched
 from llmbo.report.recovered import HeldOut, Recovered, read_recovered
 from llmbo.report.write import add_recovered
 from llmbo.run.rebuild import RebuildInputs, config_of, load_base
@@ -153,11 +152,9 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         cast(cut.model, torch.float32)  # small steps vanish in bfloat16
         kind = _dtype(task, loaded)
         loaded.model.requires_grad_(False)
-        config = config_of(report)
-        student = Student(
-            *(cut.model, loaded.tokenizer, loaded.device, kind, loaded.model, request.architecture),
-            *(searched(config, report.data.model_dump()), config.chat, config.text),
-        )
+        student = Student(cut.model, loaded.tokenizer, loaded.device, kind, loaded.model, request.architecture)
+        elsewhere = report.elsewhere.model_dump() if report.elsewhere else None
+        student.searched_by(config_of(report), report.data.model_dump(), elsewhere)
         plan = replace(plan, distil=task.distil is not False)
         places = {parameter.device.type for parameter in loaded.model.parameters()}
         if places != {torch.device(loaded.device).type} and (plan.distil or plan.train == "refit-lora"):
@@ -202,8 +199,7 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
             student.architecture = Architecture.from_dict(details["architecture"])
         if "settings" in details and "text" in details:
             config = RunConfig.from_settings(details["settings"], strategy="qnehvi", advisor="none")
-            student.seen, student.chat = searched(config, details["text"]), config.chat
-            student.text = config.text
+            student.searched_by(config, details["text"], details.get("elsewhere_text"))
     trained, course, outcome = _trained(student, task, plan, length, phases, watch)
     if place():
         return outcome

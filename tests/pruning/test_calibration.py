@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,28 @@ def test_unseen_windows_share_no_token_with_what_was_dealt(
     everything = {"calibration": count // (length - bos) - 4, "proxy": 2, "heldout": 2}
     for one, other in zip(splits(fresh), splits(cut_windows(text, tokenizer, everything, length, second)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("dealt", "length", "first", "second"), LENGTHS.values(), ids=list(LENGTHS))
+def test_what_others_judge_by_is_not_trained_on(bos: bool, dealt: int, length: int, first: int, second: int) -> None:
+    """Neither the last windows that were dealt nor those that were dealt behind them; of all others no window is lost."""
+    text, tokenizer = words(999), build_tokenizer(bos)
+    own = cut_windows(text, tokenizer, COUNTS, dealt, first)
+    past = Dealt(text.sha256, 12, dealt, first)
+    later = fresh_windows(text, tokenizer, 5, dealt, first, [past])
+    judged = [replace(past, first=9), replace(past, windows=5, behind=(past,))]
+    found = unseen_windows(text, tokenizer, length, second, 2, 1, [past], judged=judged)
+    used = torch.cat([own.heldout, later.heldout])[:, int(bos) :]
+    everything, whole = torch.cat(splits(found)), splits(unseen_windows(text, tokenizer, length, second, 2))
+    assert not torch.isin(everything[:, int(bos) :], used).any()
+    free = [row for row in torch.cat(whole) if not torch.isin(row[int(bos) :], used).any()]
+    assert sorted(map(tuple, everything.tolist())) == sorted(tuple(row.tolist()) for row in free)
+    assert not torch.isin(
+        torch.cat([found.proxy, found.heldout])[:, int(bos) :], torch.cat(splits(own))[:, int(bos) :]
+    ).any()
+    with pytest.raises(NotEnoughText, match="windows to train on"):
+        unseen_windows(text, tokenizer, length, second, 2, len(found.calibration) + 1, [past], judged=judged)
 
 
 @pytest.mark.parametrize(("bos", "training", "needed"), [(False, 1, 144), (True, 1, 126), (False, 14, 160)])

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import chdir
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +26,15 @@ from llmbo.config import RunConfig
 from llmbo.display.console import Console
 from llmbo.display.results import summary
 from llmbo.models.loading import load_checkpoint
-from llmbo.problem.texts import load_elsewhere, load_windows
+from llmbo.problem.texts import judged_by, load_elsewhere, load_windows
 from llmbo.report import Report
 from llmbo.report.table import text_name
 from llmbo.run import execute
 from llmbo.run.store import TrialStore
-from pruning.calibration import SPLITS
-from pruning.text import read_text
+from llmbo.training import recovery
+from llmbo.training.lessons import course_for
+from pruning.calibration import SPLITS, Dealt, unseen_windows
+from pruning.text import read_mix, read_text
 
 WORDS = [f"w{index}" for index in range(60)]
 CHAT = "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
@@ -54,7 +57,7 @@ def cut_by(tmp_path: Path) -> Callable[..., Path]:
         shutil.copytree(exported, small)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(small)
         told = json.loads((small / "llmbo.json").read_text(encoding="utf-8")) if (small / "llmbo.json").exists() else {}
-        told |= {"settings": report["run"]["settings"], "text": report["data"]}
+        told |= {"settings": report["run"]["settings"], "text": report["data"], "elsewhere_text": report["elsewhere"]}
         (small / "llmbo.json").write_text(json.dumps(told), encoding="utf-8")
         return small
 
@@ -197,6 +200,32 @@ def test_tables_name_the_text_of_each_column(finished: Any) -> None:
         assert (row["elsewhere"], row["elsewhere_kl"]) == (("python", str(expected.kl)) if expected else ("", ""))
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one text", "a mix"])
+def test_what_a_front_was_judged_by_is_told_to_the_token(
+    model_folder: Path, texts: tuple[Path, Path], mixed: bool
+) -> None:
+    """The held-out windows and those of the other text, which here is the run's as well: and nothing else is left out of a training."""
+    first, second = (f"text:{path}" for path in texts)
+    text = f"mix:{first}=1,{second}=2" if mixed else second
+    config = RunConfig(
+        str(model_folder), text=text, heldout_text=second, window=16, calibration_tokens=128, proxy_tokens=64, heldout_tokens=96, seed=3
+    )  # fmt: skip
+    loaded = load_checkpoint(str(model_folder), "float32", "cpu")
+    windows = load_windows(config, loaded)
+    data = {"sha256": windows.sha256, "sources": [asdict(source) for source in windows.sources]}
+    other = load_elsewhere(config, loaded, data)
+    away = {tuple(row.tolist()) for row in torch.cat([windows.heldout, other.heldout])}
+    judged = judged_by(config, data, vars(other))
+    assert len(away) == 12 and judged[:-1] == judged_by(config, data, None)
+
+    def dealt(text: str, past: tuple[Dealt, ...]) -> set[tuple[int, ...]]:
+        found = unseen_windows(read_mix(text), loaded.tokenizer, 16, 0, 1, judged=past)
+        return {tuple(row.tolist()) for split in SPLITS for row in getattr(found, split)}
+
+    missing = {text: dealt(text, ()) - dealt(text, judged) for text in (first, second)}
+    assert missing[first] | missing[second] == away and bool(missing[first]) == mixed
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -213,7 +242,12 @@ def test_a_text_has_a_short_name(source: str, name: str) -> None:
 
 
 def test_a_chat_is_a_setting_of_the_run_and_of_its_recovery(
-    llmbo: Any, chatting: Path, text_file: Path, exported: Path, cut_by: Callable[..., Path]
+    llmbo: Any,
+    chatting: Path,
+    text_file: Path,
+    exported: Path,
+    cut_by: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     refused = llmbo(budget=3, chat=True)
     assert refused.exit_code == 2 and "--chat: the tokenizer of this model has no chat template" in refused.stderr
@@ -227,9 +261,19 @@ def test_a_chat_is_a_setting_of_the_run_and_of_its_recovery(
     changed = llmbo(budget=4, model=chatting, heldout_text=f"text:{text_file}")
     assert changed.exit_code == 2 and "chat: True -> False" in changed.stderr
     small = cut_by(report, exported, chatting)
+    courses: list[Any] = []
+    monkeypatch.setattr(recovery, "course_for", lambda *given: courses.append(given) or course_for(*given))
     recovered = invoke(small.parent, "recover", small, "--text", f"text:{text_file}", "--heldout", 4, *BRIEFLY)
     assert recovered.exit_code == 0, recovered.output
     assert json.loads((small.parent / "out" / "llmbo.json").read_text(encoding="utf-8"))["recovery"]["text"]["chat"]
+    config, loaded = (
+        RunConfig.from_settings(report["run"]["settings"]),
+        load_checkpoint(str(chatting), "float32", "cpu"),
+    )
+    own, other = load_windows(config, loaded), load_elsewhere(config, loaded, report["data"])
+    assert other is not None
+    trained = digests(courses[0][1].calibration)
+    assert not trained & digests(torch.cat([own.heldout, other.heldout])) and trained & digests(own.calibration)
 
 
 def test_a_recovery_leaves_what_a_mix_has_dealt_alone(

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config import RunConfig
 from llmbo.deploy import disk
 from llmbo.errors import StorageError
 from llmbo.models.loading import load_checkpoint
+from llmbo.problem.texts import load_windows
 from llmbo.training import checkpoints, lessons, recovery, trainer
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.learner import Learner, Refitter
@@ -473,7 +475,10 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
         text,
     )
     beside = home / "runs" / "tiny" / "recovered.json"
+    courses: list[Any] = []
+    course_for = recovery.course_for
     with chdir(home), monkeypatch.context() as patch:
+        patch.setattr(recovery, "course_for", lambda *given: courses.append(given) or course_for(*given))
         patch.setattr(recovery.RebuildInputs, "cut", in_bfloat16)
         beside.write_text("[{}]")
         refused = recover("tiny", *words)
@@ -481,6 +486,12 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
         beside.unlink()
         result = recover("tiny", *words)
     assert result.exit_code == 0, result.output
+    [(student, windows, *_)] = courses
+    run_windows = load_windows(RunConfig.from_settings(report["run"]["settings"]), student)
+    trained, judged, ranked = (
+        set(map(tuple, part.tolist())) for part in (windows.calibration, run_windows.heldout, run_windows.calibration)
+    )
+    assert len(judged) == 4 and not trained & judged and trained & ranked
     (made,) = json.loads(beside.read_text())
     assert made["trial"] == trial and [step for step, _ in made["validation"]] == [0, 1, 2]
     assert json.dumps(made["folder"]) in (beside.parent / "report.html").read_text()

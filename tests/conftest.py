@@ -199,6 +199,26 @@ def forked(body: Callable[[], object]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stderr
 
 
+def forked_apart(body: Callable[[], object], modules_cache: str) -> tuple[int, str]:
+    """As `forked`, but nothing of this project can be imported, and code that comes with models goes to `modules_cache`."""
+
+    def apart() -> object:
+        own = ("llmbo", "prompts", "pruning")
+        for name in list(sys.modules):
+            if name.partition(".")[0] in (*own, "transformers_modules"):
+                del sys.modules[name]
+        sys.modules.update(dict.fromkeys(own))
+        dynamic_module_utils.HF_MODULES_CACHE = modules_cache
+        return body()
+
+    return forked(apart)
+
+
+@pytest.fixture
+def apart() -> Callable[[Callable[[], object], str], tuple[int, str]]:
+    return forked_apart
+
+
 @dataclass
 class _Forked:
     """What is asked of a `subprocess.Popen` of `reload_hf.py`: a folder is read back in a fork that knows nothing of this project."""
@@ -209,15 +229,10 @@ class _Forked:
     returncode: int | None = None
 
     def communicate(self) -> tuple[None, str]:
-        self.returncode, stderr = forked(lambda: self._main(*json.loads(self.stdin.getvalue())))
+        arguments = json.loads(self.stdin.getvalue())
+        main = lambda: runpy.run_path(self.program)["main"](*arguments)  # noqa: E731
+        self.returncode, stderr = forked_apart(main, self.env["HF_MODULES_CACHE"])
         return None, stderr
-
-    def _main(self, *arguments: object) -> None:
-        for name in list(sys.modules):
-            if name.partition(".")[0] in ("pruning", "llmbo", "prompts", "transformers_modules"):
-                del sys.modules[name]
-        dynamic_module_utils.HF_MODULES_CACHE = self.env["HF_MODULES_CACHE"]
-        runpy.run_path(self.program)["main"](*arguments)
 
     def kill(self) -> None:
         """It has ended."""

@@ -4,8 +4,8 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,11 @@ def tokens() -> Tensor:
     return torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-def as_the_card_says(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits that a fresh process computes when it loads the model by the program on its card."""
+Apart = Callable[[Callable[[], object], str], tuple[int, str]]
+
+
+def as_the_card_says(folder: Path, tokens: Tensor, apart: Apart) -> Tensor:
+    """Logits that a process without this project computes when it loads the model by the program on its card."""
     load = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert load, "no program says how to load the model"
     library = re.findall(r"^(?:from|import) (\w+)", load[1], re.MULTILINE)[0]
@@ -148,9 +151,13 @@ def as_the_card_says(folder: Path, tokens: Tensor) -> Tensor:
     scratch.mkdir()
     save_file({"tokens": tokens}, scratch / "asked")
     program = PROGRAM.format(load=load[1], goes_on=GOES_ON[library])
-    command = [sys.executable, "-c", program, str(scratch / "asked"), str(scratch / "found")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"HF_MODULES_CACHE": str(scratch)})
-    assert done.returncode == 0, done.stderr
+
+    def main() -> None:
+        sys.argv = ["-c", str(scratch / "asked"), str(scratch / "found")]
+        exec(program, {"__name__": "__main__"})
+
+    code, stderr = apart(main, str(scratch))
+    assert code == 0, stderr
     return load_file(scratch / "found")["logits"]
 
 
@@ -168,6 +175,7 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
     cut: PreTrainedModel,
     tokens: Tensor,
     tmp_path: Path,
+    apart: Apart,
 ) -> None:
     out = tmp_path / "out"
     request = ExportRequest.of(run, trial, format.name, out, dtype)
@@ -201,7 +209,7 @@ def test_it_loads_as_its_card_says_and_is_as_large_as_announced(
         if format.name == "vllm":  # what the run searched for
             assert weights == request.trial.objectives.model_dump()["file_bytes"]
     if dtype == format.default and format.name != "vllm":  # tests/pruning/test_export_vllm.py loads it as its card says
-        assert difference(as_the_card_says(out, tokens), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
+        assert difference(as_the_card_says(out, tokens, apart), cut(tokens).logits.detach()) < TOLERANCE[bytes_each]
 
 
 STORED = [(row.name, kind) for row in FORMATS.values() for kind in dict.fromkeys((*row.dtypes, *row.quantised))]

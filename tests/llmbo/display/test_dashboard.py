@@ -1,11 +1,13 @@
 """optuna-dashboard opens a run's study as it is: its server on loopback, its pages in a real browser."""
 
+import importlib
 import json
+import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from typing import Any
 from urllib.request import urlopen
 
@@ -14,7 +16,6 @@ import pytest
 pytest.importorskip("optuna_dashboard", reason="no optuna-dashboard here (pip install optuna-dashboard)")
 
 TIMEOUT = 120.0  # seconds until the server answers, on a busy machine
-START = "from optuna_dashboard._cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,15 @@ def address(finished: Any) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     database = f"sqlite:///{finished.folder / 'runs' / 'tiny' / 'study.db'}"
-    server = subprocess.Popen(
-        [sys.executable, "-c", START, database, "--host", "127.0.0.1", "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+
+    def serve() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.argv = ["optuna-dashboard", database, "--host", "127.0.0.1", "--port", str(port)]
+        importlib.import_module("optuna_dashboard._cli").main()
+
+    server = get_context("fork").Process(target=serve)  # Optuna is imported here already
+    server.start()
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TIMEOUT
     try:
         while True:
@@ -35,12 +41,12 @@ def address(finished: Any) -> Iterator[str]:
                 urlopen(f"{address}/api/studies", timeout=5).close()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the dashboard did not start"
+                assert server.is_alive() and time.monotonic() < deadline, "the dashboard did not start"
                 time.sleep(0.2)
         yield address
     finally:
         server.kill()
-        server.wait()
+        server.join()
 
 
 def fetched(url: str) -> Any:

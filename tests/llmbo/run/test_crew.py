@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from llmbo.display.team import Member, team_table
+from llmbo.run import journal as journal_module
 from llmbo.run import lease as lease_module
 from llmbo.run.crew import RECENT, crew
 from llmbo.run.database import open_storage
@@ -35,6 +36,7 @@ class Quiet:
 def short_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "BEAT", 0.05)
     monkeypatch.setattr(lease_module, "SILENCE", 2.0)
+    monkeypatch.setattr(journal_module, "GRACE", 3)  # seconds that a lock outlives who was killed with it
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")

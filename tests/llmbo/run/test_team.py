@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 
 from llmbo.errors import ModelError, StorageError, TakenOver
 from llmbo.run import database
+from llmbo.run import journal as journal_module
 from llmbo.run import lease as lease_module
 from llmbo.run.database import open_storage
 from llmbo.run.lease import Pulse, leased, record
@@ -61,6 +62,7 @@ class Telling:
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for module, name, seconds in (
         (lease_module, "BEAT", 0.05), (lease_module, "SILENCE", 2.0), (lease_module, "POLL", 0.02), (loop, "PAUSE", 0.05),
+        (journal_module, "GRACE", 3),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, seconds)
     if str(request.param).startswith("journal"):

@@ -28,7 +28,6 @@ import torch
 from alembic.util import pyfiles
 from click.testing import Result
 from matplotlib.figure import Figure
-from sqlalchemy import Engine, event
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -55,10 +54,12 @@ from pruning.export.hf import Pruned, save_hf
 from pruning.importance import Importance
 from pruning.masks import PruningMask, Ranking
 from pruning.shrinking import shrink
+from pruning.text import MODULES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WORDS = [f"w{index}" for index in range(60)]
 TEXT_TOKENS = 1200
+WHOLE = Figure.savefig
 TIMEOUT = 300.0  # seconds until a process has said what it is waited for, on a busy machine
 FACTORS = (0.5, 0.9, 1.2, 1.4)  # of the toy's windows, with mean 1
 FAMILIES = [(4, 24, 0.4, 0), (3, 100, 0.1, 7), (2, 24, 0.9, 24), (5, 24, 0.05, 3)]  # as `make_toy` takes them
@@ -205,27 +206,48 @@ def make_toy(make_space: Callable[..., SearchSpace]) -> Callable[..., Toy]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_databases() -> Iterator[None]:
-    """Tests kill processes, no machines: SQLite need not wait for the disk. And Optuna's twenty migrations are read from theirs once."""
+    """Tests kill processes, no machines: nobody need wait for the disk. And Optuna's twenty migrations are read from theirs once."""
+    connect = sqlite3.connect
 
-    def no_waiting(connection: object, record: object) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            with contextlib.suppress(sqlite3.Error):  # of a damaged file, which is for others to tell
-                connection.execute("PRAGMA synchronous = OFF")
+    def not_waiting(*words: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*words, **options)
+        with contextlib.suppress(sqlite3.Error):  # of a damaged file, which is for others to tell
+            connection.execute("PRAGMA synchronous = OFF")
+        return connection
 
-    event.listen(Engine, "connect", no_waiting)
     with pytest.MonkeyPatch.context() as patch:
+        for module in (sqlite3, sqlite3.dbapi2):  # the latter is SQLAlchemy's
+            patch.setattr(module, "connect", not_waiting)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(pyfiles, "load_module_py", functools.cache(pyfiles.load_module_py))
         yield
-    event.remove(Engine, "connect", no_waiting)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_code() -> Iterator[None]:
+    """Two hundred thousand characters are more than anything here asks for of the text `python`; all of it takes as long as a search."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pruning.text.MODULES", MODULES[:4])
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_pictures() -> Iterator[None]:
-    """Every run's front is drawn, by fewer dots: whole pictures take a fifth of a small run's time."""
-    whole = Figure.savefig
+    """Every run's front is drawn, by fewer dots and not laid out first: whole pictures take a fifth of a small run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *figure, **how: whole(*figure, **how | {"dpi": 30}))
+
+        def small(figure: Figure, *where: Any, **how: Any) -> None:
+            figure.set_layout_engine(None)
+            WHOLE(figure, *where, **how | {"dpi": 30})
+
+        patch.setattr(Figure, "savefig", small)
         yield
+
+
+@pytest.fixture
+def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users get them."""
+    monkeypatch.setattr(Figure, "savefig", WHOLE)
 
 
 @pytest.fixture(params=[(case, seed) for case in FAMILIES for seed in range(2)], ids=str)
@@ -377,7 +399,7 @@ def make_llmbo(model_folder: Path, text_file: Path) -> Callable[[Path], Llmbo]:
     tiny = {
         "model": model_folder, "name": "tiny", "text": f"text:{text_file}", "budget": 6, "window": 16, "calibration_tokens": 128,
         "proxy_tokens": 64, "heldout_tokens": 64, "dtype": "float32", "device": "cpu",
-        "heldout_text": "none", "no_samples": True,  # but for the run that shows both: code is long, and they take as long as a search
+        "heldout_text": "none", "no_samples": True,  # but for the run that shows both: they take as long as a search
     }  # fmt: skip
     return lambda folder: Llmbo(folder, tiny)
 

@@ -82,12 +82,14 @@ SMALLER = {
     r"--trial \d+": "--trial 1",
     r"--steps \d+": "--steps 2",
     r"^(llmbo recover (?!.*--steps).*)$": r"\1 --minutes 0.02",
+    r"^(llmbo rerank (?!.*--steps).*)$": r"\1 --steps 2",
     r"--reference-point 3\.5,134515008": "--reference-point 9,1e6",  # the tiny model's loss and size
     r"^(llmbo profile (?!--help).*)$": r"\1 --repeats 1 --check 2",
     r"(experiments\.dropped_blocks) --seeds \d+": r"\1 --seeds 2 --evaluations 20",
     r"http://localhost:\d+/v1": "{server}",
     r"(experiments\.deploy_speed .*?)(--threads 2)?$": r"\1 --threads 1 --repeats 1 --prompt 8 --tokens 2",
 }
+SAME = {r" --out \S+": "", r"runs/llama": "llama", r" (other|my-run)$": " other", r"openai:\S+@": "openai:@"}  # names
 GOES_ON = ("--budget 80", "--budget 100")  # go on from a run; other optimize commands are meant for a new folder
 
 
@@ -118,9 +120,16 @@ def smaller(command: str) -> str:
     return typed
 
 
-# Commands that differ in a folder's or a run's name, or in the figures above, are one.
+def key(command: str) -> tuple[str, bool]:
+    """Commands that differ in a folder's, a run's or a server's model's name, or in the figures above, are one."""
+    typed = smaller(command)
+    for pattern, replacement in SAME.items():
+        typed = re.sub(pattern, replacement, typed)
+    return typed, any(mark in command for mark in GOES_ON)
+
+
 RUN = {
-    (re.sub(r" --out \S+", "", smaller(command)), any(mark in command for mark in GOES_ON)): (page, command)
+    key(command): (page, command)
     for page, command in reversed(FOUND)  # so that the first place stands for all
     if (page, command) not in SKIPPED
 }
@@ -304,6 +313,7 @@ def test_the_notebook_runs(workplace: Path) -> None:
     pytest.importorskip("ipykernel")
     shutil.rmtree("runs/llama")
     few = ", ".join(f"{key}={value}" for key, value in FEW_TOKENS.items())
+    few += ", text='text:prose.txt', heldout_text='none', samples=False"  # whole texts take longer than the search
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     searches = [cell for cell in notebook.cells if "budget=40" in cell.source]
     for cell in searches:

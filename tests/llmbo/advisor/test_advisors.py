@@ -1,5 +1,6 @@
 """What every advisor promises, and what a run with one may cost and can gain, on a toy problem whose quality is a formula."""
 
+import itertools
 import json
 import random
 import re
@@ -146,6 +147,13 @@ def volume(trials: Sequence[Trial], toy: Any) -> float:
     return hypervolume(to_maximize([t.values for t in trials], toy.objectives), ref_point(toy.objectives))
 
 
+@pytest.fixture
+def little_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search looks at few candidates: for what does not depend on how good its choice is."""
+    monkeypatch.setattr("llmbo.search.acquisition.candidate_pool", partial(candidate_pool, size=64))
+    monkeypatch.setattr("llmbo.search.acquisition.LOCAL_ROUNDS", 1)
+
+
 ADVISORS = ["none", *OFFLINE, "saboteur", "openai", "mail"]
 
 
@@ -177,6 +185,7 @@ def test_contract(
     assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 
 
+@pytest.mark.usefixtures("little_search")
 @pytest.mark.parametrize(
     ("name", "hooks"),
     [*(("saboteur", (hook,)) for hook in HOOKS), *((name, HOOKS) for name in ("none", "saboteur", "openai", "dead"))],
@@ -227,6 +236,7 @@ class Fond(QNehviProposer):
         )
 
 
+@pytest.mark.usefixtures("little_search")
 @pytest.mark.parametrize("seed", range(30))
 def test_advice_that_always_wins_keeps_to_its_share(toy: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """At each trial of the run, and no tighter than that: a round gives it all the places there are."""
@@ -239,8 +249,6 @@ def test_advice_that_always_wins_keeps_to_its_share(toy: Any, monkeypatch: pytes
     )  # fmt: skip
     monkeypatch.setattr("llmbo.advisor.assemble.QNehviProposer", Fond)
     monkeypatch.setattr("llmbo.advisor.assemble.AdvisorSession", Beloved)
-    monkeypatch.setattr("llmbo.search.acquisition.candidate_pool", partial(candidate_pool, size=64))
-    monkeypatch.setattr("llmbo.search.acquisition.LOCAL_ROUNDS", 1)
     inputs = AdvisorInputs(Setting(toy.family, toy.objectives, toy.dense, None, "full"), None, None)
     proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()))
     trials = search(proposer, toy, budget, seed, q)
@@ -293,6 +301,7 @@ def test_at_most_half_a_batch_is_dropped_and_a_tenth_of_that_is_audited() -> Non
     assert 0.7 * AUDIT < audits / 2000 < 1.3 * AUDIT
 
 
+@pytest.mark.usefixtures("little_search")
 def test_dropped_candidates_are_replaced_and_audits_evaluated(
     toy: Any, make_session: Callable[..., AdvisorSession]
 ) -> None:
@@ -331,6 +340,7 @@ def run(toy: Any, session: AdvisorSession, store: TrialStore, budget: int) -> No
     run_search(advised(toy, session), toy.evaluator, store, budget, 4, 1, Quiet(), clock=lambda: float(next(ticks)))
 
 
+@pytest.mark.usefixtures("little_search")
 @pytest.mark.parametrize(("name", "priced"), [("heuristic", False), ("openai", True)])
 def test_a_replayed_run_is_the_recorded_one(
     make_toy: Callable[..., Any], make_priced: Callable[..., Any], make_session: Callable[..., AdvisorSession], stored: Any,
@@ -364,37 +374,40 @@ class Killed(Exception):
     """Stands in for a power cut."""
 
 
-@pytest.mark.parametrize("writes", [1, 5])
+def dying(keep: Callable[[str, Any], None], writes: int) -> Callable[[str, Any], None]:
+    """Keeps so many notes."""
+    count = itertools.count(1)
+
+    def kept(key: str, value: Any) -> None:
+        keep(key, value)
+        if next(count) == writes:
+            raise Killed
+
+    return kept
+
+
+@pytest.mark.usefixtures("little_search")
 def test_nothing_is_asked_twice_and_a_resumed_run_gets_the_same_advice(
-    toy: Any,
-    make_session: Callable[..., AdvisorSession],
-    stored: Any,
-    chat_server: Any,
-    writes: int,
-    monkeypatch: pytest.MonkeyPatch,
+    toy: Any, make_session: Callable[..., AdvisorSession], stored: Any, chat_server: Any
 ) -> None:
     """Broken off right after the n-th note is stored."""
     store, advice = stored(toy)
     run(toy, make_session(toy, "openai", advice=advice), store, 14)
     asked = len(chat_server.requests)
-    resumed, other = stored(toy, "resumed")
-    keep, count = resumed.set_note, iter(range(1, 100))
-
-    def dying(key: str, value: Any) -> None:
-        keep(key, value)
-        if next(count) == writes:
-            raise Killed
-
-    monkeypatch.setattr(resumed, "set_note", dying)
-    with pytest.raises(Killed):
+    for writes in (1, 5):
+        chat_server.requests.clear()
+        resumed, other = stored(toy, f"resumed after {writes}")
+        resumed.set_note = dying(resumed.set_note, writes)
+        with pytest.raises(Killed):
+            run(toy, make_session(toy, "openai", advice=other), resumed, 14)
+        resumed, other = stored(toy, f"resumed after {writes}")
         run(toy, make_session(toy, "openai", advice=other), resumed, 14)
-    resumed, other = stored(toy, "resumed")
-    run(toy, make_session(toy, "openai", advice=other), resumed, 14)
-    strip = lambda story: [row[:6] for row in json.loads(story)]  # noqa: E731  (the clock started anew)
-    assert strip(story(resumed)) == strip(story(store))
-    assert len(chat_server.requests) == 2 * asked
+        strip = lambda story: [row[:6] for row in json.loads(story)]  # noqa: E731  (the clock started anew)
+        assert strip(story(resumed)) == strip(story(store))
+        assert len(chat_server.requests) == asked
 
 
+@pytest.mark.usefixtures("little_search")
 def test_the_copy_for_people_holds_everything(
     toy: Any, make_session: Callable[..., AdvisorSession], stored: Any, tmp_path: Path, chat_server: Any
 ) -> None:
@@ -428,6 +441,7 @@ def test_a_broken_last_line_of_a_recording_is_skipped(tmp_path: Path) -> None:
     assert [c.round for c in read_jsonl(file)] == [2]
 
 
+@pytest.mark.usefixtures("little_search")
 @pytest.mark.parametrize("name", ["openai", "saboteur"])
 def test_the_summary_adds_up(
     toy: Any, make_session: Callable[..., AdvisorSession], chat_server: Any, name: str

@@ -5,7 +5,9 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,10 +110,15 @@ def powercap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
     def renewed(file: Any) -> float:
         zone = Path(file.path).relative_to(root).as_posix()
-        Path(file.energy_uj_path).write_text(str(int(1e6 * watts[zone] * time.monotonic())))
+        with open(
+            file.energy_uj_path, "r+"
+        ) as counter:  # never empty: to begin a file anew takes the disk milliseconds
+            counter.write(f"{int(1e6 * watts[zone] * time.monotonic()):018d}")
         return read(file)
 
     monkeypatch.setattr(rapl, "RAPL_DIR", str(root))
+    forking = get_context("fork")  # what watches a counter would otherwise start as a new Python, for seconds
+    monkeypatch.setattr(rapl, "mp", SimpleNamespace(get_context=lambda method: forking))
     monkeypatch.setattr(cpu, "_cpus", None)
     monkeypatch.setattr(rapl.RAPLFile, "read", renewed)
     rapl.rapl_is_available.cache_clear()

@@ -124,8 +124,9 @@ def test_the_stub_computes_and_refuses_float64() -> None:
 
 def test_a_whole_run_asks_the_device_for_no_float64(llmbo: Any, device: str) -> None:
     """Statistics, scores, refits, sensitivities, exchanges, proxy, races and held-out windows."""
+    few = {"neuron_step": 8}  # widths: every operation takes its time here
     with Device():
-        done = llmbo(device=device, budget=4, racing=True)  # a cache begins with what asks no mode
+        done = llmbo(device=device, budget=4, racing=True, **few)  # a cache begins with what asks no mode
         assert done.exit_code == 0, done.output
     assert llmbo.report()["run"]["device"] == device
     assert {trial["state"] for trial in llmbo.report()["trials"]} == {"complete"}

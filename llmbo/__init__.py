@@ -13,11 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llmbo.errors import LlmboError, ReplyAwaited
+from llmbo.version import __version__
 
 if TYPE_CHECKING:
     from llmbo.api import Plan, Point, Run, load_run, optimize, plan
 
-__version__ = "0.1.0"
 __all__ = ["LlmboError", "Plan", "Point", "ReplyAwaited", "Run", "__version__", "load_run", "optimize", "plan"]
 
 

@@ -21,6 +21,7 @@ from llmbo.errors import first_line
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel
 from llmbo.problem.shared import Shared
+from llmbo.version import __version__
 from pruning.block import BlockKind
 from pruning.compensation import Ridge
 from pruning.refits import Order
@@ -64,7 +65,7 @@ def files_of(
         "order": order,
         "dtype": loaded.dtype,
         "device": torch.device(loaded.device).type,
-        "versions": {package: version(package) for package in ("llmbo", "torch", "transformers")},
+        "versions": {"llmbo": __version__, **{package: version(package) for package in ("torch", "transformers")}},
     }
     if shared is not None:
         made_from = shared.same(made_from)

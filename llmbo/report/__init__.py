@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmbo.report.build import build_report as build_report
-    from llmbo.report.build import environment as environment
     from llmbo.report.build import front_of as front_of
+    from llmbo.report.machine import environment as environment
     from llmbo.report.origin import DataPart as DataPart
     from llmbo.report.origin import ElsewherePart as ElsewherePart
     from llmbo.report.origin import ModelPart as ModelPart
@@ -31,7 +31,8 @@ _HOME = {
         "TrialPart",
         "json_schema",
     ),
-    "build": ("build_report", "environment", "front_of"),
+    "build": ("build_report", "front_of"),
+    "machine": ("environment",),
     "write": ("write_report",),
 }
 

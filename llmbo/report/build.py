@@ -1,12 +1,6 @@
 """Stored trials -> a report. Needs no model."""
 
-import platform
-import re
-import resource
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from llmbo.advisor.parts import AdvisorPart
@@ -31,8 +25,6 @@ from llmbo.search.gain import trial_gains
 from llmbo.search.pareto import hypervolume_trace, pareto_front
 from llmbo.types import Trial
 from pruning.widths import units_of
-
-PACKAGES = ("llmbo", "torch", "transformers", "botorch", "gpytorch", "optuna")
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
@@ -141,26 +133,6 @@ def build_report(
         recipes=list(recipes),
         advisor=advisor,
     )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and peak memory of this process, as `RunPart` wants them."""
-    return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "platform": platform.platform(),
-        "peak_memory_bytes": _peak_memory(),
-    }
-
-
-def _peak_memory() -> int:
-    """Bytes this process held in memory at most.
-
-    Linux's `ru_maxrss` survives `exec`, so it may be the peak of the process that started this one; `VmHWM` is our own.
-    """
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _architecture(space: SearchSpace, x: tuple[int, ...]) -> ArchitecturePart:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from llmbo.report.comparison import compare, counting
 from llmbo.report.quantities import quality_of, quantities
 from llmbo.report.recovered import read_recovered
 from llmbo.report.table import elsewhere_name, front_rows, item_columns
+from llmbo.version import __version__
 
 LIBRARY = "echarts.common.min.js"
 SCRIPTS = ("core.js", "charts.js", "trial.js", "sections.js", "recipes.js", "main.js")  # in the order of what they use
@@ -73,7 +73,7 @@ def render_page(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         ],
         headings=headings,
         rows=rows,
-        version=version("llmbo"),
+        version=__version__,
     )
 
 

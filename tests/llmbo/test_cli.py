@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def search_part(data: dict[str, Any]) -> dict[str, Any]:
 def test_the_version_is_told() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"llmbo {llmbo_version}\n")
+
+
+def test_it_runs_where_it_was_unpacked_and_not_installed(llmbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = metadata.Distribution.from_name
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name == "llmbo":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    result = llmbo(budget=1)
+    assert result.exit_code == 0, result.output
+    assert llmbo.report()["run"]["versions"]["llmbo"] == llmbo_version
 
 
 @pytest.mark.parametrize(

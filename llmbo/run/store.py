@@ -158,12 +158,12 @@ class TrialStore:
         Raises:
             StorageError: Another process owns the run, or has this trial now.
         """
-        if self._team is None:
+        if self._team is None or (place is None and self._team.leads()):  # which looks whether it still does
             return
-        if place is None and not self._team.leads():
+        if place is None:
             raise StorageError(f"The run '{self._study.study_name}' is another process's: a worker writes only trials.")
         self._team.check()
-        if place is not None and not self._team.holds(place):
+        if not self._team.holds(place):
             raise TakenOver(f"Trial {place} was given to another process: what this one has measured is not stored.")
 
     @whole

@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-oldest test-vllm mutants venv llama-cpp docs generated clean
+.PHONY: demo test types pytest test-oldest test-vllm mutants venv llama-cpp docs generated clean
 
 demo: venv
 	$(BIN)/llmbo optimize --model llama --budget 40
@@ -12,8 +12,14 @@ demo: venv
 test: venv llama-cpp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@$(MAKE) --no-print-directory --jobs=2 types pytest
+
+# A minute on one core where nothing is cached, meanwhile the tests begin: they do not need both all the time.
+types:
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+pytest:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 venv: .venv/.installed

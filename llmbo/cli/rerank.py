@@ -67,8 +67,14 @@ def rerank(
     Console().print(_table(found))
     tau = {name: _tau(orders) for name, orders in found.orders.items()}
     say(f"Kendall's tau of the orders: by loss {tau['loss']}, at equal size {tau['equal_size']}, by KL {tau['kl']}.")
+    for point in found.failed:
+        say(
+            f"Trial {point.trial} is not compared: {point.fault}. A smaller --lr may get further, without the {training.FILE} of now."
+        )
     if found.left:
         say(f"Left behind by halving: {', '.join(str(point.trial) for point in found.left)}.")
+    if not found.points:
+        return
     gone = set(found.front(found.before)) - set(found.front(found.after))
     say(
         f"No longer on the front after training: {', '.join(map(str, sorted(gone)))}."

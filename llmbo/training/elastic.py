@@ -33,6 +33,7 @@ from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.learner import LORA_ALPHA, Learner, recompute
 from llmbo.training.lessons import Student, course_for, settled_dtype, windows_for
 from llmbo.training.plan import BATCH, DEVICE_BATCH, Length, Plan, Progress
+from llmbo.training.processes import check_alone
 from llmbo.training.recovery import HELDOUT, Watcher
 from llmbo.training.trainer import Lesson, train
 from llmbo.types import Phases
@@ -185,6 +186,7 @@ def train_elastic(
     Raises:
         LlmboError, PruningError: One line for the user.
     """
+    check_alone("elastic")
     check_out(task.out)
     work = task.out.with_name(task.out.name + ".training")
     config = task.config

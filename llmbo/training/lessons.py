@@ -20,7 +20,7 @@ from llmbo.models.loading import fingerprint
 from llmbo.problem.texts import judged_by, searched
 from llmbo.report.files import replace_file
 from llmbo.training.learner import REFIT_TOKENS, Refitter
-from llmbo.training.plan import PASSES, VALIDATIONS, Length, Plan
+from llmbo.training.plan import PASSES, REFITS, VALIDATIONS, Length, Plan
 from llmbo.training.processes import agreed, in_turn, place
 from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, Streams, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
@@ -36,7 +36,6 @@ ASKED = "asked.json"
 TIMED = 2  # steps, behind one to warm up
 SELF_TOKENS = 1 << 16  # sampled of the dense model to train on; it writes them one by one
 SELF_SEED = 1 << 40  # apart from those of runs, so that nothing is sampled that a search has seen
-REFITS = 5  # of a training, each about three passes
 
 
 @dataclass

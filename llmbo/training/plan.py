@@ -15,6 +15,7 @@ BATCH, DEVICE_BATCH = 4, 16  # windows of a step, on a CPU and on devices that w
 LEAST_STEPS = 4  # of a training that minutes are too short for
 PASSES = 2  # over each window where the dense model's predictions are kept: as good as fresh ones (arXiv:2305.16264), at half of its time
 VALIDATIONS = 10  # of a training, unless --eval-every says otherwise
+REFITS = 5  # of a training, each about three passes
 
 # What trains, and the peak learning rate that it does best with.
 METHODS: dict[str, tuple[str, float]] = {
@@ -78,9 +79,11 @@ class Plan:
         return peak * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * share)) / 2)
 
     def refits_after(self, step: int) -> bool:
-        """Whether output projections are refitted behind a validation: four times, and at the end."""
-        quarter = max(self.every, self.steps // 4)
-        return self.train == "refit-lora" and (step >= self.steps or step % quarter < self.every)
+        """Whether output projections are refitted behind a validation: behind `REFITS` of them, evenly, the last among these."""
+        validations = -(-self.steps // self.every)
+        own = -(-step // self.every)  # counted from one
+        due = min(REFITS, validations)
+        return self.train == "refit-lora" and own * due // validations > (own - 1) * due // validations
 
 
 @dataclass(frozen=True)

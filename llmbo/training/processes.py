@@ -19,6 +19,19 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(hours=6)  # of those who wait while the first asks the dense model
 
 
+def started() -> int:
+    """Processes that the environment says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_alone(command: str) -> None:
+    """Raise ConfigError where torchrun has started several: each would train the same, into one folder."""
+    if started() > 1:
+        raise ConfigError(
+            f"`llmbo {command}` trains in one process, and {started()} were started (WORLD_SIZE): leave out torchrun."
+        )
+
+
 def count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
@@ -38,7 +51,7 @@ def together(device: str) -> Iterator[str]:
     Raises:
         ConfigError: This process is one of several, and they cannot train on such a device.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started() < 2:
         yield device
         return
     if device == "auto" and not torch.cuda.is_available():

@@ -24,6 +24,7 @@ from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, r
 from llmbo.search.pareto import pareto_front
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.plan import Plan, Progress
+from llmbo.training.processes import check_alone
 from llmbo.training.recovery import HELDOUT
 from llmbo.training.teacher import Live, NextTokens
 from llmbo.training.trainer import Lesson, train
@@ -45,6 +46,7 @@ class Point:
     Args:
         step: Of the weights that validated best; 0 are the untrained ones.
         rungs: With halving, what was measured after each part of the training, the last of them `after`.
+        fault: Why its training stopped before its time; empty if it did not.
     """
 
     trial: int
@@ -53,6 +55,7 @@ class Point:
     after: Values
     step: int
     rungs: tuple[Values, ...] = ()
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,12 @@ class Orders:
 
 @dataclass(frozen=True)
 class Reranking:
-    """Recovered points, smallest first; `left` were trained for a part of the time alone, and are not compared."""
+    """Recovered points, smallest first. Not compared are those that were trained for a part of the time alone: halving has `left` them
+    behind, or their training `failed`."""
 
     points: tuple[Point, ...]
     left: tuple[Point, ...] = ()
+    failed: tuple[Point, ...] = ()
 
     @property
     def orders(self) -> dict[str, Orders]:
@@ -129,6 +134,7 @@ class Reranking:
         return {
             "points": [asdict(point) for point in self.points],
             "left": [asdict(point) for point in self.left],
+            "failed": [asdict(point) for point in self.failed],
             "orders": {name: asdict(order) for name, order in self.orders.items()},
             "excess": {"before": self.excess(self.before), "after": self.excess(self.after)},
             "front": {"before": self.front(self.before), "after": self.front(self.after)},
@@ -166,6 +172,7 @@ def rerank(
     Raises:
         LlmboError, PruningError: One line for the user.
     """
+    check_alone("rerank")
     Within(2, MOST).check("--top", top, whole=True)  # orders are compared
     HELDOUT.check("--heldout", heldout, whole=True)
     report, folder = read_run(run), find_run(run)
@@ -200,11 +207,14 @@ def rerank(
             check_disk(work, checkpoint_bytes(small, plan))
             cast(small, torch.float32)  # small steps vanish in bfloat16
             before = former.before if former else _values(small, held.heldout, dense)
-            trained, progress = _train(small, inputs, held, plan, work, advance, on_validation, until)
-            after = _values(trained, held.heldout, dense)
+            trained, progress = _train(small, inputs, held, plan, work, advance, on_validation, phases.note, until)
+            after, fault = _values(trained, held.heldout, dense), progress.fault.partition(";")[0]
         assert trial.objectives is not None  # points of the front are finished
-        measured = (*(former.rungs if former else ()), after) if rungs else ()
-        done[trial.number] = Point(trial.number, trial.objectives.params, before, after, progress.best[0], measured)
+        measured = former.rungs if former else ()
+        if rungs and not fault:
+            measured = *measured, after
+        params, step = trial.objectives.params, progress.best[0]
+        done[trial.number] = Point(trial.number, params, before, after, step, measured, fault)
         _store(folder / FILE, settings, done, rungs)
         if not rungs or not _pending(chosen, done, rungs):
             shutil.rmtree(folder / "rerank", ignore_errors=True)
@@ -213,12 +223,19 @@ def rerank(
 
 
 def _pending(chosen: Sequence[TrialPart], done: Mapping[int, Point], rungs: Sequence[int]) -> list[TrialPart]:
-    """Trials whose turn it is: that are not done; with halving, of those that are still in, that lack the least rung."""
+    """Trials whose turn it is: that are not done; with halving, of those that are still in, that lack the least rung. A training that
+    failed is not tried again."""
+
+    def lacks(trial: TrialPart, rung: int) -> bool:
+        point = done.get(trial.number)
+        return point is None or (not point.fault and len(point.rungs) <= rung < len(rungs))
+
     alive = list(chosen)
     for rung in range(max(1, len(rungs))):
-        missing = [t for t in alive if t.number not in done or len(done[t.number].rungs) <= rung < len(rungs)]
+        missing = [trial for trial in alive if lacks(trial, rung)]
         if missing or not rungs:
             return missing
+        alive = [trial for trial in alive if len(done[trial.number].rungs) > rung]
         better = survivors([done[trial.number] for trial in alive], rung)
         alive = [trial for trial in alive if trial.number in better]
     return []
@@ -226,11 +243,11 @@ def _pending(chosen: Sequence[TrialPart], done: Mapping[int, Point], rungs: Sequ
 
 def survivors(points: Sequence[Point], rung: int) -> set[int]:
     """Trials of the better half at equal size after a part of the training; the smallest and the largest, which tell what is
-    better, stay."""
-    found = _sorted(points)
+    better, stay. Some may have failed since."""
+    found = Reranking(_by_size(points))
     excess = found.excess([point.rungs[rung] for point in found.points])
     better = sorted(excess, key=lambda trial: (excess[trial], trial))[: -(-len(excess) // 2)]
-    return {found.points[0].trial, found.points[-1].trial, *better}
+    return {*better, *(point.trial for point in (*found.points[:1], *found.points[-1:]))}
 
 
 def spread(report: Report, top: int) -> list[TrialPart]:
@@ -256,13 +273,14 @@ def _train(
     work: Path,
     advance: Callable[[int], None],
     on_validation: Callable[[Progress], None],
+    tell: Callable[[str], None],
     until: int,
 ) -> tuple[PreTrainedModel, Progress]:
     loaded = inputs.loaded
     teacher = Live(loaded.model) if plan.distil else NextTokens()
     dtype = "float32" if loaded.dtype == "float16" else loaded.dtype
     lesson = Lesson(held.calibration, held.proxy, teacher, device=loaded.device, dtype=dtype)
-    return train(small, lesson, plan, work, advance, on_validation, until=until)
+    return train(small, lesson, plan, work, advance, on_validation, tell, until=until)
 
 
 def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -> Values:
@@ -271,10 +289,15 @@ def _values(model: PreTrainedModel, windows: Tensor, dense: DenseDistribution) -
     return {"loss": measured.loss, "kl": measured.kl}
 
 
-def _sorted(points: Iterable[Point], rungs: Sequence[int] = ()) -> Reranking:
-    every = sorted(points, key=lambda point: (point.params, point.trial))
-    whole = tuple(point for point in every if len(point.rungs) == len(rungs) or not rungs)
-    return Reranking(whole, tuple(point for point in every if point not in whole))
+def _by_size(points: Iterable[Point]) -> tuple[Point, ...]:
+    return tuple(sorted(points, key=lambda point: (point.params, point.trial)))
+
+
+def _sorted(points: Iterable[Point], rungs: Sequence[int]) -> Reranking:
+    every = _by_size(points)
+    failed = tuple(point for point in every if point.fault)
+    whole = tuple(point for point in every if not point.fault and len(point.rungs) == len(rungs))
+    return Reranking(whole, tuple(point for point in every if point not in (*failed, *whole)), failed)
 
 
 def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
@@ -283,7 +306,7 @@ def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        entries = [*found["points"], *found.get("left", ())]
+        entries = [*found["points"], *found.get("left", ()), *found.get("failed", ())]
         points = {int(e["trial"]): Point(**e | {"rungs": tuple(e.get("rungs", ()))}) for e in entries}
         same = found["settings"] == settings
     except (ValueError, KeyError, TypeError) as error:

@@ -86,7 +86,20 @@ def test_two_processes_recover_what_one_does(
     monkeypatch.setattr(lessons, "SELF_TOKENS", 512)
 
     def recover(out: Path, *more: object) -> int:
-        words = ("--window", 16, "--heldout", 4, "--device", "cpu", "--dtype", "float32", "--lr", "3e-3", "--steps", 8)
+        words = (
+            "--window",
+            16,
+            "--heldout",
+            4,
+            "--device",
+            "cpu",
+            "--compute-dtype",
+            "float32",
+            "--lr",
+            "3e-3",
+            "--steps",
+            8,
+        )
         words += ("--eval-every", 4, "--teacher", model_folder, "--text", f"text:{story}", *more)  # type: ignore[assignment]
         return CliRunner().invoke(app, ["recover", *map(str, (exported, "--out", out, *words))]).exit_code
 
@@ -102,3 +115,17 @@ def test_two_processes_recover_what_one_does(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", "words.txt"]
     assert in_processes(lambda: recover(tmp_path / "none", "--batch", 1), monkeypatch) == [2] * PROCESSES
     assert in_processes(lambda: recover(tmp_path / "none", "--text", "self"), monkeypatch) == [0] * PROCESSES
+
+
+@pytest.mark.parametrize(
+    "words", [("elastic", "--model", "{model}", "--out", "{tmp}/out"), ("rerank", "no run")], ids=lambda words: words[0]
+)
+def test_what_one_process_trains_is_not_begun_by_several(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = [word.format(model=model_folder, tmp=tmp_path) for word in words]
+    refused = CliRunner().invoke(app, [*given, "--steps", "1"])
+    (line,) = refused.stderr.splitlines()
+    assert refused.exit_code == 2 and f"`llmbo {words[0]}` trains in one process, and 2 were started" in line
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.training import rerank as reranking
+from llmbo.training.plan import Plan
 from llmbo.training.rerank import Orders, Point, Reranking
 
 Rerank = Callable[..., Result]
@@ -163,6 +164,35 @@ def test_halving_trains_the_better_half_to_where_it_would_have_ended(
         assert (point["before"], point["after"]) == tuple(
             expected[point["trial"]][when] for when in ("before", "after")
         )
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_a_training_that_fails_is_told_of_and_not_compared(
+    rerank: Rerank, copied: Path, monkeypatch: pytest.MonkeyPatch, halving: bool
+) -> None:
+    words = ("--top", 4, "--steps", 8, *["--halving"] * halving)
+    rate, train, trained, notes = Plan.lr_at, reranking.train, list[str](), list[Any]()
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        trained.append(args[3].name)
+        notes.append(args[6])
+        with monkeypatch.context() as patch:
+            if len(trained) > 1 and args[3].name == trained[1]:
+                patch.setattr(Plan, "lr_at", lambda plan, step: rate(plan, step) * (float("nan") if step else 1))
+            return train(*args, **options)
+
+    monkeypatch.setattr(reranking, "train", second_fails)
+    result = rerank("tiny", *words)
+    assert result.exit_code == 0, result.output
+    failed = int(trained[1].removeprefix("trial-"))
+    assert f"Trial {failed} is not compared: the loss is no longer a number between steps 0 and" in result.stdout
+    found = json.loads((copied / "runs" / "tiny" / "rerank.json").read_text())
+    assert [point["trial"] for point in found["failed"]] == [failed] and trained.count(trained[1]) == 1
+    assert failed not in found["orders"]["loss"]["before"] and failed not in found["front"]["after"]
+    assert len(found["points"]) + len(found["left"]) == 3 and len(found["points"]) >= 2
+    assert all(note.__name__ == "note" for note in notes)  # what else a training has to tell is shown, too
+    again = rerank("tiny", *words)
+    assert again.stdout == result.stdout and trained.count(trained[1]) == 1
 
 
 @pytest.mark.parametrize(

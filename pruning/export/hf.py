@@ -107,7 +107,7 @@ def save_padded(
 
 
 def load_pruned(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a folder written by `save_hf` or `save_padded`, without running code from it."""
+    """Load a folder written by `save_hf`, `save_padded` or `save_vllm`, without running code from it."""
     loader: Any = local_class(Path(folder)) or AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False).eval()
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pruning import modeling_pruned
+from pruning import modeling_decilm, modeling_pruned
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport, UnsupportedModel
@@ -33,9 +33,16 @@ def is_stock(model: PreTrainedModel) -> bool:
 
 
 def local_class(folder: Path) -> type[Any] | None:
-    """The class that a saved folder with layers of unequal size needs; None if a stock one will do."""
+    """The class that a saved folder with layers of unequal size needs; None if a stock one will do, or it is not one of ours."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return getattr(modeling_pruned, config["architectures"][0]) if "pruned_blocks" in config else None
+    if "pruned_blocks" in config:
+        found: type[Any] = getattr(modeling_pruned, config["architectures"][0])
+        return found
+    own = (
+        modeling_decilm.DeciLMConfig
+    )  # others' Nemotron-NAS models have a config class of that name, too, but in another file
+    named = (config.get("auto_map") or {}).get("AutoConfig")
+    return modeling_decilm.DeciLMForCausalLM if named == f"modeling_decilm.{own.__name__}" else None
 
 
 def stock_config(small: PreTrainedModel, anatomy: Anatomy, attention: int, neurons: int) -> PreTrainedConfig | None:

@@ -33,10 +33,24 @@ def _quantize_help() -> str:
     )
 
 
+# What `recover --trial` writes is said in the same words.
+FormatOption = Annotated[str, typer.Option(help=_format_help(), show_default=False)]
+DtypeOption = Annotated[str, typer.Option(help=_dtype_help())]
+QuantizeOption = Annotated[str, typer.Option(help=_quantize_help())]
+ShardOption = Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")]
+RefitOption = Annotated[
+    str,
+    typer.Option(
+        help="sequential: refitted for this trial alone, in minutes if the run has not; table: as the search measured it. By default "
+        "sequential where the run has it."
+    ),
+]
+
+
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, or its name below runs/.", metavar="RUN")],
     out: Annotated[Path, typer.Option(help="Folder to make; it must be empty or not exist.")],
-    format: Annotated[str, typer.Option(help=_format_help(), show_default=False)] = "",
+    format: FormatOption = "",
     trial: Annotated[int | None, typer.Option(help="Number of a finished trial, usually one of the front.")] = None,
     fit: Annotated[
         list[str] | None,
@@ -46,16 +60,10 @@ def export(
             '"params<=1e8", or on the file that is written: "file_bytes<=4e9"; may be repeated.',
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help=_dtype_help())] = "",
-    quantize: Annotated[str, typer.Option(help=_quantize_help())] = "",
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, e.g. 500MB.")] = "5GB",
-    refit: Annotated[
-        str,
-        typer.Option(
-            help="sequential: refitted for this trial alone, in minutes if the run has not; table: as the search measured it. By default "
-            "sequential where the run has it."
-        ),
-    ] = "",
+    dtype: DtypeOption = "",
+    quantize: QuantizeOption = "",
+    max_shard_size: ShardOption = "5GB",
+    refit: RefitOption = "",
     model: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="Device to rebuild on; by default the run's.")] = None,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmbo.cli.common import one_line_errors, say
+from llmbo.cli.export import DtypeOption, FormatOption, QuantizeOption, RefitOption, ShardOption
 from llmbo.cli.training import (
     Batch,
     Dtype,
@@ -22,6 +23,7 @@ from llmbo.cli.training import (
     Window,
     tell,
 )
+from llmbo.config.numbers import MOST, Within
 
 
 def recover(
@@ -67,8 +69,19 @@ def recover(
             "model); by default the run's."
         ),
     ] = "",
-    format: Annotated[str, typer.Option(help="With --trial: what to write, as for `llmbo export`.")] = "hf",
-    refit: Annotated[str, typer.Option(help="With --trial: sequential or table, as for `llmbo export`.")] = "",
+    items: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSONL file of multiple-choice or last-word items to judge by, before and after; several are given one by one.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Items per file; 0 takes all.")] = 0,
+    format: FormatOption = "",
+    dtype: DtypeOption = "",
+    quantize: QuantizeOption = "",
+    max_shard_size: ShardOption = "5GB",
+    refit: RefitOption = "",
     batch: Batch = 0,
     micro_batch: MicroBatch = 0,
     recompute: Recompute = False,
@@ -80,15 +93,19 @@ def recover(
     patience: Patience = 4,
     heldout: Heldout = 12,
     seed: Annotated[int, typer.Option(help="Seed of the windows' order.")] = 0,
-    dtype: Dtype = "auto",
+    compute_dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (of a trial: the run's), cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Train a pruned model for some minutes and write it as a new folder. It is never worse than what it was.
+
+    --format, --dtype, --quantize, --max-shard-size and --refit are for --trial, and the same as of `llmbo export`.
 
     The same command goes on from the last validation when it was stopped. `torchrun --nproc-per-node N -m llmbo recover …` divides each
     batch among N processes.
 
     Example: llmbo recover runs/llama --trial 38 --out exports/llama-60-recovered
+
+    Example: llmbo recover runs/llama --trial 38 --format gguf --quantize q4_k_m --out exports/llama-60-q4
 
     Example: llmbo recover exports/llama-60 --out exports/llama-60-recovered --steps 200
     """
@@ -99,6 +116,7 @@ def recover(
         smaller="--window or --micro-batch",
     ):
         from llmbo.display.progress import Display
+        from llmbo.evaluation.items import read_item_files
         from llmbo.models.silence import silence_libraries
         from llmbo.training.plan import Length, Plan, method_of
         from llmbo.training.processes import place, together
@@ -106,12 +124,17 @@ def recover(
         from llmbo.training.recovery import recover as train_briefly
 
         silence_libraries()
+        Within(0, MOST).check("--limit", limit, whole=True)
+        files = read_item_files(items or (), limit or None)
         command = shlex.join(["llmbo", *sys.argv[1:]])
         length, (method, width) = Length(steps, tokens, minutes), method_of(train, lora, rank)
         plan = Plan(0, batch, method, width, lr, False, eval_every, patience, seed, micro_batch, recompute, hidden)
         with together(device) as own:
             others, console = place() > 0, Console(stderr=True, quiet=place() > 0)
-            task = Task(source, out, text, window, heldout, teacher, dtype, own, trial, format, refit, distil)
+            task = Task(
+                *(source, out, text, window, heldout, teacher, compute_dtype, own, files, trial, format, refit, dtype),
+                *(quantize, max_shard_size, distil),
+            )
             with Display(console, 0) as display:
                 outcome = train_briefly(task, plan, length, command, display, lambda progress: tell(progress, console))
     if others:
@@ -122,6 +145,8 @@ def recover(
         f"{out}: held-out loss {before.loss:.4f} → {after.loss:.4f} nats per token (gain {outcome.gain:+.4f}){kl} after "
         f"{progress.best[0]} steps, {outcome.tokens} tokens."
     )
+    for score in outcome.scores:
+        say("{}: {} → {}".format(*score))
     if progress.fault:
         say(f"Training stopped early: {progress.fault}. That is what was written; a smaller --lr may get further.")
     if progress.best[0] == 0:

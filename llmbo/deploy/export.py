@@ -37,11 +37,25 @@ def export(
     Raises:
         ModelError, StorageError, PruningError: One line for the user; nothing is left.
     """
-    format, architecture = request.format, request.architecture
-    loaded, windows = load_base(request.report, phases, model, device)
-    resolve_name(format.check_model)(loaded.model, loaded.tokenizer, architecture)
+    loaded, windows = base_of(request, phases, model, device)
     inputs = RebuildInputs.of(request.report, request.folder, loaded, windows, phases)
     return write(request, loaded, windows, inputs.cut(request.trial, phases, request.refit), command, phases, read)
+
+
+def base_of(
+    request: ExportRequest, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
+) -> tuple[LoadedModel, TokenWindows]:
+    """The model to cut the trial from, and the run's windows; refused if the format cannot hold what comes of it.
+
+    Args:
+        model, device: As in `load_base`.
+
+    Raises:
+        ModelError, StorageError, PruningError: One line for the user.
+    """
+    loaded, windows = load_base(request.report, phases, model, device)
+    resolve_name(request.format.check_model)(loaded.model, loaded.tokenizer, request.architecture)
+    return loaded, windows
 
 
 def write(

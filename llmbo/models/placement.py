@@ -32,10 +32,10 @@ def choose_device(device: str, option: str = "--device") -> str:
     return device
 
 
-def check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str, flag: str = "--dtype") -> None:
     """Raise ConfigError unless `dtype` is "auto" or a key of `DTYPES`."""
     if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
+        raise ConfigError(f"{flag} must be auto, {', '.join(DTYPES)}, got '{dtype}'.")
 
 
 def choose_dtype(

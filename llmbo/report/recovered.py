@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from llmbo.errors import StorageError, first_fault
+from llmbo.report.schema import ItemsPart
 
 FILE = "recovered.json"
 
@@ -18,11 +19,18 @@ class HeldOut(BaseModel):
     kl: float | None
 
 
+class ItemsJudged(ItemsPart):
+    """A file of items, and what was right of it before and after, by the names of `ItemScores`."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
 class Recovered(BaseModel):
     """A recovered model.
 
     `folder` holds it; `what` learnt, and from what, in words; `tokens` it was trained on until its best step; `validation`: by step the KL
-    divergence where the dense model taught (`distilled`), else the loss.
+    divergence where the dense model taught (`distilled`), else the loss; `items` that were asked for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +43,7 @@ class Recovered(BaseModel):
     distilled: bool
     before: HeldOut
     after: HeldOut
+    items: list[ItemsJudged] = []
     validation: list[tuple[int, float]]
 
 

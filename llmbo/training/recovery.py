@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,26 +14,29 @@ from transformers import PreTrainedModel
 from llmbo.config import RunConfig
 from llmbo.config.numbers import MOST, Within, check_numbers
 from llmbo.deploy.disk import check_disk
-from llmbo.deploy.export import write
+from llmbo.deploy.export import base_of, write
 from llmbo.deploy.reader import started
 from llmbo.deploy.request import ExportRequest
 from llmbo.errors import ConfigError, ModelError, first_line
+from llmbo.evaluation.items import Exam, items_part
 from llmbo.models.checks import check_finite
 from llmbo.models.loading import Checkpoint, find_checkpoint, load_checkpoint
 from llmbo.models.placement import check_dtype, choose_dtype
-from llmbo.report.recovered import HeldOut, Recovered, read_recovered
+from llmbo.report.recovered import ItemsJudged, read_recovered
 from llmbo.report.write import add_recovered
-from llmbo.run.rebuild import RebuildInputs, config_of, load_base
+from llmbo.run.rebuild import RebuildInputs, config_of
 from llmbo.training.checkpoints import checkpoint_bytes
 from llmbo.training.lessons import Course, Student, course_for, settled_dtype, windows_for
-from llmbo.training.plan import BATCH, DEVICE_BATCH, METHODS, Length, Plan, Progress
+from llmbo.training.outcome import Outcome, recovered, told
+from llmbo.training.plan import BATCH, DEVICE_BATCH, Length, Plan, Progress
 from llmbo.training.processes import check_batch, in_turn, meet, place
 from llmbo.training.trainer import train
 from llmbo.types import Phases
 from pruning.architecture import Architecture
 from pruning.export.folder import check_out, whole_folder
 from pruning.export.rebuild import cast
-from pruning.likelihood import Quality, quality
+from pruning.items import ItemFile
+from pruning.likelihood import quality
 
 HELDOUT = Within(1, MOST)  # windows
 
@@ -50,9 +53,10 @@ class Task:
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model; empty takes the one the folder names.
-        dtype: Of the matrix products while training; "auto" takes the faster one here.
+        compute_dtype: Of the matrix products while training; "auto" takes the faster one here.
+        items: To judge by before and after.
         trial: Of the run that `source` names.
-        format, refit: As `llmbo export` has them, for a trial; a folder stays what it is.
+        format, refit, dtype, quantize, max_shard_size: As `llmbo export` has them, for a trial; a folder stays what it is.
         distil: Learn from the dense model; None where it is known.
     """
 
@@ -62,42 +66,27 @@ class Task:
     window: Annotated[int, Within(2, MOST)] = 256
     heldout: Annotated[int, HELDOUT] = 12
     teacher: str = ""
-    dtype: str = "auto"
+    compute_dtype: str = "auto"
     device: str = "auto"
+    items: tuple[ItemFile, ...] = ()
     trial: Annotated[int | None, Within(0, MOST)] = None
-    format: str = "hf"
+    format: str = ""
     refit: str = ""
+    dtype: str = ""
+    quantize: str = ""
+    max_shard_size: str = "5GB"
     distil: bool | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check_dtype(self.dtype)
-        if self.dtype == "float16":
-            raise ConfigError("--dtype float16 loses small gradients: take bfloat16 or float32.")
-        if self.trial is None and self.format != "hf":
-            raise ConfigError(
-                f"--format {self.format} needs --trial: a folder is written as it came, for transformers."
-            )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is held out, on windows that neither training nor the choice of the best step has seen; `kl` only where the dense model taught.
-
-    Args:
-        tokens: Trained on until the best step.
-    """
-
-    before: Quality
-    after: Quality
-    tokens: int
-    plan: Plan
-    progress: Progress
-
-    @property
-    def gain(self) -> float:
-        """In loss, nats per token."""
-        return self.before.loss - self.after.loss
+        check_dtype(self.compute_dtype, "--compute-dtype")
+        if self.compute_dtype == "float16":
+            raise ConfigError("--compute-dtype float16 loses small gradients: take bfloat16 or float32.")
+        for name in ("format", "refit", "dtype", "quantize", "max_shard_size"):
+            value, default = getattr(self, name), getattr(Task, name)
+            if self.trial is None and value != default:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} {value} needs --trial: a folder is written as it came, for transformers.")
 
 
 Watcher = Callable[[Progress], None]
@@ -138,17 +127,18 @@ def _work(task: Task) -> Path:
 
 def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases, watch: Watcher) -> Outcome:
     """Cut a trial's model from the run's base, which teaches it, and export it as if it had been so from the start."""
-    request = ExportRequest.of(task.source, task.trial, task.format, task.out, refit=task.refit)
+    request = ExportRequest.of(
+        task.source, task.trial, task.format, task.out, task.dtype, task.max_shard_size, task.refit, task.quantize
+    )
     report = request.report
     read_recovered(request.folder)  # one that is damaged is told of before the training
-    with started(task.format) as read:
-        loaded, run_windows = load_base(
-            report, phases, task.teacher or None, None if task.device == "auto" else task.device
+    with started(request.format.name) as read:
+        loaded, run_windows = base_of(
+            request, phases, task.teacher or None, None if task.device == "auto" else task.device
         )
         with in_turn():
             inputs = RebuildInputs.of(report, request.folder, loaded, run_windows, phases)
             cut = inputs.cut(request.trial, phases, request.refit)
-        stored = cut.model.dtype
         cast(cut.model, torch.float32)  # small steps vanish in bfloat16
         kind = _dtype(task, loaded)
         loaded.model.requires_grad_(False)
@@ -165,18 +155,9 @@ def _trial(task: Task, plan: Plan, length: Length, command: str, phases: Phases,
         trained, course, outcome = _trained(student, task, plan, length, phases, watch)
         if place():
             return outcome
-        cast(trained, stored)
-        told = _told(course, outcome, command)
-        write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, told)
-        what = (
-            f"{METHODS[plan.train][0]}, {'distilled on' if plan.distil else 'next tokens of'} {course.windows.source}"
-        )
-        before, after = (HeldOut(**asdict(found)) for found in (outcome.before, outcome.after))
-        made = Recovered(
-            trial=request.trial.number, folder=str(task.out), command=command, what=what, tokens=outcome.tokens,
-            distilled=plan.distil, before=before, after=after, validation=outcome.progress.history,
-        )  # fmt: skip
-        add_recovered(request.folder, made)
+        how = told(course, outcome, command)
+        write(request, loaded, run_windows, replace(cut, model=trained), command, phases, read, how)
+        add_recovered(request.folder, recovered(request.trial.number, task.out, course, outcome, command))
     return outcome
 
 
@@ -195,7 +176,7 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
         student = Student(small.model, small.tokenizer, small.device, kind)
         if wanted and name:
             student.dense = _teacher(name, task, small, kind)
-        if "architecture" in details:
+        if "architecture" in details and student.dense is not None and _alike(small.model, student.dense):
             student.architecture = Architecture.from_dict(details["architecture"])
         if "settings" in details and "text" in details:
             config = RunConfig.from_settings(details["settings"], strategy="qnehvi", advisor="none")
@@ -205,7 +186,7 @@ def _folder(task: Task, plan: Plan, length: Length, command: str, phases: Phases
         return outcome
     cast(trained, stored)
     with phases.phase("writing and reading back"):
-        _write(trained, small, task, details, course, _told(course, outcome, command))
+        _write(trained, small, task, details, course, told(course, outcome, command))
     return outcome
 
 
@@ -231,16 +212,29 @@ def _trained(
     plan = course.plan
     before = quality(student.model, windows.heldout, course.dense)
     check_finite(task.source, "float32", before.loss)
+    exams = [Exam.of(file, student.model, student.tokenizer) for file in task.items]
+    first = _taken(exams, student.model, phases)
     with phases.phase("training", plan.steps) as advance:
         trained, progress = train(student.model, course.lesson, plan, work, advance, watch, phases.note)
     after = quality(trained, windows.heldout, course.dense)
-    return trained, course, Outcome(before, after, progress.best[0] * plan.batch * task.window, plan, progress)
+    scores = zip(task.items, first, _taken(exams, trained, phases), strict=True)
+    items = (ItemsJudged(**items_part(file).model_dump(), before=one, after=two) for file, one, two in scores)
+    tokens = progress.best[0] * plan.batch * task.window
+    return trained, course, Outcome(before, after, tokens, plan, progress, tuple(items))
+
+
+def _taken(exams: Sequence[Exam], model: PreTrainedModel, phases: Phases) -> list[dict[str, float]]:
+    """A model's scores in each exam."""
+    if not exams:
+        return []
+    with phases.phase("items"):
+        return [exam.taken_by(model) for exam in exams]
 
 
 def _dtype(task: Task, loaded: Checkpoint) -> str:
     """Of the matrix products."""
-    former = settled_dtype(_work(task)) if task.dtype == "auto" else ""
-    return former or choose_dtype(task.dtype, loaded.device, loaded.model.config.get_text_config())
+    former = settled_dtype(_work(task)) if task.compute_dtype == "auto" else ""
+    return former or choose_dtype(task.compute_dtype, loaded.device, loaded.model.config.get_text_config())
 
 
 def _saved_dtype(source: str) -> torch.dtype:
@@ -258,6 +252,12 @@ def _teacher(name: str, task: Task, small: Checkpoint, dtype: str) -> PreTrained
     return teacher.requires_grad_(False)
 
 
+def _alike(small: PreTrainedModel, dense: PreTrainedModel) -> bool:
+    """Whether what is left has the dense model's names: a refit looks for it there. Of a Phi-3 that was written for vLLM it has not."""
+    own, whole = ({name for name, _ in model.named_parameters()} for model in (small, dense))
+    return own <= whole
+
+
 def _base_model(details: dict[str, Any]) -> str:
     """Where the dense model is: its name, or the place it was loaded from."""
     base = details.get("base_model") or {}
@@ -271,47 +271,6 @@ def _details(source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"'{file}' is damaged ({first_line(error)}): export the model again.") from error
     return found
-
-
-def _told(course: Course, outcome: Outcome, command: str) -> tuple[dict[str, Any], str]:
-    """How it was made: for `llmbo.json`, and as a section of the model card."""
-    windows, plan, progress = course.windows, course.plan, outcome.progress
-    text = {
-        "source": windows.source,
-        "sha256": windows.sha256,
-        "sources": [asdict(source) for source in windows.sources],
-        "window": windows.length,
-        "bos": windows.bos,
-        "chat": windows.chat,
-    }
-    heldout = {"before": asdict(outcome.before), "after": asdict(outcome.after)}
-    recovery: dict[str, Any] = {
-        "command": command,
-        "plan": asdict(plan),
-        "text": text,
-        "dtype": course.lesson.dtype,
-        "heldout": heldout,
-    }
-    recovery |= {"best_step": progress.best[0], "tokens": outcome.tokens, "validation": progress.history}
-    judged = "KL" if course.dense else "loss"
-    lines = [
-        "## Recovery",
-        "",
-        f"Trained on {outcome.tokens} tokens of {windows.source}, in windows of {windows.length} ({METHODS[plan.train][0]}; "
-        f"{'distilled from the dense model' if plan.distil else 'next tokens'}; {progress.best[0]} steps of {plan.batch} windows, peak "
-        f"rate {plan.peak:g}, warm-up and cosine, AdamW, products in {course.lesson.dtype}).",
-        "",
-        "| held-out | before | after |",
-        "|---|---|---|",
-        f"| loss, nats per token | {outcome.before.loss:.4f} | {outcome.after.loss:.4f} |",
-    ]
-    if outcome.before.kl is not None and outcome.after.kl is not None:
-        lines.append(f"| KL from the dense model | {outcome.before.kl:.4f} | {outcome.after.kl:.4f} |")
-    lines += ["", f"Validation {judged} by step: " + ", ".join(f"{s}: {v:.4f}" for s, v in progress.history) + "."]
-    if progress.fault:
-        recovery["fault"] = progress.fault
-        lines += ["", f"Training stopped early: {progress.fault.split(';')[0]}."]
-    return recovery, "\n".join([*lines, "", f"    {command}", ""])
 
 
 def _write(

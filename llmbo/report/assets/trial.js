@@ -31,6 +31,8 @@ function recoveries(entry) {
   return RUNS[entry.run].recovered.filter(({ trial }) => trial === entry.number).map((made) => {
     const rows = [["kl", "KL from the dense model"], ["loss", "loss, nats per token"]].filter(([name]) => typeof made.before[name] === "number")
       .map(([name, title]) => [title, made.before[name].toFixed(4), made.after[name].toFixed(4)]);
+    const right = ({ acc, acc_stderr }) => `${acc.toFixed(3)} ± ${acc_stderr.toFixed(3)}`;
+    rows.push(...made.items.map(({ name, count, before, after }) => [`${name}, acc of ${count} items`, right(before), right(after)]));
     return el("section", { class: "recovered" }, el("h4", {}, "Recovered"),
       el("p", { class: "muted" }, `In ${made.folder}: ${made.what}, ${made.tokens} tokens.`),
       table(["held-out", "before", "after"], rows, "Recovered"), curve(made),

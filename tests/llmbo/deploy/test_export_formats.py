@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import llmbo
 from llmbo.cli import app
@@ -29,13 +30,14 @@ from llmbo.deploy.target import Target
 from llmbo.display.console import Console
 from llmbo.display.progress import Display
 from llmbo.errors import ConfigError, ModelError
-from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.loading import LoadedModel, load_checkpoint, load_model
 from llmbo.problem.file_size import file_costs
 from llmbo.report.page import render_page
 from llmbo.run.rebuild import read_run
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.verify import difference
+from pruning.likelihood import quality
 
 # How a program goes on that has a `model` from one of these libraries and `tokens`: it ends with `logits`.
 GOES_ON = {
@@ -321,6 +323,51 @@ def test_types_are_searched_for_a_size(
     assert "Stored as searched." in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("format", "words", "stored"),
+    [
+        ("hf", ("--dtype", "bfloat16", "--max-shard-size", "150KB"), "bfloat16"),
+        ("gguf", ("--quantize", "q4_0"), "q4_0"),
+        ("vllm", (), "float32"),
+        ("padded", ("--dtype", "float16"), "float16"),
+    ],
+)
+def test_what_is_healed_is_written_as_an_export_is(
+    run: str,
+    trial: int,
+    folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    format: str,
+    words: tuple[str, ...],
+    stored: str,
+) -> None:
+    out, common = tmp_path / "out", ("--window", 16, "--heldout", 2, "--steps", 2, "--compute-dtype", "float32")
+    given = ["recover", run, "--trial", trial, "--format", format, "--out", out, *common, *words]
+    done = CliRunner().invoke(app, [*map(str, given), "--text", f"text:{text_file}", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "llmbo.json").read_text())
+    assert (told["format"], told["dtype"], told["recovery"]["plan"]["steps"]) == (format, stored, 2)
+    assert f"Stored as {stored}." in (out / "README.md").read_text()
+    shards = [path.stat().st_size for path in out.glob("*.safetensors")]
+    assert (len(shards) > 1) == ("--max-shard-size" in words)
+    if format == "gguf":
+        assert [path.name for path in out.glob("*.gguf")] == [f"tiny-trial-{trial}-q4_0.gguf"]
+        return
+    model = load_checkpoint(str(out), "float32", "cpu").model  # without code of the folder's own
+    assert quality(model, torch.arange(32).view(1, 32)).loss > 0
+    again = ["recover", out, "--out", tmp_path / "again", *common, "--text", f"text:{text_file}", "--device", "cpu"]
+    more = CliRunner().invoke(app, [*map(str, again), "--train", "norms", "--lr", "3e-3"])
+    assert more.exit_code == 0, more.output
+    files = [
+        {path.name for path in place.iterdir() if path.suffix in (".py", ".json")}
+        for place in (out, tmp_path / "again")
+    ]
+    assert {name for name in files[0] if "index" not in name} == files[1]
+    config, former = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "again", out))
+    assert config == former
+
+
 @every_format
 def test_a_dtype_that_it_cannot_store_is_refused(format: Format, run: str, trial: int, tmp_path: Path) -> None:
     others = {dtype for row in FORMATS.values() for dtype in row.choices} - set(format.choices)
@@ -332,10 +379,11 @@ def test_a_dtype_that_it_cannot_store_is_refused(format: Format, run: str, trial
 
 def test_the_flags_name_every_format_and_dtype() -> None:
     command: Any = typer.main.get_command(app)
-    told = {option.name: option.help for option in command.commands["export"].params}
-    for row in FORMATS.values():
-        assert f"{row.name}: {row.description}" in told["format"]
-        assert re.search(rf"\b{row.name}\b[\w, ]*: {', '.join(row.choices)}[;.]", told["dtype"])
+    for name in ("export", "recover"):
+        told = {option.name: option.help for option in command.commands[name].params}
+        for row in FORMATS.values():
+            assert f"{row.name}: {row.description}" in told["format"]
+            assert re.search(rf"\b{row.name}\b[\w, ]*: {', '.join(row.choices)}[;.]", told["dtype"])
 
 
 def test_only_what_saves_nothing_is_said_to(tmp_path: Path) -> None:

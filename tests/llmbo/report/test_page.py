@@ -529,6 +529,34 @@ def judged_report(text: str) -> dict[str, Any]:
     return report
 
 
+def test_what_was_healed_is_told_with_its_items_and_curve(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = made_up_report()
+    trial = report["front"][0]["trial"]
+    values = [{"loss": 3.1, "kl": 0.25}, {"loss": 2.9, "kl": 0.125}]
+    scores = [{"acc": 0.44, "acc_stderr": 0.028}, {"acc": 0.5, "acc_stderr": 0.029}]
+    items = {"name": HOSTILE, "source": "quiz.jsonl", "sha256": "0", "kind": "multiple_choice", "count": 300}
+    made = {
+        "trial": trial, "folder": "exports/healed", "command": "llmbo recover", "what": "adapters", "tokens": 4096, "distilled": True,
+        "before": values[0], "after": values[1], "validation": [[0, 0.25], [4, 0.125]],
+    }  # fmt: skip
+    folder = tmp_path / "runs" / report["run"]["name"]
+    folder.mkdir(parents=True)
+    whole = made | {"items": [items | {"before": scores[0], "after": scores[1]}]}
+    former = made | {"trial": report["front"][1]["trial"]}  # as the first versions wrote it
+    (folder / "recovered.json").write_text(json.dumps([whole, former]))
+    monkeypatch.chdir(tmp_path)
+    with opened(report) as tab:
+        tab.page.evaluate(f"STATE.selected = '0:{trial}'; drawTrial(STATE)")
+        rows = [" ".join(row.split()) for row in tab.page.locator(".recovered tr").all_inner_texts()]
+        assert rows[1:3] == ["KL from the dense model 0.2500 0.1250", "loss, nats per token 3.1000 2.9000"]
+        assert rows[3].endswith("acc of 300 items 0.440 ± 0.028 0.500 ± 0.029") and "<img" in rows[3]
+        assert tab.page.evaluate("window.broken") is None and "0.2500 → 0.1250 in 4 steps" in tab.text(".recovered")
+        tab.page.evaluate(f"STATE.selected = '0:{former['trial']}'; drawTrial(STATE)")
+        assert tab.page.locator(".recovered tr").count() == 3
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_items_and_samples_are_shown_as_text(opened: Open, width: int) -> None:
     report = judged_report(HOSTILE + "\u202etxt.exe\u2066\x9b31m")

@@ -18,12 +18,14 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.deploy import disk
 from llmbo.errors import StorageError
+from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import load_checkpoint
 from llmbo.problem.texts import load_windows
 from llmbo.training import checkpoints, lessons, recovery, trainer
@@ -32,9 +34,12 @@ from llmbo.training.learner import Learner, Refitter
 from llmbo.training.plan import MINUTES, Length, Plan, Progress
 from llmbo.training.teacher import Kept, Live, NextTokens, Streams, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients, train
+from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.distillation import heard
+from pruning.export import Pruned
 from pruning.export.rebuild import cast
+from pruning.export.vllm import decilm
 from pruning.likelihood import Head, dense_distribution, last_hidden, quality
 from pruning.masks import PruningMask, Ranking
 from pruning.shrinking import shrink
@@ -389,6 +394,18 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert max(rates) == 1 and 0.1 <= min(rates[5:]) < 0.11
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7, 15, 20, 40, 50, 60, 74, 100, 101, 120, 200, 999])
+@pytest.mark.parametrize("validations", [lessons.VALIDATIONS, 3, 13])
+def test_refits_are_as_many_as_time_is_reserved_for(steps: int, validations: int) -> None:
+    plan = Plan(steps=steps, every=-(-steps // validations), train="refit-lora")
+    ends = [min(done, steps) for done in range(plan.every, steps + plan.every, plan.every)]
+    due = [place for place, step in enumerate(ends) if plan.refits_after(step)]
+    assert len(due) == min(lessons.REFITS, len(ends)) and ends[due[-1]] == steps
+    gaps = [after - before for before, after in zip([-1, *due], due, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+    assert not any(replace(plan, train="lora").refits_after(step) for step in ends)
+
+
 def test_progress_tells_when_to_stop() -> None:
     plan = Plan(steps=100, patience=2)
     assert not Progress([(0, 2.0), (25, 1.0), (50, 1.5)]).is_over(plan)
@@ -407,7 +424,7 @@ def test_minutes_leave_room_for_steps() -> None:
 
 
 def recover(*words: object) -> Result:
-    common = ("--window", 16, "--heldout", 4, "--device", "cpu", "--dtype", "float32", "--lr", "3e-3")
+    common = ("--window", 16, "--heldout", 4, "--device", "cpu", "--compute-dtype", "float32", "--lr", "3e-3")
     return CliRunner().invoke(app, ["recover", *map(str, (*common, *words))])
 
 
@@ -430,7 +447,7 @@ def test_what_a_training_of_another_model_has_left_is_refused(
     def interrupt(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    words = ("--out", tmp_path / "out", "--minutes", 0.01, "--text", f"text:{story}", "--dtype", "auto")
+    words = ("--out", tmp_path / "out", "--minutes", 0.01, "--text", f"text:{story}", "--compute-dtype", "auto")
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "train", interrupt)
         assert recover(model_folder, *words).exit_code == 130
@@ -453,6 +470,10 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
     report = finished.report()
     trial, out = report["front"][0]["trial"], tmp_path / "better"
     text = report["data"]["source"]
+    items = home / "words.jsonl"
+    items.write_text(
+        "".join(json.dumps({"question": f"w{n}", "choices": ["w1", "w2"], "answer": 0}) + "\n" for n in range(9))
+    )
     cut = recovery.RebuildInputs.cut
 
     def in_bfloat16(*given: Any) -> Any:  # what a run has by default: rotary frequencies are float32 all the same
@@ -469,8 +490,12 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
         2,
         "--train",
         "refit-lora",
-        "--dtype",
+        "--compute-dtype",
         "bfloat16",
+        "--items",
+        items,
+        "--limit",
+        6,
         "--text",
         text,
     )
@@ -495,6 +520,14 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
     (made,) = json.loads(beside.read_text())
     assert made["trial"] == trial and [step for step, _ in made["validation"]] == [0, 1, 2]
     assert json.dumps(made["folder"]) in (beside.parent / "report.html").read_text()
+    (judged,) = made["items"]
+    assert (judged["name"], judged["count"], judged["kind"]) == ("words", 6, "multiple_choice")
+    (file,) = read_item_files([str(items)], 6)
+    written = load_checkpoint(str(out), "float32", "cpu")
+    assert Exam.of(file, written.model, written.tokenizer).taken_by(written.model) == judged["after"]
+    row = " ".join(f"{judged[when]['acc']:.3f} ± {judged[when]['acc_stderr']:.3f} |" for when in ("before", "after"))
+    assert f"| words, acc of 6 items | {row}" in (out / "README.md").read_text()
+    assert f"words, acc of 6 items: {judged['before']['acc']:.3f} ± " in result.stdout
     told = json.loads((out / "llmbo.json").read_text())
     assert told["trial"] == trial and told["recovery"]["plan"]["distil"]
     card = (out / "README.md").read_text()
@@ -511,6 +544,34 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
     assert sampled.exit_code == 0, sampled.output
     told = json.loads((tmp_path / "sampled" / "llmbo.json").read_text())
     assert told["recovery"]["text"]["source"].startswith("self") and told["recovery"]["plan"]["distil"]
+
+
+def test_a_model_under_other_names_than_the_dense_one_s_is_not_refitted(
+    build: Callable[[str], Any], model_folder: Path, story: Path, tmp_path: Path
+) -> None:
+    dense = build("phi3").float()
+    whole, tokenizer = anatomy_of(dense), AutoTokenizer.from_pretrained(model_folder)
+    small = decilm(Pruned(dense, whole, Architecture.full(whole), tokenizer))
+    told = {"base_model": {"name": str(tmp_path / "dense")}, "architecture": Architecture.full(whole).to_dict()}
+    for name, model in (("dense", dense), ("small", small)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "small" / "llmbo.json").write_text(json.dumps(told))
+    words = (tmp_path / "small", "--out", tmp_path / "out", "--steps", 1, "--text", f"text:{story}")
+    refused = recover(*words, "--train", "refit-lora")
+    assert refused.exit_code == 2 and "--train refit-lora needs the dense model" in refused.stderr, refused.output
+    assert recover(*words).exit_code == 0
+
+
+def test_what_the_format_cannot_hold_is_refused_before_training(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "train", None)  # is not called
+    trial, words = finished.report()["front"][0]["trial"], ("--steps", 1, "--out", tmp_path / "out")
+    with chdir(finished.folder):
+        refused = recover("tiny", "--trial", trial, *words, "--format", "gguf")
+    assert refused.exit_code == 2 and re.search("WordLevel.*--format hf", refused.stderr), refused.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_disk_is_found_before_training(
@@ -551,15 +612,21 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
         (("{model}", "--hidden", 0.1), "--hidden 0.1 needs the dense model"),
         (("{model}", "--hidden", 0.1, "--no-distil"), "--hidden 0.1 compares with the dense model"),
         (("{model}", "--text", "self"), "--text self needs the dense model"),
-        (("{model}", "--dtype", "float16"), "loses small gradients"),
+        (("{model}", "--compute-dtype", "float16"), "loses small gradients"),
         (("{model}", "--format", "gguf"), "--format gguf needs --trial"),
+        (("{model}", "--dtype", "bfloat16"), "--dtype bfloat16 needs --trial"),
+        (("{model}", "--quantize", "q8_0"), "--quantize q8_0 needs --trial"),
+        (("{model}", "--max-shard-size", "1MB"), "--max-shard-size 1MB needs --trial"),
+        (("{model}", "--refit", "table"), "--refit table needs --trial"),
+        (("{model}", "--items", "{tmp}/none.jsonl"), "none.jsonl"),
+        (("{model}", "--limit", -1), "--limit must be at least 0"),
         *((("{model}", "--lr", lr), "--lr must be") for lr in ("nan", "inf", -1)),
         *((("{model}", flag, 0), f"{flag} must be at least 1") for flag in ("--steps", "--heldout", "--tokens")),
         *((("{model}", "--patience", patience), "--patience must be at least 1") for patience in (0, -1)),
         *((("{model}", flag, 10**30), f"{flag} must be at most") for flag in ("--steps", "--rank", "--seed")),
         (("{model}", "--seed", -1), "--seed must be at least 0"),
         (("{model}", "--window", 1), "--window must be at least 2"),
-        (("{model}", "--dtype", "x"), "--dtype must be auto"),
+        (("{model}", "--compute-dtype", "x"), "--compute-dtype must be auto"),
         (("no run", "--trial", -1), "--trial must be at least 0"),
         (("{model}", "--distil"), "--teacher"),
         (("{model}", "--distil", "--teacher", "./nowhere"), "'./nowhere'"),

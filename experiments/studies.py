@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +25,18 @@ from pruning.likelihood import DenseDistribution, dense_distribution, quality
 from pruning.text import read_text
 
 Cut = tuple[PreTrainedModel, Architecture]
+
+
+def keep(file: Path, made: Any) -> None:
+    """Leave what is expensive to a command that goes on later, whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(made, file.with_suffix(".partial"))
+    file.with_suffix(".partial").replace(file)
+
+
+def kept(file: Path) -> Any:
+    """What `keep` has left."""
+    return torch.load(file, weights_only=False)  # written by the same command
 
 
 class Results:

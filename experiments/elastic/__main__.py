@@ -2,25 +2,29 @@
 
     python -m experiments.elastic --out elastic.json --text python --judge builtin
 
-Four arms at each share: `none` (cut and refitted in sequence), `elastic` (one adapter for all sizes, trained with --tokens before the
-cut), `one` (each size healed with all of --tokens, as if no other was wanted) and `each` (--tokens divided among the sizes). A token
-counts whenever it passes a model that learns, so the sandwich of two or three members sees fewer of the text. Finished entries are in
---out and are not done again by the same command. See README.md.
+Cuts to five shares along the allocation path. Four arms at each: `none` (cut and refitted in sequence), `elastic` (one adapter for all
+sizes, trained with --tokens before the cut), `one` (each size healed with all of --tokens, as if no other was wanted) and `each` (--tokens
+divided among the sizes). A token counts whenever it passes a model that learns, so the sandwich of two or three members sees fewer of the
+text. A table is printed at the end. Finished entries are in --out and are not done again by the same command, which goes on with a training
+that was stopped. See README.md.
 """
 
 import argparse
-import copy
-import tempfile
+import json
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from experiments.elastic.table import table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, parsed, parser_of, settings_of, teacher_of
+from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of
 from llmbo.config import RunConfig
+from llmbo.models.adapter import ABOUT
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.silence import silence_libraries
@@ -37,35 +41,46 @@ from pruning.shrinking import shrink
 
 PASSES = 2 + 1 / WHOLE  # of a window in a sandwich, on average
 ARMS = ("none", "elastic", "one", "each")
+SHARES = ("0.9", "0.8", "0.65", "0.5", "0.4")
 
 
 def main() -> None:
     silence_libraries()
     options = _options()
     results = Results(options.out, settings_of(options, "seeds", "arms"))
+    work = options.out.with_name(f"{options.out.name}.work")
     for seed in options.seeds:
         study = None
         for arm in options.arms:
-            if all(f"{seed} {share} {arm}" in results.entries for share in options.shares):
+            pending = [share for share in options.shares if f"{seed} {share} {arm}" not in results.entries]
+            if not pending:
                 continue
-            study = study or Study(options, seed)
-            for share, entry in study.arm(arm).items():
+            study = study or Study(options, seed, work / f"seed-{seed}")
+            for share, entry in study.arm(arm, pending):
                 results.add(f"{seed} {share} {arm}", entry)
                 judged = "  ".join(f"{name} {v['kl']:.4f} {v['loss']:.4f}" for name, v in entry["texts"].items())
                 print(f"{seed} {share} {arm:8} {entry['seconds']:6.1f} s  {judged}", flush=True)
+        shutil.rmtree(work / f"seed-{seed}", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    print(table(results.entries, options.shares))
 
 
 class Study:
-    """A seed's models and windows."""
+    """A seed's models and windows.
 
-    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+    Args:
+        work: Folder for what a stopped command goes on from.
+    """
+
+    def __init__(self, options: argparse.Namespace, seed: int, work: Path) -> None:
         self._options, self._seed = options, seed
         device = choose_device(options.device)
         self._loaded = load_model(options.model, "float32", device)
         self._loaded.model.requires_grad_(False)
         self._dtype = choose_dtype(options.dtype, device, self._loaded.model.config)
         self._teacher = teacher_of(self._loaded.model, self._dtype)
-        self._work = Path(tempfile.mkdtemp(prefix="elastic-"))
+        self._work = work
+        work.mkdir(parents=True, exist_ok=True)
         self._task = Task(
             options.model, self._work / "adapter", options.text, options.window, options.validation,
             calibration_tokens=options.calibration, seed=seed, dtype=self._dtype, device=device,
@@ -73,51 +88,60 @@ class Study:
         self._config = self._task.config
         windows = load_windows(self._config, self._loaded)
         self._judges = Judges(options.judge, self._loaded, options.judged, self._config, windows, options.window)
-        self._cuts = self._cut(self._config, self._loaded)
 
-    def _cut(self, config: RunConfig, loaded: LoadedModel) -> dict[str, Cut]:
-        """Every share's member of the path, refitted in sequence, in float32 on the CPU."""
-        windows, cuts = load_windows(config, loaded), {}
-        with prepared(config, loaded, windows, Quiet()) as problem:
-            members = {share: problem.space.decode(problem.family.at(float(share))) for share in self._options.shares}
-            refits = {s: sequential_refit(problem.supernet, a, windows.calibration) for s, a in members.items()}
-        for share, architecture in members.items():
-            mask = PruningMask.from_architecture(architecture, refits[share].ranking)
-            cuts[share] = shrink(loaded.model, mask, refits[share]).cpu(), architecture
-        return cuts
+    def _cut(self, config: RunConfig, loaded: LoadedModel, share: str) -> Cut:
+        """A share's member of the path, refitted in sequence, in float32 on the CPU. All are cut at once, and kept."""
+        kind = "elastic" if config.elastic else "plain"
+        files = {own: self._work / f"{kind}-{own}.pt" for own in self._options.shares}
+        if not all(file.is_file() for file in files.values()):
+            windows = load_windows(config, loaded)
+            with prepared(config, loaded, windows, Quiet()) as problem:
+                members = {own: problem.space.decode(problem.family.at(float(own))) for own in files}
+                refits = {own: sequential_refit(problem.supernet, a, windows.calibration) for own, a in members.items()}
+            for own, architecture in members.items():
+                mask = PruningMask.from_architecture(architecture, refits[own].ranking)
+                keep(files[own], (shrink(loaded.model, mask, refits[own]).cpu(), architecture))
+        cut: Cut = kept(files[share])
+        return cut
 
-    def arm(self, arm: str) -> dict[str, dict[str, Any]]:
-        """Entries by share."""
+    def arm(self, arm: str, shares: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The entry of one share after the other."""
         options = self._options
         if arm == "elastic":
-            return self._elastic()
+            yield from self._elastic(shares)
+            return
         tokens = {"none": 0, "one": options.tokens, "each": options.tokens // len(options.shares)}[arm]
-        return {share: self._healed(share, tokens) for share in options.shares}
+        for share in shares:
+            yield share, self._healed(share, tokens)
+            shutil.rmtree(self._training(share, tokens), ignore_errors=True)
+
+    def _training(self, share: str, tokens: int) -> Path:
+        return self._work / f"{share}-{tokens}"
 
     def _plan(self) -> Plan:
         options = self._options
         return Plan(0, options.batch, "lora", options.rank, options.lr, True, 0, 10**6, self._seed)
 
-    def _elastic(self) -> dict[str, dict[str, Any]]:
-        start, plan = time.perf_counter(), self._plan()
-        length = Length(tokens=round(self._options.tokens / PASSES))
-        told = train_elastic(self._task, plan, length, "python -m experiments.elastic", Quiet())
+    def _elastic(self, shares: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        start, out = time.perf_counter(), self._task.out
+        if not out.exists():
+            length = Length(tokens=round(self._options.tokens / PASSES))
+            train_elastic(self._task, self._plan(), length, "python -m experiments.elastic", Quiet())
+        history = json.loads((out / ABOUT).read_text(encoding="utf-8"))["validation"]
         seconds = time.perf_counter() - start
-        config = replace(self._config, elastic=str(self._task.out))
+        config = replace(self._config, elastic=str(out))
         loaded = adapted(adapter_of(config), load_model(config.model, "float32", config.device))
-        entries = {}
-        for share, cut in self._cut(config, loaded).items():
-            entries[share] = {"seconds": seconds, "history": told.progress.history, **self._judge(cut)}
-        return entries
+        for share in shares:
+            yield share, {"seconds": seconds, "history": history, **self._judge(self._cut(config, loaded, share))}
 
     def _healed(self, share: str, tokens: int) -> dict[str, Any]:
-        model, architecture = copy.deepcopy(self._cuts[share][0]), self._cuts[share][1]
+        model, architecture = self._cut(self._config, self._loaded, share)
         nn.Module.to(model, self._loaded.device)
         seconds, history = 0.0, list[Any]()
         if tokens:
             loaded, plan, start = self._loaded, self._plan(), time.perf_counter()
             student = Student(model, loaded.tokenizer, loaded.device, self._dtype, self._teacher, architecture)
-            work = self._work / f"{share}-{tokens}"
+            work = self._training(share, tokens)
             windows, _ = dealt_windows(student, self._config, plan, self._options.validation, work)
             course = course_for(student, windows, plan, Length(tokens=tokens), work, Quiet(), self._work / "teacher")
             model, progress = train(model, course.lesson, course.plan, work, tell=print)
@@ -135,7 +159,7 @@ class Study:
 
 
 def _options() -> argparse.Namespace:
-    parser = parser_of(__doc__, tokens=200_000, out=Path("elastic.json"))
+    parser = parser_of(__doc__, shares=list(SHARES), tokens=200_000, out=Path("elastic.json"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     return parsed(parser)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from experiments.healing.peers import PEERS
 from experiments.healing.table import OURS, Key, table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, parsed, parser_of, settings_of, teacher_of
+from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of
 from llmbo.config import RunConfig
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import load_model
@@ -134,8 +134,9 @@ class Study:
         if not file.is_file() and cut == OURS:
             self._cut()
         elif not file.is_file():
-            self._keep(file, PEERS[cut](self._loaded.model, float(share), self._windows.calibration))
-        model, architecture = torch.load(file, weights_only=False)  # written by the same command
+            model, architecture = PEERS[cut](self._loaded.model, float(share), self._windows.calibration)
+            keep(file, (model.cpu(), architecture))
+        model, architecture = kept(file)
         return nn.Module.to(model, self._loaded.device), architecture
 
     def _cut(self) -> None:
@@ -148,14 +149,10 @@ class Study:
                 refitted[share] = architecture, refits
         for share, (architecture, refits) in refitted.items():
             mask = PruningMask.from_architecture(architecture, refits.ranking)
-            self._keep(self._cut_file(share, OURS), (shrink(self._loaded.model, mask, refits), architecture))
+            keep(self._cut_file(share, OURS), (shrink(self._loaded.model, mask, refits).cpu(), architecture))
 
     def _cut_file(self, share: str, cut: str) -> Path:
         return self._work / f"{cut}-{share}.pt"
-
-    def _keep(self, file: Path, made: Cut) -> None:
-        torch.save((made[0].cpu(), made[1]), file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)  # whole or not there
 
     def untrained(self, key: Key) -> dict[str, Any]:
         model, architecture = self._model(key.share, key.cut)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from experiments.elastic import __main__ as experiment
+from experiments.elastic.table import table, volume
 from experiments.healing_order import __main__ as order
 from llmbo.cli import app
 from llmbo.config import RunConfig
@@ -157,23 +158,103 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 
 def test_the_experiment_trains_every_arm_once(
-    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    story: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
-    words += ["--seeds", 0, "--tokens", 1024, "--window", 16, "--calibration", 128, "--judged", 64, "--validation", 2]
-    words += ["--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "elastic.json"]
-    monkeypatch.setattr("sys.argv", ["elastic", *map(str, words)])
+    def words(out: Path, *more: object) -> list[str]:
+        given = [
+            "--model",
+            model_folder,
+            "--text",
+            f"text:{story}",
+            "--judge",
+            f"text:{text_file}",
+            "--shares",
+            0.8,
+            0.6,
+        ]
+        given += [
+            "--seeds",
+            0,
+            "--tokens",
+            1024,
+            "--window",
+            16,
+            "--calibration",
+            128,
+            "--judged",
+            64,
+            "--validation",
+            2,
+        ]
+        given += ["--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", out, *more]
+        return ["elastic", *map(str, given)]
+
+    def entries(out: Path) -> dict[str, Any]:
+        return dict(json.loads(out.read_text())["entries"])
+
+    whole, parts = tmp_path / "elastic.json", tmp_path / "parts.json"
+    monkeypatch.setattr("sys.argv", words(whole))
     experiment.main()
-    entries = json.loads((tmp_path / "elastic.json").read_text())["entries"]
-    assert set(entries) == {f"0 0.6 {arm}" for arm in experiment.ARMS}
-    steps = {arm: entries[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
+    expected = entries(whole)
+    assert set(expected) == {f"0 {share} {arm}" for share in ("0.8", "0.6") for arm in experiment.ARMS}
+    steps = {arm: expected[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
     assert not steps["none"] and [steps[arm][0][0] for arm in ("one", "each", "elastic")] == [
         16,
-        16,
+        8,
         8,
     ]  # of 64 tokens a pass
+    shown = capsys.readouterr().out
+    for arm in experiment.ARMS:
+        (row,) = [line for line in shown.splitlines() if line.startswith(f"| text:{text_file} | {arm} | 1 |")]
+        assert f" {expected[f'0 0.6 {arm}']['texts'][f'text:{text_file}']['kl']:.4f} |" in row
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
     monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
     experiment.main()
+    monkeypatch.undo()
+
+    train, trained = experiment.train, list[int]()
+
+    def second_is_stopped(*args: Any, **options: Any) -> Any:
+        def step(done: int) -> None:
+            trained.append(done)
+            if len(trained) == 16 + 9:
+                raise KeyboardInterrupt
+
+        return train(*args, step, **options)
+
+    monkeypatch.setattr(experiment, "train", second_is_stopped)
+    monkeypatch.setattr("sys.argv", words(parts, "--arms", "one", "elastic"))
+    with pytest.raises(KeyboardInterrupt):
+        experiment.main()
+    assert set(entries(parts)) == {"0 0.8 one"}
+    experiment.main()
+    assert trained[16 + 9] == 9  # 16 steps, validated at every second: it went on behind the eighth
+    assert len(trained) == 16 + 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    for key, entry in entries(parts).items():
+        assert {**entry, "seconds": 0} == {**expected[key], "seconds": 0}
+
+
+def test_hypervolume_is_of_what_models_of_all_shares_dominate() -> None:
+    assert volume({"0.5": 0.5}, 1.0) == pytest.approx(0.25)
+    assert volume({"0.5": 0.5, "0.8": 0.25}, 1.0) == pytest.approx(0.25 + 0.2 * 0.25)
+    assert volume({"0.5": 1.0, "0.8": 1.0}, 2.0) == pytest.approx(0.25)  # the larger one adds nothing
+
+    def entry(kl: float) -> dict[str, Any]:
+        return {"texts": {"t": {"kl": kl}}}
+
+    found = {f"{seed} {share} none": entry(kl) for seed in (0, 1) for share, kl in (("0.5", 1.0), ("0.8", 0.5))}
+    found |= {"0 0.5 one": entry(0.5), "0 0.8 one": entry(0.25), "1 0.5 one": entry(0.5)}
+    lines = table(found, ("0.8", "0.5")).splitlines()
+    assert lines[2:] == [
+        "| t | none | 2 | 0.5000 ± 0.0000 | 1.0000 ± 0.0000 | 0.1000 ± 0.0000 |",
+        "| t | one | 1 | 0.2500 | 0.5000 | 0.3000 |",
+    ]
+    assert "No arm" in table({"1 0.5 one": entry(0.5)}, ("0.8", "0.5"))
 
 
 def test_scores_forecast_the_order_after_healing(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.healing import __main__ as experiment
+from experiments.healing import picture, prose
 from experiments.healing.peers import PEERS, BiasAlone
 from experiments.healing.table import Key, table
 from pruning.anatomy import anatomy_of
@@ -125,6 +126,44 @@ def test_the_table_reads_what_there_was_before_other_cuts() -> None:
     assert "0 0.8 lora 2ssp: 0 0.8000" in lines and "0 0.8 lora: 0 0.4000, 2 0.3000" in lines
     for key in ("0 0.8 lora", "1 1 none", "2 0.65 norms flap"):
         assert str(Key(*key.split())) == key
+
+
+def test_curves_are_means_over_seeds_of_several_files(tmp_path: Path) -> None:
+    ours = {"0 1 lora": entry(0.0, (0, 0.1)), "0 0.8 lora": entry(0.3, (0, 0.4), (2, 0.3))}
+    theirs = {f"{seed} 0.8 lora 2ssp": entry(0.8, (0, 0.8), (2, 0.6 + seed / 10)) for seed in (0, 1)}
+    files = [tmp_path / "ours.json", tmp_path / "theirs.json"]
+    for file, entries in zip(files, (ours, theirs), strict=True):
+        file.write_text(json.dumps({"settings": {}, "entries": entries}))
+    found = picture.curves(picture.read(files))
+    assert found == {"0.8": {("llmbo", "lora"): {0: [0.4], 2: [0.3]}, ("2ssp", "lora"): {0: [0.8, 0.8], 2: [0.6, 0.7]}}}
+    svg = picture.drawn(picture.read(files)).decode()
+    assert all(text in svg for text in ("llmbo (1 seed)", "2ssp (2 seeds)", "0.8 of the blocks"))
+    files[1].write_text(json.dumps({"settings": {"rank": 3}, "entries": theirs}))
+    with pytest.raises(SystemExit, match=r"theirs\.json' holds results of other settings"):
+        picture.read(files)
+    with pytest.raises(SystemExit, match="no curve"):
+        picture.drawn({"0 0.8 none": entry(0.4)})
+
+
+def test_prose_is_the_paragraphs_of_two_books_in_turns(tmp_path: Path) -> None:
+    def words(name: str, count: int = prose.WORDS) -> str:
+        return " ".join(f"{name}{n}" for n in range(count))
+
+    handbook, faq = tmp_path / prose.HANDBOOK, tmp_path / prose.FAQ
+    for folder in (handbook, faq):
+        folder.mkdir(parents=True)
+    inner = f'<div class="url">{words("i", 2)}</div><pre>left out</pre>'
+    (handbook / "b.html").write_text(f'<div><div class="para">{words("b")} {inner}</div>outside</div>')
+    (handbook / "a.html").write_text(f'<div class="para">{words("a")}</div><div class="para">{words("s", 11)}</div>')
+    count = 7 * prose.TURN
+    pages = "".join(f"<p>{words(f'q{n}x')}\n</p>" for n in range(count))
+    (faq / "1.html").write_text(f"<p><h2>{words('list')}</h2>{pages}<p>{words('q0x')}</p>")
+    found = prose.prose(tmp_path).split("\n\n")
+    assert [text for text in found if text[0] != "q"] == [words("a"), f"{words('b')} {words('i', 2)}"]
+    kept = [text.split("x")[0] for text in found if text[0] == "q"]
+    assert kept == [f"q{n}" for n in range(count) if n // prose.TURN in (0, 3, 6)]
+    one, other = [str(n) for n in range(120)], [f"o{n}" for n in range(180)]
+    assert prose.in_turns(one, other)[:7] == ["0", "1", "o0", "o1", "o2", "2", "3"]
 
 
 def test_peers_are_healed_alike(

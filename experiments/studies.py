@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +33,12 @@ def keep(file: Path, made: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(made, file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)
+
+
+def work_of(out: Path, settings: Mapping[str, Any]) -> Path:
+    """Folder for what a stopped command with these settings goes on from; its parent is deleted at the end."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return out.with_name(f"{out.name}.work") / digest[:16]
 
 
 def kept(file: Path) -> Any:

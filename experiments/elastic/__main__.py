@@ -22,7 +22,7 @@ from torch import nn
 
 from experiments.elastic.table import table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of
+from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of, work_of
 from llmbo.config import RunConfig
 from llmbo.models.adapter import ABOUT
 from llmbo.models.loading import LoadedModel, load_model
@@ -47,8 +47,8 @@ SHARES = ("0.9", "0.8", "0.65", "0.5", "0.4")
 def main() -> None:
     silence_libraries()
     options = _options()
-    results = Results(options.out, settings_of(options, "seeds", "arms"))
-    work = options.out.with_name(f"{options.out.name}.work")
+    settings = settings_of(options, "seeds", "arms")
+    results, work = Results(options.out, settings), work_of(options.out, settings)
     for seed in options.seeds:
         study = None
         for arm in options.arms:
@@ -61,7 +61,7 @@ def main() -> None:
                 judged = "  ".join(f"{name} {v['kl']:.4f} {v['loss']:.4f}" for name, v in entry["texts"].items())
                 print(f"{seed} {share} {arm:8} {entry['seconds']:6.1f} s  {judged}", flush=True)
         shutil.rmtree(work / f"seed-{seed}", ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work.parent, ignore_errors=True)
     print(table(results.entries, options.shares))
 
 

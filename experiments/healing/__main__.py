@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from experiments.healing.peers import PEERS
 from experiments.healing.table import OURS, Key, table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of
+from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of, work_of
 from llmbo.config import RunConfig
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import load_model
@@ -50,8 +50,8 @@ def main() -> None:
     silence_libraries()
     options = _options()
     start = time.perf_counter()
-    results = Results(options.out, settings_of(options, "shares", "seeds", "methods", "cuts", "within"))
-    work = options.out.with_name(f"{options.out.name}.work")
+    settings = settings_of(options, "shares", "seeds", "methods", "cuts", "within")
+    results, work = Results(options.out, settings), work_of(options.out, settings)
     for seed in options.seeds:
         pending = [key for key in _keys(seed, options) if str(key) not in results.entries]
         if not pending:
@@ -66,7 +66,7 @@ def main() -> None:
             results.add(str(key), entry)
             print(f"{key!s:24} {_told(entry)}", flush=True)
             shutil.rmtree(study.work(key), ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work.parent, ignore_errors=True)
     print(table(results.entries))
 
 

@@ -3,13 +3,14 @@
     python -m experiments.recipe_quality --text builtin --text text:path/to/wikitext2-valid.txt --seeds 3
     python -m experiments.recipe_quality --recipe mine.json
 
-Both paths know what was measured at pruned members (`llmbo.problem.expansion`). A seed deals out the windows. The mean of the logarithms
-over all sizes is one value for each text and seed; its interval over them is Student's.
+Each path is prepared as a run with that recipe prepares it: with what was measured at members of its own (`llmbo.problem.expansion`). A
+seed deals out the windows. The mean of the logarithms over all sizes is one value for each text and seed; its interval over them is
+Student's.
 """
 
 import argparse
 import math
-from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -19,10 +20,10 @@ from llmbo.comparison.statistics import band
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.silence import silence_libraries
-from llmbo.problem.preparation import Problem, prepared
-from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe, recipe_of
+from llmbo.problem.preparation import prepared
+from llmbo.problem.recipe import recipe_of
 from llmbo.search.gain import EPSILON, FamilyCurve
-from pruning.calibration import cut_windows
+from pruning.calibration import TokenWindows, cut_windows
 from pruning.text import Text, read_text
 
 SHARES = torch.tensor([0.44, 0.5, 0.57, 0.64, 0.71, 0.78, 0.85, 0.92], dtype=torch.float64)
@@ -37,12 +38,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--judged", type=int, default=24, help="windows to judge by")
     options = parser.parse_args()
-    recipe, loaded = recipe_of(options.recipe), load_model(options.model)
+    recipe_of(options.recipe)  # refused before anything is loaded
+    loaded = load_model(options.model)
     values = []
     print("text, seed".ljust(24) + "".join(f"{share:>7.2f}" for share in SHARES.tolist()) + "   mean", flush=True)
     for name in options.text or ["builtin"]:
         for seed in range(options.seeds):
-            ratios = log_ratios(loaded, name, seed, options.judged, recipe)
+            ratios = log_ratios(loaded, name, seed, options.judged, options.recipe)
             values.append(sum(ratios) / len(ratios))
             row = "".join(f"{math.exp(ratio):7.3f}" for ratio in [*ratios, values[-1]])
             print(f"{name[-20:]}, {seed}".ljust(24) + row, flush=True)
@@ -52,25 +54,23 @@ def main() -> None:
         print(f"all: {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
-def log_ratios(loaded: LoadedModel, name: str, seed: int, judged: int, recipe: AllocationRecipe) -> list[float]:
-    """At every share."""
-    config = RunConfig(model=loaded.name, text=name, seed=seed, calibration_tokens=16_384)
+def log_ratios(loaded: LoadedModel, name: str, seed: int, judged: int, recipe: str) -> list[float]:
+    """At every share; a recipe is named as by `--recipe`."""
+    config = RunConfig(model=loaded.name, text=name, seed=seed, calibration_tokens=16_384, recipe=recipe)
     text = read_text(name)
     counts = {"calibration": 16_384 // config.window, "proxy": 1, "heldout": judged}
     windows = cut_windows(Text(text.source, undo_spacing(text.content)), loaded.tokenizer, counts, config.window, seed)
-    with ExitStack() as stack:
-        problem = stack.enter_context(prepared(config, loaded, windows, Quiet()))
-        shares, kl = measured(problem, DENSE_PRICES)
-        own, found = measured(problem, recipe)
+    shares, kl = measured(replace(config, recipe="dense-prices"), loaded, windows)
+    own, found = measured(config, loaded, windows)
     return ((found + EPSILON).log() - FamilyCurve.through(shares, kl)(own)).tolist()
 
 
-def measured(problem: Problem, recipe: AllocationRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares and KL of a recipe's members."""
-    space, judge = problem.space, problem.heldout()
-    rows = problem.prices.members_of(recipe, SHARES)
-    kl = [found["kl"] for found in judge.evaluate([tuple(row) for row in rows.int().tolist()])]
-    return space.share(rows), torch.tensor(kl, dtype=torch.float64)
+def measured(config: RunConfig, loaded: LoadedModel, windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares and held-out KL of members of a path, which is prepared for itself: exchanges hold for the path they were measured along."""
+    with prepared(config, loaded, windows, Quiet()) as problem:
+        rows = problem.prices.members_of(problem.method.allocation, SHARES)
+        kl = [found["kl"] for found in problem.heldout().evaluate([tuple(row) for row in rows.int().tolist()])]
+        return problem.space.share(rows), torch.tensor(kl, dtype=torch.float64)
 
 
 if __name__ == "__main__":

@@ -196,13 +196,15 @@ def prepared(
                 lambda drawn: block_sensitivity(supernet, some, space.widths, drawn, on_layer=advance),
             )
             prices = Prices.of(space, unit_marginal_costs(space, importance), block_marginal_costs(space, sensitivity))
-            threshold_family = ThresholdFamily.along(space, prices.path(method.allocation.bare), importance)
+            bare = method.allocation.bare
+            threshold_family = ThresholdFamily.along(space, prices.path(bare), importance)
+            threshold_family = replace(threshold_family, prices=prices, recipe=bare)
         with phases.phase("width exchanges", len(method.anchors) * steps(space.num_layers)) as advance:
             measured = threshold_family, prices, supernet, some, sensitivity, keep
             family = with_exchanges(*measured, advance, method, phases.note)
             prices = family.prices or prices
             if not config.recipe_search:
-                family = replace(family, prices=None)
+                family, threshold_family = (replace(some, prices=None) for some in (family, threshold_family))
         members = method.refit_members
         if members is None:
             members = anchors_of(family, config.refit_anchors or 0)

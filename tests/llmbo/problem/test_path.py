@@ -20,7 +20,7 @@ from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.prices import block_marginal_costs, unit_marginal_costs
 from llmbo.problem.proxy import ProxyEvaluator
-from llmbo.problem.recipe import DENSE_PRICES
+from llmbo.problem.recipe import DEFAULT_RECIPE, DENSE_PRICES, AllocationRecipe
 from llmbo.problem.texts import load_windows
 from pruning.block import BlockKind
 from pruning.calibration import TokenWindows
@@ -99,6 +99,49 @@ def test_the_path_is_priced_by_units_and_by_whole_blocks(
     )
     assert torch.equal(problem.threshold_family.path, both)
     assert not torch.equal(both, by_units) and not torch.equal(both, by_blocks)  # else this would say nothing
+
+
+def test_both_paths_are_what_their_own_prices_and_recipe_make(opened: Opened) -> None:
+    """So recipes are tried around either, and the one before width exchanges knows of none."""
+    moved, plain = opened.problem.family, opened.problem.threshold_family
+    assert not torch.equal(moved.path, plain.path)  # else this would say nothing
+    for family in (moved, plain):
+        assert family.prices is not None
+        assert torch.equal(family.prices.path(family.recipe), family.path)
+
+
+SIZES = torch.linspace(0.25, 0.99, 40, dtype=torch.float64)
+RISE = 1.25  # of KL on a few windows of a tiny model, whose noise that is
+
+
+@pytest.mark.parametrize("recipe", [DENSE_PRICES, DEFAULT_RECIPE])
+def test_a_path_gets_better_with_size_within_noise(opened: Opened, recipe: AllocationRecipe) -> None:
+    """At forty sizes; models of the same sizes that are each allocated otherwise do not."""
+    problem = opened.problem
+
+    def highest_rise(rows: Tensor) -> float:
+        """The most that a model is worse than a smaller one, as a factor."""
+        found = problem.heldout().evaluate([tuple(row) for row in rows.int().tolist()])
+        kl = torch.tensor([values["kl"] for values in found], dtype=torch.float64)
+        return float((kl[1:] / kl.cummin(0).values[:-1]).max())
+
+    path = problem.prices.members_of(recipe, SIZES)
+    assert highest_rise(path) < RISE
+    bonus = 2 * torch.rand(len(SIZES), problem.space.d, generator=torch.Generator().manual_seed(0)).double() - 1
+    theta = recipe.theta[None].expand(len(SIZES), -1)
+    others = problem.prices.members(theta, SIZES, 2 * bonus)[range(len(SIZES)), range(len(SIZES))]
+    assert highest_rise(others) > 2 * RISE
+
+
+def test_a_member_is_as_large_as_asked_for_within_a_level_and_exchanges_move_it_by_another(opened: Opened) -> None:
+    problem = opened.problem
+    level = float(problem.prices.shares[-1, 1])  # of an MLP; its first carries the norm as well
+    for recipe in (DENSE_PRICES, DEFAULT_RECIPE):
+        bare, own = (problem.prices.members_of(r, SIZES) for r in (recipe.bare, recipe))
+        less = SIZES - problem.space.share(bare)
+        assert (less >= -1e-9).all() and (less < level).all()
+        assert not torch.equal(bare, own)  # else this would say nothing of exchanges
+        assert ((problem.space.share(own) - problem.space.share(bare)).abs() <= 1.01 * level).all()
 
 
 @pytest.mark.parametrize("weight", [0.7, 1.0])

@@ -28,6 +28,7 @@ class AdvisedStrategy:
         problem: May have `statistics` and `marginals` (see `preparation.Problem`); a recorded benchmark has neither.
         by: What `--advisor` takes; `transformers:self` needs a run of its own.
         share, warm_start: As `RunConfig.advisor_share` and `advisor_warm_start`.
+        memory: What has been answered, so that a search that goes on along another path asks nothing twice.
     """
 
     problem: Any
@@ -42,6 +43,7 @@ class AdvisedStrategy:
     every: int = 2
     num_initial: int = NUM_INITIAL
     limits: Mapping[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)
     proposer: AdvisedProposer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class AdvisedStrategy:
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
         inputs = AdvisorInputs(setting, None, probe)
-        self.proposer = build_advised(config, inputs, AdviceStore(MemoryNotes()), self.num_initial)
+        self.proposer = build_advised(config, inputs, AdviceStore(MemoryNotes(self.memory)), self.num_initial)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         return self.proposer.propose(trials, q, seed)

@@ -21,7 +21,8 @@ from llmbo.search.soundness import on_sound_path
 from llmbo.types import Proposer
 
 Options = Mapping[str, Any]
-FILLED = ("space", "family", "objectives", "dense", "limits", "problem")  # fields that a problem fills
+# Fields that are filled. `memory` is a dict that a proposer hands on to the one that takes its place when the path is left.
+FILLED = ("space", "family", "objectives", "dense", "limits", "problem", "memory")
 
 
 class SearchProblem(Protocol):
@@ -115,13 +116,18 @@ class ProposerFactory:
         Raises:
             ConfigError: An option is unknown or of the wrong type, or a third party's class takes exception to something.
         """
-        build = partial(self._built, problem, objectives, self.checked(options))
+        build = partial(self._built, problem, objectives, self.checked(options), {})
         if self.strategy.family != "family":
             return build(getattr(problem, self.strategy.family))
         return on_sound_path(problem.family, problem.threshold_family, objectives, problem.dense, build, tell)
 
     def _built(
-        self, problem: SearchProblem, objectives: Sequence[Objective], options: Options, family: ThresholdFamily
+        self,
+        problem: SearchProblem,
+        objectives: Sequence[Objective],
+        options: Options,
+        memory: dict[str, Any],
+        family: ThresholdFamily,
     ) -> Proposer:
         checked, strategy = dict(options), self.strategy
         num_initial = checked.pop("num_initial", NUM_INITIAL) if strategy.wrapped else NUM_INITIAL
@@ -132,6 +138,7 @@ class ProposerFactory:
             "dense": problem.dense,
             "limits": problem.limits,
             "problem": problem,
+            "memory": memory,
             **strategy.fixed,
         }
         names = {item.name for item in dataclasses.fields(self.type) if item.init}

@@ -6,11 +6,14 @@ The faults are injected: into what single blocks are said to change, and into me
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from llmbo.advisor.offline import OfflineAdvisor
+from llmbo.comparison.strategies import strategy_of
 from llmbo.problem import exchanges as exchanging
 from llmbo.problem import preparation
 from llmbo.problem.family import ThresholdFamily
@@ -20,7 +23,7 @@ from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.search.baselines import ThresholdProposer
 from llmbo.search.gain import trial_gains
 from llmbo.search.soundness import SoundPath, on_sound_path
-from llmbo.types import Proposal, Proposer, Source, Trial
+from llmbo.types import Proposal, Proposer, Source, Trial, TrialState
 
 AT_ANCHOR, IN_SEARCH = "Width exchanges at share", "Width exchanges have broken the allocation path"
 FLAGS = {"budget": 14, "min_share": 0.3}
@@ -147,6 +150,31 @@ def test_a_path_is_left_for_members_that_are_far_worse_than_smaller_ones(
             (proposal,) = path.propose(seen, 1, 0)
             assert proposal.origin == ("plain" if expected else "moved")
     assert len(told) == 2 * left and all(line.startswith(IN_SEARCH) and "\n" not in line for line in told)
+
+
+def test_an_advised_arm_asks_nothing_twice_when_the_path_is_left(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is found between its two places in the first design; a recording or a paid model would be asked again."""
+    after, asked, told = broken(toy.family), list[int](), list[str]()
+    parts = {"space": toy.space, "threshold_family": toy.family, "dense": toy.dense, "limits": {}}
+    real = OfflineAdvisor.ask
+
+    def counted(advisor: Any, question: Any, transcript: Any) -> Any:
+        asked.append(question.round)
+        return real(advisor, question, transcript)
+
+    monkeypatch.setattr(OfflineAdvisor, "ask", counted)
+    keys = {"by": "random", "hooks": ["warm_start"], "warm_start": 2, "num_initial": 4}
+    arm = strategy_of("advised").build(SimpleNamespace(**parts, family=after), toy.objectives, keys, told.append)
+    new = [row.tolist() not in toy.family.path.tolist() for row in after.path].index(True)
+    trials = [at(toy, after, 2, kl=0.9), replace(at(toy, after, new, kl=12.7), number=1, state=TrialState.RUNNING)]
+    [first] = arm.propose(trials, 1, 0)
+    trials = [trials[0], replace(trials[1], state=TrialState.COMPLETE), replace(toy.trial(2, first), round=1)]
+    [second] = arm.propose(trials, 1, 0)
+    assert told and first.source is second.source is Source.WARM_START and first.x != second.x
+    assert len(asked) == 1
+    again = strategy_of("advised").build(SimpleNamespace(**parts, family=after), toy.objectives, keys)
+    again.propose(trials[:2], 1, 0)
+    assert len(asked) == 2  # another arm has no part in it
 
 
 def test_where_nothing_was_exchanged_there_is_no_guard(toy: Any) -> None:

@@ -40,7 +40,7 @@ def recipe_parts(problem: Problem, trials: Sequence[Trial], objectives: Sequence
 
 
 def _paths(problem: Problem, recipe: AllocationRecipe) -> list[PathPart]:
-    """What a recipe keeps."""
+    """What a recipe keeps by what this run measured at pruned members of its own path; a new run with that recipe measures at its own."""
     space, low = problem.space, problem.space.min_share
     shares = torch.tensor([low + (1 - low) * part for part in PARTS], dtype=torch.float64)
     rows = problem.prices.members_of(recipe, shares)

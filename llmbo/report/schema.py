@@ -71,7 +71,8 @@ class RecipePart(_Part):
     """An allocation recipe, in numbers and in words.
 
     `names`: `own` made this run's path; `best` is the best that the search tried: its `trials`, of two sizes or more, save the part `gain`
-    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes.
+    of the path's excess over the dense model, on average at equal size. `paths`: at some sizes, with the width exchanges of this run,
+    which were measured along its own path.
     """
 
     names: list[Literal["own", "default", "dense-prices", "best"]]

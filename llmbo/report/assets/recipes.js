@@ -19,7 +19,7 @@ function drawRecipes(state) {
     el("p", { class: "muted" }, "What a step of every block is worth when models of a size are made; the dense model's own prices are changed by what is said here, in logarithms."),
     el("dl", {}, ...said),
     recipes.some((part) => part.names.includes("best")) || !trials.some((trial) => trial.recipe) ? null : el("p", { class: "muted" }, "Of the recipes that the search tried none was found to be better at two sizes or more."),
-    shares.length ? el("p", { class: "muted" }, `What each path keeps of the ${model.num_hidden_layers} layers, before width exchanges: attention above, MLPs below.`) : null,
+    shares.length ? el("p", { class: "muted" }, `What each path keeps of the ${model.num_hidden_layers} layers: attention above, MLPs below. All of them with the width exchanges that were measured along this run's own path; a new run measures them along the path of the recipe that it begins with, so others will differ a little.`) : null,
     el("div", { class: "paths" }, ...shares.map((share) => pathsAt(share, recipes, full))));
 }
 

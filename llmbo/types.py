@@ -133,12 +133,14 @@ class Direction:
     Args:
         levels: Change per dimension of the search space, in grid levels; empty where prices change.
         profile: Change of every block's log price (`AllocationRecipe.profile`); empty where levels do.
+        at: Shares at which it is to be followed; empty for all.
     """
 
     name: str
     levels: tuple[float, ...] = ()
     why: str = ""
     profile: tuple[float, ...] = ()
+    at: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

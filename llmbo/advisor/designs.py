@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmbo.advisor.roles import Question
-from llmbo.problem.recipe import BOUNDS, AllocationRecipe
+from llmbo.problem.recipe import BOUNDS, DENSE_PRICES, AllocationRecipe
 
 CHANGED = 6  # numbers of a recipe that chance changes
 DEVIATION = 0.15  # how far, as a standard deviation in shares of a number's range
-# What tuning recipes by hand and by Gaussian processes on SmolLM2 found alike, as changes of the run's own recipe, the best founded first.
+# What tuning recipes by hand and by Gaussian processes on SmolLM2 found alike, as changes of dense prices, the best founded first.
 RULES: Sequence[tuple[str, Mapping[str, float]]] = (
     ("late MLPs dearer, but for the first layers; attention flatter",
      {"mlp_slope": 0.35, "mlp_first": 0.5, "attention_exponent": -0.2, "pruned_members": 0.45}),
@@ -25,7 +25,9 @@ RULES: Sequence[tuple[str, Mapping[str, float]]] = (
 
 
 def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The next rules of the design: those of earlier rounds stand in trials, by their numbers.
+    """The next rules of the design around the run's own recipe: those of earlier rounds stand in trials, by their numbers.
+
+    A rule names how far to go from dense prices: what the recipe already has of it is not added again.
 
     Args:
         shares: Where the family would be measured next: rules take them in turn, so that they complement one another.
@@ -33,11 +35,9 @@ def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str,
     own = question.context.setting.family.recipe
     items: list[dict[str, Any]] = []
     for why, changes in RULES:
-        wanted = own.theta.clone()
-        for name, change in changes.items():
-            wanted[list(BOUNDS).index(name)] += change
-        recipe = AllocationRecipe.clamped(wanted).to_dict()
-        items.append({"numbers": {name: round(recipe[name], 4) for name in changes}, "why": why})
+        numbers = {name: round(_as_far(getattr(own, name), name, change), 4) for name, change in changes.items()}
+        if any(abs(value - getattr(own, name)) >= 1e-3 for name, value in numbers.items()):
+            items.append({"numbers": numbers, "why": why})
     tried = [trial.recipe for trial in question.context.trials if trial.recipe]
     fresh = [i for i in items if not any(all(abs(t[n] - v) < 1e-3 for n, v in i["numbers"].items()) for t in tried)]
     many = len(shares)
@@ -45,6 +45,12 @@ def ruled_recipes(question: Question, shares: Sequence[float]) -> list[dict[str,
         item | {"at": [shares[(place + turn) % many] for turn in range(min(many, question.shares))]}
         for place, item in enumerate(fresh[: question.count] if many else [])
     ]
+
+
+def _as_far(own: float, name: str, change: float) -> float:
+    """A number of a recipe after a change from dense prices, unless it has gone as far or farther already."""
+    wanted = getattr(DENSE_PRICES, name) + change
+    return max(own, wanted) if change > 0 else min(own, wanted)
 
 
 def random_recipe(rng: random.Random, own: AllocationRecipe, shares: Sequence[float]) -> dict[str, Any]:

@@ -88,10 +88,16 @@ def evaluated(text: str, features: Mapping[str, Tensor]) -> Tensor:
     if nodes > MAX_NODES:
         raise FormulaError(f"the formula has {nodes} parts, at most {MAX_NODES} are read")
     found = _value(tree, features)
-    spread = found.std(correction=0)
-    if not spread > 1e-9 * found.abs().max():
+    scaled = standardized(found)
+    if scaled is None:
         raise FormulaError(f"'{text}' is the same for every block, which changes nothing")
-    return (found - found.mean()) / spread
+    return scaled
+
+
+def standardized(values: Tensor) -> Tensor | None:
+    """`d` values with mean 0 and standard deviation 1; None where all are the same."""
+    spread = values.std(correction=0)
+    return (values - values.mean()) / spread if spread > 1e-9 * values.abs().max() else None
 
 
 def _value(node: ast.expr, features: Mapping[str, Tensor]) -> Tensor:

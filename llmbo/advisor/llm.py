@@ -30,8 +30,7 @@ class LLMAdvisor:
     clock: Callable[[], float] = time.monotonic
 
     def ask(self, question: Question, transcript: Transcript) -> Answer:
-        first = render(question)
-        prompt, answer = first, Answer()
+        prompt, answer = render(question), Answer()
         for turn in range(1 + MAX_REPAIRS):
             recorded = transcript.recorded()
             if turn < len(recorded):
@@ -48,7 +47,7 @@ class LLMAdvisor:
             answer = merged(answer, found)
             if not found.rejections or _enough(answer, question):
                 return answer
-            prompt = render_repair(first, exchange.reply, found.rejections, missing(answer, question))
+            prompt = render_repair(question, exchange.reply, found.rejections, missing(answer, question))
         return answer
 
     def _exchange(self, prompt: Prompt, question: Question) -> Exchange:

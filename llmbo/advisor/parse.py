@@ -9,9 +9,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from llmbo.advisor.context import share_of
-from llmbo.advisor.formula import FormulaError, block_features, evaluated
-from llmbo.advisor.recipes import asked_recipe, member
+from llmbo.advisor.formula import FormulaError, block_features, evaluated, standardized
+from llmbo.advisor.recipes import asked_profile, asked_recipe, member
 from llmbo.advisor.replies import (
     MAX_TEXT,
     DecisionPart,
@@ -28,6 +27,7 @@ from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
 from llmbo.errors import LlmboError
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.recipe import AllocationRecipe
+from llmbo.problem.space import SearchSpace
 from llmbo.types import Direction
 
 MAX_REPLY = 64_000  # characters; far more than any useful reply
@@ -192,31 +192,36 @@ class _AnswerBuilder:
             ):
                 raise _Illegal(f"the same direction as '{other.name}'", "duplicate")
         name = part.name or f"direction {len(self.directions) + 1}"
-        self.directions.append(Direction(name, tuple(levels.tolist()), part.why))
+        at = tuple(map(self._size, part.at))
+        self.directions.append(Direction(name, tuple(levels.tolist()), part.why, at=at))
 
     def recipe(self, part: RecipePart) -> None:
-        profile, vector = torch.zeros(self.family.space.d, dtype=torch.float64), None
-        if part.formula is not None:
-            vector = self._vector(part.formula)
-            profile += part.coefficient * vector
         try:
-            recipe, whys = asked_recipe(self.family, part, profile), part.why or part.formula or ""
+            profile = asked_profile(part, self.family.space.num_layers)
         except LlmboError as error:
             raise _Illegal(str(error)) from None
+        vectors = {"profile": standardized(profile)}
+        if part.formula is not None:
+            vectors[part.formula] = vector = self._vector(part.formula)
+            profile = profile + part.coefficient * vector
+        recipe, whys = asked_recipe(self.family, part, profile), part.why or part.formula or ""
         for share in part.at[: self.question.shares]:
             try:
                 self._add(member(self.family, recipe, self._size(share)), whys, recipe.to_dict())
             except _Illegal as error:
                 shown = part.model_dump(exclude_none=True, exclude_defaults=True)
                 self.rejections.append(Rejection(_shown(shown), str(error), error.kind))
-        if vector is not None and part.formula is not None and not self._known(vector):
-            self.directions.append(Direction(part.formula, why=part.why, profile=tuple(vector.tolist())))
+        for name, along in vectors.items():
+            if along is not None and not self._known(along):
+                own = f"{name} {len(self.directions) + 1}" if name == "profile" else name
+                self.directions.append(Direction(own, why=part.why, profile=tuple(along.tolist())))
 
     def formula(self, part: FormulaPart) -> None:
         vector = self._vector(part.formula)
         if other := self._known(vector):
             raise _Illegal(f"the same direction as '{other}'", "duplicate")
-        self.directions.append(Direction(part.name or part.formula, why=part.why, profile=tuple(vector.tolist())))
+        at = tuple(map(self._size, part.at))
+        self.directions.append(Direction(part.name or part.formula, (), part.why, tuple(vector.tolist()), at))
 
     def _vector(self, formula: str) -> Tensor:
         try:
@@ -257,11 +262,7 @@ class _AnswerBuilder:
         space = self.family.space
         point = torch.tensor([x], dtype=torch.float64)
         if not bool(space.legal(point)[0]):
-            share = share_of(space, x)
-            small = share < space.min_share
-            raise _Illegal(
-                f"its share {share:.3f} is below {space.min_share:g}" if small else "no layer keeps attention"
-            )
+            raise _Illegal(_what_forbids(space, point))
         taken = {trial.x: f"trial {trial.number}" for trial in self.question.context.trials}
         taken |= {candidate.x: "another proposal" for candidate in self.candidates} | {
             space.max_levels: "the dense model"
@@ -278,6 +279,17 @@ _RESOLVERS: dict[type, Callable[[_AnswerBuilder, Any], None]] = {
     FormulaPart: _AnswerBuilder.formula,
     DecisionPart: _AnswerBuilder.decision,
 }
+
+
+def _what_forbids(space: SearchSpace, point: Tensor) -> str:
+    """Why a point inside the bounds, `1 x d` levels, is not legal."""
+    share = float(space.share(point)[0])
+    if share < space.min_share:
+        return f"its share {share:.3f} is below {space.min_share:g}"
+    broken = {n: (v, limit) for n, limit in space.limits.items() if (v := float(space.cost(n, point)[0])) > limit}
+    if broken:
+        return ", ".join(f"its {name} {value:.4g} is above {limit:g}" for name, (value, limit) in broken.items())
+    return "no layer keeps attention"
 
 
 def checked(answer: Answer, question: Question) -> Answer:

@@ -171,7 +171,7 @@ class AdvisorSession:
         return replace(proposal, why=rows[_nearest(rows, proposal.x)]) if rows else proposal
 
     def _moved(self, directions: Sequence[Direction], trials: Sequence[Trial], seed: int) -> Iterator[Proposal]:
-        """Front points and members of the family moved along each direction, at any size."""
+        """Front points and members of the family moved along each direction, at its sizes or any."""
         rng, family = random.Random(seed), self.setting.family
         if not directions:
             return
@@ -188,7 +188,10 @@ class AdvisorSession:
         for direction in (d for d in directions if d.levels):
             levels = torch.tensor(direction.levels, dtype=torch.float64)
             drawn = [
-                (rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max(), rng.uniform(low, high))
+                (
+                    rng.choice(bases) + rng.choice(STEPS) * levels / levels.abs().max(),
+                    rng.choice(direction.at) if direction.at else rng.uniform(low, high),
+                )
                 for _ in range(ROWS_PER_DIRECTION)
             ]
             offsets, targets = zip(*drawn, strict=True)

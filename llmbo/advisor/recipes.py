@@ -49,26 +49,27 @@ def vocabulary(family: ThresholdFamily, shares: int) -> dict[str, Any] | None:
     }
 
 
-def asked_recipe(family: ThresholdFamily, part: RecipePart, profile: Tensor) -> AllocationRecipe:
-    """The family's recipe with what an item names in place of its own numbers, and added to its profile.
-
-    Args:
-        profile: `d` bonuses on top of the item's, cut where they become too large.
+def asked_profile(part: RecipePart, num_layers: int) -> Tensor:
+    """The bonuses that an item spells out, `d`; zeros for a kind without.
 
     Raises:
-        ConfigError: The item's own profile is for another number of layers.
+        ConfigError: They are for another number of layers.
     """
-    L = family.space.num_layers
-    numbers = family.recipe.to_dict() | part.model_dump(include={"numbers"}, exclude_none=True)["numbers"]
     halves = part.profile.model_dump() if part.profile else {}
     for kind, half in halves.items():
-        if half is not None and len(half) != L:
-            raise ConfigError(f"profile.{kind} has {len(half)} numbers, the model has {L} layers: give one for each")
-    rows = [halves.get(kind) or [0.0] * L for kind in ("attention", "mlp")]
+        if half is not None and len(half) != num_layers:
+            raise ConfigError(
+                f"profile.{kind} has {len(half)} numbers, the model has {num_layers} layers: give one for each"
+            )
+    rows = [halves.get(kind) or [0.0] * num_layers for kind in ("attention", "mlp")]
+    return torch.tensor(rows, dtype=torch.float64).flatten()
+
+
+def asked_recipe(family: ThresholdFamily, part: RecipePart, profile: Tensor) -> AllocationRecipe:
+    """The family's recipe with the numbers that an item names in place of its own, and `d` bonuses added to its profile."""
+    numbers = family.recipe.to_dict() | part.model_dump(include={"numbers"}, exclude_none=True)["numbers"]
     own = AllocationRecipe.of(numbers)
-    return AllocationRecipe.clamped(
-        own.theta, own.bonus(L) + torch.tensor(rows, dtype=torch.float64).flatten() + profile
-    )
+    return AllocationRecipe.clamped(own.theta, own.bonus(family.space.num_layers) + profile)
 
 
 def member(family: ThresholdFamily, recipe: AllocationRecipe, share: float) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ def member(family: ThresholdFamily, recipe: AllocationRecipe, share: float) -> t
 def along(
     family: ThresholdFamily, known: Sequence[AllocationRecipe], direction: Direction, rng: random.Random
 ) -> Iterator[tuple[tuple[int, ...], AllocationRecipe]]:
-    """Members of known recipes whose profile goes along a direction, by every coefficient and at random shares."""
+    """Members of known recipes whose profile goes along a direction, by every coefficient, at its shares or random ones."""
     assert family.prices is not None
     vector = torch.tensor(direction.profile, dtype=torch.float64)
     bases = [rng.choice(known) for _ in COEFFICIENTS]
@@ -91,7 +92,8 @@ def along(
         -LARGEST_BONUS, LARGEST_BONUS
     )
     low, high = float(family.shares[0]), float(family.shares[-1])
-    shares = torch.tensor([rng.uniform(low, high) for _ in range(SHARES)], dtype=torch.float64)
+    at = direction.at or [rng.uniform(low, high) for _ in range(SHARES)]
+    shares = torch.tensor(at, dtype=torch.float64)
     members = family.prices.members(theta, shares, bonus).int().tolist()
     for base, profile, rows in zip(bases, bonus.tolist(), members, strict=True):
         recipe = replace(base, profile=tuple(profile))

@@ -26,6 +26,7 @@ TOKENS, TOKENS_PER_LAYER = 5500, 100  # of a prompt
 MOST_TOKENS = 12_000
 MAX_FAMILY = 24  # members of a path that has been measured at more are hardly apart
 MAX_PICKS = 4
+QUOTED = 1500  # characters of a reply that is to be repaired
 MAX_BLOCKS = 6  # that matter most and least
 _TOKEN = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]|\n| (?=\d)")
 
@@ -70,8 +71,12 @@ def token_limit(num_layers: int) -> int:
     return min(MOST_TOKENS, TOKENS + TOKENS_PER_LAYER * num_layers)
 
 
-def render(question: Question) -> Prompt:
-    """The prompt of a question, with as many trials as fit its limit: the advisor's own last of all are left out."""
+def render(question: Question, room: int = 0) -> Prompt:
+    """The prompt of a question, with as many trials as fit its limit: the advisor's own last of all are left out.
+
+    Args:
+        room: Tokens of the limit that are left free.
+    """
     context, space = question.context, question.context.setting.space
     schema = reply_schema(question.hook, space.num_layers, question.max_items, question.priced)
     variables = _variables(question)
@@ -91,7 +96,7 @@ def render(question: Question) -> Prompt:
             next(iter(schema["properties"])),
             hook=question.hook,
         )
-        excess = prompt.tokens - token_limit(space.num_layers)
+        excess = prompt.tokens + room - token_limit(space.num_layers)
         if excess <= 0 or not any(kept):
             return prompt
         while excess > 0 and any(kept):
@@ -99,12 +104,22 @@ def render(question: Question) -> Prompt:
             excess -= estimated_tokens(some.pop(len(some) * 2 // 3)[1])  # the best and the worst are kept longest
 
 
-def render_repair(prompt: Prompt, reply: str, rejections: tuple[Rejection, ...], count: int) -> Prompt:
-    """Ask again for what could not be used, with the reasons. The reply is quoted, cut to a bounded length."""
+def render_repair(question: Question, reply: str, rejections: tuple[Rejection, ...], count: int) -> Prompt:
+    """Ask again for what could not be used, with the reasons, within the limit of the question's own prompt.
+
+    The reply is quoted as far as there is room for it; what is refused of it is quoted with its reason in any case.
+    """
     problems = list(rejection_lines(rejections))
     again = _template("repair").render(problems=problems, count=max(1, count))
-    user = f"{prompt.user}\n\nYOUR REPLY WAS\n{reply[:1500]}\n\n{again}"
-    return replace(prompt, user=user)
+    quoted = reply[:QUOTED]
+    while True:
+        begins = "WAS" if quoted == reply else f"BEGAN (the first {len(quoted)} characters)"
+        added = f"\n\nYOUR REPLY {begins}\n{quoted}\n\n{again}"
+        prompt = render(question, estimated_tokens(added))
+        prompt = replace(prompt, user=prompt.user + added)
+        if prompt.tokens <= token_limit(question.context.setting.space.num_layers) or not quoted:
+            return prompt
+        quoted = quoted[: len(quoted) // 2]
 
 
 def _template(name: str) -> jinja2.Template:

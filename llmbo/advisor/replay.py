@@ -37,7 +37,7 @@ class ReplayAdvisor:
         if key not in self._recorded:
             return Answer(stopped="the recording holds no reply for this round")
         answer = Answer(stopped=self._stopped[key])
-        first = prompt = render(question)
+        prompt = render(question)
         for exchange in self._recorded[key]:
             self._compare(exchange, prompt, question)
             free = replace(exchange, cost=0.0, seconds=0.0)
@@ -46,7 +46,7 @@ class ReplayAdvisor:
             if exchange.reply is not None:
                 found = read(exchange, question)
                 answer = merged(answer, found)
-                prompt = render_repair(first, exchange.reply, found.rejections, missing(answer, question))
+                prompt = render_repair(question, exchange.reply, found.rejections, missing(answer, question))
         return answer
 
     def _compare(self, exchange: Exchange, prompt: Prompt, question: Question) -> None:

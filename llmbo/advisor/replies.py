@@ -60,18 +60,20 @@ class ProposalPart(_Part):
 
 
 class DirectionPart(_Part):
-    """A contrast; only the ratio of its deltas matters."""
+    """A contrast; only the ratio of its deltas matters. `at`: shares at which it is followed, none for all."""
 
     name: Text
     edits: Annotated[list[EditPart], Field(min_length=1, max_length=6)]
+    at: Annotated[list[Share], Field(max_length=MAX_SHARES)] = []
     why: Text = ""
 
 
 class FormulaPart(_Part):
-    """A direction by a formula (`llmbo.advisor.formula`), whose coefficient the search chooses."""
+    """A direction by a formula (`llmbo.advisor.formula`), whose coefficient the search chooses; `at` as of `DirectionPart`."""
 
     name: Text
     formula: Formula
+    at: Annotated[list[Share], Field(max_length=MAX_SHARES)] = []
     why: Text = ""
 
 
@@ -93,7 +95,7 @@ class RecipePart(_Part):
     """The run's own recipe with other numbers (`llmbo.problem.recipe`) and a profile, which a formula may spell.
 
     `at`: shares at which it is tried, in a first design only the first of them.
-    `coefficient`: of the formula, which becomes a direction too.
+    `coefficient`: of the formula, which becomes a direction too, like the profile.
     """
 
     numbers: NumbersPart = Field(default_factory=NumbersPart)  # type: ignore[valid-type]

@@ -96,13 +96,17 @@ class Answer:
         return cls(
             tuple(Candidate(tuple(item["x"]), item["why"], item.get("recipe", {})) for item in data["candidates"]),
             tuple(
-                Direction(item["name"], tuple(item["levels"]), item.get("why", ""), tuple(item.get("profile", ())))
+                Direction(item["name"], why=item.get("why", ""), **_numbers(item, "levels", "profile", "at"))
                 for item in data["directions"]
             ),
             tuple(Decision(**item) for item in data["decisions"]),
             tuple(Rejection(**item) for item in data["rejections"]),
             data["stopped"],
         )
+
+
+def _numbers(item: Mapping[str, Any], *keys: str) -> dict[str, tuple[float, ...]]:
+    return {key: tuple(item.get(key, ())) for key in keys}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -91,6 +92,25 @@ def test_what_cannot_be_used_is_refused_with_its_reason_and_spoils_nothing_else(
     assert rejection.kind == kind
     assert re.search(reason, rejection.reason), rejection.reason
     assert len(answer.candidates) + len(answer.directions) + len(answer.decisions) == 1
+
+
+def test_a_broken_limit_is_told_by_its_name_and_value(question: Callable[..., Question]) -> None:
+    """Else an advisor would be taught to keep attention that it had kept."""
+    asked = question()
+    family, trials = asked.context.setting.family, asked.context.trials
+    space = replace(
+        family.space, limits={"kv_bytes": 0.6 * float(family.space.cost("kv_bytes", family.space.bounds[1]))}
+    )
+    setting = replace(asked.context.setting, family=replace(family, space=space))
+    limited = replace(asked, context=replace(asked.context, setting=setting, trials=trials[:0]))
+    edits: list[dict[str, Any]] = [{"layers": ["0-5"], "kv_keep": 0}, {"layers": [0], "neurons_delta": -1}]
+    items = [{"base": "dense", "edits": [edit]} for edit in edits]
+    answer = parse_reply(json.dumps({"proposals": items}), limited)
+    assert not answer.candidates
+    bare, whole = (rejection.reason for rejection in answer.rejections)
+    assert bare == "no layer keeps attention"
+    value, limit = re.fullmatch(r"its kv_bytes (\S+) is above (\S+)", whole).groups()  # type: ignore[union-attr]
+    assert float(value) == pytest.approx(float(limit) / 0.6, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from llmbo.advisor.client import Limits
 from llmbo.advisor.context import Setting
+from llmbo.advisor.designs import RULES, ruled_recipes
 from llmbo.advisor.formula import block_features, evaluated
 from llmbo.advisor.llm import LLMAdvisor
 from llmbo.advisor.offline import OFFLINE, OfflineAdvisor
@@ -23,10 +24,11 @@ from llmbo.advisor.render import render, token_limit
 from llmbo.advisor.replies import reply_schema
 from llmbo.advisor.roles import Answer, Question
 from llmbo.advisor.store import AdviceStore, Consultation, MemoryNotes
-from llmbo.problem.recipe import BOUNDS, LARGEST_BONUS, WORDS, AllocationRecipe
+from llmbo.problem.proxy import known_values
+from llmbo.problem.recipe import BOUNDS, DEFAULT_RECIPE, DENSE_PRICES, LARGEST_BONUS, WORDS, AllocationRecipe
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.baselines import ThresholdProposer
-from llmbo.types import Source, Trial
+from llmbo.types import Measurement, Source, Trial
 
 FORMULA = "is_mlp * depth"
 GOOD = {
@@ -49,7 +51,7 @@ def member(question: Question, recipe: AllocationRecipe, share: float) -> tuple[
 def test_a_recipe_is_the_runs_own_with_what_is_named(
     question: Callable[..., Question], hook: str, shares: list[float]
 ) -> None:
-    """Its members carry it, one in a first design and one for each share later; its formula is a direction as well."""
+    """Its members carry it, one in a first design and one for each share later; its profile and formula are directions as well."""
     asked = question(hook, recipes=True)
     family = asked.context.setting.family
     asked = replace(asked, context=replace(asked.context, setting=replace(
@@ -61,8 +63,9 @@ def test_a_recipe_is_the_runs_own_with_what_is_named(
     expected = replace(AllocationRecipe.of({"attention": 0.2, "mlp_slope": 0.4}), profile=tuple(profile.tolist()))
     assert [AllocationRecipe.of(candidate.recipe) for candidate in answer.candidates] == [expected] * len(shares)
     assert [candidate.x for candidate in answer.candidates] == [member(asked, expected, share) for share in shares]
-    (direction,) = answer.directions
+    spelt, direction = answer.directions
     assert (direction.name, direction.levels, direction.profile) == (FORMULA, (), tuple(vector.tolist()))
+    assert spelt.profile == pytest.approx([-(3**-0.5)] * 3 + [3**0.5] * 3 + [-(3**-0.5)] * 6) and not spelt.levels
     assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
     stored = Consultation.from_dict(Consultation(1, hook, answer=answer).to_dict())
     assert stored.answer == answer
@@ -214,6 +217,83 @@ def test_an_optimum_that_only_a_formula_names_is_found_with_it_and_missed_withou
     other = {"formulas": [{"name": "late MLPs", "formula": FORMULA}]}
     found, missed = distance(good, 0), distance(other, 0)
     assert found < 0.35 * missed
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_search_finds_the_optimum_that_only_a_formula_names_and_misses_it_without(
+    make_priced: Callable[..., Any], seed: int
+) -> None:
+    """Some MLPs in a row are worth more than their prices say: no number of a recipe can say so."""
+    toy = make_priced(12, 60, 0.4, 7)
+    band = torch.tensor([0.0] * 12 + [float(3 <= layer < 6) for layer in range(12)], dtype=torch.float64)
+    prices, half = toy.family.prices, torch.tensor([0.5**0.5], dtype=torch.float64)
+    theta, truth = toy.family.recipe.theta[None], 1.6 * band[None]
+    worth = (prices.log_prices(theta, half, truth)[0, 0].exp() * prices.shares).where(prices.steps, 0.0)
+
+    def evaluate(x: tuple[int, ...]) -> Measurement:
+        gone = torch.arange(worth.shape[1]) >= torch.tensor(x)[:, None]
+        kl = float((worth * gone).sum() / worth.sum())
+        return Measurement({"kl": kl, "loss": 3 + kl, **known_values(toy.space, x)})
+
+    toy.__dict__.update(family=replace(toy.family, expansions=None), evaluate=evaluate)
+
+    def excess(reply: dict[str, Any]) -> float:
+        """What the best trial has over the optimum of its size, as a part of what the path has over it."""
+        session = session_of(toy, reply, ("directions",))
+        search = QNehviProposer(toy.family, toy.objectives, toy.dense, 8, session)
+        proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 8, 0)
+        trials: list[Trial] = []
+        while len(trials) < 20:
+            batch = proposer.propose(trials, 4, seed + len(trials))
+            trials += [toy.trial(len(trials) + n, found, len(trials) // 4) for n, found in enumerate(batch)]
+        parts = []
+        for trial in trials:
+            share = torch.tensor([trial.values["params_share"]], dtype=torch.float64)
+            if share < 0.85 and not trial.on_path:
+                rows = (prices.members(theta, share, bonus)[0, 0] for bonus in (truth, 0 * truth))
+                best, path = (evaluate(tuple(row.int().tolist()))["kl"] for row in rows)
+                parts.append((trial.values["kl"] - best) / (path - best))
+        return min(parts)
+
+    named = {"name": "layers 3 to 5", "formula": "is_mlp * (layer >= 3) * (layer < 6)"}
+    found, missed = excess({"formulas": [named]}), excess({"formulas": [], "directions": []})
+    assert found < 0.4 * missed, (found, missed)
+
+
+@pytest.mark.parametrize("key", ["directions", "formulas"])
+def test_a_contrast_is_followed_at_the_sizes_that_it_names(priced: Any, key: str) -> None:
+    named = {"edits": [{"layers": ["0-2"], "neurons_delta": -1}, {"layers": ["3-5"], "neurons_delta": 1}]}
+    item = {"name": "late", "at": [0.55, 0.8], **({"formula": FORMULA} if key == "formulas" else named)}
+    session = session_of(priced, {key: [item]}, ("directions",))
+    rows = session.advise(priced.trials(priced.family.path[:-1:24].int().tolist()), 4, 0, nobody).rows
+    shares = priced.space.share(torch.tensor([row.x for row in rows], dtype=torch.float64))
+    away = (shares[:, None] - torch.tensor([0.55, 0.8])).abs()
+    assert away.min(-1).values.max() < 0.03 and (away.min(0).values < 0.03).all()
+    answer = judge({key: [item | {"at": [0.1]}]}, question_of(session))
+    assert not answer.directions and "0.1 is below" in answer.rejections[0].reason
+
+
+def question_of(session: AdvisorSession) -> Question:
+    return session.question("directions", [], 4, 0)
+
+
+@pytest.mark.parametrize("recipe", [DENSE_PRICES, DEFAULT_RECIPE])
+def test_rules_name_how_far_to_go_and_add_nothing_to_what_a_recipe_has(
+    question: Callable[..., Question], recipe: AllocationRecipe
+) -> None:
+    asked = question("propose", recipes=True, count=9)
+    setting = asked.context.setting
+    setting = replace(setting, family=replace(setting.family, recipe=recipe))
+    asked = replace(asked, context=replace(asked.context, setting=setting, trials=[]))
+    items = ruled_recipes(asked, [0.6])
+    by_words = {why: changes for why, changes in RULES}
+    assert len(items) >= 4
+    for item in items:
+        for name, value in item["numbers"].items():
+            change, dense, own = by_words[item["why"]][name], getattr(DENSE_PRICES, name), getattr(recipe, name)
+            far = max if change > 0 else min
+            assert value == pytest.approx(far(own, dense + change), abs=1e-4)
+        assert any(value != getattr(recipe, name) for name, value in item["numbers"].items())
 
 
 def test_formulas_lead_to_rows_that_carry_their_recipe(priced: Any) -> None:

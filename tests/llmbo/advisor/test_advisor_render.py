@@ -15,6 +15,7 @@ from jinja2 import meta
 from llmbo.advisor.context import change_text, levels_text, offset_text, parameters_per_level
 from llmbo.advisor.parse import parse_reply
 from llmbo.advisor.render import environment, estimated_tokens, render, render_repair, token_limit
+from llmbo.advisor.replies import MAX_TEXT
 from llmbo.advisor.roles import Question, Rejection
 from llmbo.config.advisor import HOOKS
 from llmbo.problem.recipe import AllocationRecipe
@@ -180,11 +181,28 @@ def test_the_example_in_a_prompt_is_no_reply(question: Callable[..., Question]) 
 
 
 def test_a_repair_quotes_the_reply_and_the_reasons(question: Callable[..., Question]) -> None:
-    prompt = render(question())
-    again = render_repair(prompt, "x" * 10**6, (Rejection("item", "layer 99 does not exist", "illegal"),) * 50, 2)
+    asked = question()
+    prompt = render(asked)
+    again = render_repair(asked, "x" * 10**6, (Rejection("item", "layer 99 does not exist", "illegal"),) * 50, 2)
     assert prompt.user in again.user and again.user.count("layer 99 does not exist") == 8
     assert "Send 2 replacements" in again.user and len(again.user) < len(prompt.user) + 4000
     assert again.schema == prompt.schema
+
+
+@pytest.mark.parametrize("layers", [6, 30, 80])
+@pytest.mark.parametrize("recipes", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_prompts_and_repairs_keep_to_the_limit_at_any_depth(
+    question: Callable[..., Question], hook: str, recipes: bool, layers: int
+) -> None:
+    """Also where the trials alone fill a prompt, and a reply that has to be repaired is all digits."""
+    asked = question(hook, layers, extra=60, recipes=recipes)
+    rejections = tuple(Rejection("7" * MAX_TEXT, f"layer {n} does not exist", "illegal") for n in range(20))
+    again = render_repair(asked, "7" * 10**5, rejections, 4)
+    assert render(asked).tokens <= token_limit(layers) and again.tokens <= token_limit(layers)
+    assert "layer 0 does not exist" in again.user and re.search(
+        r"REPLY BEGAN \(the first [1-9]\d+ characters\)\n7", again.user
+    )
 
 
 def test_no_markup_is_lost(question: Callable[..., Any]) -> None:

@@ -2,10 +2,11 @@
 
     python -m experiments.proposal_time
     python -m experiments.proposal_time --observations 1000 --pending 64    # as with 64 workers
+    python -m experiments.proposal_time --observations 400 --recipes        # with members of other recipes' paths in the pool
 
 No model is loaded: the space is that of SmolLM2-135M (60 dimensions) and of a decoder with 80 layers (160), and a smooth function
 stands for the measurements and the expansions behind the prior mean, since only their number matters here.
-`kl,params_share,kv_bytes` has three objectives.
+`kl,params_share,kv_bytes` has three objectives. CPU seconds are all threads' together.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmbo.problem.family import Expansions, ThresholdFamily
 from llmbo.problem.objectives import build_objectives
+from llmbo.problem.prices import Prices, unit_marginal_costs
 from llmbo.problem.proxy import known_values
+from llmbo.problem.recipe import DENSE_PRICES
 from llmbo.problem.space import SearchSpace
 from llmbo.search.acquisition import QNehviProposer
 from llmbo.search.pool import candidate_pool
@@ -37,8 +40,12 @@ SHAPES = {
 }
 
 
-def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
-    """A space and a family of random scores, with expansions at four members; no weight is allocated."""
+def search_space(config: LlamaConfig, recipes: bool) -> tuple[SearchSpace, ThresholdFamily]:
+    """A space and a family of random scores, with expansions at four members; no weight is allocated.
+
+    Args:
+        recipes: Whether the family knows prices, of which other recipes' paths are made.
+    """
     with torch.device("meta"):
         anatomy = anatomy_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +59,11 @@ def search_space(config: LlamaConfig) -> tuple[SearchSpace, ThresholdFamily]:
     importance = Importance(groups, neurons, groups.sum(-1) + neurons.sum(-1))
     space = SearchSpace(anatomy)
     family = ThresholdFamily.from_importance(space, importance)
+    if recipes:
+        costs = unit_marginal_costs(space, importance)
+        noise = (0.5 + torch.rand(space.d, generator=generator)).tolist()
+        prices = Prices.of(space, costs, [[n * c for c in row] for n, row in zip(noise, costs, strict=True)])
+        family = replace(ThresholdFamily.along(space, prices.path(DENSE_PRICES), importance), prices=prices)
     members = torch.tensor([family.at(share) for share in (0.45, 0.55, 0.65, 1.0)], dtype=torch.float64)
     levels = torch.arange(int(space.bounds[1].max()) + 1, dtype=torch.float64)
     missing = (1 - levels / space.bounds[1][:, None]).clamp_min(0).square() * torch.rand(
@@ -91,25 +103,27 @@ def main() -> None:
     parser.add_argument("--observations", type=int, nargs="+", default=[100, 200, 300])
     parser.add_argument("--pending", type=int, default=0, help="trials that others evaluate meanwhile, on top")
     parser.add_argument("--repeats", type=int, default=3, help="proposals timed, each under a seed of its own")
+    parser.add_argument("--recipes", action="store_true", help="as with --recipe-search")
     args = parser.parse_args()
-    print("model         d    objectives                 observations  seconds (median)  slowest")
+    print("model         d    objectives                 observations  seconds (median)  slowest  CPU (median)")
     for model, config in SHAPES.items():
-        space, family = search_space(config)
+        space, family = search_space(config, args.recipes)
         for names in (("kl", "params_share"), ("kl", "params_share", "kv_bytes")):
             for n in args.observations:
                 trials, dense = observed(family, n + args.pending)
                 trials[n:] = [replace(trial, state=TrialState.RUNNING, values={}) for trial in trials[n:]]
                 objectives = build_objectives(names, dense, known_values(space, family.at(0.0)))
                 proposer = QNehviProposer(family, objectives, dense)
-                seconds = []
+                seconds, cpu = [], []
                 for seed in range(args.repeats):
-                    start = time.perf_counter()
+                    start, before = time.perf_counter(), time.process_time()
                     proposals: list[Proposal] = proposer.propose(trials, args.batch, seed)
                     seconds.append(time.perf_counter() - start)
+                    cpu.append(time.process_time() - before)
                     assert len(proposals) == args.batch
                 print(
                     f"{model:12}  {space.d:3}  {','.join(names):25}  {n:12}  {statistics.median(seconds):16.2f}"
-                    f"  {max(seconds):7.2f}",
+                    f"  {max(seconds):7.2f}  {statistics.median(cpu):12.2f}",
                     flush=True,
                 )
 

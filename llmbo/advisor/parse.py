@@ -213,7 +213,7 @@ class _AnswerBuilder:
                 self.rejections.append(Rejection(_shown(shown), str(error), error.kind))
         for name, along in vectors.items():
             if along is not None and not self._known(along):
-                own = f"{name} {len(self.directions) + 1}" if name == "profile" else name
+                own = f"{name} {self.question.round}.{len(self.directions) + 1}" if name == "profile" else name
                 self.directions.append(Direction(own, why=part.why, profile=tuple(along.tolist())))
 
     def formula(self, part: FormulaPart) -> None:

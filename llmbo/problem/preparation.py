@@ -204,7 +204,7 @@ def prepared(
             family = with_exchanges(*measured, advance, method, phases.note)
             prices = family.prices or prices
             if not config.recipe_search:
-                family, threshold_family = (replace(some, prices=None) for some in (family, threshold_family))
+                family, threshold_family = (replace(path, prices=None) for path in (family, threshold_family))
         members = method.refit_members
         if members is None:
             members = anchors_of(family, config.refit_anchors or 0)

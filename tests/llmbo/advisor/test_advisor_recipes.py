@@ -223,7 +223,7 @@ def test_an_optimum_that_only_a_formula_names_is_found_with_it_and_missed_withou
 def test_a_search_finds_the_optimum_that_only_a_formula_names_and_misses_it_without(
     make_priced: Callable[..., Any], seed: int
 ) -> None:
-    """Some MLPs in a row are worth more than their prices say: no number of a recipe can say so."""
+    """Some MLPs in a row are worth more than their prices say: no number of a recipe can say so, and another formula does not either."""
     toy = make_priced(12, 60, 0.4, 7)
     band = torch.tensor([0.0] * 12 + [float(3 <= layer < 6) for layer in range(12)], dtype=torch.float64)
     prices, half = toy.family.prices, torch.tensor([0.5**0.5], dtype=torch.float64)
@@ -237,15 +237,16 @@ def test_a_search_finds_the_optimum_that_only_a_formula_names_and_misses_it_with
 
     toy.__dict__.update(family=replace(toy.family, expansions=None), evaluate=evaluate)
 
-    def excess(reply: dict[str, Any]) -> float:
+    def excess(formula: str) -> float:
         """What the best trial has over the optimum of its size, as a part of what the path has over it."""
-        session = session_of(toy, reply, ("directions",))
-        search = QNehviProposer(toy.family, toy.objectives, toy.dense, 8, session)
-        proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 8, 0)
+        items = [{"formula": formula, "coefficient": 0.4, "at": [share]} for share in (0.5, 0.65, 0.8)]
+        session = session_of(toy, {"recipes": items, "formulas": []}, ("warm_start", "propose"))
+        search = QNehviProposer(toy.family, toy.objectives, toy.dense, 6, session)
+        proposer = AdvisedProposer(search, ThresholdProposer(toy.family, toy.objectives, toy.dense), session, 6, 3)
         trials: list[Trial] = []
-        while len(trials) < 20:
-            batch = proposer.propose(trials, 4, seed + len(trials))
-            trials += [toy.trial(len(trials) + n, found, len(trials) // 4) for n, found in enumerate(batch)]
+        while len(trials) < 21:
+            batch = proposer.propose(trials, 3, seed + len(trials))
+            trials += [toy.trial(len(trials) + n, found, len(trials) // 3) for n, found in enumerate(batch)]
         parts = []
         for trial in trials:
             share = torch.tensor([trial.values["params_share"]], dtype=torch.float64)
@@ -255,8 +256,7 @@ def test_a_search_finds_the_optimum_that_only_a_formula_names_and_misses_it_with
                 parts.append((trial.values["kl"] - best) / (path - best))
         return min(parts)
 
-    named = {"name": "layers 3 to 5", "formula": "is_mlp * (layer >= 3) * (layer < 6)"}
-    found, missed = excess({"formulas": [named]}), excess({"formulas": [], "directions": []})
+    found, missed = excess("is_mlp * (layer >= 3) * (layer < 6)"), excess(FORMULA)
     assert found < 0.4 * missed, (found, missed)
 
 

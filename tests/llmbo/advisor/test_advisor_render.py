@@ -196,7 +196,7 @@ def test_prompts_and_repairs_keep_to_the_limit_at_any_depth(
     question: Callable[..., Question], hook: str, recipes: bool, layers: int
 ) -> None:
     """Also where the trials alone fill a prompt, and a reply that has to be repaired is all digits."""
-    asked = question(hook, layers, extra=60, recipes=recipes)
+    asked = question(hook, layers, extra=36, recipes=recipes)
     rejections = tuple(Rejection("7" * MAX_TEXT, f"layer {n} does not exist", "illegal") for n in range(20))
     again = render_repair(asked, "7" * 10**5, rejections, 4)
     assert render(asked).tokens <= token_limit(layers) and again.tokens <= token_limit(layers)

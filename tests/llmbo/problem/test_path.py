@@ -130,7 +130,7 @@ def test_a_path_gets_better_with_size_within_noise(opened: Opened, recipe: Alloc
     bonus = 2 * torch.rand(len(SIZES), problem.space.d, generator=torch.Generator().manual_seed(0)).double() - 1
     theta = recipe.theta[None].expand(len(SIZES), -1)
     others = problem.prices.members(theta, SIZES, 2 * bonus)[range(len(SIZES)), range(len(SIZES))]
-    assert highest_rise(others) > 2 * RISE
+    assert highest_rise(others) > 1.5 * RISE
 
 
 def test_a_member_is_as_large_as_asked_for_within_a_level_and_exchanges_move_it_by_another(opened: Opened) -> None:

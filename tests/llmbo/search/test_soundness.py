@@ -155,7 +155,9 @@ def test_a_path_is_left_for_members_that_are_far_worse_than_smaller_ones(
 def test_an_advised_arm_asks_nothing_twice_when_the_path_is_left(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault is found between its two places in the first design; a recording or a paid model would be asked again."""
     after, asked, told = broken(toy.family), list[int](), list[str]()
-    parts = {"space": toy.space, "threshold_family": toy.family, "dense": toy.dense, "limits": {}}
+    problem: Any = SimpleNamespace(
+        space=toy.space, family=after, threshold_family=toy.family, dense=toy.dense, limits={}
+    )
     real = OfflineAdvisor.ask
 
     def counted(advisor: Any, question: Any, transcript: Any) -> Any:
@@ -164,7 +166,7 @@ def test_an_advised_arm_asks_nothing_twice_when_the_path_is_left(toy: Any, monke
 
     monkeypatch.setattr(OfflineAdvisor, "ask", counted)
     keys = {"by": "random", "hooks": ["warm_start"], "warm_start": 2, "num_initial": 4}
-    arm = strategy_of("advised").build(SimpleNamespace(**parts, family=after), toy.objectives, keys, told.append)
+    arm = strategy_of("advised").build(problem, toy.objectives, keys, told.append)
     new = [row.tolist() not in toy.family.path.tolist() for row in after.path].index(True)
     trials = [at(toy, after, 2, kl=0.9), replace(at(toy, after, new, kl=12.7), number=1, state=TrialState.RUNNING)]
     [first] = arm.propose(trials, 1, 0)
@@ -172,7 +174,7 @@ def test_an_advised_arm_asks_nothing_twice_when_the_path_is_left(toy: Any, monke
     [second] = arm.propose(trials, 1, 0)
     assert told and first.source is second.source is Source.WARM_START and first.x != second.x
     assert len(asked) == 1
-    again = strategy_of("advised").build(SimpleNamespace(**parts, family=after), toy.objectives, keys)
+    again = strategy_of("advised").build(problem, toy.objectives, keys)
     again.propose(trials[:2], 1, 0)
     assert len(asked) == 2  # another arm has no part in it
 

@@ -117,7 +117,7 @@ class Prices:
         """The models of given sizes: `m x len(BOUNDS)` numbers, `n` shares, `m x d` profiles (None: no bonus) -> `m x n x d` levels.
 
         Each takes the dearest steps until one does not fit, then those of the others that do: no step is left that would fit, and
-        where steps are fine the parameter share is hardly less than asked for. Steps that break a limit of the space are left out.
+        the share falls short of what was asked by less than the smallest step left. Steps that break a limit of the space are left out.
         Whatever is asked for a share below the smallest block's gets nothing, which is no legal model. Width exchanges come last, where
         the model stays legal; rounded between two anchors they may change its size by a level.
 

@@ -19,7 +19,7 @@ from pruning.export.gguf_tensors import Array, stored_widths, tensors
 from pruning.export.gguf_tokenizer import add_tokenizer
 from pruning.export.hf import Pruned
 from pruning.export.quantise import FALLBACKS, Mixture, Stored, check_library, quantised, storage
-from pruning.export.rebuild import context_length, is_uniform
+from pruning.export.rebuild import UNSCALED, context_length, is_uniform
 from pruning.widths import units_of
 
 # Family -> architecture for (equal, unequal) layers.
@@ -51,7 +51,7 @@ ACTIVATIONS = {
         ALL_HEADS, ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
     ),  # llama.cpp takes the tanh for all
 }
-ROTARY = ("default", "linear", "llama3")  # frequencies alone tell these apart, which only `llama` and `deci` read
+ROTARY = (*UNSCALED, "linear", "llama3")  # frequencies alone tell these apart, which only `llama` and `deci` read
 
 
 def gguf_architecture(model_type: str, architecture: Architecture) -> str:
@@ -100,7 +100,7 @@ def _needs(config: Any, anatomy: Anatomy, architecture: Architecture, name: str)
     yield f"has no activation '{activation}'", activation in ACTIVATIONS[name]
     for rope in _ropes(config).values():
         kind = rope["rope_type"]
-        yield f"has no rotary scaling '{kind}'", kind in (ROTARY if name in ("llama", "deci") else ("default",))
+        yield f"has no rotary scaling '{kind}'", kind in (ROTARY if name in ("llama", "deci") else UNSCALED)
         yield "rotates whole heads", name == "gptneox" or rope.get("partial_rotary_factor", 1.0) == 1.0
     yield "has no attention biases", name in ("llama", "deci", *ALL_HEADS) or not config.attention_bias
     yield "needs the embeddings as head", name not in ("openelm", "gemma2") or config.tie_word_embeddings

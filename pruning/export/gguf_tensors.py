@@ -20,7 +20,7 @@ from pruning.anatomy import Anatomy
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
 from pruning.export.hf import Pruned
-from pruning.export.rebuild import cast
+from pruning.export.rebuild import UNSCALED, cast
 from pruning.projection import matrix_of
 from pruning.widths import units_of
 
@@ -193,7 +193,7 @@ def zeros(pruned: Pruned, architecture: str) -> Iterator[tuple[str, Array]]:
 def _turns_otherwise(pruned: Pruned, architecture: str) -> bool:
     """Whether the file tells rotary frequencies that are not the plain ones."""
     rope = getattr(pruned.model.config, "rope_parameters", None) or {}
-    return architecture in ("llama", "deci") and rope.get("rope_type", "default") != "default"
+    return architecture in ("llama", "deci") and rope.get("rope_type", "default") not in UNSCALED
 
 
 def _rotary_factors(pruned: Pruned) -> Array:

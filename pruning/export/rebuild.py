@@ -17,6 +17,8 @@ from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport, UnsupportedModel
 from pruning.widths import lacking_of, units_of
 
+# Rotary scalings that leave frequencies as they are up to `context_length`: "dynamic" starts beyond it.
+UNSCALED = ("default", "dynamic")
 _DERIVED = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
 
 

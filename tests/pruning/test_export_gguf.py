@@ -183,6 +183,18 @@ def test_scaled_rotary_frequencies(model: PreTrainedModel, rope: dict[str, Any],
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("model", ["internlm3", "qwen3"], indirect=True)
+def test_dynamic_frequencies_are_plain_as_far_as_the_file_goes(model: PreTrainedModel, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+    scaled = with_config(model, rope_parameters=rope, max_position_embeddings=24, tie_word_embeddings=True)
+    cut = pruned_to(scaled, (2, 1, 2, 1, 2), (24, 8, 3, 16, 9))
+    write_gguf(cut, tmp_path / "x.gguf", Mixture.of("f32"), "x")
+    llama, tokens = opened(tmp_path / "x.gguf", 24), probe(cut.model, 24)
+    assert [told for key, told in llama.metadata.items() if key.endswith(".context_length")] == ["24"]
+    assert difference(llama_logits(llama, tokens), expected_logits(cut.model, tokens)) < 5e-3
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("model", ["qwen3", "gemma2", "gemma3"], indirect=True)
 def test_families_with_equal_layers(model: PreTrainedModel, groups: int, tmp_path: Path) -> None:
@@ -255,7 +267,7 @@ def test_what_llama_cpp_cannot_hold_is_refused() -> None:
         ("gemma2", {"attn_logit_softcapping": None}, (1, 1, 1, 1, 1), "caps"),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          (1, 2, 1, 1, 1), "whole heads"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, (1, 2, 1, 1, 1), "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, (1, 2, 1, 1, 1), "'yarn'"),
     ],
     indirect=["model"],
 )  # fmt: skip

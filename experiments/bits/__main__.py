@@ -2,6 +2,7 @@
 
     python -m experiments.bits                              # SmolLM2, about ten minutes on two CPU cores
     python -m experiments.bits --text text:wikitext2.txt --shares 1.0 0.9 --types q8_0 q4_0
+    python -m experiments.bits --shares 0.94 --types searched:80000000    # as `export --quantize` searches, at most so many bytes
     python -m experiments.bits --budgets 92 80 70 --keep bits    # an hour; goes on where it was stopped
 
 Models of the allocation path with their refits, at each share, are written as each file type, and a model in torch that has the file's own
@@ -30,7 +31,8 @@ from llmbo.problem.preparation import prepared
 from pruning.anatomy import anatomy_of
 from pruning.calibration import cut_windows
 from pruning.export import Pruned
-from pruning.export.quantise import FILE_TYPES, Mixture
+from pruning.export.quantise import Mixture
+from pruning.export.searched import searched
 from pruning.likelihood import dense_distribution
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8, 0.65])
-    parser.add_argument("--types", choices=list(FILE_TYPES), nargs="+", default=["q8_0", "q5_0", "q4_0"])
+    parser.add_argument(
+        "--types", type=Mixture.of, nargs="+", default=[Mixture.of(kind) for kind in ("q8_0", "q5_0", "q4_0")]
+    )
     parser.add_argument("--judged", type=int, default=16, help="windows to judge by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--llama-cpp", action="store_true", help="measure the last row there as well")
@@ -80,12 +84,15 @@ def main() -> None:
             architecture = space.decode(family.at(share))
             small = shrink(loaded.model, PruningMask.from_architecture(architecture, ranking), refits)
             pruned = Pruned(small, anatomy_of(loaded.model), architecture, loaded.tokenizer)
-            for kind in options.types:
-                rows.append(measured(pruned, path, Mixture.of(kind), heldout, expected, windows.calibration[:32]))
+            for mixture in options.types:
+                of_file = pruned
+                if mixture.size:
+                    of_file, mixture, _ = searched(pruned, mixture.size, windows.calibration, "bits")
+                rows.append(measured(of_file, path, mixture, heldout, expected, windows.calibration[:32]))
                 print(rows[-1], flush=True)
         if options.llama_cpp:
             some = heldout[:IN_LLAMA_CPP]
-            own, theirs = in_both(pruned, path, some, dense)
+            own, theirs = in_both(of_file, path, some, dense)
             print(f"the last row on {len(some)} windows, all of the vocabulary: {own:.4f}, in llama.cpp {theirs:.4f}")
     print("beaten by none:", ", ".join(f"{row.share:.2f} {row.kind}" for row in better(rows)))
 

@@ -3,8 +3,9 @@
 Every block has one type for its matrices, and so have the embeddings and the head. What a type costs a block alone is E[(h du)^2] / 2, the
 second-order KL divergence from the model that is exported (as in `pruning.sensitivity`), with du the change of what its output
 projection gives; embeddings and head are measured. Costs are added up, and steps to coarser types taken, the cheapest per byte first,
-until the file is small enough. Then each output projection is refitted in sequence (`pruning.sequential`) at the inputs that the coarse
-blocks before it and its own coarse inputs really give. All that is asked for is the model itself and some text.
+until the file is small enough; those that turn out not to be needed are taken back. Then each output projection is refitted in sequence
+(`pruning.sequential`) at the inputs that the coarse blocks before it and its own coarse inputs really give. All that is asked for is the
+model itself and some text.
 """
 
 import copy
@@ -91,11 +92,7 @@ def searched(
     with frozen(model):
         outside = [group for group in groups if isinstance(group, str)]
         costs = _costs(pruned, kinds, some, on_layer) | _outside_costs(model, outside, kinds, some)
-        chosen = dict.fromkeys(groups, kinds[0])
-        for step in _steps(groups, kinds, costs):
-            if largest <= size:
-                break
-            chosen[step.group], largest = step.kind, largest - step.saved
+        chosen = _chosen(groups, kinds, costs, largest - size)
         least = TOKENS_PER_COLUMN * max(matrix_of(output).shape[1] for output in _outputs(pruned))
         if enough := windows.numel() >= least:
             _refit(pruned, chosen, windows, on_layer)
@@ -158,6 +155,29 @@ def _steps(
             steps.append(Step(group, kinds[best], sizes[at] - sizes[best], slopes[best]))
             at = best
     return sorted(steps, key=lambda step: step.slope)
+
+
+def _chosen(
+    groups: Mapping[Group, Sequence[tuple[int, ...]]],
+    kinds: Sequence[Type],
+    costs: Mapping[Group, Sequence[float]],
+    excess: int,
+) -> dict[Group, Type]:
+    """The type of every group, of a file `excess` bytes smaller than with the finest of `kinds` throughout.
+
+    The last step may save far more than is asked for, as that of the embeddings does: of those before it the dearest per byte that need not
+    be are taken back.
+    """
+    chosen, taken = dict.fromkeys(groups, kinds[0]), list[tuple[Step, Type]]()
+    for step in _steps(groups, kinds, costs):
+        if excess <= 0:
+            break
+        taken.append((step, chosen[step.group]))
+        chosen[step.group], excess = step.kind, excess - step.saved
+    for step, before in reversed(taken):
+        if chosen[step.group] == step.kind and excess + step.saved <= 0:
+            chosen[step.group], excess = before, excess + step.saved
+    return chosen
 
 
 def _stored(matrix: Tensor, kind: Type) -> Tensor:

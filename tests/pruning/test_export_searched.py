@@ -1,7 +1,7 @@
 """Types searched for a file of a given size, and the refits that go with them."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from pruning.export import Pruned, save_gguf
 from pruning.export.gguf_file import write_gguf
 from pruning.export.gguf_size import file_size
 from pruning.export.llama_cpp import with_weights_of
-from pruning.export.quantise import Mixture, searched_kinds
-from pruning.export.searched import _costs, _holding, _inputs, _stored, searched
+from pruning.export.quantise import Mixture, Stored, searched_kinds
+from pruning.export.searched import Group, _chosen, _costs, _holding, _inputs, _stored, searched
 from pruning.likelihood import dense_distribution, frozen, quality
 from pruning.projection import matrix_of
 from pruning.shrinking import shrink_to
@@ -76,6 +76,27 @@ def test_a_file_of_a_given_size_is_better_than_a_uniform_one(
     }
     outputs = {block.places.output for block in given.anatomy.blocks}
     assert outputs <= changed | {"c_proj"} and changed <= outputs
+
+
+def test_no_type_is_coarser_than_it_must_be() -> None:
+    """Cheap steps of small groups come before the one of a large group, which alone may have been enough."""
+    kinds = (Type.Q8_0, Type.Q5_0, Type.Q4_0)
+    groups: dict[Group, list[tuple[int, ...]]] = {"a": [(32, 32)], "b": [(32, 64)], "large": [(32, 1600)]}
+    costs = {"a": [0.0, 1e-4, 3e-4], "b": [0.0, 1e-3, 2e-3], "large": [0.0, 1.0, 2.0]}
+
+    def saved(chosen: Mapping[Group, Type]) -> int:
+        finest, own = (
+            sum(Stored.of(types[name], shape).padded for name, [shape] in groups.items())
+            for types in (dict.fromkeys(groups, kinds[0]), chosen)
+        )
+        return finest - own
+
+    for excess in range(0, saved(dict.fromkeys(groups, kinds[-1])) + 1, 16):
+        chosen = _chosen(groups, kinds, costs, excess)
+        assert saved(chosen) >= excess
+        for group, kind in chosen.items():
+            finer = kinds[: kinds.index(kind)][-1:]
+            assert not finer or saved(chosen | {group: finer[0]}) < excess
 
 
 def test_costs_are_what_a_block_alone_costs(text: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 # What stands in `config.json` for the activation function, by any of its names: no stock model can be built with it.
@@ -25,9 +26,17 @@ LETTERS = {"q": "query", "k": "key", "v": "value", "n": "neuron", "H": "query_he
 
 
 class AbsentAttention(nn.Module):
-    """Attention that was pruned away: adds nothing to the residual stream and has no KV cache."""
+    """Attention that was pruned away: adds nothing to the residual stream.
+
+    vLLM's Transformers backend only takes models that have a module in every layer whose source calls the attention interface.
+    """
+
+    attends, layer_idx, config = False, None, None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+        if self.attends:  # never
+            attention_interface = ALL_ATTENTION_FUNCTIONS["eager"]
+            attention_interface(self, hidden_states)
         return torch.zeros_like(hidden_states), None
 
 
@@ -76,28 +85,38 @@ class PrunedConfig:
         told = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
         own = {name: getattr(self, name) for name in ACTIVATIONS if name in vars(self)}
         told |= {"pruned_values": own | {"per_layer_config": told.pop("per_layer_config", None)}}
+        if "AutoModelForCausalLM" in told.get("auto_map", {}):
+            module = type(self).__module__.rpartition(".")[2]
+            base = transformers.MODEL_MAPPING[type(self).__mro__[2]].__name__  # without the head, as vLLM builds it
+            told["auto_map"] |= {"AutoModel": f"{module}.Pruned{base}"}
         return json.dumps(told | dict.fromkeys(own, LOCK), indent=2, sort_keys=True) + "\n"
 
     def validate(self) -> None:
         with dense(self):
             super().validate()  # type: ignore[misc]
 
+    def validate_rope(self) -> None:  # which vLLM asks for alone
+        with dense(self):
+            super().validate_rope()  # type: ignore[misc]
+
 
 class PrunedModel:
-    """Mixin before a stock model with a language-model head."""
+    """Mixin before a stock model with a language-model head, or without."""
 
-    def __init__(self: Any, config: Any) -> None:
+    def __init__(self, config: Any) -> None:  # vLLM checks `config` against the annotation of `self`, which so has none
+        model: Any = self
         if not getattr(config, "is_heterogeneous", False):
             raise ValueError("This checkpoint needs transformers >= 5.15 and a config with `per_layer_config`.")
         with dense(config):
             super().__init__(config)  # type: ignore[call-arg]
             heads = config.num_attention_heads
-        for module in self.modules():
+        for module in model.modules():
             if hasattr(
                 module, "rope_type"
             ):  # some scalings ask for the number of heads, now and whenever a text is longer
                 module.config = LayerConfig(config, {"num_attention_heads": heads})
-        layers, attends = getattr(self.get_decoder(), config.pruned_blocks["layers"]), False
+        layers = getattr(model.get_decoder(), config.pruned_blocks["layers"])
+        attends = config._attn_implementation == "vllm"  # which has a cache of its own
         for layer, own in zip(layers, config.per_layer_config, strict=True):
             narrow(layer, own, config)
             if "attention" not in own.skip and not attends:
@@ -116,6 +135,8 @@ def narrow(layer: nn.Module, own: Any, shared: Any) -> None:
         places = shared.pruned_blocks[kind]
         if kind in own.skip:
             for name, module in stand_ins(kind, places).items():
+                if isinstance(module, AbsentAttention):
+                    module.config, module.layer_idx = shared, getattr(getattr(layer, name), "layer_idx", None)
                 setattr(layer, name, module)
             continue
         block: Any = getattr(layer, places["module"]) if places["module"] else layer
@@ -168,6 +189,6 @@ def __getattr__(name: str) -> Any:
         bases = (PrunedModel, stock)
         own = {
             "config_class": __getattr__(f"Pruned{stock.config_class.__name__}"),
-            "_auto_class": "AutoModelForCausalLM",
+            "_auto_class": "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel",
         }
     return type(name, bases, {**own, "__module__": __name__})

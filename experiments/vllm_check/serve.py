@@ -1,9 +1,10 @@
-"""What vLLM makes of an exported folder: `python serve.py FOLDER ASKED FOUND`, in an environment that holds neither llmbo nor pruning.
+"""What vLLM makes of exported folders: `python serve.py ASKED FOUND`, in an environment that holds neither llmbo nor pruning.
 
-`ASKED` holds prompts as token ids and how many tokens are to follow. `FOUND` gets the log-probability of each token of a prompt, given
-those before it, and what is generated next.
+`ASKED` holds, by name, a folder, prompts as token ids and how many tokens are to follow. `FOUND` gets the log-probability of each token of
+a prompt, given those before it, and what is generated next; or the error, in a line.
 """
 
+import gc
 import json
 import os
 import sys
@@ -39,6 +40,19 @@ def served(folder: str, prompts: list[list[int]], new: int) -> dict[str, object]
     }
 
 
+def main(asked: Path, found: Path) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    answers = {}
+    for name, one in json.loads(asked.read_text()).items():
+        try:
+            answers[name] = served(**one)
+        except Exception as error:  # whatever vLLM does with a model that it cannot take
+            answers[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        found.write_text(json.dumps(answers))
+
+
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[2]).read_text())
-    Path(sys.argv[3]).write_text(json.dumps(served(sys.argv[1], asked["prompts"], asked["new"])))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -221,6 +221,12 @@ _ENGINES = (
     ),
     Engine("llama.cpp", "llama.cpp and what builds on it", "gguf", all_heads=("gpt2", "gpt_neox")),
     Engine("vllm", "vLLM: Llama-like families, attention whole or absent", "vllm", all_heads=("*",)),
+    Engine(
+        "vllm-transformers",
+        "vLLM's Transformers backend: more families, any number of heads in each layer",
+        "hf",
+        check_model="pruning.export.vllm:check_backend",
+    ),
 )
 ENGINES = {row.name: row for row in _ENGINES}
 

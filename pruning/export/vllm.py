@@ -1,6 +1,7 @@
 """Folders for vLLM, which serves Llamas with layers of unequal size as `DeciLMForCausalLM`: MLPs of any width, attention whole or absent.
 
-There the first layer's attention begins the residual stream, so that a first layer without attention gets one of zeros.
+There the first layer's attention begins the residual stream, so that a first layer without attention gets one of zeros. Its Transformers
+backend serves the folders of `pruning.export.hf` as they are, with any number of heads in each layer and of more families: `check_backend`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pruning.anatomy import Anatomy, anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
-from pruning.export.hf import MAX_SHARD_SIZE, Pruned, save_model
+from pruning.export.hf import MAX_SHARD_SIZE, Pruned, check_hf, save_model
 from pruning.export.reader import Read
 from pruning.export.rebuild import context_length
 from pruning.export.verify import Check
@@ -22,6 +23,19 @@ from pruning.modeling_decilm import DeciLMConfig, DeciLMForCausalLM
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2")  # whose layers compute what a Llama's do
 ROTARY = ("default", "linear", "llama3")  # vLLM computes these as transformers does
+# Families that vLLM's Transformers backend computes as transformers does (`experiments.vllm_check` asks it), and what it does to others.
+BACKEND = (
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_bigcode",
+    "gpt_neox", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral",
+    "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "vaultgemma",
+)  # fmt: skip
+NOT_BACKEND = {
+    **dict.fromkeys(("biogpt", "gptj", "stablelm", "xglm"), "cannot replace the attention of"),
+    "gpt2": "does not load the biases of",
+    "granite": "does not scale the logits of",
+    "hyperclovax": "has a config without layers of their own for",
+}
 SHARED = (  # what a Llama's config has from the dense model's, whatever its family
     "vocab_size", "hidden_size", "hidden_act", "initializer_range", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
     "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "dtype",
@@ -49,6 +63,21 @@ def check_type(model_type: str, architecture: Architecture) -> None:
             f"vLLM serves layers of unequal size of Llama-like models only ({', '.join(FAMILIES)}; RoPE, RMSNorm, SwiGLU), not of "
             f"'{model_type}': export --format hf or gguf."
         )
+
+
+def check_backend(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, architecture: Architecture
+) -> None:
+    """Refuse early what vLLM's Transformers backend cannot serve of what `save_hf` writes of the dense `model` cut to `architecture`.
+
+    Raises:
+        UnsupportedExport: Nothing can hold it, or vLLM would compute something else.
+    """
+    check_hf(model, tokenizer, architecture)
+    model_type = model.config.model_type
+    if model_type not in BACKEND:
+        reason = NOT_BACKEND.get(model_type, "has not been compared with transformers on")
+        raise UnsupportedExport(f"vLLM's Transformers backend {reason} '{model_type}' models: search with --deploy hf.")
 
 
 def _check(config: PreTrainedConfig, anatomy: Anatomy, architecture: Architecture) -> None:

@@ -1,5 +1,6 @@
 """A folder for vLLM computes what the shrunk model does, and tells every layer in the words that vLLM reads."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pruning.anatomy import anatomy_of
 from pruning.architecture import Architecture
 from pruning.errors import UnsupportedExport
-from pruning.export import Pruned, save_vllm
-from pruning.export.vllm import check_vllm, decilm
+from pruning.export import Pruned, save_hf, save_vllm
+from pruning.export.rebuild import rebuilt
+from pruning.export.vllm import BACKEND, NOT_BACKEND, check_backend, check_vllm, decilm
+from pruning.families import FAMILIES
 from pruning.masks import PruningMask
 from pruning.shrinking import shrink, shrink_to
+from pruning.widths import attention_width
 
 LLAMAS = ["llama-tied", "llama-biased", "mistral", "qwen2", "phi3"]
 
@@ -93,6 +98,49 @@ def test_what_vllm_cannot_hold_is_refused(model: PreTrainedModel, build: Any, cu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model", ["llama-biased", "qwen3", "gpt2"], indirect=True)
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_transformers_backend_finds_what_it_looks_for(
+    model: PreTrainedModel, first: int, windows: Tensor, cut: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM goes about it: the model without its head, from the config alone, and attention by the number of its layer."""
+    save_hf(cut(model, (first, 2, 0, 1, 0), (5, 24, 9, 7, 0)), tmp_path / "out")
+    calls: list[int] = []
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(module.layer_idx)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", attend)
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    config._attn_implementation = "vllm"
+    base = AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float64).eval()
+    told = [parameter.annotation for parameter in inspect.signature(type(base).__init__).parameters.values()]
+    assert all(kind is inspect.Parameter.empty or isinstance(config, kind) for kind in told[:1])  # it counts `self` in
+    for index in range(4):
+        own = [part for part in base.modules() if getattr(part, "layer_idx", None) == index]
+        assert sum("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(part).forward) for part in own) == 1
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    base.load_state_dict(whole.base_model.state_dict())
+    with torch.inference_mode():
+        found, expected = (each(windows, use_cache=False).last_hidden_state for each in (base, whole.base_model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert calls == [0, 1, 3][1 - first :]
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_the_transformers_backend_is_asked_for_known_families_only(model: PreTrainedModel, build: Any) -> None:
+    check_backend(model, None, Architecture.of((1, 2, 0, attention_width(2, 1), 2), (5, 0, 9, 9, 9)))
+    assert {*BACKEND} == {told["base"]["model_type"] for told in SERVED.values() if told["format"] == "hf"}
+    for name, says in (("gptj", "cannot replace the attention of"), ("gpt2", "does not load the biases of")):
+        other = build(name)
+        with pytest.raises(
+            UnsupportedExport, match=rf"Transformers backend {says} '{name}' .*: search with --deploy hf"
+        ):
+            check_backend(other, None, Architecture.full(anatomy_of(other)))
+    assert {*BACKEND} | {*NOT_BACKEND} == {*FAMILIES} and not {*BACKEND} & {*NOT_BACKEND}
+
+
 SERVED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "vllm.json").read_text())
 
 
@@ -100,12 +148,15 @@ SERVED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "vllm.json
 def test_vllm_itself_has_served_what_is_written(name: str) -> None:
     """`make test-vllm` leaves what it found, and the tensors that it was found with."""
     told = SERVED[name]
-    assert told["served_as"] == "DeciLMForCausalLM" and told["generated_alike"] and told["largest_difference"] < 1e-3
+    assert told["served_as"] == {"vllm": "DeciLMForCausalLM", "hf": "TransformersForCausalLM"}[told["format"]]
+    assert told["generated_alike"] and told["largest_difference"] < 1e-3
     config = AutoConfig.for_model(**told["base"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     architecture = Architecture.from_dict(told["architecture"])
-    state = decilm(Pruned(shrink_to(model, architecture), anatomy_of(model), architecture)).state_dict()
+    pruned = Pruned(shrink_to(model, architecture), anatomy_of(model), architecture)
+    made = decilm(pruned) if told["format"] == "vllm" else rebuilt(pruned.model, pruned.anatomy, architecture)
+    state = made.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     assert {key: list(values.shape) for key, values in state.items()} == told["tensors"]

@@ -45,7 +45,7 @@ def bytewise() -> PreTrainedTokenizerFast:
     ("row", "changed", "gguf"),
     [
         ("llama", {}, "layers of any size$"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "none: .*scaling 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "layers of any size$"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "none: .*scaling 'yarn'"),
         ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}, "none: .*scaling 'longrope'"),
         ("llama", {"hidden_act": "relu"}, "none: .*activation 'relu'"),
@@ -69,9 +69,9 @@ def test_every_format_says_what_it_holds(
     assert [line.split(":")[0] for line in formats] == [f"--format {name}" for name in FORMATS]
     assert formats[0].endswith(": layers of any size") and formats[3].endswith(": layers of any size")
     assert re.search(f"^--format gguf: {gguf}", formats[1])
-    loads = not changed and row == "llama"
-    assert ("llama.cpp" in engines.partition(";")[0]) == loads and "runs in hf" in engines
-    vllm = "with all heads or none, and MLPs of any size, no others: .*gone in layers 0:" if loads else ": none: vLLM"
+    assert ("llama.cpp" in engines.partition(";")[0]) == gguf.startswith("layers of any") and "runs in hf" in engines
+    whole = "with all heads or none, and MLPs of any size, no others: .*gone in layers 0:"
+    vllm = whole if not changed and row == "llama" else ": none: vLLM"
     assert re.search(vllm, formats[2])
 
 
@@ -89,7 +89,13 @@ def test_engines_narrow_what_is_searched_or_say_why_they_cannot(
         ("gpt2", ("hf-stock", "llama.cpp"), "keeps 4 of its .*same$"),
         ("gemma2", ("llama.cpp",), "error: --deploy llama.cpp cannot run .*unequal size: .*can: --deploy hf, hf-stock"),
         ("gpt2", ("vllm",), "error: --deploy vllm cannot .* not of 'gpt2': .* What can: --deploy hf, hf-stock"),
-        ("llama", ("onnx",), "error: Unknown --deploy 'onnx': Expected one of hf, hf-stock, llama.cpp, vllm"),
+        ("gemma2", ("vllm-transformers", "hf"), "keeps 0 to 2 of its KV groups"),
+        ("granite", ("vllm-transformers",), "error: .* scale the logits of 'granite' models: .*can: --deploy hf, "),
+        (
+            "llama",
+            ("onnx",),
+            "error: Unknown --deploy 'onnx': Expected one of hf, hf-stock, llama.cpp, vllm, vllm-transformers",
+        ),
         ("llama", ("vllm", "vllm"), "error: --deploy vllm is given twice"),
     ):
         build(row).config.save_pretrained(tmp_path)

@@ -87,8 +87,8 @@ class PrunedConfig:
         told |= {"pruned_values": own | {"per_layer_config": told.pop("per_layer_config", None)}}
         if "AutoModelForCausalLM" in told.get("auto_map", {}):
             module = type(self).__module__.rpartition(".")[2]
-            base = transformers.MODEL_MAPPING[type(self).__mro__[2]].__name__  # without the head, as vLLM builds it
-            told["auto_map"] |= {"AutoModel": f"{module}.Pruned{base}"}
+            base: Any = transformers.MODEL_MAPPING[type(self).__mro__[2]]  # without the head, as vLLM builds it
+            told["auto_map"] |= {"AutoModel": f"{module}.Pruned{base.__name__}"}
         return json.dumps(told | dict.fromkeys(own, LOCK), indent=2, sort_keys=True) + "\n"
 
     def validate(self) -> None:

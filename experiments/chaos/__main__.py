@@ -1,14 +1,17 @@
 """A run by three processes, harmed at random until it is done: is every trial there, once, and right?
 
     python -m experiments.chaos --storage postgresql --kills 50 --budget 60
+    python -m experiments.chaos --storage journal --kills 50 --budget 60 --model llama --lease 3
 
 The processes run the loop, the store, the lease and the claims of a run over a recorded problem, whose evaluations are simulated, each as
-if on a machine of its own. Killed are (SIGKILL) the run's owner, its workers and PostgreSQL's server; suspended (SIGSTOP), for up to
-four leases, and sent away (SIGTERM) are the owner and the workers. What was killed is started again.
+if on a machine of its own; with `--model` they are `llmbo optimize` and `llmbo worker`, whose preparation is kept. Killed are (SIGKILL)
+the run's owner, its workers and PostgreSQL's server; suspended (SIGSTOP), for up to four leases, and sent away (SIGTERM) are the owner
+and the workers. What was killed is started again. What a candidate has alone is measured in one process when all are done.
 
     lost      trials without values     doubled  candidates measured for two trials
     unplanned trials of another candidate than was proposed for them       others  with other values than alone
-    crashes   processes that ended with a traceback     evaluations  that were begun, by all together
+    crashes   processes that ended with a traceback     starts  of processes: three where none is harmed
+    evaluations  that were begun, by all together    reports  of the run that processes with a model have left
 """
 
 import argparse
@@ -23,8 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.chaos.check import judged
 from experiments.chaos.harm import Harm
+from experiments.chaos.model import Searched
 from experiments.chaos.processes import Machine, Simulated
 from experiments.chaos.servers import PostgreSQL, postgresql
 from llmbo.comparison.config import ProblemConfig
@@ -66,6 +69,7 @@ def database(kind: str, folder: Path) -> Iterator[tuple[str, PostgreSQL | None]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", default="problem-r-surrogate")
+    parser.add_argument("--model", help="search it in place of a recorded problem")
     parser.add_argument("--strategy", default="random")
     parser.add_argument("--storage", default="postgresql", choices=("postgresql", "journal", "sqlite"))
     parser.add_argument("--kills", type=int, default=50, help="faults of all kinds")
@@ -94,17 +98,25 @@ def main() -> None:
 def chaos(args: argparse.Namespace, folder: Path, url: str, server: PostgreSQL | None) -> dict[str, Any]:
     machines = [Machine(number, url, folder / f"machine-{number}", args.lease) for number in range(MACHINES)]
     log = folder / "evaluations.log"
-    work = recorded(args.recorded, args.strategy, args.budget, args.seconds, log)
+    work: Simulated | Searched = (
+        Searched(args.model, args.strategy, args.budget, folder)
+        if args.model
+        else recorded(args.recorded, args.strategy, args.budget, args.seconds, log)
+    )
     harm = Harm(machines, work.run, server, args.budget, args.kills, args.wait, random.Random(args.seed))
     begin = time.monotonic()
     done = harm.until_done(LONGEST)
     spent = time.monotonic() - begin
-    verdict = judged(work.stored(url), args.budget, lambda points: [work.measure(x) for x in points])
-    evaluations = len(log.read_text().splitlines())
-    whole = done and verdict.whole and not harm.crashes
+    verdict = work.verdict(url)
+    more: dict[str, Any]
+    if isinstance(work, Searched):
+        more = {"reports": work.reports()}
+        done = done and "complete" in more["reports"]
+    else:
+        more = {"evaluations": len(log.read_text().splitlines())}
     return {
-        "faults": dict(harm.faults), "trials": args.budget, **asdict(verdict), "crashes": harm.crashes, "evaluations": evaluations,
-        "seconds": round(spent), "whole": whole,
+        "faults": dict(harm.faults), "trials": args.budget, **asdict(verdict), "crashes": harm.crashes, "starts": harm.starts, **more,
+        "seconds": round(spent), "whole": done and verdict.whole and not harm.crashes,
     }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Harm:
     random: random.Random
     faults: Counter[str] = field(default_factory=Counter)
     crashes: int = 0
+    starts: int = 0
     _processes: dict[int, BaseProcess] = field(default_factory=dict)
     _asleep: dict[int, float] = field(default_factory=dict)  # pid -> when it wakes up
     _joins: bool = False
@@ -93,6 +94,7 @@ class Harm:
             return False  # there is no run to join yet
         self._processes[machine.number] = get_context("fork").Process(target=self.start, args=(machine, leads))
         self._processes[machine.number].start()
+        self.starts += 1
         return False
 
     def _harm(self) -> None:

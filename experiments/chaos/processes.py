@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import optuna
 
+from experiments.chaos.check import Verdict, judged
 from llmbo.errors import LlmboError
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
@@ -138,6 +139,7 @@ class Simulated:
     def _search(self, store: TrialStore) -> None:
         loop.run_search(self.proposer, self, store, self.budget, 2, 0, Unseen())
 
-    def stored(self, url: str) -> TrialStore:
-        """To be looked at."""
-        return TrialStore(optuna.load_study(study_name=NAME, storage=open_storage(url)), self.space)
+    def verdict(self, url: str) -> Verdict:
+        """By what is looked up."""
+        store = TrialStore(optuna.load_study(study_name=NAME, storage=open_storage(url)), self.space)
+        return judged(store, self.budget, lambda points: [self.measure(x) for x in points])

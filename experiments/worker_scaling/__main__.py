@@ -1,13 +1,15 @@
 """What workers are worth: hypervolume against wall-clock with 1, 2, 4, .. workers on a recorded benchmark, in simulated time.
 
-    python -m experiments.worker_scaling --budget 120 --seeds 2
+    python -m experiments.worker_scaling --budget 120 --seeds 0 1
 
 The loop and the proposer are those of a run. Only the store is simulated: an evaluation takes as long as the candidate has parameters
 (1 for the dense model), proposing takes no time, and whoever is free starts the next candidate at once. Beside it, the same with
 rounds of max(batch, workers) candidates that all wait for (`rounds`), and one worker's curve, run so many times as fast (`perfect`).
 
-    speed-up      one worker's time to the hypervolume that both reach, over this one's; efficiency: by the number of workers
+    efficiency    one worker's time to the hypervolume that both reach, over this one's and the number of workers
     against one   hypervolume after all evaluations, over one worker's after as many
+
+Both are means over seeds, with half the width of Student's 95 % interval.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.recorded import open_recorded
+from llmbo.comparison.statistics import Band, band
 from llmbo.comparison.strategies import strategy_of
 from llmbo.config import RunConfig
 from llmbo.problem.objectives import Objective, outcomes, ref_point
@@ -184,7 +187,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="qnehvi")
     parser.add_argument("--budget", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 16, 64])
     parser.add_argument("--out", type=Path, help="JSON file for every curve")
     args = parser.parse_args()
@@ -203,7 +206,7 @@ def main() -> None:
     def keep(label: str, trials: Sequence[Trial], ended: Sequence[float]) -> None:
         curves.setdefault(label, []).append(Curve.of(trials, ended, problem.objectives))
 
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         one, ended = simulated(proposer, SimulatedStore(measure, seconds), args.budget, args.batch, seed)
         keep("1", one, ended)
         for workers in args.workers:
@@ -220,24 +223,31 @@ def main() -> None:
                 Curve([time / workers for time in last.times], last.volumes)
             )
             print(f"seed {seed}, {workers} workers: done", flush=True)
-    if args.out:
-        rows = {label: [vars(curve) for curve in found] for label, found in curves.items()}
-        args.out.write_text(json.dumps(rows), encoding="utf-8")
+        if args.out:
+            rows = {label: [vars(curve) for curve in found] for label, found in curves.items()}
+            args.out.write_text(json.dumps(rows), encoding="utf-8")
     end = statistics.mean(curve.times[-1] for curve in curves["1"])
     watches = [time for time in WATCHES if time < end]
-    print(f"{args.budget} evaluations, means of {args.seeds} seeds; hypervolume at that time")
+    print(f"{args.budget} evaluations, seeds {', '.join(map(str, args.seeds))}; hypervolume at that time")
     print(
-        f"{'workers':12} {'time':>6} {'speed-up':>8} {'efficiency':>10} {'against one':>11}  ",
+        f"{'workers':12} {'time':>6} {'efficiency':>15} {'against one':>17}  ",
         *(f"t={time:<5}" for time in watches),
     )
     for label, found in curves.items():
-        ups = [speed_up(curve, first) for curve, first in zip(found, curves["1"], strict=True)]
-        against = [curve.volumes[-1] / first.volumes[-1] for curve, first in zip(found, curves["1"], strict=True)]
-        up, time = statistics.mean(ups), statistics.mean(curve.times[-1] for curve in found)
+        pairs = list(zip(found, curves["1"], strict=True))
+        efficiency = band([speed_up(curve, one) / int(label.split()[0]) for curve, one in pairs])
+        against = band([curve.volumes[-1] / one.volumes[-1] for curve, one in pairs])
+        time = statistics.mean(curve.times[-1] for curve in found)
         print(
-            f"{label:12} {time:6.1f} {up:8.2f} {up / int(label.split()[0]):10.2f} {statistics.mean(against):11.4f}  ",
+            f"{label:12} {time:6.1f} {said(efficiency, 2):>15} {said(against, 4):>17}  ",
             *(f"{statistics.mean(curve.at(time) for curve in found):<7.4f}" for time in watches),
         )
+
+
+def said(band: Band, digits: int) -> str:
+    """A mean with half its interval's width, where it has one."""
+    half = "" if band.high is None else f" ±{band.high - band.mean:.{digits}f}"
+    return f"{band.mean:.{digits}f}{half}"
 
 
 if __name__ == "__main__":

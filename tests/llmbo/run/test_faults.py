@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from optuna.storages import BaseStorage
 
-from experiments.chaos.check import judged
 from experiments.chaos.harm import Harm
+from experiments.chaos.model import Searched
 from experiments.chaos.processes import NAME, REFUSED, Machine, Simulated
 from experiments.chaos.servers import PostgreSQL
 from llmbo.errors import StorageError
@@ -85,9 +85,9 @@ def finished(url: str) -> int:
     return sum(trial.state.is_finished() for trial in records(opened(url), NAME))
 
 
-def check(work: Simulated, url: str, toy: Any, suspended: bool = False) -> None:
+def check(work: Simulated, url: str, suspended: bool = False) -> None:
     """Whoever was suspended between looking whether it may write and writing has left a row that counts for nothing."""
-    verdict = judged(work.stored(url), work.budget, lambda points: [toy.evaluate(x) for x in points])
+    verdict = work.verdict(url)
     assert verdict.whole and (suspended or verdict.rows == 0), verdict
 
 
@@ -97,7 +97,29 @@ def test_random_kills_lose_and_double_nothing(toy: Any, simulate: Simulate, serv
     harm = Harm([machine(n, url, tmp_path) for n in range(3)], work.run, server, work.budget, 5, 0.3, random.Random(3))
     assert harm.until_done(TIMEOUT) and not harm.crashes
     assert sum(harm.faults.values()) == 5 and harm.faults["database killed"], harm.faults
-    check(work, url, toy, suspended=any(fault.endswith("suspended") for fault in harm.faults))
+    check(work, url, suspended=any(fault.endswith("suspended") for fault in harm.faults))
+
+
+def test_processes_with_a_model_lose_and_double_nothing(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """`llmbo optimize` and a worker, one of which is killed; what each trial has is what its candidate has alone."""
+    small = ("--text", f"text:{text_file}", "--window", "16", "--calibration-tokens", "128", "--proxy-tokens", "64")
+    quick = (
+        "--heldout-tokens",
+        "64",
+        "--heldout-text",
+        "none",
+        "--no-samples",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
+    url, work = f"journal:{tmp_path}/trials", Searched(str(model_folder), "random", 8, tmp_path, (*small, *quick))
+    harm = Harm([machine(n, url, tmp_path) for n in range(2)], work.run, None, work.budget, 2, 0.1, random.Random(0))
+    assert harm.until_done(TIMEOUT) and not harm.crashes and sum(harm.faults.values()) == 2
+    verdict = work.verdict(url)
+    assert verdict.whole, verdict
+    assert "complete" in work.reports()
 
 
 def test_a_database_that_is_away_is_waited_for(
@@ -119,7 +141,7 @@ def test_a_database_that_is_away_is_waited_for(
         lines = said(place)
         assert process.exitcode == 0 and len(lines) == 2, lines
         assert "cannot be used" in lines[0] and "for 300 s" in lines[0] and "answers again, after" in lines[1]
-    check(work, url, toy)
+    check(work, url)
     assert len((tmp_path / "evaluations").read_text().split()) == work.budget  # what was measured meanwhile was kept
 
 
@@ -140,7 +162,7 @@ def test_a_database_that_stays_away_is_given_up_in_one_line(
     process = started(work, place, leads=True)
     process.join(TIMEOUT)
     assert process.exitcode == 0
-    check(work, url, toy)
+    check(work, url)
 
 
 def test_whoever_interrupts_does_not_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +207,7 @@ def test_clocks_at_odds_by_minutes_give_nobody_up(
     worker.join(TIMEOUT)
     assert worker.exitcode == 0 and time.monotonic() - begin < 20 * LEASE
     assert len(records(open_storage(url), f"{NAME}/lease")) == 2
-    check(work, url, toy)
+    check(work, url)
 
 
 def test_a_full_disk_stops_one_worker_alone(
@@ -209,4 +231,4 @@ def test_a_full_disk_stops_one_worker_alone(
     assert not any("Traceback" in line for line in lines)
     owner.join(TIMEOUT)
     assert owner.exitcode == 0, said(places[0])
-    check(work, url, toy)
+    check(work, url)

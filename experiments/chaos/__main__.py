@@ -10,6 +10,7 @@ and the workers. What was killed is started again. What a candidate has alone is
 
     lost      trials without values     doubled  candidates measured for two trials
     unplanned trials of another candidate than was proposed for them       others  with other values than alone
+    strayed   rounds that are not what the trials and pendings stored with them propose
     crashes   processes that ended with a traceback     starts  of processes: three where none is harmed
     evaluations  that were begun, by all together    reports  of the run that processes with a model have left
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
-from experiments.chaos.check import Verdict, judged
+from experiments.chaos.check import SEED, Verdict, judged
 from experiments.chaos.processes import NAME, Machine
 from experiments.quiet import Quiet
 from llmbo.__main__ import main
@@ -64,7 +64,8 @@ class Searched:
         own = patch.dict(os.environ, LLMBO_PREPARED=str(self.folder / "prepared-alone"))
         with own, chdir(self.folder), assemble(config, True, Quiet()) as parts:  # type: ignore[arg-type]
             store = TrialStore.open(url, NAME, parts.problem.space)
-            return judged(store, self.budget, lambda points: [parts.problem.proxy.evaluate([x])[0] for x in points])
+            measure = parts.problem.proxy.evaluate
+            return judged(store, self.budget, lambda points: [measure([x])[0] for x in points], parts.proposer)
 
     def reports(self) -> list[str]:
         """What the machines' reports say of the run."""
@@ -72,5 +73,16 @@ class Searched:
         return [read_run(str(path.parent)).run.status for path in found]
 
     def _begins(self, machine: Machine) -> Sequence[str]:
-        own = ("--name", NAME, "--storage", machine.url, "--strategy", self.strategy, "--budget", str(self.budget))
+        own = (
+            "--name",
+            NAME,
+            "--storage",
+            machine.url,
+            "--strategy",
+            self.strategy,
+            "--budget",
+            str(self.budget),
+            "--seed",
+            str(SEED),
+        )
         return ("optimize", "--model", self.model, *own, *self.options)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import optuna
 
-from experiments.chaos.check import Verdict, judged
+from experiments.chaos.check import SEED, Verdict, judged
 from llmbo.errors import LlmboError
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
@@ -137,9 +137,9 @@ class Simulated:
         serve(patience, NAME, machine.folder / f"worker-{os.getpid()}", {"device": "none"}, work)
 
     def _search(self, store: TrialStore) -> None:
-        loop.run_search(self.proposer, self, store, self.budget, 2, 0, Unseen())
+        loop.run_search(self.proposer, self, store, self.budget, 2, SEED, Unseen())
 
     def verdict(self, url: str) -> Verdict:
         """By what is looked up."""
         store = TrialStore(optuna.load_study(study_name=NAME, storage=open_storage(url)), self.space)
-        return judged(store, self.budget, lambda points: [self.measure(x) for x in points])
+        return judged(store, self.budget, lambda points: [self.measure(x) for x in points], self.proposer)

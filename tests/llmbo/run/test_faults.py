@@ -6,6 +6,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +24,8 @@ from llmbo.run import patience as patience_module
 from llmbo.run.database import open_storage
 from llmbo.run.lease import records
 from llmbo.run.patience import Patience
-from llmbo.types import Proposal, Trial
+from llmbo.search.baselines import RandomProposer
+from llmbo.types import Measurement, Proposal, Trial
 
 TIMEOUT = 60.0  # seconds; only a hanging child reaches it
 LEASE = 1.0
@@ -98,6 +100,9 @@ def test_random_kills_lose_and_double_nothing(toy: Any, simulate: Simulate, serv
     assert harm.until_done(TIMEOUT) and not harm.crashes
     assert sum(harm.faults.values()) == 5 and harm.faults["database killed"], harm.faults
     check(work, url, suspended=any(fault.endswith("suspended") for fault in harm.faults))
+    late = replace(work, measure=lambda x: Measurement({**toy.evaluate(x), "kl": 99.0}))
+    assert late.verdict(url).others == work.budget  # it would be seen
+    assert replace(work, proposer=RandomProposer(toy.space)).verdict(url).strayed > 0
 
 
 def test_processes_with_a_model_lose_and_double_nothing(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

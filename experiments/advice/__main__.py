@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = [arm.problem for arm in config.arms]
     with (
         EvaluationStore.open(options.cache) as store,
-        opened(arm.problem, problems, config.margin, False, store, Quiet()) as problem,
+        opened(arm.problem, problems, config.margin, (), store, Quiet()) as problem,
     ):
         question = first_question(config, problem, arm.options)
     if options.what == "ask":

@@ -33,7 +33,7 @@ def main() -> None:
     with EvaluationStore.open(arguments.cache) as store:
         for compensation in (True, False):
             wanted = replace(base, run=replace(base.run, compensation=compensation))
-            with opened(wanted, [wanted], config.margin, True, store, Quiet()) as problem:
+            with opened(wanted, [wanted], config.margin, wanted.run.objectives, store, Quiet()) as problem:
                 assert problem.judge is not None
                 for name in FAMILIES:
                     family = getattr(problem.search, name)

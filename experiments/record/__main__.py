@@ -58,7 +58,9 @@ def write_table(path: Path, text: str | None, cache: Path, out: Path) -> None:
     problem_config = next(arm.problem for arm in config.arms if arm.label == config.method)
     with (
         EvaluationStore.open(cache) as store,
-        opened(problem_config, [problem_config], config.margin, True, store, Quiet()) as problem,
+        opened(
+            problem_config, [problem_config], config.margin, problem_config.run.objectives, store, Quiet()
+        ) as problem,
     ):
         recorded(problem, store).write(out, sizes(problem_config.run.model))
 

@@ -3,8 +3,8 @@
     python -m experiments.transfer experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt --on builtin
 
 Rankings, refitted projections and searches are those of the comparison; its proposals and evaluations are read from the cache, so
-only the other text's windows cost time. Hypervolume of the judged points by loss there, reference dense + margin, and their mean gain
-over the threshold family's curve.
+only the other text's windows cost time. Hypervolume of the judged points by loss there, reference dense + margin, and the costs that the
+method searches; and their mean gain over the threshold family's curve.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     del loaded
     with (
         EvaluationStore.open(arguments.cache) as store,
-        opened(base, [base], config.margin, False, store, Quiet()) as problem,
+        opened(base, [base], config.margin, (), store, Quiet()) as problem,
     ):
         other = ProxyEvaluator.on(windows, problem.space, problem.search.supernet)
 
@@ -63,7 +63,7 @@ def main() -> None:
             return Evaluation(other.evaluate([x])[0], 0.0)
 
         dense = judge(problem.space.max_levels, "dense").values
-        judged = judged_objectives(dense, problem.search.smallest, config.margin)
+        judged = judged_objectives(base.run.objectives, dense, problem.search.smallest, config.margin)
         problem = replace(problem, judge=judge, judged=judged)
         curves = measured_curves(problem, config)
         found = defaultdict(list)

@@ -1,15 +1,17 @@
 """What has to be known of an arm while its problem is open: checkpoints, gains and the union front."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
 from llmbo.comparison.config import CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import Judgement, Outcome, judged_numbers
-from llmbo.comparison.schema import ArmPart, CheckpointPart, TrialPart, UnionPoint
+from llmbo.comparison.schema import HELDOUT, ArmPart, CheckpointPart, TrialPart, UnionPoint
 from llmbo.problem.objectives import Objective
+from llmbo.problem.proxy import known_values
 from llmbo.report import front_of
 from llmbo.search.gain import EPSILON, FamilyCurve
 from llmbo.types import Trial
@@ -17,10 +19,15 @@ from llmbo.types import Trial
 
 @dataclass(frozen=True)
 class Curves:
-    """The threshold family's quality by share, on proxy and on held-out windows."""
+    """The threshold family's quality by size, on proxy and on held-out windows.
+
+    Args:
+        size: From values to what the path's steps are priced by, 1 for the dense model (`SearchSpace.weight`).
+    """
 
     proxy: FamilyCurve
     heldout: FamilyCurve | None
+    size: Callable[[Mapping[str, float]], float]
     smallest: float
     quality: Objective
     dense: float
@@ -28,15 +35,16 @@ class Curves:
 
     def gain(self, values: Mapping[str, float]) -> float | None:
         """In the quality's unit; None below the smallest measured member."""
-        share = values["params_share"]
-        if share < self.smallest:
+        size = self.size(values)
+        if size < self.smallest:
             return None
-        return _at(self.proxy, share) - self.quality.sign * (self.dense - values[self.quality.name])
+        return _at(self.proxy, size) - self.quality.sign * (self.dense - values[self.quality.name])
 
     def heldout_gain(self, values: Mapping[str, float]) -> float | None:
-        if self.heldout is None or values["params_share"] < self.smallest:
+        size = self.size(values)
+        if self.heldout is None or size < self.smallest:
             return None
-        return _at(self.heldout, values["params_share"]) - (values["loss"] - self.heldout_dense)
+        return _at(self.heldout, size) - (values["loss"] - self.heldout_dense)
 
 
 def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
@@ -47,15 +55,20 @@ def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
     members = list(dict.fromkeys(family.at(share) for share in shares))
     dense = problem.search.dense[quality.name]
     rows = [problem.measure(x, "threshold").values for x in members]
-    at = torch.tensor([row["params_share"] for row in rows], dtype=torch.float64)
+    whole = known_values(problem.space, problem.space.max_levels)
+
+    def size(values: Mapping[str, float]) -> float:
+        return fmean(values[name] / whole[name] for name in problem.space.priced_by)
+
+    at = torch.tensor([size(row) for row in rows], dtype=torch.float64)
     excess = [quality.sign * (dense - row[quality.name]) for row in rows]
     proxy = FamilyCurve.through(at, torch.tensor(excess, dtype=torch.float64))
     if problem.judge is None:
-        return Curves(proxy, None, float(at.min()), quality, dense, 0.0)
+        return Curves(proxy, None, size, float(at.min()), quality, dense, 0.0)
     heldout_dense = problem.judge(problem.space.max_levels, "dense").values["loss"]
     losses = [problem.judge(x, "threshold").values["loss"] - heldout_dense for x in members]
     heldout = FamilyCurve.through(at, torch.tensor(losses, dtype=torch.float64))
-    return Curves(proxy, heldout, float(at.min()), quality, dense, heldout_dense)
+    return Curves(proxy, heldout, size, float(at.min()), quality, dense, heldout_dense)
 
 
 def arm_part(outcome: Outcome, problem: OpenProblem, curves: Curves, config: CompareConfig) -> ArmPart:
@@ -130,7 +143,7 @@ def _checkpoint(
     return CheckpointPart(
         evaluations=judgement.evaluations,
         hypervolume=judgement.hypervolume,
-        heldout_hypervolume=judgement.heldout,
+        **{metric: judgement.heldout.get(quality) for metric, quality in HELDOUT.items()},
         gain=gain,
         heldout_gain=heldout_gain,
         survival=heldout_gain / gain if heldout_gain is not None and gain is not None and gain > 1e-3 else None,
@@ -143,5 +156,5 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _at(curve: FamilyCurve, share: float) -> float:
-    return float(curve(torch.tensor([share], dtype=torch.float64)).exp()) - EPSILON
+def _at(curve: FamilyCurve, size: float) -> float:
+    return float(curve(torch.tensor([size], dtype=torch.float64)).exp()) - EPSILON

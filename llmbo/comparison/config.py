@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmbo.comparison.strategies import strategy_of
 from llmbo.config import MAX_NAME_BYTES, RunConfig
 from llmbo.config.numbers import MOST, SEED, VALUE, Within, check_numbers
+from llmbo.config.objectives import OBJECTIVES, SIZES
 from llmbo.errors import ConfigError, first_line, unknown
 
 T = TypeVar("T")
@@ -85,6 +86,13 @@ class CompareConfig:
     @property
     def budget(self) -> int:
         return self.checkpoints[-1]
+
+    @property
+    def judged_by(self) -> tuple[str, ...]:
+        """The method's objectives, whose costs the fronts of all arms are judged by on held-out windows; none for no such judgement."""
+        if not self.judged_points:
+            return ()
+        return next(arm.problem.run.objectives for arm in self.arms if arm.label == self.method)
 
 
 @dataclass(frozen=True)
@@ -160,9 +168,33 @@ def _checked(file: _File) -> CompareConfig:
                 f"The checkpoint {file.checkpoints[0]} is smaller than the initial design of {arm.label} ({initial} evaluations): "
                 "raise it, or change num_initial."
             )
-    return CompareConfig(
+    config = CompareConfig(
         file.name, arms, file.seeds, file.checkpoints, file.batch, file.judged_points, file.margin, method
     )
+    _check_one_ruler(config)
+    return config
+
+
+def _check_one_ruler(config: CompareConfig) -> None:
+    """Refuse arms that do not know the costs that all are judged by, or count them for another use of the model."""
+    own = next(arm.problem.run for arm in config.arms if arm.label == config.method)
+    for name in config.judged_by:
+        kind = OBJECTIVES[name]
+        if not kind.known or name in SIZES:
+            continue
+        for arm in config.arms:
+            run = arm.problem.run
+            if not kind.function and name not in run.objectives:
+                raise ConfigError(
+                    f"All fronts are judged by {name}, which {config.method} searches and {arm.label} does not know: add it to the "
+                    "objectives there, or set judged_points = 0."
+                )
+            for key in ("deploy", "quantize") if kind.file else ("context", "serve_batch", "latency_target"):
+                if (found := getattr(run, key)) != (wanted := getattr(own, key)):
+                    raise ConfigError(
+                        f"All fronts are judged by {name}, which {config.method} counts with {key} = {wanted} and {arm.label} with "
+                        f"{found}: make them equal, or set judged_points = 0."
+                    )
 
 
 def _arm(item: str | dict[str, Any], problem: dict[str, Any]) -> Arm:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmbo.comparison.config import Arm
+from llmbo.comparison.page import COLUMNS
 from llmbo.comparison.runner import Outcome
 from llmbo.comparison.schema import BandPart, Comparison
 from llmbo.display.console import Console, decimals
@@ -61,7 +62,7 @@ class CompareDisplay:
     def on_outcome(self, outcome: Outcome) -> None:
         last = outcome.judgements[-1]
         self._finished += last.evaluations  # a strategy with nothing left to propose counts as done
-        heldout = "" if last.heldout is None else f", held-out {last.heldout:.4f}"
+        heldout = "".join(f", held-out by {quality} {decimals(volume)}" for quality, volume in last.heldout.items())
         left = (self._clock() - self._started) / self._finished * (self._total - self._finished)
         self._console.print(
             f"{outcome.arm.label}, seed {outcome.seed}: hypervolume {decimals(last.hypervolume)}{heldout} after {len(outcome.trials)} "
@@ -81,9 +82,13 @@ def table(result: Comparison) -> Table:
     last = result.checkpoints[-1]
     seeds = f"{len(result.seeds)} seed{'s' * (len(result.seeds) != 1)}"
     shown = result_table(f"{result.name}: hypervolume, mean over {seeds}")
-    judged = any(summary.checkpoints[last]["heldout_hypervolume"] for summary in result.summaries)
-    others = {"held-out": "heldout_hypervolume", "gain": "gain", "held-out gain": "heldout_gain"}
-    others = {heading: metric for heading, metric in others.items() if judged or heading == "gain"}
+    others = {heading: metric for metric, heading in COLUMNS.items() if metric != "hypervolume"}
+    others |= {"gain": "gain", "held-out gain": "heldout_gain"}
+    others = {
+        heading: metric
+        for heading, metric in others.items()
+        if heading == "gain" or any(summary.checkpoints[last][metric] for summary in result.summaries)
+    }
     shown.add_column("strategy")
     for heading in (*map(str, result.checkpoints), *others, "s/batch"):
         shown.add_column(heading, justify="right", overflow="fold")

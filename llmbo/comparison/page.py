@@ -2,12 +2,12 @@
 
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llmbo.comparison.schema import BandPart, Comparison, SummaryPart
+from llmbo.comparison.schema import HELDOUT, BandPart, Comparison, SummaryPart
 from llmbo.comparison.statistics import FEWEST_SEEDS
 from llmbo.display.console import decimals
 
@@ -22,6 +22,7 @@ body { background: #14171b; color: #e6e8eb; } svg { background: #fff; } th, td {
 .ahead { color: #57c27a; } .behind { color: #f08a80; } small, .note { color: #9aa4af; } }
 """
 _LINES = ("-", "--", ":", "-.")
+COLUMNS = {"hypervolume": "proxy", "heldout_hypervolume": "held-out", "heldout_accuracy_hypervolume": "held-out items"}
 
 
 def page(result: Comparison) -> str:
@@ -32,10 +33,11 @@ def page(result: Comparison) -> str:
         if result.status == "complete"
         else " <strong>Not finished: strategies that lack a seed are left out of means.</strong>"
     )
-    size = ", ".join(f"{o['name']} (reference {o['reference']:.4g})" for o in result.objectives)
+    judged = {COLUMNS[metric]: result.judged[name] for metric, name in HELDOUT.items() if name in result.judged}
+    volumes = [f"{where} of {_axes(axes)}" for where, axes in {"proxy": result.objectives, **judged}.items()]
     parts = [
         f"<h1>{html.escape(result.name)}</h1>",
-        f'<p class="note">{html.escape(_facts(result))}. {seeds}; hypervolume of {html.escape(size)}; larger is better. '
+        f'<p class="note">{html.escape(_facts(result))}. {seeds}; hypervolume, larger is better: {html.escape("; ".join(volumes))}. '
         "Intervals are 95 % of the mean, Student's t over the optimiser's seeds: text, windows and model are the same under "
         f"every seed, so they say nothing of other ones.{state}</p>",
         "<h2>Summary</h2>",
@@ -65,6 +67,10 @@ def page(result: Comparison) -> str:
     )
 
 
+def _axes(objectives: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{o['name']} (reference {o['reference']:.4g})" for o in objectives)
+
+
 def _facts(result: Comparison) -> str:
     facts = result.facts
     tokens = facts.get("tokens") or {}
@@ -73,13 +79,10 @@ def _facts(result: Comparison) -> str:
 
 
 def _summary_table(result: Comparison) -> str:
-    columns = [
-        (evaluations, metric) for metric in ("hypervolume", "heldout_hypervolume") for evaluations in result.checkpoints
-    ]
+    columns = [(evaluations, metric) for metric in COLUMNS for evaluations in result.checkpoints]
     columns = [c for c in columns if any(s.checkpoints[c[0]][c[1]] for s in result.summaries)]
     last = result.checkpoints[-1]
-    names = {"hypervolume": "proxy", "heldout_hypervolume": "held-out"}
-    heads = ["strategy", *(f"{names[metric]}, {evaluations}" for evaluations, metric in columns)]
+    heads = ["strategy", *(f"{COLUMNS[metric]}, {evaluations}" for evaluations, metric in columns)]
     heads += ["gain", "held-out gain", "s per proposal", "s in all"]
 
     def measured(summary: SummaryPart, evaluations: int, metric: str) -> BandPart | None:
@@ -109,11 +112,11 @@ def _test_table(result: Comparison) -> str:
     rows = []
     for test in result.tests:
         difference = test.difference
-        where = "held-out" if test.metric == "heldout_hypervolume" else "proxy"
         p = "–" if test.p is None else f"{test.p:.3f}"
         verdict = f" {test.verdict}" if test.verdict else ""
         shown = f'<span class="{test.verdict}">{decimals(difference.mean, "+")}{verdict}</span>{_interval(difference, " … ", "+")}'
-        rows.append([html.escape(test.label), where, str(test.evaluations), shown, f"{test.wins}/{test.seeds}", p])
+        where = [html.escape(test.label), COLUMNS[test.metric], str(test.evaluations)]
+        rows.append([*where, shown, f"{test.wins}/{test.seeds}", p])
     return _table(["against", "windows", "evaluations", "difference", "won", "p"], rows)
 
 
@@ -129,11 +132,12 @@ def _reach_table(result: Comparison) -> str:
 
 def _union_table(result: Comparison) -> str:
     names = [objective["name"] for objective in result.objectives]
+    qualities = list(result.judged) or ["loss"]
     rows = [
         [
             f"<code>{point.digest}</code>",
             *(f"{point.values[name]:.4g}" for name in names),
-            f"{point.heldout['loss']:.3f}" if point.heldout else "–",
+            *(f"{point.heldout[quality]:.3f}" if point.heldout else "–" for quality in qualities),
             html.escape(", ".join(point.found_by)),
         ]
         for point in result.union_front
@@ -145,7 +149,7 @@ def _union_table(result: Comparison) -> str:
     share = ", ".join(
         f"{html.escape(label)} {count}" for label, count in sorted(counts.items(), key=lambda c: -c[1]) if count
     )
-    table = _table(["architecture", *names, "held-out loss", "found by"], rows)
+    table = _table(["architecture", *names, *(f"held-out {quality}" for quality in qualities), "found by"], rows)
     return f"<p>{len(rows)} points, found by: {share}.</p><details><summary>All points</summary>{table}</details>"
 
 

@@ -14,11 +14,13 @@ import torch
 from llmbo.comparison.config import ProblemConfig
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.config import RunConfig
+from llmbo.config.objectives import OBJECTIVES
 from llmbo.errors import StorageError
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.problem.hardware import device_name
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import prepared
+from llmbo.problem.proxy import known_values
 from llmbo.problem.space import SearchSpace
 from llmbo.problem.texts import load_windows
 from llmbo.run.facts import items_digest
@@ -62,7 +64,8 @@ class OpenProblem:
         objectives: Of the search.
         measure: Values on the proxy windows.
         judge: Values on held-out windows, or None where fronts are not judged.
-        judged: Objectives of the judgement.
+        judged: Objectives of the judgement, by the quality that takes the place of the searched one: held-out `loss`, and `accuracy` on
+            held-out items where the search is for accuracy. Empty where fronts are not judged.
         facts: Model, text and machine, for the reader of the results.
         identity: Digest of all that values follow from: weights, windows, settings and the machine; or the recording.
         evaluators: Keys of `measure` and `judge` in the store; empty where nothing is stored.
@@ -72,7 +75,7 @@ class OpenProblem:
     objectives: tuple[Objective, ...]
     measure: Measure
     judge: Measure | None
-    judged: tuple[Objective, ...]
+    judged: Mapping[str, tuple[Objective, ...]]
     facts: Mapping[str, Any]
     identity: str
     evaluators: tuple[str, str] = ("", "")
@@ -87,7 +90,7 @@ def opened(
     config: ProblemConfig,
     among: Sequence[ProblemConfig],
     margin: float,
-    heldout: bool,
+    judged_by: Sequence[str],
     store: EvaluationStore,
     phases: Phases,
 ) -> Iterator[OpenProblem]:
@@ -96,6 +99,7 @@ def opened(
     Args:
         among: All problems of the comparison; windows are dealt out for the most demanding, so that all share them.
         margin: Reference point of losses over the dense model's, in nats.
+        judged_by: Objectives of the search whose costs fronts are judged by (`judged_objectives`); none for no judgement.
     """
     with phases.phase("model"):
         loaded = load_model(config.run.model, config.run.dtype, config.run.device)
@@ -113,13 +117,13 @@ def opened(
         _check(measure, problem.proxy, problem.threshold_family.at(CHECK_SHARE), store, proxy_key)
         reference = run.reference_point or _reference(run.objectives, problem.dense, margin)
         objectives = build_objectives(run.objectives, problem.dense, problem.smallest, reference, run.limits)
-        judge, judged = None, tuple[Objective, ...]()
-        if heldout:
+        judge, judged = None, dict[str, tuple[Objective, ...]]()
+        if judged_by:
             with phases.phase("dense model, held-out windows"):
                 evaluator = problem.heldout()
                 judge = _stored(evaluator, problem.space, store, heldout_key)
                 dense = judge(problem.space.max_levels, "dense").values
-            judged = judged_objectives(dense, problem.smallest, margin)
+            judged = judged_objectives(judged_by, dense, problem.smallest, margin)
         facts = {
             "model": loaded.name,
             "fingerprint": loaded.fingerprint,
@@ -141,10 +145,28 @@ def _reference(names: Sequence[str], dense: Mapping[str, float], margin: float) 
 
 
 def judged_objectives(
-    dense: Mapping[str, float], smallest: Mapping[str, float], margin: float
-) -> tuple[Objective, ...]:
-    """Held-out loss against parameter share, whatever the search optimised; values of the dense and the smallest model."""
-    return build_objectives(("loss", "params_share"), dense, smallest, (dense["loss"] + margin, 1.0))
+    searched: Sequence[str], dense: Mapping[str, float], smallest: Mapping[str, float], margin: float
+) -> dict[str, tuple[Objective, ...]]:
+    """What fronts are judged by: held-out loss, whatever quality was searched, against the known costs that were.
+
+    Args:
+        searched: Objectives of the search. With accuracy among them fronts are judged by that too, on items that it did not see.
+        dense: Held-out values of the dense model.
+        smallest: Known values of the smallest legal model.
+        margin: Reference point of the loss over the dense model's, in nats. That of costs is the dense model's, whatever the search's.
+
+    Returns:
+        Objectives by quality: `loss`, perhaps `accuracy`.
+    """
+    known = [name for name in searched if OBJECTIVES[name].known]
+    references = {"loss": dense["loss"] + margin}
+    if "accuracy" in searched and dense.get("accuracy"):  # a dense model without a right answer leaves nothing to lose
+        references["accuracy"] = OBJECTIVES["accuracy"].default(dense["accuracy"])
+    costs = [dense[name] for name in known]
+    return {
+        quality: build_objectives((quality, *known), dense, smallest, (reference, *costs))
+        for quality, reference in references.items()
+    }
 
 
 def _windows(
@@ -189,7 +211,8 @@ def _stored(
             [values] = evaluator.evaluate([x])
             found = Evaluation(values, clock() - start)
             store.add_evaluation(key, digest, x, origin, found)
-        return found
+        # Costs are counted anew: what was stored may be of another context, or lack a cost that is searched only now.
+        return replace(found, values={**found.values, **known_values(space, x)})
 
     return measure
 

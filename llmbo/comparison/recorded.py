@@ -242,7 +242,7 @@ def find_recorded(name: str) -> Path:
     )
 
 
-def open_recorded(config: ProblemConfig, margin: float, heldout: bool) -> OpenProblem:
+def open_recorded(config: ProblemConfig, margin: float, judged_by: Sequence[str]) -> OpenProblem:
     """A recorded problem; its values are the surrogate's everywhere, so that measured points are no better known than others."""
     assert config.recorded is not None
     folder = find_recorded(config.recorded)
@@ -259,10 +259,11 @@ def open_recorded(config: ProblemConfig, margin: float, heldout: bool) -> OpenPr
     smallest = known_values(search.space, search.family.at(0.0))
     objectives = build_objectives(config.run.objectives, search.dense, smallest, config.run.reference_point)
     measure, judge = _predicting(surrogate, recording)
-    judged = judged_objectives({"loss": recording.dense["heldout_loss"]} | smallest, smallest, margin)
+    dense = {"loss": recording.dense["heldout_loss"]} | known_values(search.space, search.space.max_levels)
     identity = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (TABLE, PROBLEM, FIT))).hexdigest()
-    if not heldout or "heldout_loss" not in fit["hyperparameters"]:
-        return OpenProblem(search, objectives, measure, None, (), recording.facts, identity)
+    if not judged_by or "heldout_loss" not in fit["hyperparameters"]:
+        return OpenProblem(search, objectives, measure, None, {}, recording.facts, identity)
+    judged = judged_objectives(judged_by, dense, smallest, margin)
     return OpenProblem(search, objectives, measure, judge, judged, recording.facts, identity)
 
 

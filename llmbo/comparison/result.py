@@ -7,12 +7,22 @@ from typing import Any, Literal
 import numpy as np
 
 from llmbo.comparison.config import CompareConfig
-from llmbo.comparison.schema import ArmPart, BandPart, Comparison, ReachPart, SummaryPart, TestPart, UnionPoint
+from llmbo.comparison.schema import (
+    HELDOUT,
+    ArmPart,
+    BandPart,
+    Comparison,
+    ReachPart,
+    SummaryPart,
+    TestPart,
+    UnionPoint,
+)
 from llmbo.comparison.statistics import Band, bands, evaluations_to_reach, paired
 from llmbo.comparison.statistics import band as band_of
 from llmbo.problem.objectives import Objective
 
-METRICS = ("hypervolume", "heldout_hypervolume", "gain", "heldout_gain")
+VOLUMES = ("hypervolume", *HELDOUT)
+METRICS = (*VOLUMES, "gain", "heldout_gain")
 
 
 def build_comparison(
@@ -20,6 +30,7 @@ def build_comparison(
     arms: Sequence[ArmPart],
     union: Sequence[UnionPoint],
     objectives: Sequence[Objective],
+    judged: Mapping[str, Sequence[Objective]],
     facts: Mapping[str, Any],
     environment: Mapping[str, Any],
     status: Literal["complete", "interrupted"],
@@ -44,6 +55,7 @@ def build_comparison(
         facts=dict(facts),
         environment=dict(environment),
         objectives=[asdict(objective) for objective in objectives],
+        judged={quality: [asdict(objective) for objective in some] for quality, some in judged.items()},
         arms=list(arms),
         summaries=summaries,
         tests=_tests(full, comparable, config),
@@ -78,7 +90,7 @@ def _tests(
         if label == config.method:
             continue
         for index, evaluations in enumerate(config.checkpoints):
-            for metric in ("hypervolume", "heldout_hypervolume"):
+            for metric in VOLUMES:
                 first, second = _values(full[config.method], index, metric), _values(parts, index, metric)
                 if None in first or None in second or (metric == "hypervolume" and not comparable[label]):
                     continue

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -27,13 +27,13 @@ class Judgement:
 
     Args:
         hypervolume: On the proxy values.
-        heldout: Hypervolume of `points`, by their held-out values; None where fronts are not judged.
+        heldout: Hypervolume of `points` by their held-out values, for each quality of `OpenProblem.judged`.
         points: Numbers of the trials measured on held-out windows.
     """
 
     evaluations: int
     hypervolume: float
-    heldout: float | None
+    heldout: Mapping[str, float]
     points: tuple[int, ...]
 
 
@@ -186,8 +186,11 @@ def _judged(
 ) -> Judgement:
     volume = trace[min(evaluations, len(trials)) - 1] if trials else 0.0
     if problem.judge is None:
-        return Judgement(evaluations, volume, None, ())
+        return Judgement(evaluations, volume, {}, ())
     chosen = judged_numbers(front_of(trials[:evaluations], problem.objectives), config.judged_points)
     values = [problem.judge(trial.x, trial.origin).values for trial in chosen]
-    heldout = hypervolume(to_maximize(values, problem.judged), ref_point(problem.judged))
+    heldout = {
+        quality: hypervolume(to_maximize(values, objectives), ref_point(objectives))
+        for quality, objectives in problem.judged.items()
+    }
     return Judgement(evaluations, volume, heldout, tuple(trial.number for trial in chosen))

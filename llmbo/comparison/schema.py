@@ -4,6 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+# Metric of a judged front -> the quality that it goes by.
+HELDOUT = {"heldout_hypervolume": "loss", "heldout_accuracy_hypervolume": "accuracy"}
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -20,14 +23,17 @@ class BandPart(_Part):
 class CheckpointPart(_Part):
     """The front after so many evaluations.
 
-    `gain` is the mean, over `points`, of the threshold family's quality at the same parameter share minus the point's own
-    (nats, on the proxy windows); `heldout_gain` the same in held-out loss. `survival` is the share of the proxy's gain
-    that held-out text confirms.
+    `heldout_hypervolume` is that of `points` by held-out loss and the costs that the method searches, `heldout_accuracy_hypervolume`
+    by accuracy on held-out items in place of loss, null where accuracy is not searched. `gain` is the mean, over `points`, of the
+    threshold family's quality at the same size minus the point's own (nats, on the proxy windows), size being the parameter share,
+    or the mean of other costs that are searched, each as a part of the dense model's; `heldout_gain` the same in held-out loss.
+    `survival` is the share of the proxy's gain that held-out text confirms.
     """
 
     evaluations: int
     hypervolume: float
     heldout_hypervolume: float | None
+    heldout_accuracy_hypervolume: float | None = None
     gain: float | None
     heldout_gain: float | None
     survival: float | None
@@ -106,6 +112,8 @@ class UnionPoint(_Part):
 
 
 class Comparison(_Part):
+    """`judged` are the objectives of held-out hypervolumes by quality; earlier versions did not say them: loss and parameter share."""
+
     schema_version: Literal[1] = 1
     name: str
     status: Literal["complete", "interrupted"]
@@ -116,6 +124,7 @@ class Comparison(_Part):
     facts: dict[str, Any]
     environment: dict[str, Any]
     objectives: list[dict[str, Any]]
+    judged: dict[str, list[dict[str, Any]]] = {}
     arms: list[ArmPart]
     summaries: list[SummaryPart]
     tests: list[TestPart]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -69,11 +69,12 @@ class _PartialResults:
         self.arms: list[ArmPart] = []
         self.union: list[UnionPoint] = []
         self.objectives: tuple[Objective, ...] = ()
+        self.judged: Mapping[str, tuple[Objective, ...]] = {}
         self.facts: dict[str, object] = {}
 
     def write(self, status: Literal["complete", "interrupted"]) -> Comparison:
         result = build_comparison(
-            self._config, self.arms, self.union, self.objectives, self.facts, environment(), status
+            self._config, self.arms, self.union, self.objectives, self.judged, self.facts, environment(), status
         )
         for name, content in (
             ("comparison.json", result.model_dump_json(indent=1) + "\n"),
@@ -99,7 +100,7 @@ def _run_problem(
     outcomes: list[Outcome] = []
     methods = {arm.label for arm in arms} & {config.method}
     if methods or not results.objectives:
-        results.objectives, results.facts = problem.objectives, dict(problem.facts)
+        results.objectives, results.judged, results.facts = problem.objectives, problem.judged, dict(problem.facts)
     for seed in config.seeds:
         for arm in arms:
             outcome = run_arm(arm, seed, arm_key(arm, seed, config, problem), config, problem, store, display)
@@ -134,12 +135,11 @@ def arm_key(arm: Arm, seed: int, config: CompareConfig, problem: OpenProblem) ->
 def _opened(
     problem: ProblemConfig, config: CompareConfig, store: EvaluationStore, display: CompareDisplay
 ) -> Iterator[OpenProblem]:
-    heldout = config.judged_points > 0
     if problem.recorded is not None:
-        yield open_recorded(problem, config.margin, heldout)
+        yield open_recorded(problem, config.margin, config.judged_by)
         return
     among = [arm.problem for arm in config.arms if arm.problem.recorded is None]
-    with opened(problem, among, config.margin, heldout, store, display) as problem_opened:
+    with opened(problem, among, config.margin, config.judged_by, store, display) as problem_opened:
         yield problem_opened
 
 

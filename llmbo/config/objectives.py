@@ -153,12 +153,17 @@ QUANTITIES = {
 }
 OBJECTIVES = {name: row for name, row in QUANTITIES.items() if isinstance(row, ObjectiveKind)}
 MAX_OBJECTIVES = 3
+SIZES = {
+    "params",
+    "params_share",
+    "weight_bytes",
+}  # known costs that say the same of an architecture, however the model is used
 
 
 def priced_by(names: Sequence[str]) -> tuple[str, ...]:
     """The known ones of some objectives, by which steps of the allocation path are priced; the share where all of them say the same."""
     known = tuple(name for name in names if OBJECTIVES[name].known)
-    return known if set(known) - {"params", "params_share", "weight_bytes"} else ("params_share",)
+    return known if set(known) - SIZES else ("params_share",)
 
 
 def objectives_help() -> str:

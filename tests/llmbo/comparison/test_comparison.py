@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -24,15 +26,17 @@ from llmbo.advisor.store import read_jsonl
 from llmbo.cli import app
 from llmbo.comparison import session
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
-from llmbo.comparison.problems import OpenProblem
+from llmbo.comparison.problems import OpenProblem, judged_objectives
 from llmbo.comparison.runner import check_designs, run_arm
-from llmbo.comparison.schema import Comparison
+from llmbo.comparison.schema import HELDOUT, Comparison
 from llmbo.comparison.session import arm_key
 from llmbo.comparison.statistics import LEVEL
 from llmbo.comparison.store import Evaluation, EvaluationStore
 from llmbo.comparison.strategies import COMPARED, strategy_of
 from llmbo.config import RunConfig
 from llmbo.errors import StrategyError
+from llmbo.problem.objectives import Objective, build_objectives, ref_point, to_maximize
+from llmbo.search.pareto import hypervolume
 from llmbo.search.strategies import ProposerFactory
 from llmbo.types import Proposal, Trial
 from pruning.errors import UnreadableText
@@ -266,6 +270,103 @@ def test_a_changed_problem_is_judged_on_the_same_held_out_windows(compare: Compa
     assert {test["metric"] for test in result["tests"]} == {"heldout_hypervolume"}
 
 
+KNOWN = {"params_share": 0.4, "flops": 4.0e6, "kv_bytes": 200.0}  # of the smallest model
+DENSE = {"loss": 3.0, "kl": 0.0, "params_share": 1.0, "flops": 1.0e7, "kv_bytes": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("searched", "costs"),
+    [
+        (("kl", "params_share"), ["params_share"]),
+        (("params_share", "loss"), ["params_share"]),
+        (("kl", "flops", "kv_bytes"), ["flops", "kv_bytes"]),
+        (("kl", "loss", "kv_bytes"), ["kv_bytes"]),
+    ],
+)
+def test_fronts_are_judged_by_loss_and_the_costs_that_were_searched(
+    searched: tuple[str, ...], costs: list[str]
+) -> None:
+    """Where that is the parameter share: as comparisons have always been, reference points included."""
+    judged = judged_objectives(searched, DENSE, KNOWN, 0.5)
+    assert list(judged) == ["loss"] and [axis.name for axis in judged["loss"]] == ["loss", *costs]
+    assert [axis.reference for axis in judged["loss"]] == [3.5, *(DENSE[name] for name in costs)]
+    if costs == ["params_share"]:
+        assert judged["loss"] == build_objectives(("loss", "params_share"), DENSE, KNOWN, (3.5, 1.0))
+
+
+def test_a_search_for_accuracy_is_judged_by_held_out_items_too() -> None:
+    judged = judged_objectives(("accuracy", "params_share"), DENSE | {"accuracy": 0.5}, KNOWN, 0.5)
+    assert {quality: [axis.name for axis in axes] for quality, axes in judged.items()} == {
+        "loss": ["loss", "params_share"],
+        "accuracy": ["accuracy", "params_share"],
+    }
+    assert judged["accuracy"][0].reference == 0.25 and judged["accuracy"][0].maximize
+    assert list(judged_objectives(("accuracy", "params_share"), DENSE | {"accuracy": 0.0}, KNOWN, 0.5)) == ["loss"]
+
+
+def heldout_volumes(compare: Compare, result: dict[str, Any], quality: str) -> list[tuple[float, float]]:
+    """Held-out hypervolume of every arm at the end, as stored and as it follows from the evaluations in the cache."""
+    axes = [Objective(**axis) for axis in result["judged"][quality]]
+    with sqlite3.connect(compare.folder / "comparisons" / "evaluations.db") as connection:
+        rows = connection.execute("select evaluator, digest, measured from evaluations").fetchall()
+    metric = next(metric for metric, name in HELDOUT.items() if name == quality)
+    found = []
+    for arm in result["arms"]:
+        trials = {trial["number"]: trial for trial in arm["trials"]}
+        shown = [trials[number] for number in arm["checkpoints"][-1]["points"]]
+        values = [
+            json.loads(measured)
+            for trial in shown
+            for _, digest, measured in rows
+            if digest == trial["digest"] and json.loads(measured)["loss"] != trial["values"]["loss"]
+        ]
+        assert len(values) == len(shown) > 0
+        found.append((arm["checkpoints"][-1][metric], hypervolume(to_maximize(values, axes), ref_point(axes))))
+    return found
+
+
+def test_a_search_for_two_costs_is_judged_by_both_on_held_out_windows(compare: Compare) -> None:
+    problem = {"objectives": '["kl", "flops", "kv_bytes"]', "reference_point": "[5.0, 1e12, 1e12]", "context": "64"}
+    top = {"strategies": '["threshold", "random"]', "seeds": "[0]", "checkpoints": "[12]", "judged_points": "6"}
+    answer = compare(top=top, problem=problem)
+    assert answer.exit_code == 0, answer.output
+    result = compare.result()
+    assert [axis["name"] for axis in result["judged"]["loss"]] == ["loss", "flops", "kv_bytes"]
+    for stored, counted in heldout_volumes(compare, result, "loss"):
+        assert stored == pytest.approx(counted) and stored > 1000  # of bytes, not of shares
+    page = (compare.folder / "comparisons" / "tiny" / "comparison.html").read_text(encoding="utf-8")
+    assert re.search(r"held-out of loss \(reference [^)]*\), flops \(reference [^)]*\), kv_bytes \(reference", page)
+    longer = {**problem, "context": "128"}  # the cache knows these models, and costs of another context
+    assert compare("--out", "longer", top=top, problem=longer).exit_code == 0
+    for before, after in zip(result["arms"], compare.result("longer")["arms"], strict=True):
+        assert before["trials"][0]["digest"] == after["trials"][0]["digest"]
+        assert 2 * before["trials"][0]["values"]["kv_bytes"] == after["trials"][0]["values"]["kv_bytes"]
+
+
+def test_a_search_for_accuracy_shows_it_on_items_that_it_did_not_see(compare: Compare) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"question": f"w{i} w{2 * i}", "choices": [f"w{rng.randrange(60)}" for _ in range(3)], "answer": i % 3}
+        for i in range(40)
+    ]
+    (compare.folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    problem = {
+        "objectives": '["accuracy", "params_share"]',
+        "reference_point": "[0.01, 1.0]",
+        "items": '"items.jsonl"',
+    }
+    top = {"strategies": '["threshold", "random"]', "seeds": "[0]", "checkpoints": "[12]", "judged_points": "6"}
+    answer = compare(top=top, problem=problem)
+    assert answer.exit_code == 0, answer.output
+    result = compare.result()
+    for quality in ("loss", "accuracy"):
+        for stored, counted in heldout_volumes(compare, result, quality):
+            assert stored == pytest.approx(counted)
+    assert {test["metric"] for test in result["tests"]} == {"hypervolume", *HELDOUT}
+    page = (compare.folder / "comparisons" / "tiny" / "comparison.html").read_text(encoding="utf-8")
+    assert "held-out items of accuracy (reference" in page and "<th>held-out items, 12</th>" in page
+
+
 @pytest.mark.parametrize(
     ("top", "problem", "words"),
     [
@@ -288,6 +389,16 @@ def test_a_changed_problem_is_judged_on_the_same_held_out_windows(compare: Compa
         ({}, {"text": '"text:/nowhere"'}, ["/nowhere"]),
         ({}, {"reference_point": "[0.0, 1.0]"}, ["reference"]),
         ({"strategies": '["random"'}, {}, ["TOML"]),
+        (
+            {"strategies": '["threshold", {strategy = "threshold", label = "far", context = 512}]'},
+            {"objectives": '["kl", "kv_bytes"]', "reference_point": "[5.0, 1e12]"},
+            ["kv_bytes", "far", "512", "judged_points"],
+        ),
+        (
+            {"strategies": '["threshold", {strategy = "threshold", label = "slow", objectives = ["kl", "flops"]}]'},
+            {"objectives": '["kl", "decode_latency"]', "reference_point": "[5.0, 1e12]"},
+            ["decode_latency", "slow", "judged_points"],
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -348,7 +459,7 @@ def run(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
     def go(*rounds: Sequence[tuple[int, ...]], label: str = "scripted") -> Any:
         monkeypatch.setattr(ProposerFactory, "build", lambda *parts: Scripted(*rounds))
-        opened = OpenProblem(toy, toy.objectives, measure, None, (), {}, "toy")
+        opened = OpenProblem(toy, toy.objectives, measure, None, {}, {}, "toy")
         with EvaluationStore.open(tmp_path / "store.db") as store:
             return run_arm(Arm(label, "nsga2-seeded", {}, problem), 0, label, config, opened, store, Silent())
 

@@ -4,7 +4,9 @@ import argparse
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmbo.cli.common import EXIT_BAD_INPUT
 from llmbo.config import RunConfig
+from llmbo.errors import LlmboError, StorageError, first_line
 from llmbo.models.loading import LoadedModel
 from llmbo.models.placement import DTYPES
 from llmbo.problem.texts import searched
@@ -21,9 +25,10 @@ from llmbo.report.files import replace_file
 from llmbo.training.plan import RANK
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, fresh_windows
+from pruning.errors import PruningError, UnreadableText
 from pruning.export.rebuild import cast
 from pruning.likelihood import DenseDistribution, dense_distribution, quality
-from pruning.text import read_text
+from pruning.text import read_mix, read_text
 
 Cut = tuple[PreTrainedModel, Architecture]
 
@@ -46,21 +51,37 @@ def kept(file: Path) -> Any:
     return torch.load(file, weights_only=False)  # written by the same command
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a study: what its user can mend is one line on stderr, with the exit code of `llmbo`."""
+    try:
+        yield
+    except (LlmboError, PruningError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
 class Results:
     """Entries by key in a JSON file beside the settings that they hold for. Written anew behind every entry.
 
     Raises:
-        SystemExit: The file holds results of other settings.
+        StorageError: The file cannot be read, or holds results of other settings.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self._file, self._settings = file, json.loads(json.dumps(settings))
         self.entries: dict[str, Any] = {}
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["settings"] != self._settings:
-                raise SystemExit(f"'{file}' holds results of other settings: move it away, then run again.")
-            self.entries = found["entries"]
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                stored, entries = found["settings"], dict(found["entries"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise StorageError(
+                    f"'{file}' holds no results ({first_line(error)}): move it away, then run again."
+                ) from error
+            if stored != self._settings:
+                raise StorageError(f"'{file}' holds results of other settings: move it away, then run again.")
+            self.entries = entries
 
     def add(self, key: str, entry: Mapping[str, Any]) -> None:
         self.entries[key] = entry
@@ -130,11 +151,16 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was typed; a judged text that is trained on is refused."""
+    """What was typed; a judged text that is trained on is refused, whatever either is called."""
     options = parser.parse_args()
     options.judge = options.judge or ["builtin"]
-    if learned := [text for text in options.judge if text in options.text]:
-        parser.error(f"--judge {learned[0]} is what --text {options.text} trains on: judge by another text.")
+    try:
+        learned = () if options.text == "self" else [text.sha256 for text, _ in read_mix(options.text).parts]
+        twice = [text for text in options.judge if read_text(text).sha256 in learned]
+    except UnreadableText as error:
+        parser.error(first_line(error))
+    if twice:
+        parser.error(f"--judge {twice[0]} is what --text {options.text} trains on: judge by another text.")
     return options
 
 

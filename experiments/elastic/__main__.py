@@ -22,7 +22,19 @@ from torch import nn
 
 from experiments.elastic.table import table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of, work_of
+from experiments.studies import (
+    Cut,
+    Judges,
+    Results,
+    keep,
+    kept,
+    one_line_errors,
+    parsed,
+    parser_of,
+    settings_of,
+    teacher_of,
+    work_of,
+)
 from llmbo.config import RunConfig
 from llmbo.models.adapter import ABOUT
 from llmbo.models.loading import LoadedModel, load_model
@@ -44,6 +56,7 @@ ARMS = ("none", "elastic", "one", "each")
 SHARES = ("0.9", "0.8", "0.65", "0.5", "0.4")
 
 
+@one_line_errors()
 def main() -> None:
     silence_libraries()
     options = _options()

@@ -25,7 +25,19 @@ from transformers import PreTrainedModel
 from experiments.healing.peers import PEERS
 from experiments.healing.table import OURS, Key, table
 from experiments.quiet import Quiet
-from experiments.studies import Cut, Judges, Results, keep, kept, parsed, parser_of, settings_of, teacher_of, work_of
+from experiments.studies import (
+    Cut,
+    Judges,
+    Results,
+    keep,
+    kept,
+    one_line_errors,
+    parsed,
+    parser_of,
+    settings_of,
+    teacher_of,
+    work_of,
+)
 from llmbo.config import RunConfig
 from llmbo.evaluation.items import Exam, read_item_files
 from llmbo.models.loading import load_model
@@ -46,6 +58,7 @@ from pruning.shrinking import shrink
 Judge = Callable[[PreTrainedModel], dict[str, Any]]
 
 
+@one_line_errors()
 def main() -> None:
     silence_libraries()
     options = _options()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.quiet import Quiet
-from experiments.studies import Judges, Results, parsed, parser_of, settings_of, teacher_of
+from experiments.studies import Judges, Results, one_line_errors, parsed, parser_of, settings_of, teacher_of
 from llmbo.models.loading import load_model
 from llmbo.models.placement import choose_device, choose_dtype
 from llmbo.models.silence import silence_libraries
@@ -50,6 +50,7 @@ BETTER = {"kl": -1, "trace": 1, "norm": -1, "params": 1}  # sign of a score that
 Scores = dict[str, float]
 
 
+@one_line_errors()
 def main() -> None:
     silence_libraries()
     options, start = _options(), time.perf_counter()

@@ -231,9 +231,18 @@ def _problem(table: dict[str, Any]) -> ProblemConfig:
         raise ConfigError('The problem names no model: add e.g. model = "llama", or recorded = "problem-r-surrogate".')
     table.setdefault("calibration_tokens", 16384)  # a comparison does not depend on how fast the machine is
     run = _typed(RunConfig, table, "key of the problem", table.keys())
+    if "recorded" in own and (lacking := [name for name in run.objectives if not _recorded(name)]):
+        raise ConfigError(
+            f"A recorded problem does not know {lacking[0]}: expected some of {', '.join(filter(_recorded, OBJECTIVES))}."
+        )
     if run.items and "accuracy" not in run.objectives:
         raise ConfigError("items is of no use in a comparison without the objective accuracy: add it to objectives.")
     return _typed(ProblemConfig, {"run": run, **own}, "key of the problem", {"run", *own})
+
+
+def _recorded(name: str) -> bool:
+    """Whether recordings tell this objective: what they measured, and whatever is counted."""
+    return name in ("kl", "loss") or bool(OBJECTIVES[name].function)
 
 
 def _typed(cls: type[T], table: Mapping[str, Any], what: str, known: Collection[str]) -> T:

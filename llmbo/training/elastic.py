@@ -86,9 +86,12 @@ class Task:
     @property
     def config(self) -> RunConfig:
         """Of the search that the members are from."""
+        few = self.window * (
+            self.heldout if self.text.startswith("mix:") else 1
+        )  # every text of a mix has windows in each split
         return RunConfig(
             self.model, text=self.text, window=self.window, min_share=self.min_share, neuron_step=self.neuron_step,
-            calibration_tokens=self.calibration_tokens, proxy_tokens=self.window, heldout_tokens=self.window, seed=self.seed,
+            calibration_tokens=self.calibration_tokens, proxy_tokens=few, heldout_tokens=few, seed=self.seed,
             dtype="float32", device=choose_device(self.device), heldout_text="none", offload="none", refit_anchors=0,
         )  # fmt: skip
 

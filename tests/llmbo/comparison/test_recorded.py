@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 from typer.testing import CliRunner
 
 from llmbo.cli import app
-from llmbo.comparison.config import ProblemConfig
+from llmbo.comparison.config import ProblemConfig, read_config
 from llmbo.comparison.gaussian_process import (
     gaussian_process,
     hyperparameters_of,
@@ -34,7 +34,7 @@ from llmbo.comparison.recorded import (
     open_recorded,
 )
 from llmbo.config import RunConfig
-from llmbo.errors import StorageError
+from llmbo.errors import ConfigError, StorageError
 from llmbo.problem.family import Expansions
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "problem_r_surrogate"
@@ -206,6 +206,13 @@ def test_a_comparison_on_it_needs_no_model(tmp_path: Path, monkeypatch: pytest.M
     assert all(arm["hypervolume"] > 0 for arm in final.values())
     assert final["threshold"]["heldout_hypervolume"] > 0
     assert not (tmp_path / "empty").exists()
+
+
+def test_what_was_not_recorded_is_refused(tmp_path: Path) -> None:
+    problem = 'recorded = "problem-r-surrogate"\nobjectives = ["kl", "decode_latency"]\n'
+    (tmp_path / "some.toml").write_text(f'strategies = ["random"]\n[problem]\n{problem}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="does not know decode_latency: expected some of kl, loss, params"):
+        read_config(tmp_path / "some.toml")
 
 
 @pytest.mark.parametrize("damage", ["evaluations.csv", "problem.json"])

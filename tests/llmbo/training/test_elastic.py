@@ -157,6 +157,37 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert not (llmbo.folder / "runs" / "tiny" / "study.db").exists()
 
 
+def test_a_mix_of_texts_trains_on_each_and_leaves_windows_of_each(
+    model_folder: Path, story: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{index % 5}" for index in range(4800)), encoding="utf-8")
+    mix = f"mix:text:{story}=1,text:{other}=1"
+    done = train(model_folder, tmp_path / "mixed", story, "--text", mix, "--steps", 2, "--eval-every", 2)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "mixed" / "elastic.json").read_text())
+    assert len(told["text"]["reserved"]) == 2 and min(told["text"]["reserved"].values()) > 0
+
+
+def test_a_study_of_a_text_that_it_cannot_use_ends_in_one_line(
+    model_folder: Path,
+    story: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mix = f"mix:text:{story}=99,text:{text_file}=1"  # too little of the second for a window in each split
+    words = ["--model", model_folder, "--text", mix, "--judge", "python", "--shares", 0.6, "--window", 16]
+    words += ["--calibration", 128, "--validation", 2, "--device", "cpu", "--out", tmp_path / "some.json"]
+    for study in (experiment, order):
+        monkeypatch.setattr("sys.argv", ["study", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            study.main()
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and line.startswith("error: ") and "of the mix" in line
+
+
 def test_the_experiment_trains_every_arm_once(
     model_folder: Path,
     story: Path,

@@ -15,6 +15,7 @@ from experiments.healing import __main__ as experiment
 from experiments.healing import picture, prose
 from experiments.healing.peers import PEERS, BiasAlone
 from experiments.healing.table import Key, table
+from experiments.studies import parsed, parser_of
 from pruning.anatomy import anatomy_of
 from pruning.block import Block
 from pruning.cost import cost_of
@@ -167,7 +168,11 @@ def test_prose_is_the_paragraphs_of_two_books_in_turns(tmp_path: Path) -> None:
 
 
 def test_peers_are_healed_alike(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     story, other, items, out = (tmp_path / name for name in ("words.txt", "other.txt", "items.jsonl", "healing.json"))
     story.write_text(" ".join(f"w{index % 7}" for index in range(4800)))
@@ -194,5 +199,43 @@ def test_peers_are_healed_alike(
     monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
     experiment.main()
     monkeypatch.setattr("sys.argv", ["healing", *map(str, words), "--rank", "3"])
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit) as ended:
         experiment.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith("error: ") and "other settings" in line
+    out.write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        experiment.main()
+    assert "holds no results" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("trained", "judged", "refused"),
+    [
+        ("text:{story}", "text:{twin}", True),  # the same words under another name
+        ("mix:python=1,text:{story}=1", "text:{twin}", True),
+        ("text:{story}", "text:{other}", False),
+        ("text:{other}-python", "python", False),  # whose name merely holds that of the judged text
+        ("self", "text:{story}", False),
+    ],
+)
+def test_a_judged_text_is_known_by_what_it_holds(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trained: str,
+    judged: str,
+    refused: bool,
+) -> None:
+    names = {name: tmp_path / name for name in ("story", "twin", "other")}
+    for name, path in names.items():
+        path.write_text("some other words" if name == "other" else "once upon a time", encoding="utf-8")
+    (tmp_path / "other-python").write_text("more words", encoding="utf-8")
+    words = ["--text", trained.format(**names), "--judge", judged.format(**names)]
+    monkeypatch.setattr("sys.argv", ["healing", *words])
+    if not refused:
+        assert parsed(parser_of("")).judge == words[3:]
+        return
+    with pytest.raises(SystemExit):
+        parsed(parser_of(""))
+    assert "judge by another text" in capsys.readouterr().err

@@ -27,7 +27,6 @@ from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
 from llmbo.errors import LlmboError
 from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.recipe import AllocationRecipe
-from llmbo.problem.space import SearchSpace
 from llmbo.types import Direction
 
 MAX_REPLY = 64_000  # characters; far more than any useful reply
@@ -262,7 +261,7 @@ class _AnswerBuilder:
         space = self.family.space
         point = torch.tensor([x], dtype=torch.float64)
         if not bool(space.legal(point)[0]):
-            raise _Illegal(_what_forbids(space, point))
+            raise _Illegal(space.what_forbids(x))
         taken = {trial.x: f"trial {trial.number}" for trial in self.question.context.trials}
         taken |= {candidate.x: "another proposal" for candidate in self.candidates} | {
             space.max_levels: "the dense model"
@@ -279,17 +278,6 @@ _RESOLVERS: dict[type, Callable[[_AnswerBuilder, Any], None]] = {
     FormulaPart: _AnswerBuilder.formula,
     DecisionPart: _AnswerBuilder.decision,
 }
-
-
-def _what_forbids(space: SearchSpace, point: Tensor) -> str:
-    """Why a point inside the bounds, `1 x d` levels, is not legal."""
-    share = float(space.share(point)[0])
-    if share < space.min_share:
-        return f"its share {share:.3f} is below {space.min_share:g}"
-    broken = {n: (v, limit) for n, limit in space.limits.items() if (v := float(space.cost(n, point)[0])) > limit}
-    if broken:
-        return ", ".join(f"its {name} {value:.4g} is above {limit:g}" for name, (value, limit) in broken.items())
-    return "no layer keeps attention"
 
 
 def checked(answer: Answer, question: Question) -> Answer:

@@ -183,6 +183,20 @@ class SearchSpace:
         attends = (clamped[..., : self.num_layers] > 0).any(-1)
         return inside & attends & (self.share(clamped) >= self.min_share) & self.within_limits(clamped)
 
+    def what_forbids(self, x: Sequence[int]) -> str:
+        """Why a point inside the bounds is not legal."""
+        point = torch.tensor([tuple(x)], dtype=torch.float64)
+        share = float(self.share(point)[0])
+        if share < self.min_share:
+            return f"its share {share:.3f} is below {self.min_share:g}"
+        costs = {name: float(self.cost(name, point)[0]) for name in self.limits}
+        broken = [
+            f"its {name} {costs[name]:.4g} is above {most:g}"
+            for name, most in self.limits.items()
+            if costs[name] > most
+        ]
+        return ", ".join(broken) or "no layer keeps attention"
+
     def within_limits(self, X: Tensor) -> Tensor:
         """Which points inside the bounds keep all limits, `n x d` -> `n` booleans."""
         kept = torch.ones(X.shape[:-1], dtype=torch.bool)

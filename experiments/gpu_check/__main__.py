@@ -2,7 +2,9 @@
 
     python -m experiments.gpu_check                                  # Llama-3.1-8B's shape, random weights, all layers on the device
     python -m experiments.gpu_check --memory none 24GB               # candidates also as on a smaller card
+    python -m experiments.gpu_check --preset llama-3.1-70b --layers 8 --offload cpu    # layers wait on the host
     python -m experiments.gpu_check --preset 1.5b --tokens 2048 --candidates 2 --device cpu
+    python -m experiments.gpu_check --end-to-end llama    # and a search of a real model by the defaults
 
 Weights are made on the spot, so that nothing is downloaded. Reported: the device's own rate at matrix products of the model's size,
 bytes at the peak beside the formula's (`pruning/footprint.py`), seconds of preparation, and for every limit of memory seconds of a
@@ -13,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 
 from experiments.random_model import PRESETS, random_config, write_random_model
+from llmbo import optimize
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel, find_prunable, load_model
 from llmbo.models.placement import DTYPES, choose_device
@@ -61,10 +65,14 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, help="a folder that `experiments.random_model` wrote, instead of making one"
     )
+    parser.add_argument("--end-to-end", metavar="MODEL", help="also search this one")
+    parser.add_argument("--budget", type=int, default=40, help="candidates of that search")
     parser.add_argument("--out", type=Path, help="JSON file for every figure")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         found = check(options, Path(folder))
+        if options.end_to_end:
+            found |= end_to_end(options.end_to_end, Path(folder), budget=options.budget, device=options.device)
     print("\n".join(f"{name:28} {value}" for name, value in found.items()))
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -122,6 +130,21 @@ def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             },
         }
     return found
+
+
+def end_to_end(model: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """A search of a real model, and what it found."""
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    start = time.perf_counter()
+    with chdir(folder):
+        run = optimize(model, show="nothing", **settings)
+    seconds = time.perf_counter() - start
+    trials, front = run.report.trials, run.report.front
+    return {
+        f"{model}, from loading to the page": f"{seconds:.1f} s",
+        "candidates": f"{sum(trial.state == 'complete' for trial in trials)}, {len(front)} on the front",
+        "hypervolume": run.report.hypervolume.final,
+    }
 
 
 def some_candidates(space: SearchSpace, number: int) -> list[Architecture]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from experiments.gpu_check.__main__ import check
+from experiments.gpu_check.__main__ import check, end_to_end
 from llmbo.config import RunConfig
 from llmbo.errors import ConfigError
 from llmbo.models.loading import find_prunable
@@ -185,7 +185,7 @@ def test_where_layers_wait_may_change_between_two_starts(llmbo: Any, finished: A
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_what_a_large_model_takes_is_measured_by_a_script_that_runs_anywhere(
-    model_folder: Path, tmp_path: Path, offload: str
+    model_folder: Path, text_file: Path, tmp_path: Path, offload: str
 ) -> None:
     options = Namespace(
         model=model_folder, tokens=128, proxy_tokens=64, window=16, candidates=2, memory=["1GB", "2GB"], offload=offload, device="cpu",
@@ -198,3 +198,7 @@ def test_what_a_large_model_takes_is_measured_by_a_script_that_runs_anywhere(
             float(found[f"--memory {memory}, a candidate, {when}"].split()[0]) > 0 for when in ("first", "again")
         )
     assert found["preparation, seconds"] > 0
+    small = {"window": 16, "calibration_tokens": 128, "proxy_tokens": 64, "heldout_tokens": 64, "heldout_text": "none"}
+    own = {"text": f"text:{text_file}", "budget": 3, "device": "cpu", "offload": offload, "samples": False}
+    whole = end_to_end(str(model_folder), tmp_path, **small, **own)
+    assert whole["candidates"].startswith("3, ") and whole["hypervolume"] >= 0

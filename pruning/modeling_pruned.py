@@ -31,7 +31,8 @@ class AbsentAttention(nn.Module):
     vLLM's Transformers backend only takes models that have a module in every layer whose source calls the attention interface.
     """
 
-    attends, layer_idx, config = False, None, None
+    attends, layer_idx = False, None
+    config: Any  # where one was loaded
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
         if self.attends:  # never

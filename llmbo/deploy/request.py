@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llmbo.config.formats import Format, title
-from llmbo.config.numbers import MOST, Within
+from llmbo.config.numbers import MOST, Within, bytes_of
 from llmbo.deploy.disk import check_disk
 from llmbo.deploy.fit import best_within, parse_budgets
 from llmbo.deploy.target import Base, Target
@@ -73,6 +73,7 @@ class ExportRequest:
             raise ConfigError("Which model? Give either --trial, or --fit to choose by budget.")
         if trial is not None:
             Within(0, MOST).check("--trial", trial, whole=True)
+        bytes_of("--max-shard-size", max_shard_size)  # before the run is looked for, like all that was typed
         report, folder = read_run(run), find_run(run)
         target = Target.of(report, format, dtype, quantize, max_shard_size)
         chosen = best_within(report, budgets, target, base).trial if trial is None else trial

@@ -79,11 +79,13 @@ def test_its_surrogate_proposes_what_is_new_and_about_as_good_as_the_path(search
 
 
 def test_layers_that_wait_in_files_give_what_the_resident_model_gives() -> None:
-    """Scores, the order of units and refits of a walk over real weights, and the quality of what is cut by them."""
+    """Scores, the order of units and refits of a walk over real weights (of six layers), and the quality of what is cut by them."""
     windows = torch.randint(0, 49152, (2, 64), generator=torch.Generator().manual_seed(0))
     found, dtype = [], "auto"  # mapped in the dtype of the files
     for offload in ("disk", "none"):
         loaded = load_model("llama", dtype, "cpu", offload)
+        del loaded.model.model.layers[6:]
+        loaded.model.config.num_hidden_layers = 6
         dtype, anatomy = loaded.dtype, anatomy_of(loaded.model)
         fitted = fit(loaded.model, windows, {"attention": [2], "mlp": [768]}, TensorFiles(None), order="activation")
         resident, layers = offload == "none", anatomy.num_hidden_layers

@@ -133,11 +133,13 @@ def test_a_model_card_is_as_tame(hostile: Path, tmp_path: Path) -> None:
     from llmbo.config.formats import FORMATS
     from llmbo.deploy.card import model_card
     from llmbo.deploy.request import ExportRequest
+    from llmbo.deploy.target import Target
     from llmbo.report.schema import Refitted
     from llmbo.run.rebuild import Cut
 
     report = Report.model_validate_json((hostile / "report.json").read_text(encoding="utf-8"))
-    request = ExportRequest(report, hostile, report.trials[0], FORMATS["hf"], "float32", tmp_path / "out", 5, "table")
+    target = Target(FORMATS["hf"], "float32", 5)
+    request = ExportRequest(report, hostile, report.trials[0], target, tmp_path / "out", "table")
     cut = Cut(torch.nn.Module(), None, "table", Refitted(objectives=report.trials[0].objectives))  # type: ignore[arg-type]
     card = model_card(request, cut, HOSTILE, "load {path}", HOSTILE)
     assert "evil" in card and obeyed(card) == []

@@ -5,7 +5,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +122,13 @@ def powercap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(cpu, "_cpus", None)
     monkeypatch.setattr(rapl.RAPLFile, "read", renewed)
     rapl.rapl_is_available.cache_clear()
+    before = set(active_children())
     yield
+    for watching in (
+        set(active_children()) - before
+    ):  # a fork keeps open what was, a browser's end waits for its pipes to close
+        watching.terminate()
+        watching.join()
     rapl.rapl_is_available.cache_clear()
 
 

@@ -45,7 +45,7 @@ def invoke(folder: Path, *words: object) -> Any:
         return CliRunner().invoke(app, [str(word) for word in words])
 
 
-BRIEFLY = ("--out", "out", "--steps", 1, "--window", 16, "--device", "cpu", "--dtype", "float32")
+BRIEFLY = ("--out", "out", "--steps", 1, "--window", 16, "--device", "cpu", "--compute-dtype", "float32")
 
 
 @pytest.fixture

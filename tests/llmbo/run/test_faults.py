@@ -132,12 +132,12 @@ def test_a_database_that_is_away_is_waited_for(
 ) -> None:
     """For longer than the lease: nobody is given up for it, and both are told."""
     monkeypatch.setattr(patience_module, "LAST", 0.4)
-    url, work = server.database(), simulate(16, 0.2)  # long after the database has gone
+    url, work = server.database(), simulate(24, 0.2)  # long after the database has gone
     places = [machine(n, url, tmp_path) for n in range(2)]
     processes = [started(work, places[0], leads=True)]
     wait(lambda: finished(url) > 0)
     processes.append(started(work, places[1], leads=False))
-    wait(lambda: finished(url) > 3)
+    wait(lambda: finished(url) > 2)
     server.stop()
     time.sleep(2 * LEASE)
     server.start()

@@ -45,12 +45,12 @@ def test_a_team_is_told_as_the_store_has_it(
     toy: Any, facts: dict[str, Any], short_beats: None, url: str, tmp_path: Path
 ) -> None:
     url, folder = url.format(tmp_path), tmp_path / "owner"
-    storage = open_storage(url)
     settings = {"objectives": ["kl", "params_share"], "reference_point": None, "maximum": []}
     proposals = [Proposal(x, "random") for x in toy.random_points(DONE + 4, 0)]
-    holds = get_context("fork").Event()
+    begins, holds = get_context("fork").Event(), get_context("fork").Event()
 
     def help_out() -> None:
+        assert begins.wait(TIMEOUT)
         there = open_storage(url)
         with joined(there, "run", tmp_path / "w", {"device": "cuda:7"}) as team:
             store = TrialStore(optuna.load_study(study_name="run", storage=there), toy.space, team=team)
@@ -62,6 +62,10 @@ def test_a_team_is_told_as_the_store_has_it(
             holds.set()
             time.sleep(TIMEOUT)
 
+    # Forked while nothing is open: SQLite would take locks that a thread of this process holds at that moment for its own.
+    process = get_context("fork").Process(target=help_out)
+    process.start()
+    storage = open_storage(url)
     with locked(folder), leased(Pulse(storage, "run", folder), Quiet(), folder) as lease:  # type: ignore[arg-type]
         store = TrialStore.create(storage, "run", toy.space, toy.objectives, settings, facts, lease)
         store.add_round(proposals)
@@ -74,8 +78,7 @@ def test_a_team_is_told_as_the_store_has_it(
         assert look() == []  # alone
         for number, proposal in enumerate(proposals):
             store.queue(number, 0, proposal)
-        process = get_context("fork").Process(target=help_out)
-        process.start()
+        begins.set()
         try:
             assert holds.wait(TIMEOUT)
             last = DONE + 1

@@ -14,9 +14,9 @@ from llmbo.display.progress import Show, build_display
 from llmbo.errors import ConfigError
 from llmbo.models.loading import LoadedModel, adopt_model
 from llmbo.models.silence import libraries_silenced
-from llmbo.report.files import find_run
-from llmbo.run.assemble import assemble, database_of
-from llmbo.run.database import check_shared
+from llmbo.report.files import RUNS, find_run
+from llmbo.run.assemble import assemble
+from llmbo.run.database import check_shared, url_of
 from llmbo.run.execute import execute
 from llmbo.run.plan import Plan, plan_of
 from llmbo.run.rebuild import read_run
@@ -125,7 +125,7 @@ def optimize(
         raise ConfigError(f"tokenizer= belongs to a loaded model: '{model}' brings its own, so leave it out.")
     config = _config(settings)
     if devices:
-        check_shared(database_of(config))
+        check_shared(url_of(RUNS / config.name, config.storage))
     with (
         _evaluating(given),
         libraries_silenced(),

@@ -147,8 +147,8 @@ def refit_cache(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Mac
         refit_bytes(config, anatomy, itemsize),
     )
     left = max(0, found.host_limit - found.host)
-    waiting = min(needed + CHUNK_BYTES, int(WAITING * left)) if most < needed else 0
-    return RefitCache(most, waiting, left - int(WAITING * left))
+    share = int(WAITING * left)
+    return RefitCache(most, min(needed + CHUNK_BYTES, share) if most < needed else 0, left - share)
 
 
 def residences(config: RunConfig, anatomy: Anatomy, itemsize: int, machine: Machine) -> Iterator[Residence]:

@@ -30,7 +30,7 @@ from llmbo.problem.sequence import check_refits, least_tokens
 from llmbo.problem.shared import Shared, check_artifacts
 from llmbo.problem.texts import load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
-from llmbo.run.database import delete_run, find_storage, network_of, open_storage
+from llmbo.run.database import delete_run, find_storage, network_of, open_storage, url_of
 from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
 from llmbo.run.lease import Pulse, leased, wait_until_free
 from llmbo.run.lock import locked
@@ -128,11 +128,6 @@ def advisor_inputs(
     return AdvisorInputs(setting, loaded, lambda: problem.marginals(setting.quality.name), tell)
 
 
-def database_of(config: RunConfig) -> str:
-    """The URL of a run's database: what was asked for, else a file of its own."""
-    return config.storage or f"sqlite:///{RUNS / config.name / 'study.db'}"
-
-
 @contextmanager
 def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel | None = None) -> Iterator[RunParts]:
     """Everything a run needs, checked in the order of what is cheapest to refuse. Writes nothing before all input is good.
@@ -144,7 +139,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
         LlmboError, PruningError: One line for the user.
     """
     folder = RUNS / config.name
-    own_file, url = None if config.storage else folder / "study.db", database_of(config)
+    own_file, url = None if config.storage else folder / "study.db", url_of(folder, config.storage)
     if kind := network_of(url):
         phases.note(f"The run's database is on a network file system ({kind}): no worker may join it, see --storage.")
     before = None

@@ -173,6 +173,11 @@ def shown_url(url: str) -> str:
     return shown.replace("//", "//…@", 1) if parsed.username or parsed.password else shown
 
 
+def url_of(folder: Path, storage: str | None) -> str:
+    """Where a run is stored: in the database that was named, else in a file of its folder."""
+    return storage or f"sqlite:///{folder / 'study.db'}"
+
+
 def check_shared(url: str) -> None:
     """Refuse a SQLite file that several machines may see: its locks hold on one machine only.
 

@@ -22,6 +22,7 @@ from llmbo.problem.preparation import prepared
 from llmbo.problem.residence import placed
 from llmbo.problem.texts import load_windows
 from llmbo.run.assemble import advisor_inputs
+from llmbo.run.database import url_of
 from llmbo.run.store import TrialStore
 from llmbo.run.stored import stored_run
 from llmbo.search.acquisition import QNehviProposer
@@ -36,7 +37,7 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
     Raises:
         StorageError: There is no such run.
     """
-    url = storage or f"sqlite:///{folder / 'study.db'}"
+    url = url_of(folder, storage)
     found = stored_run(url, folder.name)
     if found is None:
         raise StorageError(

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from llmbo.cli.common import EXIT_BAD_INPUT
 from llmbo.config import RunConfig
 from llmbo.errors import LlmboError, StorageError, first_line
+from llmbo.files import replace_file
 from llmbo.models.loading import LoadedModel
 from llmbo.models.placement import DTYPES
 from llmbo.problem.texts import searched
-from llmbo.report.files import replace_file
 from llmbo.training.plan import RANK
 from pruning.architecture import Architecture
 from pruning.calibration import TokenWindows, fresh_windows
@@ -86,7 +86,7 @@ class Results:
     def add(self, key: str, entry: Mapping[str, Any]) -> None:
         self.entries[key] = entry
         content = {"settings": self._settings, "entries": self.entries}
-        replace_file(self._file, (json.dumps(content, indent=1) + "\n").encode())
+        replace_file(self._file, json.dumps(content, indent=1) + "\n")
 
 
 class Judges:

@@ -10,6 +10,7 @@ from llmbo.advisor.parse import ends_early
 from llmbo.advisor.render import Prompt, estimated_tokens
 from llmbo.advisor.shapes import reply_text
 from llmbo.errors import ConfigError, ReplyAwaited
+from llmbo.files import replace_file
 
 MAX_BYTES = 1_000_000  # of a reply
 _LETTER = """\
@@ -86,9 +87,7 @@ class MailClient:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, text in texts.items():
-                temporary = path.with_name(f".{path.name}")
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, path)
+                replace_file(path, text)
         except OSError as error:
             raise ConfigError(
                 f"--advisor mail:{self.folder}: no letter can be written ({error.strerror}): mend that, and run the same command again."

@@ -5,7 +5,6 @@ The truth lies beside the trials, in the run's database; `advisor.jsonl` in the 
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmbo.advisor.censor import Censor, environment_key
 from llmbo.advisor.roles import Answer, Candidate, Exchange
 from llmbo.errors import ConfigError, DamagedError, first_fault, first_line
+from llmbo.files import replace_file
 
 FILE = "advisor.jsonl"
 FOLLOWED = "followed"  # note: candidates that a direction led to
@@ -169,9 +169,7 @@ class AdviceStore:
         if self._file is None:
             return
         lines = [json.dumps(consultation.to_dict(), ensure_ascii=False) + "\n" for consultation in self.all()]
-        temporary = self._file.with_name(f".{self._file.name}")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self._file)
+        replace_file(self._file, "".join(lines))
 
 
 @dataclass

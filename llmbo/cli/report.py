@@ -76,10 +76,10 @@ def _render(runs: list[tuple[str, Mapping[str, Any]]], format: Format) -> str:
 
 def _write(path: Path, text: str) -> None:
     from llmbo.errors import ConfigError
-    from llmbo.report.files import replace_file
+    from llmbo.files import replace_file
 
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: the folder '{path.parent}' does not exist. Make it first.")
     if path.is_dir():
         raise ConfigError(f"--out {path} is a folder: name a file in it.")
-    replace_file(path, text.encode())
+    replace_file(path, text)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from llmbo.comparison.schema import ArmPart, Comparison, UnionPoint
 from llmbo.comparison.store import EvaluationStore
 from llmbo.config import EARLIER
 from llmbo.errors import StorageError
+from llmbo.files import replace_file
 from llmbo.problem.objectives import Objective
 from llmbo.report import environment
 from pruning.text import read_mix
@@ -80,9 +80,7 @@ class _PartialResults:
             ("comparison.json", result.model_dump_json(indent=1) + "\n"),
             ("comparison.html", page(result)),
         ):
-            temporary = self._out / f".{name}"
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, self._out / name)
+            replace_file(self._out / name, content)
         return result
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llmbo.config.objectives import OBJECTIVES, TableKind
 from llmbo.errors import ConfigError
+from llmbo.files import replace_file
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel, load_model, max_positions
 from llmbo.models.placement import choose_device
@@ -222,9 +222,7 @@ def _table(
         phases = PHASES if kind == "latency" else ("decode",)
         table = measure_table(model, widths, workload, on_measured, clock, phases).to_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"identity": identity, "table": table}, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_file(path, json.dumps({"identity": identity, "table": table}, indent=2) + "\n")
     return table
 
 

@@ -1,8 +1,7 @@
-"""Where runs lie, and how their files are read and replaced. Needs nothing heavy."""
+"""Where runs lie, and how their reports are read. Needs nothing heavy."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,13 +77,3 @@ def _finite(number: str) -> float | None:
 
 def _short(number: str) -> int | None:
     return int(number) if len(number) < 20 else None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename: the old file stays whole until the new one is."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmbo.config import RunConfig
 from llmbo.errors import StorageError, first_line
+from llmbo.files import replace_file
 from llmbo.models.checks import check_tokens
 from llmbo.models.loading import fingerprint
 from llmbo.problem.texts import judged_by, searched
-from llmbo.report.files import replace_file
 from llmbo.training.learner import REFIT_TOKENS, Refitter
 from llmbo.training.plan import PASSES, REFITS, VALIDATIONS, Length, Plan
 from llmbo.training.processes import agreed, in_turn, place
@@ -178,7 +178,7 @@ def course_for(
         work.mkdir(parents=True, exist_ok=True)
         settled = agreed((steps, _may_be_kept(plan) and _is_kept(student, lesson, steps * plan.batch, work)))
         if not place():
-            replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}).encode())
+            replace_file(work / ASKED, json.dumps({"asked": asked, "settled": settled}))
     steps, is_kept = settled
     plan = replace(plan, steps=steps, every=plan.every or max(1, -(-steps // VALIDATIONS)))
     if is_kept:

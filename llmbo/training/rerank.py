@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from llmbo.config.numbers import MOST, Within
 from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
+from llmbo.files import replace_file
 from llmbo.models.checks import check_tokens
 from llmbo.problem.texts import searched
-from llmbo.report.files import find_run, replace_file
+from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
 from llmbo.search.pareto import pareto_front
@@ -320,4 +321,4 @@ def _stored(file: Path, settings: Mapping[str, Any]) -> dict[int, Point]:
 
 def _store(file: Path, settings: Mapping[str, Any], points: Mapping[int, Point], rungs: Sequence[int]) -> None:
     content = {"settings": settings, **_sorted(points.values(), rungs).to_dict()}
-    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(file, json.dumps(content, indent=2) + "\n")

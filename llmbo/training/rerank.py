@@ -18,7 +18,7 @@ from llmbo.deploy.disk import check_disk
 from llmbo.errors import ConfigError, StorageError
 from llmbo.files import replace_file
 from llmbo.models.checks import check_tokens
-from llmbo.problem.texts import searched
+from llmbo.problem.texts import judged_by, searched
 from llmbo.report.files import find_run
 from llmbo.report.schema import Report, TrialPart
 from llmbo.run.rebuild import RebuildInputs, config_of, find_trial, load_base, read_run
@@ -184,16 +184,16 @@ def rerank(
     if text == "self":
         raise ConfigError("The run's text is 'self', of which there is no more: give --text.")
     settings = {"text": text, "window": config.window, "heldout": heldout, "plan": asdict(plan)}
+    settings["not_trained_on"] = "judged windows"  # what was compared before that was so does not mix with what comes
     rungs = RUNGS if halving else ()
     if halving:
         settings |= {"halving": [trial.number for trial in chosen]}  # who leaves depends on all
     done = _stored(folder / FILE, settings)
     if _pending(chosen, done, rungs):
         loaded, windows = load_base(report, phases, model, device)
-        seen = searched(config, report.data.model_dump())
-        held = unseen_windows(
-            read_mix(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, seen, config.chat
-        )
+        data, elsewhere = report.data.model_dump(), report.elsewhere
+        past = searched(config, data), config.chat, judged_by(config, data, elsewhere and elsewhere.model_dump())
+        held = unseen_windows(read_mix(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, *past)
         check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
         inputs = RebuildInputs.of(report, folder, loaded, windows, phases)
         loaded.model.requires_grad_(False)

@@ -13,9 +13,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.config import RunConfig
+from llmbo.errors import ConfigError
+from llmbo.problem.texts import load_windows
 from llmbo.training import rerank as reranking
 from llmbo.training.plan import Plan
 from llmbo.training.rerank import Orders, Point, Reranking
+from pruning.calibration import TokenWindows
 
 Rerank = Callable[..., Result]
 
@@ -94,6 +98,32 @@ def test_the_front_is_trained_and_compared(rerank: Rerank, copied: Path, finishe
     assert not (copied / "runs" / "tiny" / "rerank").exists()  # no checkpoints are left
     again = rerank("tiny", "--top", 3)  # nothing is trained again
     assert again.stdout == result.stdout and json.loads(file.read_text()) == found
+
+
+def test_it_trains_on_nothing_that_the_run_was_judged_by(
+    rerank: Rerank, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt: list[TokenWindows] = []
+    loaded: list[Any] = []
+    load_base, unseen_windows = reranking.load_base, reranking.unseen_windows
+
+    def stop(*given: Any) -> TokenWindows:
+        dealt.append(unseen_windows(*given))
+        raise ConfigError("seen enough")
+
+    def load(*given: Any) -> Any:
+        loaded.append(load_base(*given))
+        return loaded[-1]
+
+    monkeypatch.setattr(reranking, "unseen_windows", stop)
+    monkeypatch.setattr(reranking, "load_base", load)
+    assert "seen enough" in rerank("tiny", "--top", 3).stderr
+    ((model, _),) = loaded
+    of_run = load_windows(RunConfig.from_settings(finished.report()["run"]["settings"]), model)
+    trained, judged, ranked = (
+        set(map(tuple, part.tolist())) for part in (dealt[0].calibration, of_run.heldout, of_run.calibration)
+    )
+    assert judged and not trained & judged and trained & ranked  # what it was ranked by may be trained on
 
 
 def test_an_interrupted_comparison_goes_on_with_the_next_point(

@@ -76,10 +76,13 @@ class Listening:
 
 
 def first_question(config: CompareConfig, problem: OpenProblem, options: Any) -> Question:
-    """What an advised arm asks first: every seed begins with the same members of the path."""
+    """What an advised arm asks first, word for word: every seed begins with the same members of the path.
+
+    Marginal costs that a model reads are measured for it, two evaluations a layer.
+    """
     search, listening = problem.search, Listening()
     strategy = AdvisedStrategy(
-        search, search.family, problem.objectives, search.dense, limits=search.limits, **{**options, "by": "none"}
+        search, search.family, problem.objectives, search.dense, limits=search.limits, **{**options, "by": "heuristic"}
     )
     strategy.proposer.session.advisor = listening
     trials: list[Trial] = []

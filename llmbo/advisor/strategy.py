@@ -4,7 +4,7 @@ A comparison's arm has no run folder, so the advice is kept in memory: an arm th
 does better (`--advisor`), which is why this is no `--strategy` there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class AdvisedStrategy:
         by: What `--advisor` takes; `transformers:self` needs a run of its own.
         share, warm_start: As `RunConfig.advisor_share` and `advisor_warm_start`.
         memory: What has been answered, so that a search that goes on along another path asks nothing twice.
+        tell: Is told in one line what the user should know: that a recording answers other prompts.
     """
 
     problem: Any
@@ -44,6 +45,7 @@ class AdvisedStrategy:
     num_initial: int = NUM_INITIAL
     limits: Mapping[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
+    tell: Callable[[str], None] = lambda line: None
     proposer: AdvisedProposer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class AdvisedStrategy:
         setting = Setting(self.family, self.objectives, self.dense, statistics, self.context_level, self.limits)
         measure = getattr(self.problem, "marginals", None)
         probe = None if measure is None else lambda: measure(setting.quality.name)
-        inputs = AdvisorInputs(setting, None, probe)
+        inputs = AdvisorInputs(setting, None, probe, self.tell)
         self.proposer = build_advised(config, inputs, AdviceStore(MemoryNotes(self.memory)), self.num_initial)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:

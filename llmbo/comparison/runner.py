@@ -63,6 +63,9 @@ class Watcher(Protocol):
 
     def on_outcome(self, outcome: Outcome) -> None: ...
 
+    def note(self, text: str) -> None:
+        """What the user should know, in one line."""
+
 
 def run_arm(
     arm: Arm,
@@ -83,7 +86,9 @@ def run_arm(
         key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
         for key, value in arm.options.items()
     }
-    proposer = strategy_of(arm.strategy).build(problem.search, problem.objectives, options)
+    proposer = strategy_of(arm.strategy).build(
+        problem.search, problem.objectives, options, lambda line: watcher.note(f"{arm.label}, seed {seed}: {line}")
+    )
     stored = store.rounds(config.name, key)
     trials: list[Trial] = []
     seconds: list[float] = []

@@ -22,7 +22,7 @@ from llmbo.types import Proposer
 
 Options = Mapping[str, Any]
 # Fields that are filled. `memory` is a dict that a proposer hands on to the one that takes its place when the path is left.
-FILLED = ("space", "family", "objectives", "dense", "limits", "problem", "memory")
+FILLED = ("space", "family", "objectives", "dense", "limits", "problem", "memory", "tell")
 
 
 class SearchProblem(Protocol):
@@ -116,7 +116,7 @@ class ProposerFactory:
         Raises:
             ConfigError: An option is unknown or of the wrong type, or a third party's class takes exception to something.
         """
-        build = partial(self._built, problem, objectives, self.checked(options), {})
+        build = partial(self._built, problem, objectives, self.checked(options), {}, tell)
         if self.strategy.family != "family":
             return build(getattr(problem, self.strategy.family))
         return on_sound_path(problem.family, problem.threshold_family, objectives, problem.dense, build, tell)
@@ -127,6 +127,7 @@ class ProposerFactory:
         objectives: Sequence[Objective],
         options: Options,
         memory: dict[str, Any],
+        tell: Callable[[str], None],
         family: ThresholdFamily,
     ) -> Proposer:
         checked, strategy = dict(options), self.strategy
@@ -139,6 +140,7 @@ class ProposerFactory:
             "limits": problem.limits,
             "problem": problem,
             "memory": memory,
+            "tell": tell,
             **strategy.fixed,
         }
         names = {item.name for item in dataclasses.fields(self.type) if item.init}

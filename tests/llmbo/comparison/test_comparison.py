@@ -447,6 +447,8 @@ class Silent:
 
     def on_outcome(self, outcome: object) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 @pytest.fixture
 def run(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
@@ -583,3 +585,9 @@ def test_each_seed_replays_the_reply_that_was_recorded_for_it(
         assert len(recorded.answer.candidates) == 1
     first, second = (arm["trials"] for arm in compare.result("comparisons/advice")["arms"])
     assert {t["digest"] for t in first[:6]} != {t["digest"] for t in second[:6]}
+    assert "is not the one" not in " ".join(answer.stderr.split())
+    file = compare.folder / "replies" / "1.jsonl"
+    file.write_text(file.read_text().replace(f'"digest": "{recorded.exchanges[0].digest}"', '"digest": "another"'))
+    answer = compare("--fresh", top=top, problem={"recipe_search": "true"})
+    (told,) = [line for line in " ".join(answer.stderr.split()).split("note: ") if "was answered in" in line]
+    assert told.startswith("model, seed 1: The prompt of round 0, warm_start, is not the one")

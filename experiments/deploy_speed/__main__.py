@@ -162,7 +162,7 @@ def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, dict[str, 
         for name, measured in models.items():
             prefill, decode = (statistics.median(part) for part in zip(*measured, strict=True))
             faster = [
-                _spread([dense[part] / own[part] for dense, own in zip(models["dense"], measured, strict=True)])
+                spread([dense[part] / own[part] for dense, own in zip(models["dense"], measured, strict=True)])
                 for part in (0, 1)
             ]
             lines.append(
@@ -172,7 +172,7 @@ def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, dict[str, 
     return "\n".join(lines)
 
 
-def _spread(ratios: list[float]) -> str:
+def spread(ratios: list[float]) -> str:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -92,7 +92,7 @@ class RunConfig:
             blocks of 256 values, GPTQ and AWQ into groups of 128.
         query_heads: Whether KV groups may lack some of their query heads; None for where a layer has a single group.
         refit_anchors: At so many members of the path refits are fitted beside those of the dense model (`pruning.anchored`); None for as
-            many as this machine gets through in half a minute, three at most, which is then a setting of the run.
+            many as this machine gets through in two minutes, three at most, which is then a setting of the run.
         elastic: Folder of an adapter that `llmbo elastic` wrote for this model, merged into its weights before anything is measured;
             KL, and the dense model's values, are of the model without it.
         calibration_tokens, proxy_tokens, heldout_tokens: Sizes of the three disjoint parts of the text; of the first 0 for what this

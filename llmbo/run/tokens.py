@@ -14,7 +14,7 @@ from pruning.anatomy import Anatomy
 
 CHOICES = (65536, 32768, 16384, 8192)  # beyond the first little is gained, below the last refits fit noise
 SECONDS = 60.0  # that ranking and refits may take
-ANCHORS, ANCHOR_SECONDS = (3, 2, 1), 30.0  # and those at pruned members
+ANCHORS, ANCHOR_SECONDS = (3, 2, 1), 120.0  # and those at pruned members: worth more than twice the evaluations
 
 
 def settled(config: RunConfig, anatomy: Anatomy, dtype: str, device: str, rates: Rates | None = None) -> RunConfig:

@@ -51,6 +51,7 @@ def _path(origin: str, source: Source, family: Family = "family") -> Strategy:
 
 _DESIGNS = "llmbo.search.baselines.designs"
 _NSGA2 = "llmbo.search.baselines.nsga2:Nsga2Proposer"
+_LINAS = "llmbo.search.baselines.linas:LinasProposer"
 _OPTUNA = "llmbo.search.baselines.optuna_samplers:OptunaProposer"
 _QNEHVI = "llmbo.search.acquisition:QNehviProposer"
 STRATEGIES: Mapping[str, Strategy] = {
@@ -68,6 +69,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "nsga2": Strategy(_NSGA2, "random"),
     "nsga2-seeded": Strategy(_NSGA2, "threshold"),
     "nsga2-moved": Strategy(_NSGA2, "moved"),
+    "linas": Strategy(_LINAS, "random"),
+    "linas-moved": Strategy(_LINAS, "moved"),
     "botorch": Strategy("llmbo.search.baselines.plain_botorch:PlainBotorchProposer", "random"),
     "optuna-tpe": Strategy(_OPTUNA, "random", fixed={"sampler": "tpe"}),
     "optuna-tpe-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "tpe"}),

@@ -33,3 +33,12 @@ def hypervolume_trace(Y: Tensor, ref_point: Tensor) -> list[float]:
         front = torch.cat([front[~(row >= front).all(-1)], row[None]])
         trace.append(hypervolume(front, ref_point))
     return trace
+
+
+def by_gain(Y: Tensor, known: Tensor, ref_point: Tensor, q: int) -> list[int]:
+    """Indices of `q` rows of `n x m`, each adding most hypervolume to `known` and those before it; of equal ones the first."""
+    chosen: list[int] = []
+    while len(chosen) < min(q, len(Y)):
+        left = [index for index in range(len(Y)) if index not in chosen]
+        chosen.append(max(left, key=lambda index: hypervolume(torch.cat([known, Y[[*chosen, index]]]), ref_point)))
+    return chosen

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmbo.search.pareto import hypervolume, hypervolume_trace, pareto_front
+from llmbo.search.pareto import by_gain, hypervolume, hypervolume_trace, pareto_front
 
 
 def points(n: int, m: int, seed: int, ties: bool = False) -> Tensor:
@@ -101,3 +102,21 @@ def test_what_failed_is_no_point_even_where_nothing_else_is() -> None:
     assert pareto_front(none) == []
     assert pareto_front(torch.cat([none, torch.tensor([[-1.0, -2.0]]).double()])) == [3]
     assert pareto_front(torch.tensor([[-1.0, -math.inf], [-math.inf, -1.0]]).double()) == []
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_chosen_by_gain_adds_nearly_as_much_as_any_choice(m: int, seed: int) -> None:
+    """Hypervolume is submodular, so that choosing greedily gives 1 - 1/e of the largest gain at least."""
+    Y, known, ref = points(9, m, seed), points(4, m, seed + 50), torch.full((m,), 0.2, dtype=torch.float64)
+
+    def gain(rows: Sequence[int]) -> float:
+        return hypervolume(torch.cat([known, Y[list(rows)]]), ref) - hypervolume(known, ref)
+
+    chosen = by_gain(Y, known, ref, 3)
+    best = max(gain(rows) for rows in itertools.combinations(range(9), 3))
+    assert best * (1 - 1 / math.e) <= gain(chosen) and gain(chosen[:1]) == max(gain([row]) for row in range(9))
+    everything = by_gain(Y, known, ref, 20)
+    assert everything[:3] == chosen and sorted(everything) == list(range(9))
+    gains = [gain(everything[: n + 1]) - gain(everything[:n]) for n in range(9)]
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(gains))

@@ -32,6 +32,8 @@ DOCS = Path(__file__).parents[3] / "docs"
 OPTIONS: dict[str, dict[str, Any]] = {
     "qnehvi": {"num_initial": 6},
     "qnehvi-plain": {"num_initial": 6},
+    "linas": {"generations": 3},
+    "linas-moved": {"generations": 3},
     "botorch": {"num_initial": 4, "num_restarts": 1, "raw_samples": 4, "mc_samples": 8, "maxiter": 3},
 }
 

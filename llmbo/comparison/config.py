@@ -208,7 +208,9 @@ def _arm(item: str | dict[str, Any], problem: dict[str, Any]) -> Arm:
         if key not in strategy.options:
             known = [*strategy.options, "label", *_problem_keys()]
             raise ConfigError(unknown(f"key of the strategy {name}", key, known))
-    return Arm(label, name, strategy.checked(table), _problem({**problem, **changes}))
+    found = _problem({**problem, **changes})
+    strategy.strategy.check(name, found.run.recipe_search)
+    return Arm(label, name, strategy.checked(table), found)
 
 
 def _problem_keys() -> list[str]:

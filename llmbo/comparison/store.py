@@ -103,7 +103,9 @@ class EvaluationStore:
         ]
 
     def add_round(self, comparison: str, arm: str, number: int, made: Round) -> None:
-        proposals = json.dumps([[list(proposal.x), proposal.origin, proposal.source] for proposal in made.proposals])
+        proposals = json.dumps(
+            [[list(p.x), p.origin, p.source, dict(p.recipe), p.predicted] for p in made.proposals]  # what trials keep
+        )
         with self._connection:
             self._connection.execute(
                 "insert into rounds values (?, ?, ?, ?, ?)", (comparison, arm, number, proposals, made.seconds)
@@ -124,5 +126,13 @@ class EvaluationStore:
             self._connection.execute("insert or replace into facts values (?, ?)", (key, json.dumps(fact)))
 
 
-def _proposal(x: list[int], origin: str, source: str = "") -> Proposal:
-    return Proposal(tuple(x), origin, source=Source.restored(source, origin))
+def _proposal(
+    x: list[int],
+    origin: str,
+    source: str = "",
+    recipe: Mapping[str, Any] | None = None,
+    predicted: list[float] | None = None,
+) -> Proposal:
+    """Earlier versions stored fewer parts."""
+    expected = (predicted[0], predicted[1]) if predicted else None
+    return Proposal(tuple(x), origin, source=Source.restored(source, origin), recipe=recipe or {}, predicted=expected)

@@ -21,7 +21,7 @@ from llmbo.config.numbers import (
     check_values,
 )
 from llmbo.config.objectives import OBJECTIVES, check_objectives, parse_limits
-from llmbo.config.strategies import strategy_plugin
+from llmbo.config.strategies import STRATEGIES, strategy_plugin
 from llmbo.errors import ConfigError, first_fault, unknown
 
 MAX_NAME_BYTES = 250  # file systems take 255
@@ -188,7 +188,8 @@ class RunConfig:
             raise ConfigError(
                 f"--deploy {equal[0]} has a strategy of its own, uniform: leave out --strategy {self.strategy}."
             )
-        strategy_plugin(self.strategy)
+        if strategy_plugin(self.strategy) is None:
+            STRATEGIES[self.strategy].check(self.strategy, self.recipe_search)
         if self.dtype not in DTYPE_CHOICES:
             raise ConfigError(f"Unknown dtype '{self.dtype}': expected one of {', '.join(DTYPE_CHOICES)}.")
         if self.memory:

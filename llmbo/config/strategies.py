@@ -26,6 +26,7 @@ class Strategy:
         wrapped: Whether the design is put before it (`Started`), or is its own business.
         fixed: Fields that belong to the name.
         family: Which of the problem's families it sees.
+        recipes: Whether it searches recipes, and so needs a family that knows prices.
 
     Raises:
         ConfigError: There is no such design or family.
@@ -36,12 +37,25 @@ class Strategy:
     wrapped: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
     family: Family = "family"
+    recipes: bool = False
 
     def __post_init__(self) -> None:
         if self.design is not None and self.design not in get_args(Design):
             raise ConfigError(unknown("initial design", self.design, get_args(Design)))
         if self.family not in get_args(Family):
             raise ConfigError(unknown("family", self.family, get_args(Family)))
+
+    def check(self, name: str, recipe_search: bool) -> None:
+        """Refuse a strategy that searches recipes where none is to be tried.
+
+        Raises:
+            ConfigError: As said.
+        """
+        if self.recipes and not recipe_search:
+            raise ConfigError(
+                f"The strategy {name} searches recipes, and none is to be tried: add --recipe-search, in a comparison "
+                "recipe_search = true. Recorded problems have no recipes."
+            )
 
 
 def _path(origin: str, source: Source, family: Family = "family") -> Strategy:
@@ -69,12 +83,16 @@ STRATEGIES: Mapping[str, Strategy] = {
     "nsga2": Strategy(_NSGA2, "random"),
     "nsga2-seeded": Strategy(_NSGA2, "threshold"),
     "nsga2-moved": Strategy(_NSGA2, "moved"),
+    "nsga2-recipes": Strategy("llmbo.search.baselines.nsga2:Nsga2Recipes", "moved", recipes=True),
     "linas": Strategy(_LINAS, "random"),
     "linas-moved": Strategy(_LINAS, "moved"),
     "botorch": Strategy("llmbo.search.baselines.plain_botorch:PlainBotorchProposer", "random"),
     "optuna-tpe": Strategy(_OPTUNA, "random", fixed={"sampler": "tpe"}),
     "optuna-tpe-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "tpe"}),
     "optuna-tpe-moved": Strategy(_OPTUNA, "moved", fixed={"sampler": "tpe"}),
+    "optuna-tpe-recipes": Strategy(
+        "llmbo.search.baselines.optuna_samplers:OptunaRecipes", "moved", fixed={"sampler": "tpe"}, recipes=True
+    ),
     "optuna-nsga2": Strategy(_OPTUNA, "random", fixed={"sampler": "nsga2"}),
     "optuna-nsga2-seeded": Strategy(_OPTUNA, "threshold", fixed={"sampler": "nsga2"}),
     "optuna-gp": Strategy(_OPTUNA, "random", fixed={"sampler": "gp"}),

@@ -114,8 +114,10 @@ class ProposerFactory:
             tell: Is told in one line what the user should know.
 
         Raises:
-            ConfigError: An option is unknown or of the wrong type, or a third party's class takes exception to something.
+            ConfigError: An option is unknown or of the wrong type, recipes are searched where none is to be tried, or a third party's
+                class takes exception to something.
         """
+        self.strategy.check(self.name, problem.family.prices is not None)
         build = partial(self._built, problem, objectives, self.checked(options), {}, tell)
         if self.strategy.family != "family":
             return build(getattr(problem, self.strategy.family))

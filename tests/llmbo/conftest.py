@@ -155,6 +155,28 @@ class Toy:
     def with_objectives(self, *names: str, reference_point: tuple[float, ...] | None = None) -> "Toy":
         return replace(self, names=names, reference_point=reference_point)
 
+    def with_prices(self) -> "Toy":
+        """The same toy; its family knows prices, and expansions around two of its members."""
+        rng, space = torch.Generator().manual_seed(0), self.space
+        costs = [
+            (6 * torch.rand(2, int(top), generator=rng)).exp().sort(descending=True).values.tolist()
+            for top in space.bounds[1]
+        ]
+        prices = Prices.of(space, *([row[one] for row in costs] for one in (0, 1)))
+        rows = prices.members(DENSE_PRICES.theta[None], torch.linspace(0.4, 1.0, 100, dtype=torch.float64))[0]
+        family = ThresholdFamily.along(space, space.increasing(rows), self.importance)
+        members = torch.tensor([family.at(0.5), family.at(0.7), space.max_levels], dtype=torch.float64)
+        away = torch.arange(int(space.bounds[1].max()) + 1) - members[..., None]
+        changes = -0.01 * away * (1 + torch.rand(len(members), space.d, 1, generator=rng))
+        corrections = torch.cat([torch.randn(2, space.d, generator=rng).double(), torch.zeros(1, space.d)])
+        shares = space.share(members)
+        known = {
+            "prices": replace(prices, anchors=shares, corrections=corrections),
+            "expansions": Expansions(shares, changes),
+        }
+        self.__dict__["family"] = replace(family, **known)
+        return self
+
     def random_points(self, n: int, seed: int) -> list[tuple[int, ...]]:
         """Distinct legal points other than the dense model, of all sizes."""
         rng, found = random.Random(seed), dict[tuple[int, ...], None]()
@@ -270,33 +292,10 @@ def geometric_mean() -> Callable[..., list[list[float]]]:
     ]
 
 
-def with_prices(toy: Toy) -> Toy:
-    """The same toy; its family knows prices, and expansions around two of its members."""
-    rng, space = torch.Generator().manual_seed(0), toy.space
-    costs = [
-        (6 * torch.rand(2, int(top), generator=rng)).exp().sort(descending=True).values.tolist()
-        for top in space.bounds[1]
-    ]
-    prices = Prices.of(space, *([row[one] for row in costs] for one in (0, 1)))
-    rows = prices.members(DENSE_PRICES.theta[None], torch.linspace(0.4, 1.0, 100, dtype=torch.float64))[0]
-    family = ThresholdFamily.along(space, space.increasing(rows), toy.importance)
-    members = torch.tensor([family.at(0.5), family.at(0.7), space.max_levels], dtype=torch.float64)
-    away = torch.arange(int(space.bounds[1].max()) + 1) - members[..., None]
-    changes = -0.01 * away * (1 + torch.rand(len(members), space.d, 1, generator=rng))
-    corrections = torch.cat([torch.randn(2, space.d, generator=rng).double(), torch.zeros(1, space.d)])
-    shares = space.share(members)
-    known = {
-        "prices": replace(prices, anchors=shares, corrections=corrections),
-        "expansions": Expansions(shares, changes),
-    }
-    toy.__dict__["family"] = replace(family, **known)
-    return toy
-
-
 @pytest.fixture
 def make_priced(make_toy: Callable[..., Toy]) -> Callable[..., Toy]:
     """The same arguments -> a toy `with_prices`."""
-    return lambda *args, seed=0: with_prices(make_toy(*args, seed=seed))
+    return lambda *args, seed=0: make_toy(*args, seed=seed).with_prices()
 
 
 @pytest.fixture
@@ -620,7 +619,7 @@ def question(make_toy: Callable[..., Toy]) -> Callable[..., Question]:
         extra: int = 3,
         recipes: bool = False,
     ) -> Question:
-        toy = with_prices(make_toy(layers)) if recipes else make_toy(layers)
+        toy = make_toy(layers).with_prices() if recipes else make_toy(layers)
         points = [*map(tuple, toy.family.path[:-1:12].int().tolist()), *toy.random_points(extra, 1)]
         members = len(points) - extra
         proposals = [

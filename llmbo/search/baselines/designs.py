@@ -166,14 +166,20 @@ def fresh(
     candidates: Iterable[tuple[int, ...]], trials: Sequence[Trial], q: int, space: SearchSpace, origin: str
 ) -> list[Proposal]:
     """The first `q` distinct legal candidates that no trial has; the dense model is none."""
+    return novel((Proposal(x, origin) for x in candidates), trials, q, space)
+
+
+def novel(found: Iterable[Proposal], trials: Sequence[Trial], q: int, space: SearchSpace) -> list[Proposal]:
+    """Likewise of candidates that somebody has a proposal for."""
     seen = {trial.x for trial in trials} | {space.max_levels}
     proposals: list[Proposal] = []
-    for x in candidates:
+    for proposal in found:
         if len(proposals) == q:
             break
+        x = proposal.x
         if x not in seen and bool(space.legal(torch.tensor([x], dtype=torch.float64))):
             seen.add(x)
-            proposals.append(Proposal(x, origin))
+            proposals.append(proposal)
     return proposals
 
 

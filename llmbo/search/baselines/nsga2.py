@@ -1,8 +1,9 @@
-"""NSGA-II (Deb et al. 2002) with pymoo's operators for integers, as a pure function of the stored trials."""
+"""NSGA-II (Deb et al. 2002) with pymoo's operators, as a pure function of the stored trials."""
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -14,9 +15,11 @@ from pymoo.operators.crossover.sbx import SBX
 from pymoo.operators.mutation.pm import PM
 from pymoo.operators.repair.rounding import RoundingRepair
 
+from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective, to_maximize
 from llmbo.problem.space import SearchSpace
-from llmbo.search.baselines.designs import fresh, topped_up
+from llmbo.search.baselines.designs import novel
+from llmbo.search.baselines.genes import Genes, Levels, RecipeNumbers
 from llmbo.types import Proposal, Trial
 
 POPULATION = 20
@@ -35,30 +38,34 @@ class Nsga2Proposer:
     space: SearchSpace
     objectives: Sequence[Objective]
     population: int = POPULATION
-    _problem: Problem = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        low, high = self.space.bounds.numpy()
-        problem = Problem(n_var=self.space.d, n_obj=len(self.objectives), xl=low, xu=high, vtype=int)
-        object.__setattr__(self, "_problem", problem)
+    @cached_property
+    def genes(self) -> Genes:
+        return Levels(self.space)
+
+    @cached_property
+    def _problem(self) -> Problem:
+        low, high = self.genes.bounds.numpy()
+        kind = int if self.genes.whole else float
+        return Problem(n_var=len(low), n_obj=len(self.objectives), xl=low, xu=high, vtype=kind)
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
-        algorithm = NSGA2(
-            pop_size=self.population,
-            crossover=SBX(prob=0.9, eta=ETA, vtype=float, repair=RoundingRepair()),
-            mutation=PM(eta=ETA, vtype=float, repair=RoundingRepair()),
-        )
+        operators = {  # of real numbers pymoo's defaults
+            "crossover": SBX(prob=0.9, eta=ETA, vtype=float, repair=RoundingRepair()),
+            "mutation": PM(eta=ETA, vtype=float, repair=RoundingRepair()),
+        }
+        algorithm = NSGA2(pop_size=self.population, **(operators if self.genes.whole else {}))
         algorithm.setup(self._problem, seed=seed)
         parents = self._survivors(algorithm, [trial for trial in trials if trial.complete])
-        offspring = fresh(self._offspring(algorithm, parents, q), trials, q, self.space, "nsga2")
-        return topped_up(offspring, trials, q, self.space, seed)
+        offspring = self.genes.points(self._offspring(algorithm, parents, q), "nsga2")
+        return self.genes.topped_up(novel(offspring, trials, q, self.space), trials, q, seed)
 
     def _survivors(self, algorithm: NSGA2, complete: Sequence[Trial]) -> Population:
         parents = Population.empty()
         for _, generation in groupby(complete, key=lambda trial: trial.round):
             group = list(generation)
             children = Population.new(
-                X=np.array([trial.x for trial in group]),
+                X=self.genes.of(group).numpy(),
                 F=-to_maximize([trial.values for trial in group], self.objectives).numpy(),
                 CV=np.zeros((len(group), 1)),
             )
@@ -70,7 +77,7 @@ class Nsga2Proposer:
             )
         return parents
 
-    def _offspring(self, algorithm: NSGA2, parents: Population, q: int) -> Iterator[tuple[int, ...]]:
+    def _offspring(self, algorithm: NSGA2, parents: Population, q: int) -> Iterator[Sequence[float]]:
         for _ in range(MAX_MATINGS):
             with warnings.catch_warnings():  # SBX divides by the distance of equal parents
                 warnings.simplefilter("ignore", RuntimeWarning)
@@ -82,5 +89,15 @@ class Nsga2Proposer:
                     random_state=algorithm.random_state,
                     n_max_iterations=2,
                 )
-            for row in children.get("X"):
-                yield tuple(int(level) for level in row)
+            yield from children.get("X").tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nsga2Recipes(Nsga2Proposer):
+    """The same over recipes and their members' shares."""
+
+    family: ThresholdFamily
+
+    @cached_property
+    def genes(self) -> Genes:
+        return RecipeNumbers(self.family)

@@ -2,18 +2,21 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from llmbo.problem.family import ThresholdFamily
 from llmbo.problem.objectives import Objective
 from llmbo.problem.space import SearchSpace
-from llmbo.search.baselines.designs import fresh, topped_up
+from llmbo.search.baselines.designs import novel
+from llmbo.search.baselines.genes import Genes, Levels, RecipeNumbers
 from llmbo.search.threads import one_thread
 from llmbo.types import Proposal, Trial, TrialState
 
@@ -58,38 +61,56 @@ class OptunaProposer:
     space: SearchSpace
     objectives: Sequence[Objective]
     sampler: str
-    _distributions: Mapping[str, BaseDistribution] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        tops = zip(self.space.names, self.space.max_levels, strict=True)
-        object.__setattr__(self, "_distributions", {name: IntDistribution(0, top) for name, top in tops})
+    @cached_property
+    def genes(self) -> Genes:
+        return Levels(self.space)
+
+    @cached_property
+    def _distributions(self) -> Mapping[str, BaseDistribution]:
+        return {
+            name: IntDistribution(int(low), int(high)) if self.genes.whole else FloatDistribution(low, high)
+            for name, low, high in zip(self.genes.names, *self.genes.bounds.tolist(), strict=True)
+        }
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         with one_thread(), torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)  # the GP sampler draws from the global generator, too
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = self._study(trials, seed)
-            found = fresh(self._asked(study, q), trials, q, self.space, f"optuna-{self.sampler}")
-        return topped_up(found, trials, q, self.space, seed)
+            asked = self.genes.points(self._asked(study, q), f"optuna-{self.sampler}")
+            found = novel(asked, trials, q, self.space)
+        return self.genes.topped_up(found, trials, q, seed)
 
     def _study(self, trials: Sequence[Trial], seed: int) -> optuna.Study:
         study = optuna.create_study(
             sampler=SAMPLERS[self.sampler](seed % 2**32),  # NumPy takes no larger one
             directions=["maximize" if objective.maximize else "minimize" for objective in self.objectives],
         )
-        for trial in trials:
+        for trial, row in zip(trials, self.genes.of(trials).tolist(), strict=True):
             study.add_trial(
                 create_trial(
                     state=_STATES[trial.state],
-                    params=dict(zip(self._distributions, trial.x, strict=True)),
+                    params=dict(zip(self._distributions, row, strict=True)),
                     distributions=dict(self._distributions),
                     values=[trial.values[o.name] for o in self.objectives] if trial.complete else None,
                 )
             )
         return study
 
-    def _asked(self, study: optuna.Study, q: int) -> Iterator[tuple[int, ...]]:
+    def _asked(self, study: optuna.Study, q: int) -> Iterator[Sequence[float]]:
         """What the sampler says; asked trials stay RUNNING, so that a batch is spread by samplers that can."""
         for _ in range(ASKS[self.sampler] * q):
             trial = study.ask(dict(self._distributions))
-            yield tuple(int(trial.params[name]) for name in self._distributions)
+            yield [trial.params[name] for name in self._distributions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptunaRecipes(OptunaProposer):
+    """The same over recipes and their members' shares."""
+
+    family: ThresholdFamily
+
+    @cached_property
+    def genes(self) -> Genes:
+        return RecipeNumbers(self.family)

@@ -245,13 +245,19 @@ def _rows(database: Path) -> int:
         return 0
 
 
-def test_more_evaluations_extend_a_comparison(compare: Compare) -> None:
-    few = {"strategies": '["nsga2-seeded"]', "seeds": "[3]", "judged_points": "0"}
-    assert compare(top={**few, "checkpoints": "[13]"}).exit_code == 0
+@pytest.mark.parametrize("strategy", ["nsga2-seeded", "nsga2-recipes"])
+def test_more_evaluations_extend_a_comparison(compare: Compare, strategy: str) -> None:
+    few = {"strategies": f'["{strategy}"]', "seeds": "[3]", "judged_points": "0"}
+
+    def go(*args: str, checkpoints: str) -> None:
+        done = compare(*args, top={**few, "checkpoints": checkpoints}, problem={"recipe_search": "true"})
+        assert done.exit_code == 0, done.output
+
+    go(checkpoints="[13]")
     (short,) = compare.result()["arms"]
-    assert compare(top={**few, "checkpoints": "[12, 18]"}).exit_code == 0
+    go(checkpoints="[12, 18]")
     (long,) = compare.result()["arms"]
-    assert compare("--out", "anew", "--fresh", top={**few, "checkpoints": "[12, 18]"}).exit_code == 0
+    go("--out", "anew", "--fresh", checkpoints="[12, 18]")
     (anew,) = compare.result("anew")["arms"]
     digests = [[trial["digest"] for trial in arm["trials"]] for arm in (short, long, anew)]
     assert digests[0] == digests[1][:13] and digests[1] == digests[2]
@@ -382,6 +388,7 @@ def test_a_search_for_accuracy_shows_it_on_items_that_it_did_not_see(compare: Co
         ({"strategies": '[{strategy = "nsga2", population = "many"}]'}, {}, ["population", "'many'"]),
         ({"strategies": '["random", "random"]'}, {}, ["'random'", "label"]),
         ({"method": '"qnehvi"'}, {}, ["Unknown method 'qnehvi'"]),
+        ({"strategies": '["random", "nsga2-recipes"]'}, {}, ["nsga2-recipes", "recipe_search = true"]),
         ({}, {"min_shar": "0.4"}, ["min_shar", "min_share"]),
         ({}, {"min_share": '"half"'}, ["min_share", "'half'"]),
         ({}, {"min_share": "1.5"}, ["1.5"]),

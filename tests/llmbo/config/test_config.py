@@ -28,6 +28,7 @@ from llmbo.errors import ConfigError
         ({"min_share": 1.0}, "--min-share .* 1.0"),
         ({"min_share": float("nan")}, "--min-share .* nan"),
         ({"strategy": "greedy"}, "'greedy'.*qnehvi.*threshold.*random"),
+        ({"strategy": "optuna-tpe-recipes"}, "optuna-tpe-recipes .*--recipe-search"),
         ({"dtype": "int8"}, "'int8'.*float32, bfloat16"),
         ({"objectives": ("kl", "speed")}, "'speed'"),
         ({"objectives": ("kl", "loss", "params"), "racing": True}, "--racing .* kl,loss,params"),

@@ -39,7 +39,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def maker(name: str) -> Callable[[Any], Proposer]:
-    return lambda toy: strategy_of(name).build(toy, toy.objectives, OPTIONS.get(name, {}))
+    def make(toy: Any) -> Proposer:
+        factory = strategy_of(name)
+        problem = toy.with_prices() if factory.strategy.recipes else toy
+        return factory.build(problem, toy.objectives, OPTIONS.get(name, {}))
+
+    return make
 
 
 # A third party's package: the example of the documentation.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Levels:
     """A point's own levels."""
 
     space: SearchSpace
-    whole: bool = True
+    whole: ClassVar[bool] = True
 
     @property
     def names(self) -> Sequence[str]:
@@ -82,7 +82,7 @@ class RecipeNumbers:
     """
 
     family: ThresholdFamily
-    whole: bool = False
+    whole: ClassVar[bool] = False
 
     @property
     def names(self) -> Sequence[str]:

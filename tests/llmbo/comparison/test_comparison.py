@@ -31,14 +31,14 @@ from llmbo.comparison.runner import check_designs, run_arm
 from llmbo.comparison.schema import HELDOUT, Comparison
 from llmbo.comparison.session import arm_key
 from llmbo.comparison.statistics import LEVEL
-from llmbo.comparison.store import Evaluation, EvaluationStore
+from llmbo.comparison.store import Evaluation, EvaluationStore, Round
 from llmbo.comparison.strategies import COMPARED, strategy_of
 from llmbo.config import RunConfig
 from llmbo.errors import StrategyError
 from llmbo.problem.objectives import Objective, build_objectives, ref_point, to_maximize
 from llmbo.search.pareto import hypervolume
 from llmbo.search.strategies import ProposerFactory
-from llmbo.types import Proposal, Trial
+from llmbo.types import Proposal, Source, Trial
 from pruning.errors import UnreadableText
 
 # Every setting that counted when rounds were first stored under what they are made from.
@@ -262,6 +262,19 @@ def test_more_evaluations_extend_a_comparison(compare: Compare, strategy: str) -
     digests = [[trial["digest"] for trial in arm["trials"]] for arm in (short, long, anew)]
     assert digests[0] == digests[1][:13] and digests[1] == digests[2]
     assert all(point["heldout_hypervolume"] is None for point in long["checkpoints"])
+
+
+def test_rounds_keep_what_trials_are_told_and_those_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    found = Proposal((1, 2), "nsga2", recipe={"mlp_slope": 0.3}, predicted=(0.1, 0.02))
+    made = Round((found, Proposal((1, 1), "threshold", source=Source.PATH)), 1.5)
+    with EvaluationStore.open(tmp_path / "store.db") as store:
+        store.add_round("toy", "arm", 0, made)
+        assert store.rounds("toy", "arm") == [made]
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("update rounds set proposals = ?", ['[[[1, 1], "threshold"], [[1, 2], "nsga2", "search"]]'])
+    with EvaluationStore.open(tmp_path / "store.db") as store:
+        [earlier] = store.rounds("toy", "arm")
+    assert earlier.proposals == (made.proposals[1], replace(found, recipe={}, predicted=None))
 
 
 def test_a_changed_problem_is_judged_on_the_same_held_out_windows(compare: Compare) -> None:

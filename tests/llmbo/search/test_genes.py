@@ -1,6 +1,6 @@
 """NSGA-II and TPE over recipes: what they vary, and what it stands for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ def test_after_the_start_of_the_default_method_every_proposal_is_the_member_of_t
     assert len({trial.x for trial in trials}) == 36
     recipes = [AllocationRecipe.of(trial.recipe) for trial in trials[NUM_INITIAL:]]
     assert len(set(recipes)) > 12 and {recipe.profile for recipe in recipes} == {toy.family.recipe.profile}
+    assert all((recipe.theta % 1).any() for recipe in recipes)  # its numbers are real ones
     for trial, recipe in zip(trials[NUM_INITIAL:], recipes, strict=True):
         x = torch.tensor(trial.x, dtype=torch.float64)
         asked = toy.space.share(x) + torch.linspace(0, 0.02, 80, dtype=torch.float64)  # prices may depend on it
@@ -67,6 +68,16 @@ def test_a_trial_gives_back_the_numbers_that_it_stems_from(priced: Any) -> None:
     assert member[:-1].tolist() == priced.family.recipe.theta.tolist() and float(member[-1]) == pytest.approx(
         0.6, abs=0.02
     )
+
+
+@pytest.mark.parametrize("name", OVER_RECIPES)
+def test_what_fills_up_a_batch_stems_from_recipes_too(make_priced: Callable[..., Any], name: str) -> None:
+    toy = make_priced(1, 24, 0.3, 8)
+    proposer, trials = build(name, toy), list[Trial]()
+    while made := proposer.propose(trials, 4, len(trials)):
+        trials += [toy.trial(len(trials) + n, proposal, len(trials) // 4) for n, proposal in enumerate(made)]
+    assert 0 < sum(trial.on_path for trial in trials) < len(trials)
+    assert all(trial.on_path or trial.recipe for trial in trials)
 
 
 @pytest.mark.parametrize("name", OVER_RECIPES)

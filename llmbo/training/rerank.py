@@ -191,8 +191,8 @@ def rerank(
     done = _stored(folder / FILE, settings)
     if _pending(chosen, done, rungs):
         loaded, windows = load_base(report, phases, model, device)
-        data, elsewhere = report.data.model_dump(), report.elsewhere
-        past = searched(config, data), config.chat, judged_by(config, data, elsewhere and elsewhere.model_dump())
+        data, elsewhere = report.data.model_dump(), report.elsewhere.model_dump() if report.elsewhere else None
+        past = searched(config, data), config.chat, judged_by(config, data, elsewhere)
         held = unseen_windows(read_mix(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, *past)
         check_tokens(loaded.model, loaded.tokenizer, held.calibration, held.proxy, held.heldout)
         inputs = RebuildInputs.of(report, folder, loaded, windows, phases)

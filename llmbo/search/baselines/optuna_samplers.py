@@ -20,6 +20,7 @@ from llmbo.search.baselines.genes import Genes, Levels, RecipeNumbers
 from llmbo.search.threads import one_thread
 from llmbo.types import Proposal, Trial, TrialState
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # or every round tells of its study
 POPULATION = 20
 ASKS = {"tpe": 20, "nsga2": 50, "gp": 3}  # per wanted candidate, before a batch is filled up at random
 

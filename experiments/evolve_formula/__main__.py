@@ -244,7 +244,9 @@ def show(out: Path) -> None:
     for text in dict.fromkeys(key.rpartition(" ")[0] for key in judged):
         print(f"KL on {text}, held out, at shares {' '.join(map(str, JUDGED.tolist()))}: mean and its 95 % interval")
         for name, reference in (("formula", "path"), ("recipe", "path"), ("formula", "recipe")):
-            own, other = (judged[f"{text} {which}"] for which in (name, reference))
+            own, other = (judged.get(f"{text} {which}") for which in (name, reference))
+            if own is None or other is None:  # stopped before it was measured
+                continue
             shares = " ".join(f"{ratio:.3f}" for ratio in own.log_ratios(other).exp().tolist())
             ratio = band(own.pseudo_values(other).tolist())
             low, mean, high = (math.exp(end or 0.0) for end in (ratio.low, ratio.mean, ratio.high))

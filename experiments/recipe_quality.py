@@ -10,9 +10,11 @@ Student's.
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+from torch import Tensor
 
 from experiments.quiet import Quiet
 from llmbo.comparison.problems import undo_spacing
@@ -20,8 +22,10 @@ from llmbo.comparison.statistics import band
 from llmbo.config import RunConfig
 from llmbo.models.loading import LoadedModel, load_model
 from llmbo.models.silence import silence_libraries
+from llmbo.problem.method import DEFAULT
 from llmbo.problem.preparation import prepared
-from llmbo.problem.recipe import recipe_of
+from llmbo.problem.proxy import ProxyEvaluator
+from llmbo.problem.recipe import DENSE_PRICES, AllocationRecipe, recipe_of
 from llmbo.search.gain import EPSILON, FamilyCurve
 from pruning.calibration import TokenWindows, cut_windows
 from pruning.text import Text, read_text
@@ -54,23 +58,53 @@ def main() -> None:
         print(f"all: {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
+@dataclass(frozen=True)
+class Members:
+    """Measured members of a path: `n` shares, and KL on every window, `n x windows`."""
+
+    shares: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, evaluator: ProxyEvaluator, rows: Tensor) -> Self:
+        """Measure `n x d` levels."""
+        found = evaluator.evaluate([tuple(row) for row in rows.int().tolist()])
+        kl = torch.tensor([one.windows["kl"] for one in found], dtype=torch.float64)
+        return cls(evaluator.space.share(rows), kl)
+
+    def log_ratios(self, reference: "Members") -> Tensor:
+        """log KL, `EPSILON` added, less that of the reference at equal size: `n`, lower is better."""
+        curve = FamilyCurve.through(reference.shares, reference.kl.mean(-1))
+        return (self.kl.mean(-1) + EPSILON).log() - curve(self.shares)
+
+    def pseudo_values(self, reference: "Members") -> Tensor:
+        """The jackknife's, of the mean of `log_ratios`: one for each of at least two windows, which vary as the mean does."""
+        n = self.kl.shape[1]
+        without = [
+            replace(self, kl=_but(self.kl, i)).log_ratios(replace(reference, kl=_but(reference.kl, i)))
+            for i in range(n)
+        ]
+        return n * self.log_ratios(reference).mean() - (n - 1) * torch.stack(without).mean(-1)
+
+
+def _but(kl: Tensor, window: int) -> Tensor:
+    return torch.cat([kl[:, :window], kl[:, window + 1 :]], dim=1)
+
+
 def log_ratios(loaded: LoadedModel, name: str, seed: int, judged: int, recipe: str) -> list[float]:
     """At every share; a recipe is named as by `--recipe`."""
-    config = RunConfig(model=loaded.name, text=name, seed=seed, calibration_tokens=16_384, recipe=recipe)
+    config = RunConfig(model=loaded.name, text=name, seed=seed, calibration_tokens=16_384)
     text = read_text(name)
     counts = {"calibration": 16_384 // config.window, "proxy": 1, "heldout": judged}
     windows = cut_windows(Text(text.source, undo_spacing(text.content)), loaded.tokenizer, counts, config.window, seed)
-    shares, kl = measured(replace(config, recipe="dense-prices"), loaded, windows)
-    own, found = measured(config, loaded, windows)
-    return ((found + EPSILON).log() - FamilyCurve.through(shares, kl)(own)).tolist()
+    dense_prices = measured(config, loaded, windows, DENSE_PRICES)
+    return measured(config, loaded, windows, recipe_of(recipe)).log_ratios(dense_prices).tolist()
 
 
-def measured(config: RunConfig, loaded: LoadedModel, windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares and held-out KL of members of a path, which is prepared for itself: exchanges hold for the path they were measured along."""
-    with prepared(config, loaded, windows, Quiet()) as problem:
-        rows = problem.prices.members_of(problem.method.allocation, SHARES)
-        kl = [found["kl"] for found in problem.heldout().evaluate([tuple(row) for row in rows.int().tolist()])]
-        return problem.space.share(rows), torch.tensor(kl, dtype=torch.float64)
+def measured(config: RunConfig, loaded: LoadedModel, windows: TokenWindows, recipe: AllocationRecipe) -> Members:
+    """A path at `SHARES` on held-out windows, prepared for itself: exchanges hold for the path they were measured along."""
+    with prepared(config, loaded, windows, Quiet(), method=replace(DEFAULT, allocation=recipe)) as problem:
+        return Members.of(problem.heldout(), problem.prices.members_of(recipe, SHARES))
 
 
 if __name__ == "__main__":

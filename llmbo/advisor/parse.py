@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from llmbo.advisor.formula import FormulaError, block_features, evaluated, standardized
@@ -17,11 +17,12 @@ from llmbo.advisor.replies import (
     DirectionPart,
     EditPart,
     FormulaPart,
+    Illegal,
     ProposalPart,
     RecipePart,
-    RejectionKind,
     formats,
     one_line,
+    validated,
 )
 from llmbo.advisor.roles import Answer, Candidate, Decision, Question, Rejection
 from llmbo.errors import LlmboError
@@ -34,19 +35,11 @@ MAX_REASON = 300  # likewise, of a refusal that quotes a formula
 SAME_DIRECTION = 0.999  # cosine
 
 
-class _Illegal(Exception):
-    """One item cannot be used; the message says why in words for the advisor."""
-
-    def __init__(self, reason: str, kind: RejectionKind = "illegal") -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
 def parse_reply(text: str, question: Question) -> Answer:
     """What a model's text comes to. Tolerates a code fence or prose around the JSON object, nothing inside it."""
     try:
         reply = extract_object(text[:MAX_REPLY], *formats(question.hook, question.priced))
-    except _Illegal as error:
+    except Illegal as error:
         return Answer(rejections=(Rejection(text[:MAX_TEXT], str(error), "unparsable"),))
     return judge(reply, question)
 
@@ -62,12 +55,8 @@ def judge(reply: Mapping[str, Any], question: Question) -> Answer:
             continue
         for item in items[: question.max_items]:
             try:
-                _RESOLVERS[part](builder, part.model_validate(item))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(str(step) for step in first["loc"])
-                builder.rejections.append(Rejection(_shown(item), one_line(f"{where}: {first['msg']}"), "unparsable"))
-            except _Illegal as error:
+                _RESOLVERS[part](builder, validated(part, item))
+            except Illegal as error:
                 builder.rejections.append(Rejection(_shown(item), str(error), error.kind))
     return builder.answer()
 
@@ -76,7 +65,7 @@ def extract_object(text: str, *keys: str) -> dict[str, Any]:
     """The first JSON object in `text` that has one of `keys`.
 
     Raises:
-        _Illegal: There is none.
+        Illegal: There is none.
     """
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     position, candidates = text.find("{"), 0
@@ -91,16 +80,16 @@ def extract_object(text: str, *keys: str) -> dict[str, Any]:
             return found
         position = text.find("{", end)
     if _open(text):
-        raise _Illegal("the reply ends before its JSON object does: be shorter")
+        raise Illegal("the reply ends before its JSON object does: be shorter")
     named = " or ".join(f"'{key}'" for key in keys)
-    raise _Illegal(f"no JSON object with the key {named} found in the reply")
+    raise Illegal(f"no JSON object with the key {named} found in the reply")
 
 
 def ends_early(text: str, key: str) -> bool:
     """Whether a reply breaks off within the object that it should be."""
     try:
         extract_object(text, key)
-    except _Illegal:
+    except Illegal:
         return _open(text)
     return False
 
@@ -126,17 +115,17 @@ def layer_numbers(edit: EditPart, num_layers: int) -> list[int]:
     """Layers that an edit names.
 
     Raises:
-        _Illegal: One of them does not exist.
+        Illegal: One of them does not exist.
     """
     numbers: list[int] = []
     for entry in edit.layers:
         first, last = (entry, entry) if isinstance(entry, int) else (int(end) for end in entry.split("-"))
         if first > last:
-            raise _Illegal(f"layers '{entry}' run backwards")
+            raise Illegal(f"layers '{entry}' run backwards")
         numbers += range(first, min(last, first + num_layers) + 1)
     for number in numbers:
         if not 0 <= number < num_layers:
-            raise _Illegal(f"layer {number} does not exist (the model has layers 0-{num_layers - 1})")
+            raise Illegal(f"layer {number} does not exist (the model has layers 0-{num_layers - 1})")
     return numbers
 
 
@@ -174,22 +163,22 @@ class _AnswerBuilder:
             try:
                 point = tuple(x.int().tolist()) if share is None else rescaled(self.family, offset, self._size(share))
                 self._add(point, part.why)
-            except _Illegal as error:
+            except Illegal as error:
                 self.rejections.append(Rejection(_shown(part.model_dump(exclude_none=True)), str(error), error.kind))
 
     def direction(self, part: DirectionPart) -> None:
         space = self.family.space
         if any(edit.neurons_keep is not None or edit.kv_keep is not None for edit in part.edits):
-            raise _Illegal("a direction is made of deltas: use neurons_delta and kv_delta, not keep")
+            raise Illegal("a direction is made of deltas: use neurons_delta and kv_delta, not keep")
         levels = _edited(torch.zeros(space.d, dtype=torch.float64), part.edits, space.bounds[1])
         if not levels.any():
-            raise _Illegal("the direction changes nothing")
+            raise Illegal("the direction changes nothing")
         for other in self.directions:
             if (
                 other.levels
                 and float(torch.cosine_similarity(levels, torch.tensor(other.levels), dim=0)) > SAME_DIRECTION
             ):
-                raise _Illegal(f"the same direction as '{other.name}'", "duplicate")
+                raise Illegal(f"the same direction as '{other.name}'", "duplicate")
         name = part.name or f"direction {len(self.directions) + 1}"
         at = tuple(map(self._size, part.at))
         self.directions.append(Direction(name, tuple(levels.tolist()), part.why, at=at))
@@ -198,7 +187,7 @@ class _AnswerBuilder:
         try:
             profile = asked_profile(part, self.family.space.num_layers)
         except LlmboError as error:
-            raise _Illegal(str(error)) from None
+            raise Illegal(str(error)) from None
         vectors = {"profile": standardized(profile)}
         if part.formula is not None:
             vectors[part.formula] = vector = self._vector(part.formula)
@@ -207,7 +196,7 @@ class _AnswerBuilder:
         for share in part.at[: self.question.shares]:
             try:
                 self._add(member(self.family, recipe, self._size(share)), whys, recipe.to_dict())
-            except _Illegal as error:
+            except Illegal as error:
                 shown = part.model_dump(exclude_none=True, exclude_defaults=True)
                 self.rejections.append(Rejection(_shown(shown), str(error), error.kind))
         for name, along in vectors.items():
@@ -218,7 +207,7 @@ class _AnswerBuilder:
     def formula(self, part: FormulaPart) -> None:
         vector = self._vector(part.formula)
         if other := self._known(vector):
-            raise _Illegal(f"the same direction as '{other}'", "duplicate")
+            raise Illegal(f"the same direction as '{other}'", "duplicate")
         at = tuple(map(self._size, part.at))
         self.directions.append(Direction(part.name or part.formula, (), part.why, tuple(vector.tolist()), at))
 
@@ -226,7 +215,7 @@ class _AnswerBuilder:
         try:
             return evaluated(formula, block_features(self.family))
         except FormulaError as error:
-            raise _Illegal(one_line(str(error), MAX_REASON)) from None
+            raise Illegal(one_line(str(error), MAX_REASON)) from None
 
     def _known(self, vector: Tensor) -> str:
         """Name of a direction of this reply that goes the same way or back; empty if none does."""
@@ -239,9 +228,9 @@ class _AnswerBuilder:
     def decision(self, part: DecisionPart) -> None:
         count = len(self.question.candidates)
         if not 0 <= part.id < count:
-            raise _Illegal(f"candidate {part.id} does not exist (there are 0-{count - 1})")
+            raise Illegal(f"candidate {part.id} does not exist (there are 0-{count - 1})")
         if any(decision.index == part.id for decision in self.decisions):
-            raise _Illegal(f"candidate {part.id} was decided before", "duplicate")
+            raise Illegal(f"candidate {part.id} was decided before", "duplicate")
         self.decisions.append(Decision(part.id, part.keep, part.confidence, part.why))
 
     def _base(self, base: int | str) -> tuple[int, ...]:
@@ -249,25 +238,25 @@ class _AnswerBuilder:
             return self.family.at(1.0 if base == "dense" else float(base.partition(":")[2]))
         trials = self.question.context.trials
         if not 0 <= base < len(trials):
-            raise _Illegal(f"trial {base} does not exist (there are {len(trials)})")
+            raise Illegal(f"trial {base} does not exist (there are {len(trials)})")
         return trials[base].x
 
     def _size(self, share: float) -> float:
         if share < self.family.space.min_share:
-            raise _Illegal(f"share {share:g} is below the smallest allowed, {self.family.space.min_share:g}")
+            raise Illegal(f"share {share:g} is below the smallest allowed, {self.family.space.min_share:g}")
         return share
 
     def _add(self, x: tuple[int, ...], why: str, recipe: Mapping[str, Any] = {}) -> None:
         space = self.family.space
         point = torch.tensor([x], dtype=torch.float64)
         if not bool(space.legal(point)[0]):
-            raise _Illegal(space.what_forbids(x))
+            raise Illegal(space.what_forbids(x))
         taken = {trial.x: f"trial {trial.number}" for trial in self.question.context.trials}
         taken |= {candidate.x: "another proposal" for candidate in self.candidates} | {
             space.max_levels: "the dense model"
         }
         if x in taken:
-            raise _Illegal(f"the same as {taken[x]}", "duplicate")
+            raise Illegal(f"the same as {taken[x]}", "duplicate")
         self.candidates.append(Candidate(x, why, recipe))
 
 
@@ -325,7 +314,7 @@ def _edited(base: Tensor, edits: list[EditPart], highest: Tensor) -> Tensor:
         for name, rows in (("kv", numbers), ("neurons", numbers + num_layers)):
             keep, delta = getattr(edit, f"{name}_keep"), getattr(edit, f"{name}_delta")
             if keep is not None and keep > highest[rows[0]]:
-                raise _Illegal(f"{name}_keep {keep} does not exist (levels are 0-{int(highest[rows[0]])})")
+                raise Illegal(f"{name}_keep {keep} does not exist (levels are 0-{int(highest[rows[0]])})")
             if keep is not None:
                 x[rows] = float(keep)
             if delta is not None:

@@ -4,9 +4,9 @@ The classes validate every reply; `reply_schema` turns them into the JSON schema
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from llmbo.advisor.formula import MAX_LENGTH
 from llmbo.problem.recipe import BOUNDS, LARGEST_BONUS
@@ -14,6 +14,9 @@ from llmbo.problem.recipe import BOUNDS, LARGEST_BONUS
 MAX_TEXT = 120  # characters of a name or a reason that are kept
 MAX_SHARES = 4  # at which a recipe may be tried
 COEFFICIENT = (-1.0, 1.0, 0.3)  # of a formula in a recipe: lowest, highest, and if none is given
+
+P = TypeVar("P", bound=BaseModel)
+RejectionKind = Literal["unparsable", "illegal", "duplicate"]
 
 # Patterns in the plainest words: llama-cpp-python dies of `\d` and `{1,3}`.
 LayerRange = Annotated[str, Field(pattern="^[0-9][0-9]?[0-9]?-[0-9][0-9]?[0-9]?$")]
@@ -33,6 +36,14 @@ Text = Annotated[
 def one_line(text: str, length: int = MAX_TEXT) -> str:
     """Free text is data: one line, bounded, without control characters. Too long a reason is no reason to refuse."""
     return "".join(c if c.isprintable() else " " for c in text)[:length].strip()
+
+
+class Illegal(Exception):
+    """One item cannot be used; the message says why in words for the advisor."""
+
+    def __init__(self, reason: str, kind: RejectionKind = "illegal") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class _Part(BaseModel):
@@ -126,7 +137,20 @@ PRICED: dict[str, tuple[str, type[_Part]]] = {
     "propose": ("recipes", RecipePart),
     "directions": ("formulas", FormulaPart),
 }
-RejectionKind = Literal["unparsable", "illegal", "duplicate"]
+
+
+def validated(part: type[P], item: object) -> P:
+    """One item of a reply.
+
+    Raises:
+        Illegal: It has not the format of `part`.
+    """
+    try:
+        return part.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise Illegal(one_line(f"{where}: {first['msg']}"), "unparsable") from None
 
 
 def formats(hook: str, priced: bool) -> dict[str, type[_Part]]:

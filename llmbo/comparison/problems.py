@@ -104,7 +104,7 @@ def opened(
     with phases.phase("model"):
         loaded = load_model(config.run.model, config.run.dtype, config.run.device)
         run = replace(config.run, dtype=loaded.dtype, device=loaded.device)
-        windows = _windows(config, run, among, loaded)
+        windows = windows_of(config, run, among, loaded)
     with prepared(run, loaded, windows, phases) as problem:
         recipe = (
             *(loaded.fingerprint, loaded.dtype, loaded.device, run.compensation, _digest(windows.calibration)),
@@ -169,7 +169,7 @@ def judged_objectives(
     }
 
 
-def _windows(
+def windows_of(
     config: ProblemConfig, run: RunConfig, among: Sequence[ProblemConfig], loaded: LoadedModel
 ) -> TokenWindows:
     """The windows of one problem: the first of those dealt out for the greatest number that any of `among` wants."""

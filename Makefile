@@ -7,7 +7,7 @@ VLLM := .venv-vllm/bin
 .PHONY: demo test types pytest test-oldest test-vllm mutants venv llama-cpp docs generated clean
 
 demo: venv
-	$(BIN)/llmbo optimize --model llama --budget 40 --refit-anchors 0
+	$(BIN)/llmbo optimize --model llama --budget 20 --refit-anchors 1
 
 test: venv llama-cpp
 	$(BIN)/ruff check

@@ -29,6 +29,7 @@ from llmbo.comparison.statistics import band
 from llmbo.config import RunConfig
 from llmbo.models.aliases import cache_dir
 from llmbo.models.loading import LoadedModel, load_model
+from llmbo.models.placement import DTYPES
 from llmbo.models.silence import silence_libraries
 from llmbo.problem.preparation import prepared
 from llmbo.problem.texts import load_windows
@@ -62,6 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama")
     parser.add_argument("--text", default="builtin")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="figures are of one; auto takes the faster here"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="by commas")
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
@@ -104,7 +108,7 @@ def read(out: Path) -> dict[str, Any]:
 def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     """Fill `stored`, and its file after each figure."""
     start = time.monotonic()
-    loaded = load_model(options.model)
+    loaded = load_model(options.model, options.dtype)
     text = read_text(options.text)
     text = Text(text.source, undo_spacing(text.content))
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}

@@ -40,6 +40,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory, make_llmbo: Any) -> Any:
         proxy_tokens=128,
         heldout_tokens=256,
         dtype="auto",
+        heldout_text="none",
+        no_samples=True,
     )
     # In a process of its own: the memory told is the process's.
     done = subprocess.run(

@@ -610,4 +610,4 @@ def test_each_seed_replays_the_reply_that_was_recorded_for_it(
     file.write_text(file.read_text().replace(f'"digest": "{recorded.exchanges[0].digest}"', '"digest": "another"'))
     answer = compare("--fresh", top=top, problem={"recipe_search": "true"})
     (told,) = [line for line in " ".join(answer.stderr.split()).split("note: ") if "was answered in" in line]
-    assert told.startswith("model, seed 1: The prompt of round 0, warm_start, is not the one")
+    assert told.startswith("model, seed 1: The prompt of round 1, warm_start, is not the one")

@@ -22,7 +22,18 @@ def test_every_step_is_measured_once_and_what_another_order_gave_is_measured_ane
         return json.loads(out.read_text())["figures"]  # type: ignore[no-any-return]
 
     out = tmp_path / "figures.json"
-    flags = ["--model", f"{model_folder}", "--text", f"text:{text_file}", "--out", f"{out}", "--seeds", "2"]
+    flags = [
+        "--model",
+        f"{model_folder}",
+        "--dtype",
+        "float32",
+        "--text",
+        f"text:{text_file}",
+        "--out",
+        f"{out}",
+        "--seeds",
+        "2",
+    ]
     flags += ["--shares", "0.8,0.65", "--judged", "4"]
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
     monkeypatch.setattr(benchmark, "WINDOW", 16)

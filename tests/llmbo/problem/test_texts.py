@@ -309,7 +309,7 @@ def test_a_comparison_takes_a_mix_and_undoes_the_spacing_of_all_its_texts(
 
     loaded: Any = SimpleNamespace(tokenizer=Spy())
     config = ProblemConfig(run, undo_spacing=True)
-    windows = problems._windows(config, run, [config], loaded)
+    windows = problems.windows_of(config, run, [config], loaded)
     assert len(windows.sources) == 2 and [source.windows for source in windows.sources] == [6, 6]
     texts = [content for content in seen if len(content) > 1]
     assert len(texts) == 2 and all("w2, " in content and " , " not in content for content in texts)

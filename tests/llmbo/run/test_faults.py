@@ -124,7 +124,7 @@ def test_a_database_that_is_away_is_waited_for(
     toy: Any, simulate: Simulate, server: PostgreSQL, tmp_path: Path
 ) -> None:
     """For longer than the lease: nobody is given up for it, and both are told."""
-    url, work = server.database(), simulate(30, 0.2)  # long after the database has gone
+    url, work = server.database(), simulate(14, 1.0)  # long after the database has gone
     places = [machine(n, url, tmp_path) for n in range(2)]
     processes = [started(work, places[0], leads=True)]
     wait(lambda: finished(url) > 0)

@@ -60,16 +60,17 @@ class Timed:
 def member(anatomy: Anatomy, share: float) -> Architecture:
     """Attention absent in evenly spread layers, then MLPs of one width: the largest such model of at most this share of the blocks."""
     layers, groups = anatomy.num_hidden_layers, anatomy.num_key_value_heads
-    full = cost_of(anatomy, Architecture.full(anatomy)).params
-    bare = cost_of(anatomy, Architecture((0,) * layers, (0,) * layers)).params
-    without = cost_of(anatomy, Architecture((0,) * layers, (anatomy.intermediate_size,) * layers)).params
-    absent = round(GONE * (1 - share) * (full - bare) / (full - without) * layers)
+    mlps = (anatomy.intermediate_size,) * layers
+    one = (
+        1 - cost_of(anatomy, Architecture((0,) + (groups,) * (layers - 1), mlps)).share
+    )  # of the blocks, a layer's attention
+    absent = round(GONE * (1 - share) / one)
     attention = [groups] * layers
     for index in range(absent):
         attention[(2 * index + 1) * layers // (2 * absent)] = 0
     for width in range(anatomy.intermediate_size, 0, -STEP):
         found = Architecture(tuple(attention), (width,) * layers)
-        if cost_of(anatomy, found).params - bare <= share * (full - bare):
+        if cost_of(anatomy, found).share <= share:
             return found
     raise SystemExit(f"no model of {share:g} of the blocks")
 

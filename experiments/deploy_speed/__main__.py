@@ -10,7 +10,6 @@ dense model's time by the exported one's in the same repetition, with the quarti
 import argparse
 import json
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel
 
+from experiments.speeds import Times, cells
 from llmbo.models.loading import load_model
 from llmbo.models.placement import DTYPES
 from llmbo.models.silence import silence_libraries
@@ -34,8 +34,6 @@ from pruning.export.gguf_file import write_gguf
 from pruning.export.quantise import FILE_TYPES, Mixture
 from pruning.export.rebuild import rebuilt
 from pruning.shrinking import shrink_to
-
-Times = tuple[float, float]  # seconds of one prefill, and of one decoded token
 
 
 def main() -> None:
@@ -160,22 +158,10 @@ def _table(times: dict[str, dict[str, list[Times]]], sizes: dict[str, dict[str, 
     ]
     for engine, models in times.items():
         for name, measured in models.items():
-            prefill, decode = (statistics.median(part) for part in zip(*measured, strict=True))
-            faster = [
-                spread([dense[part] / own[part] for dense, own in zip(models["dense"], measured, strict=True)])
-                for part in (0, 1)
-            ]
             lines.append(
-                f"| {engine} | {name} | {sizes[engine][name] / 1e6:.0f} | {prompt / prefill:.0f} | {faster[0]} | "
-                f"{1 / decode:.1f} | {faster[1]} |"
+                f"| {engine} | {name} | {sizes[engine][name] / 1e6:.0f} | {cells(models['dense'], measured, prompt)} |"
             )
     return "\n".join(lines)
-
-
-def spread(ratios: list[float]) -> str:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ unless `--eager`. `make .venv-vllm/.installed` makes the environment.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from experiments.deploy_speed.__main__ import Times, spread
+from experiments.speeds import Times, cells
 from llmbo.models.loading import load_model
 from llmbo.models.silence import silence_libraries
 from pruning.anatomy import Anatomy, anatomy_of
@@ -112,10 +111,8 @@ def main() -> None:
     )
     dense = times["dense", "its own class"]
     for (name, route), measured in times.items():
-        prefill, decode = (statistics.median(part) for part in zip(*measured, strict=True))
-        faster = [spread([of[part] / own[part] for of, own in zip(dense, measured, strict=True)]) for part in (0, 1)]
-        speeds = f"{options.prompt / prefill:.0f} | {faster[0]} | {1 / decode:.1f} | {faster[1]}"
-        print(f"| {name} | {route} ({timed[name, route].served_as}) | {speeds} |")
+        told = cells(dense, measured, options.prompt)
+        print(f"| {name} | {route} ({timed[name, route].served_as}) | {told} |")
     if options.out:
         kept = [{"model": key[0], "route": key[1], "seconds": measured} for key, measured in times.items()]
         options.out.write_text(json.dumps({"settings": settings, "times": kept}, indent=1) + "\n")

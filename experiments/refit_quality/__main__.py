@@ -3,12 +3,15 @@
     python -m experiments.refit_quality --text text:path/to/wikitext2-valid.txt
     python -m experiments.refit_quality --show
     python -m experiments.refit_quality --curve 8192,16384,32768,65536,131072 --out curve.json --picture tokens.svg
+    python -m experiments.refit_quality --bases --text text:path/to/wikitext2-valid.txt --out bases.json
 
 Steps: the table of the first version (16,384 tokens, ridge 0.03 of the mean, units by activation energy), the same with today's ridge,
 with today's order of units (`pruning.surgeon`), with four times the tokens, and in sequence on those; or, as a curve, today's table and
-refits in sequence at several numbers of tokens, all judged on the same windows. A seed deals out the windows that
-calibrate and those that judge. Architectures are members of the allocation path that a run on the built-in text prepares. Every figure
-is stored as soon as it is known, and what is stored is not measured anew, unless its step has another order of units now.
+refits in sequence at several numbers of tokens; or, as bases, today's table and what a search could put in its place before it begins:
+other ridges, the other order, and built-in text among the calibration tokens or beside them. All are judged on the same windows. A seed
+deals out the windows that calibrate and those that judge. Architectures are members of the allocation path that a run on the built-in
+text prepares. Every figure is stored as soon as it is known, and what is stored is not measured anew, unless its step has another order
+of units now.
 """
 
 import argparse
@@ -18,10 +21,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.quiet import Quiet
 from llmbo.comparison.problems import undo_spacing
@@ -36,7 +40,7 @@ from llmbo.problem.texts import load_windows
 from llmbo.report.picture import COLORS, MARKERS, as_svg
 from pruning.architecture import Architecture
 from pruning.block import BLOCK_KINDS
-from pruning.calibration import TokenWindows, cut_windows
+from pruning.calibration import cut_windows
 from pruning.compensation import FIRST_RIDGE, RIDGE, Ridge
 from pruning.refits import Order, fit
 from pruning.sequential import sequential_refit
@@ -47,13 +51,35 @@ from pruning.text import Text, read_text
 SHARES = (0.8, 0.65, 0.5)
 WINDOW = 256
 TOKENS = 16_384
-# Tokens of the ranking and the refits, ridge of the table, order of the units.
-STEPS: dict[str, tuple[int, Ridge, Order]] = {
-    "first version": (TOKENS, FIRST_RIDGE, "activation"),
-    "ridge": (TOKENS, RIDGE, "activation"),
-    "order": (TOKENS, RIDGE, "surgeon"),
-    "tokens": (4 * TOKENS, RIDGE, "surgeon"),
-    "sequence": (4 * TOKENS, RIDGE, "surgeon"),
+
+
+class Step(NamedTuple):
+    """What a table is made by.
+
+    Args:
+        tokens: Of the ranking and the refits.
+        ridge: Of the table.
+        order: Of the units.
+        builtin: How many of the tokens are of the built-in text, in place of the one that is judged by.
+    """
+
+    tokens: int
+    ridge: Ridge
+    order: Order
+    builtin: int = 0
+
+    @property
+    def own(self) -> int:
+        """Tokens of the text that is judged by."""
+        return self.tokens - self.builtin
+
+
+STEPS = {
+    "first version": Step(TOKENS, FIRST_RIDGE, "activation"),
+    "ridge": Step(TOKENS, RIDGE, "activation"),
+    "order": Step(TOKENS, RIDGE, "surgeon"),
+    "tokens": Step(4 * TOKENS, RIDGE, "surgeon"),
+    "sequence": Step(4 * TOKENS, RIDGE, "surgeon"),
 }
 OUT = Path(__file__).with_name("smollm2.json")
 
@@ -71,14 +97,18 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=32, help="windows to judge by")
     parser.add_argument("--steps", default=",".join(STEPS), help="by commas")
     parser.add_argument("--curve", help="numbers of tokens by commas, in place of the steps")
+    parser.add_argument("--bases", action="store_true", help="what a search could begin with, in place of the steps")
     parser.add_argument("--picture", type=Path, help="draw the curve here, as SVG")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
     options = parser.parse_args()
-    if options.curve:
+    if options.curve and options.bases:
+        parser.error("--curve and --bases take the place of the steps: give one of them")
+    if options.curve or options.bases:
+        steps = curve(map(int, options.curve.split(","))) if options.curve else bases()
         STEPS.clear()
-        STEPS.update(curve(map(int, options.curve.split(","))))
+        STEPS.update(steps)
         options.steps = ",".join(STEPS)
     stored = read(options.out)
     if not options.show:
@@ -88,11 +118,23 @@ def main() -> None:
         options.picture.write_bytes(drawn(stored))
 
 
-def curve(tokens: Iterable[int]) -> Iterator[tuple[str, tuple[int, Ridge, Order]]]:
+def curve(tokens: Iterable[int]) -> Iterator[tuple[str, Step]]:
     """Steps in pairs: a table, and refits in sequence."""
     for number in tokens:
         for kind in ("table", "sequence"):
-            yield f"{kind} {number}", (number, RIDGE, "surgeon")
+            yield f"{kind} {number}", Step(number, RIDGE, "surgeon")
+
+
+def bases() -> Iterator[tuple[str, Step]]:
+    """Today's table first, then one thing changed at a time."""
+    base = Step(TOKENS, RIDGE, "surgeon")
+    yield "base", base
+    for times in (0.5, 2.0, 4.0):
+        yield f"{times:g} x ridge", base._replace(ridge=Ridge(times=times))
+    yield "by energy", base._replace(order="activation")
+    for part in (4, 2):
+        yield f"1 in {part} built-in", base._replace(builtin=TOKENS // part)
+    yield "built-in beside", base._replace(tokens=2 * TOKENS, builtin=TOKENS)
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -100,7 +142,7 @@ def read(out: Path) -> dict[str, Any]:
     stored: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
 
     def stands(key: str, figure: dict[str, Any]) -> bool:
-        return bool(figure.get("order", "activation") == STEPS[key.split("/")[2]][2])
+        return bool(figure.get("order", "activation") == STEPS[key.split("/")[2]].order)
 
     return stored | {"figures": {key: one for key, one in stored.get("figures", {}).items() if stands(key, one)}}
 
@@ -112,7 +154,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     text = read_text(options.text)
     text = Text(text.source, undo_spacing(text.content))
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
-    most = max(tokens for tokens, _, _ in STEPS.values())
+    most = max(step.own for step in STEPS.values())
     if most != 4 * TOKENS:  # windows are dealt out for the most demanding step
         facts["calibration"] = most
     if stored.setdefault("facts", facts) != facts:
@@ -130,23 +172,26 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     for seed in range(options.seeds):
         counts = {"calibration": most // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
+        most_other = max(step.builtin for step in STEPS.values()) // WINDOW
+        counts = {"calibration": most_other, "proxy": 0, "heldout": 0}
+        other = cut_windows(read_text("builtin"), loaded.tokenizer, counts, WINDOW, seed).calibration
         for step in options.steps.split(","):
             missing = {s: architectures[s] for s in options.shares.split(",") if f"{seed}/{s}/{step}" not in figures}
             if not missing or time.monotonic() - start > 60 * options.minutes:
                 continue
             folder = cache_dir() / "refit_quality" / f"{loaded.fingerprint}-{text.sha256[:8]}-{seed}"
-            with opened(step, loaded, windows, architectures, folder) as supernet:
+            calibration = calibration_of(STEPS[step], windows.calibration, other)
+            with opened(STEPS[step], loaded, calibration, architectures, folder) as supernet:
                 dense = supernet.distribution(windows.heldout)
                 for share, architecture in missing.items():
                     if time.monotonic() - start > 60 * options.minutes:
                         break
                     before, used = time.monotonic(), supernet
                     if step.startswith("sequence"):
-                        calibration = windows.calibration[: STEPS[step][0] // WINDOW]
                         used = supernet.using(sequential_refit(supernet, architecture, calibration))
                     seconds = time.monotonic() - before
                     quality = used.quality(architecture, windows.heldout, dense)
-                    figure = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds, "order": STEPS[step][2]}
+                    figure = {"kl": quality.kl, "loss": quality.loss, "seconds": seconds, "order": STEPS[step].order}
                     figures[f"{seed}/{share}/{step}"] = figure
                     keep()
                     print(f"seed {seed}, share {share}, {step}: KL {quality.kl:.4f} ({seconds:.0f} s)", flush=True)
@@ -160,15 +205,19 @@ def path_members(model: str, loaded: LoadedModel) -> Iterator[tuple[float, Archi
             yield share, problem.space.decode(problem.family.at(share))
 
 
+def calibration_of(step: Step, own: Tensor, builtin: Tensor) -> Tensor:
+    """A step's windows of either text, `n x WINDOW`."""
+    return torch.cat([own[: step.own // WINDOW], builtin[: step.builtin // WINDOW]])
+
+
 @contextmanager
 def opened(
-    step: str, loaded: LoadedModel, windows: TokenWindows, architectures: dict[str, Architecture], folder: Path
+    step: Step, loaded: LoadedModel, calibration: Tensor, architectures: dict[str, Architecture], folder: Path
 ) -> Iterator[Supernet]:
-    """The supernet with a step's ranking and table, which are kept in a folder."""
-    tokens, ridge, order = STEPS[step]
+    """The supernet with a step's ranking and table of these windows, which are kept in a folder."""
     widths = {kind: sorted({w for one in architectures.values() for w in one.units(kind)}) for kind in BLOCK_KINDS}
-    files = TensorFiles(folder / f"{tokens}-{ridge.share}-{order}")
-    fitted = fit(loaded.model, windows.calibration[: tokens // WINDOW], widths, files, ridge, order, scored=0)
+    files = TensorFiles(folder / f"{step.own}-{step.builtin}-{step.ridge.share}-{step.ridge.times:g}-{step.order}")
+    fitted = fit(loaded.model, calibration, widths, files, step.ridge, step.order, scored=0)
     with Supernet(loaded.model, fitted.ranking, fitted.refits) as supernet:
         yield supernet
 

@@ -9,7 +9,8 @@ import torch
 from llmbo.comparison.config import CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import Judgement, Outcome, judged_numbers
-from llmbo.comparison.schema import HELDOUT, ArmPart, CheckpointPart, TrialPart, UnionPoint
+from llmbo.comparison.schema import HELDOUT, SIZES, ArmPart, CheckpointPart, TrialPart, UnionPoint
+from llmbo.problem.interpolation import interpolated
 from llmbo.problem.objectives import Objective
 from llmbo.problem.proxy import known_values
 from llmbo.report import front_of
@@ -133,13 +134,10 @@ def _checkpoint(
     front = front_of(trials[: judgement.evaluations], problem.objectives)
     numbers = list(judgement.points) or [trial.number for trial in judged_numbers(front, max(2, config.judged_points))]
     gains = {number: curves.gain(trials[number].values) for number in numbers}
-    heldout = dict[int, float | None]()
+    heldout = list[Mapping[str, float]]()
     if problem.judge is not None:
-        heldout = {
-            number: curves.heldout_gain(problem.judge(trials[number].x, trials[number].origin).values)
-            for number in numbers
-        }
-    gain, heldout_gain = _mean(gains.values()), _mean(heldout.values())
+        heldout = [problem.judge(trials[number].x, trials[number].origin).values for number in numbers]
+    gain, heldout_gain = _mean(gains.values()), _mean(map(curves.heldout_gain, heldout))
     return CheckpointPart(
         evaluations=judgement.evaluations,
         hypervolume=judgement.hypervolume,
@@ -148,7 +146,19 @@ def _checkpoint(
         heldout_gain=heldout_gain,
         survival=heldout_gain / gain if heldout_gain is not None and gain is not None and gain > 1e-3 else None,
         points=numbers,
+        log_kl=log_kl_by_size([(curves.size(trial.values), trial.values.get("kl")) for trial in front]),
+        heldout_log_kl=log_kl_by_size([(curves.size(values), values.get("kl")) for values in heldout]),
     )
+
+
+def log_kl_by_size(points: Iterable[tuple[float, float | None]]) -> list[float | None]:
+    """A front's log KL at each of `SIZES`; empty where KL is not known of two sizes below the dense model's."""
+    known = dict(sorted((size, kl) for size, kl in points if kl is not None and kl > 0))
+    if len(known) < 2:
+        return []
+    sizes, kl = (torch.tensor(list(column), dtype=torch.float64) for column in (known, known.values()))
+    at = interpolated(sizes, kl.log()[:, None], torch.tensor(SIZES, dtype=torch.float64)).squeeze(-1).tolist()
+    return [round(value, 6) if sizes[0] <= size <= sizes[-1] else None for size, value in zip(SIZES, at, strict=True)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmbo.comparison.config import Arm
-from llmbo.comparison.page import COLUMNS
+from llmbo.comparison.page import COLUMNS, kl_change
 from llmbo.comparison.runner import Outcome
 from llmbo.comparison.schema import BandPart, Comparison
 from llmbo.display.console import Console, decimals
@@ -89,16 +89,30 @@ def table(result: Comparison) -> Table:
         for heading, metric in others.items()
         if heading == "gain" or any(summary.checkpoints[last][metric] for summary in result.summaries)
     }
+    compared = _kl_compared(result)
     shown.add_column("strategy")
-    for heading in (*map(str, result.checkpoints), *others, "s/batch"):
+    kl = [f"KL, by {result.method}'s"] if compared else []
+    for heading in (*map(str, result.checkpoints), *others, *kl, "s/batch"):
         shown.add_column(heading, justify="right", overflow="fold")
     for summary in sorted(result.summaries, key=lambda s: -(s.trace[-1].mean if s.comparable else 0.0)):
         proxies = [
             summary.checkpoints[count]["hypervolume"] if summary.comparable else None for count in result.checkpoints
         ]
         cells = [_mean(band) for band in (*proxies, *(summary.checkpoints[last][metric] for metric in others.values()))]
+        cells += [compared.get(summary.label, "–")] if compared else []
         shown.add_row(summary.label, *cells, f"{summary.median_proposal_seconds:.2f}")
     return shown
+
+
+def _kl_compared(result: Comparison) -> dict[str, str]:
+    """By how much more or less KL than the method others have at equal size and at the end, on held-out windows where they were judged."""
+    last = [test for test in result.tests if test.evaluations == result.checkpoints[-1]]
+    return {
+        test.label: kl_change(-test.difference.mean)
+        for metric in ("log_kl", "heldout_log_kl")
+        for test in last
+        if test.metric == metric
+    }
 
 
 def _mean(band: BandPart | None) -> str:

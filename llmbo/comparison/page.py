@@ -2,12 +2,13 @@
 
 import html
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llmbo.comparison.schema import HELDOUT, BandPart, Comparison, SummaryPart
+from llmbo.comparison.schema import HELDOUT, BandPart, Comparison, SummaryPart, TestPart
 from llmbo.comparison.statistics import FEWEST_SEEDS
 from llmbo.display.console import decimals
 
@@ -23,6 +24,7 @@ body { background: #14171b; color: #e6e8eb; } svg { background: #fff; } th, td {
 """
 _LINES = ("-", "--", ":", "-.")
 COLUMNS = {"hypervolume": "proxy", "heldout_hypervolume": "held-out", "heldout_accuracy_hypervolume": "held-out items"}
+_TESTED = COLUMNS | {"log_kl": "proxy, KL at equal size", "heldout_log_kl": "held-out, KL at equal size"}
 
 
 def page(result: Comparison) -> str:
@@ -51,7 +53,9 @@ def page(result: Comparison) -> str:
         f"<h2>{html.escape(result.method)} against the others, seed by seed</h2>",
         '<p class="note">Mean difference with the interval of the paired differences, seeds won, and the two-sided Wilcoxon '
         f"signed-rank p (not below {2 ** (1 - len(result.seeds)):.2g} with {seeds}). "
-        f"With fewer than {FEWEST_SEEDS} seeds nothing is called ahead or behind.</p>",
+        f"With fewer than {FEWEST_SEEDS} seeds nothing is called ahead or behind. KL at equal size: how much less or more of it, from the "
+        f"dense model, {html.escape(result.method)} has than the other, geometric mean over the sizes that both fronts reach; below 0 is "
+        "in its favour.</p>",
         _test_table(result),
         "<h2>Evaluations needed to reach each other's final hypervolume</h2>",
         '<p class="note">Row: who searches. Column: whose mean hypervolume at the end is to be reached. – : not within the budget.</p>',
@@ -111,13 +115,27 @@ def _rank(summary: SummaryPart, evaluations: int) -> float:
 def _test_table(result: Comparison) -> str:
     rows = []
     for test in result.tests:
-        difference = test.difference
         p = "–" if test.p is None else f"{test.p:.3f}"
         verdict = f" {test.verdict}" if test.verdict else ""
-        shown = f'<span class="{test.verdict}">{decimals(difference.mean, "+")}{verdict}</span>{_interval(difference, " … ", "+")}'
-        where = [html.escape(test.label), COLUMNS[test.metric], str(test.evaluations)]
+        mean, interval = _difference(test)
+        shown = f'<span class="{test.verdict}">{mean}{verdict}</span>{interval}'
+        where = [html.escape(test.label), _TESTED[test.metric], str(test.evaluations)]
         rows.append([*where, shown, f"{test.wins}/{test.seeds}", p])
     return _table(["against", "windows", "evaluations", "difference", "won", "p"], rows)
+
+
+def _difference(test: TestPart) -> tuple[str, str]:
+    """Its mean and its interval; of log KL as a change of KL."""
+    difference = test.difference
+    if test.metric in COLUMNS:
+        return decimals(difference.mean, "+"), _interval(difference, " … ", "+")
+    mean, *ends = (kl_change(end) for end in (difference.mean, difference.high, difference.low))
+    return mean, f" <small>{ends[0]} … {ends[1]}</small>" if all(ends) and ends[0] != ends[1] else ""
+
+
+def kl_change(difference: float | None) -> str:
+    """How much less or more KL, in percent, a difference of log KL in someone's favour is; empty for None."""
+    return "" if difference is None else f"{100 * math.expm1(-difference):+.1f} %"
 
 
 def _reach_table(result: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from llmbo.problem.objectives import Objective
 
 VOLUMES = ("hypervolume", *HELDOUT)
 METRICS = (*VOLUMES, "gain", "heldout_gain")
+LOG_KL = ("log_kl", "heldout_log_kl")
 
 
 def build_comparison(
@@ -90,11 +92,13 @@ def _tests(
         if label == config.method:
             continue
         for index, evaluations in enumerate(config.checkpoints):
-            for metric in VOLUMES:
-                first, second = _values(full[config.method], index, metric), _values(parts, index, metric)
-                if None in first or None in second or (metric == "hypervolume" and not comparable[label]):
+            for metric in (*VOLUMES, *LOG_KL):
+                if metric in ("hypervolume", "log_kl") and not comparable[label]:
                     continue
-                test = paired([v for v in first if v is not None], [v for v in second if v is not None])
+                pairs = [_pair(*both, index, metric) for both in zip(full[config.method], parts, strict=True)]
+                if None in pairs:
+                    continue
+                test = paired(*zip(*(pair for pair in pairs if pair), strict=True))
                 tests.append(
                     TestPart(
                         label=label,
@@ -121,6 +125,18 @@ def _reach(summaries: Sequence[SummaryPart]) -> list[ReachPart]:
         for other in summaries
         if one is not other
     ]
+
+
+def _pair(method: ArmPart, other: ArmPart, index: int, metric: str) -> tuple[float, float] | None:
+    """A metric of both under one seed, larger is better; None where it is not known of both."""
+    first, second = (getattr(part.checkpoints[index], metric) for part in (method, other))
+    if metric not in LOG_KL:
+        return None if None in (first, second) else (first, second)
+    both = [pair for pair in zip(first, second, strict=False) if None not in pair]
+    if not both:
+        return None
+    ours, others = (fmean(column) for column in zip(*both, strict=True))
+    return -ours, -others
 
 
 def _values(parts: Sequence[ArmPart], index: int, metric: str) -> list[float | None]:

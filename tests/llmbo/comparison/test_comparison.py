@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from click.testing import Result
 from safetensors.torch import load_file, save_file
@@ -25,10 +26,11 @@ from experiments.advice import __main__ as advice
 from llmbo.advisor.store import read_jsonl
 from llmbo.cli import app
 from llmbo.comparison import session
+from llmbo.comparison.arms import log_kl_by_size
 from llmbo.comparison.config import Arm, CompareConfig, ProblemConfig, read_config
 from llmbo.comparison.problems import OpenProblem, judged_objectives
 from llmbo.comparison.runner import check_designs, run_arm
-from llmbo.comparison.schema import HELDOUT, Comparison
+from llmbo.comparison.schema import HELDOUT, SIZES, Comparison
 from llmbo.comparison.session import arm_key
 from llmbo.comparison.statistics import LEVEL
 from llmbo.comparison.store import Evaluation, EvaluationStore, Round
@@ -181,6 +183,38 @@ def test_means_and_tests_follow_from_the_arms(compared: Compare) -> None:
     assert test["difference"]["mean"] == pytest.approx((sum(finals["threshold"]) - sum(finals["random"])) / 2, abs=1e-6)
 
 
+def test_kl_at_equal_size_follows_from_the_fronts(compared: Compare) -> None:
+    """As numpy interpolates them, by nothing but the trials' own values; what is told on the page is percent of KL."""
+    result = compared.result()
+
+    def curve(arm: dict[str, Any]) -> np.ndarray:
+        points: list[tuple[float, float]] = []
+        for size, kl in sorted((t["values"]["params_share"], t["values"]["kl"]) for t in arm["trials"]):
+            if kl < min((least for _, least in points), default=math.inf):
+                points.append((size, kl))
+        sizes, kls = np.array(points).T
+        return np.interp(SIZES, sizes, np.log(kls), left=np.nan, right=np.nan)
+
+    def of(label: str) -> list[np.ndarray]:
+        return [curve(arm) for arm in result["arms"] if arm["label"] == label]
+
+    differences = [np.nanmean(other - ours) for ours, other in zip(of("threshold"), of("random"), strict=True)]
+    tests = {(t["label"], t["metric"], t["evaluations"]): t["difference"] for t in result["tests"]}
+    found = tests["random", "log_kl", 16]
+    assert found["mean"] == pytest.approx(np.mean(differences), abs=1e-5) and found["low"] < found["mean"]
+    page = (compared.folder / "comparisons" / "tiny" / "comparison.html").read_text(encoding="utf-8")
+    assert f">{100 * math.expm1(-found['mean']):+.1f} %<" in page
+    assert ("random", "heldout_log_kl", 16) in tests
+
+
+def test_kl_by_size_is_known_between_points_and_nowhere_else() -> None:
+    points = [(0.81, math.exp(-8.1)), (0.5, math.exp(-5)), (1.0, 0.0), (0.9, None), (0.66, math.exp(-6.6))]
+    found = dict(zip(SIZES, log_kl_by_size(points), strict=True))
+    for size, value in found.items():
+        assert value == (pytest.approx(-10 * size, abs=1e-5) if 0.5 <= size <= 0.81 else None)
+    assert log_kl_by_size(points[:1]) == log_kl_by_size([(1.0, 0.0), (0.5, None), (0.4, 1.0)]) == []
+
+
 def test_nobody_dominates_the_union_front(compared: Compare) -> None:
     result = compared.result()
     front = [(p["values"]["kl"], p["values"]["params_share"]) for p in result["union_front"]]
@@ -286,7 +320,9 @@ def test_a_changed_problem_is_judged_on_the_same_held_out_windows(compare: Compa
     with sqlite3.connect(compare.folder / "comparisons" / "evaluations.db") as connection:
         evaluators = connection.execute("select count(distinct evaluator) from evaluations").fetchone()[0]
     assert evaluators == 3  # two proxies, one judge
-    assert {test["metric"] for test in result["tests"]} == {"heldout_hypervolume"}
+    assert {test["metric"] for test in result["tests"]} == {"heldout_hypervolume", "heldout_log_kl"}
+    [found] = (test["difference"]["mean"] for test in result["tests"] if test["metric"] == "heldout_log_kl")
+    assert f"{100 * math.expm1(found):+.1f} %" in answer.output  # the other's KL, by that of the method
 
 
 KNOWN = {"params_share": 0.4, "flops": 4.0e6, "kv_bytes": 200.0}  # of the smallest model

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.refit_quality import __main__ as benchmark
 
@@ -38,9 +39,8 @@ def test_every_step_is_measured_once_and_what_another_order_gave_is_measured_ane
     monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
     monkeypatch.setattr(benchmark, "WINDOW", 16)
     monkeypatch.setattr(benchmark, "TOKENS", 128)
-    monkeypatch.setattr(
-        benchmark, "STEPS", {name: (tokens // 128, *rest) for name, (tokens, *rest) in benchmark.STEPS.items()}
-    )
+    steps = {name: step._replace(tokens=step.tokens // 128) for name, step in benchmark.STEPS.items()}
+    monkeypatch.setattr(benchmark, "STEPS", steps)
     first = figures()
     assert list(benchmark.STEPS) == ["first version", "ridge", "order", "tokens", "sequence"]
     assert first.keys() == {
@@ -88,3 +88,25 @@ def test_a_curve_is_measured_and_drawn(
     )
     figures["0/0.65/table 64"]["kl"] += 1
     assert benchmark.drawn({"figures": figures}) != drawn[0]
+
+
+def test_every_base_is_a_table_of_its_own_and_built_in_text_takes_the_place_of_own(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bases.json"
+    monkeypatch.setenv("LLMBO_CACHE", str(tmp_path))
+    monkeypatch.setattr(benchmark, "WINDOW", 16)
+    monkeypatch.setattr(benchmark, "TOKENS", 128)
+    monkeypatch.setattr(benchmark, "STEPS", dict(benchmark.STEPS))
+    where = ["--model", f"{model_folder}", "--dtype", "float32", "--text", f"text:{text_file}", "--out", f"{out}"]
+    monkeypatch.setattr(
+        sys, "argv", ["refit_quality", *where, "--bases", "--seeds", "1", "--shares", "0.5", "--judged", "4"]
+    )
+    benchmark.main()
+    kls = {key.split("/")[2]: one["kl"] for key, one in json.loads(out.read_text())["figures"].items()}
+    assert list(kls) == list(dict(benchmark.bases())) and len(set(kls.values())) == len(kls)
+    own, builtin = torch.zeros(8, 16), torch.ones(8, 16)
+    parts = {name: benchmark.calibration_of(step, own, builtin)[:, 0].tolist() for name, step in benchmark.bases()}
+    assert parts["base"] == 8 * [0]
+    assert parts["1 in 4 built-in"] == 6 * [0] + 2 * [1]
+    assert parts["built-in beside"] == 8 * [0] + 8 * [1]

@@ -57,22 +57,27 @@ def main() -> None:
     results = Results(options.out, settings_of(options, "minutes"))
     keys = [f"{share} {number}" for number in range(options.candidates) for share in options.shares]
     if pending := [key for key in keys if key not in results.entries]:
-        for key, entry in _measured(options, pending):
-            results.add(key, entry)
-            told = "  ".join(f"{name} {value:.5g}" for name, value in entry["scores"].items())
-            print(f"{key:8} {entry['seconds']:6.1f} s  {told}  healed {entry['healed']:.4f}", flush=True)
-            if time.perf_counter() - start > 60 * options.minutes:
-                break
+        with tempfile.TemporaryDirectory(prefix="order-") as work:
+            for key, entry in _measured(options, pending, Path(work)):
+                results.add(key, entry)
+                told = "  ".join(f"{name} {value:.5g}" for name, value in entry["scores"].items())
+                print(f"{key:8} {entry['seconds']:6.1f} s  {told}  healed {entry['healed']:.4f}", flush=True)
+                if time.perf_counter() - start > 60 * options.minutes:
+                    break
     for name, (tau, low, high) in taus(results.entries, options.shares).items():
         print(f"{name:8} tau {tau:+.2f}, 95 % {low:+.2f} to {high:+.2f}")
 
 
-def _measured(options: argparse.Namespace, keys: Sequence[str]) -> Any:
-    """Key and entry of one candidate after the other."""
+def _measured(options: argparse.Namespace, keys: Sequence[str], work: Path) -> Any:
+    """Key and entry of one candidate after the other.
+
+    Args:
+        work: Folder for checkpoints and the teacher's logits.
+    """
     device = choose_device(options.device)
     loaded = load_model(options.model, "float32", device)
     loaded.model.requires_grad_(False)
-    dtype, work = choose_dtype(options.dtype, device, loaded.model.config), Path(tempfile.mkdtemp(prefix="order-"))
+    dtype = choose_dtype(options.dtype, device, loaded.model.config)
     config = Task(
         options.model, work / "out", options.text, options.window, options.validation,
         calibration_tokens=options.calibration, device=device,

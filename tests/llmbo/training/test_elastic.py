@@ -295,7 +295,9 @@ def test_scores_forecast_the_order_after_healing(
     words += ["--candidates", 3, "--tokens", 64, "--window", 16, "--calibration", 128, "--judged", 64, "--scored", 64]
     words += ["--validation", 2, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "order.json"]
     monkeypatch.setattr("sys.argv", ["healing_order", *map(str, words)])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     order.main()
+    assert not list(tmp_path.glob("order-*"))  # checkpoints of hundreds of megabytes each
     entries = json.loads((tmp_path / "order.json").read_text())["entries"]
     sizes = [entry["scores"]["params"] for entry in entries.values()]
     assert len(entries) == 3 and max(sizes) - min(sizes) < order.EQUAL * 2

@@ -77,6 +77,12 @@ def recover(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Items per file; 0 takes all.")] = 0,
+    items_every: Annotated[
+        int,
+        typer.Option(
+            help="Take the items behind every so many validations, too, which takes its time; 0: behind none."
+        ),
+    ] = 0,
     format: FormatOption = "",
     dtype: DtypeOption = "",
     quantize: QuantizeOption = "",
@@ -132,8 +138,8 @@ def recover(
         with together(device) as own:
             others, console = place() > 0, Console(stderr=True, quiet=place() > 0)
             task = Task(
-                *(source, out, text, window, heldout, teacher, compute_dtype, own, files, trial, format, refit, dtype),
-                *(quantize, max_shard_size, distil),
+                *(source, out, text, window, heldout, teacher, compute_dtype, own, files, items_every, trial, format),
+                *(refit, dtype, quantize, max_shard_size, distil),
             )
             with Display(console, 0) as display:
                 outcome = train_briefly(task, plan, length, command, display, lambda progress: tell(progress, console))

@@ -33,4 +33,7 @@ Dtype = Annotated[str, typer.Option(help="Of the products: auto (the faster one 
 def tell(progress: "Progress", console: Any) -> None:
     step, value = progress.history[-1]
     best = " (best)" if progress.best[0] == step else ""
-    console.print(f"step {step}: validation {value:.4f}{best}", style="dim", highlight=False)
+    scores = "".join(
+        f", {name} {acc:.3f}" for at, found in progress.scores if at == step for name, acc in found.items()
+    )
+    console.print(f"step {step}: validation {value:.4f}{best}{scores}", style="dim", highlight=False)

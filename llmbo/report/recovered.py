@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmbo.errors import StorageError, first_fault
 from llmbo.report.schema import ItemsPart
@@ -20,10 +20,12 @@ class HeldOut(BaseModel):
 
 
 class ItemsJudged(ItemsPart):
-    """A file of items, and what was right of it before and after, by the names of `ItemScores`."""
+    """A file of items, and what was right of it before and after, by the names of `ItemScores`; `between`, by step, the part that was
+    right on the way, where it was asked for."""
 
     before: dict[str, float]
     after: dict[str, float]
+    between: list[tuple[int, float]] = Field(default_factory=list)
 
 
 class Recovered(BaseModel):

@@ -51,7 +51,10 @@ class Checkpoints:
                 )
             self._put(load_file(last / WEIGHTS))
             self._put_moments(load_file(last / OPTIMIZER))
-            return Progress([(step, loss) for step, loss in stored["history"]], stored["micro"])
+            history, scores = (
+                [(step, found) for step, found in of] for of in (stored["history"], stored.get("scores", ()))
+            )
+            return Progress(history, stored["micro"], scores)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise StorageError(
                 f"The checkpoint '{last}' is damaged or of another version of llmbo ({first_line(error)}): delete '{self._folder}', then "
@@ -74,7 +77,7 @@ class Checkpoints:
             temporary.mkdir(exist_ok=True)
             save_file(self._trained(), temporary / WEIGHTS)
             save_file(self._moments(), temporary / OPTIMIZER)
-            stored = {"plan": asdict(self._plan), "history": progress.history, "micro": progress.micro}
+            stored = {"plan": asdict(self._plan), **asdict(progress)}
             (temporary / PROGRESS).write_text(json.dumps(stored), encoding="utf-8")
         _delete(former)
         return progress

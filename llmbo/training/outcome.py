@@ -78,6 +78,11 @@ def told(course: Course, outcome: Outcome, command: str) -> tuple[dict[str, Any]
         lines.append(f"| KL from the dense model | {outcome.before.kl:.4f} | {outcome.after.kl:.4f} |")
     lines += [f"| {' | '.join(row)} |" for row in outcome.scores]
     lines += ["", f"Validation {judged} by step: " + ", ".join(f"{s}: {v:.4f}" for s, v in progress.history) + "."]
+    lines += [
+        f"{file.name}, acc by step: " + ", ".join(f"{s}: {v:.3f}" for s, v in file.between) + "."
+        for file in outcome.items
+        if file.between
+    ]
     if progress.fault:
         recovery["fault"] = progress.fault
         lines += ["", f"Training stopped early: {progress.fault.split(';')[0]}."]

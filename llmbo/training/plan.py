@@ -133,11 +133,13 @@ class Progress:
         history: (Steps done, what is validated in nats per token: KL from the dense model where it teaches, else loss), the untrained
             model first.
         micro: Windows at once, where that is less than the plan's.
+        scores: (Steps done, part of the items that are right, by file) behind some of the validations.
         fault: Why it stopped before its time; empty if it did not.
     """
 
     history: list[tuple[int, float]] = field(default_factory=list)
     micro: int = 0
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     fault: str = ""
 
     @property

@@ -54,7 +54,7 @@ class Task:
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model; empty takes the one the folder names.
         compute_dtype: Of the matrix products while training; "auto" takes the faster one here.
-        items: To judge by before and after.
+        items: To judge by before and after, and behind every so many validations (`items_every`; 0 for none).
         trial: Of the run that `source` names.
         format, refit, dtype, quantize, max_shard_size: As `llmbo export` has them, for a trial; a folder stays what it is.
         distil: Learn from the dense model; None where it is known.
@@ -69,6 +69,7 @@ class Task:
     compute_dtype: str = "auto"
     device: str = "auto"
     items: tuple[ItemFile, ...] = ()
+    items_every: Annotated[int, Within(0, MOST)] = 0
     trial: Annotated[int | None, Within(0, MOST)] = None
     format: str = ""
     refit: str = ""
@@ -79,6 +80,8 @@ class Task:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.items_every and not self.items:
+            raise ConfigError(f"--items-every {self.items_every} needs --items: name a file of them.")
         check_dtype(self.compute_dtype, "--compute-dtype")
         if self.compute_dtype == "float16":
             raise ConfigError("--compute-dtype float16 loses small gradients: take bfloat16 or float32.")
@@ -214,11 +217,20 @@ def _trained(
     check_finite(task.source, "float32", before.loss)
     exams = [Exam.of(file, student.model, student.tokenizer) for file in task.items]
     first = _taken(exams, student.model, phases)
+
+    def examine(model: PreTrainedModel) -> dict[str, float]:
+        return {exam.name: exam.taken_by(model)["acc"] for exam in exams}
+
+    lesson = replace(course.lesson, examine=examine, examined=task.items_every)
     with phases.phase("training", plan.steps) as advance:
-        trained, progress = train(student.model, course.lesson, plan, work, advance, watch, phases.note)
+        trained, progress = train(student.model, lesson, plan, work, advance, watch, phases.note)
     after = quality(trained, windows.heldout, course.dense)
     scores = zip(task.items, first, _taken(exams, trained, phases), strict=True)
-    items = (ItemsJudged(**items_part(file).model_dump(), before=one, after=two) for file, one, two in scores)
+    between = {file.name: [(step, found[file.name]) for step, found in progress.scores] for file in task.items}
+    items = (
+        ItemsJudged(**items_part(file).model_dump(), before=one, after=two, between=between[file.name])
+        for file, one, two in scores
+    )
     tokens = progress.best[0] * plan.batch * task.window
     return trained, course, Outcome(before, after, tokens, plan, progress, tuple(items))
 

@@ -37,6 +37,7 @@ class Lesson:
         dense: What the dense model predicts on the validation windows; with it KL decides, else the loss.
         refitter: Where output projections are to be refitted.
         dtype: Of the matrix products, a key of `DTYPES`: float32 or bfloat16. Weights that learn are float32.
+        examine: What else is told of the model behind every so many validations (`examined`; 0 for none), by name.
     """
 
     training: Tensor
@@ -46,6 +47,8 @@ class Lesson:
     refitter: Refitter | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    examine: Callable[[PreTrainedModel], dict[str, float]] = lambda model: {}
+    examined: int = 0
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
@@ -118,7 +121,10 @@ def train(
             break
         if plan.refits_after(last):
             found = _refitted(model, lesson, learner, plan, last, found)
-        progress = checkpoints.save(replace(progress, history=[*progress.history, (last, found)]))
+        progress = replace(progress, history=[*progress.history, (last, found)])
+        if lesson.examined and not (len(progress.history) - 1) % lesson.examined:
+            progress.scores = [*progress.scores, (last, lesson.examine(model))]
+        checkpoints.save(progress)
         on_validation(progress)
     checkpoints.load_best()
     return learner.merged().eval(), progress

@@ -35,17 +35,30 @@ function recoveries(entry) {
     rows.push(...made.items.map(({ name, count, before, after }) => [`${name}, acc of ${count} items`, right(before), right(after)]));
     return el("section", { class: "recovered" }, el("h4", {}, "Recovered"),
       el("p", { class: "muted" }, `In ${made.folder}: ${made.what}, ${made.tokens} tokens.`),
-      table(["held-out", "before", "after"], rows, "Recovered"), curve(made),
+      table(["held-out", "before", "after"], rows, "Recovered"), curve(made), ...made.items.map((file) => overSteps(file) ?? ""),
       el("div", { class: "command" }, el("code", {}, made.command)));
   });
 }
 
 function curve({ validation, distilled }) {
-  const [width, height] = [320, 60];
   const values = validation.map(([, value]) => value);
-  const [last, low, high] = [Math.max(1, validation.at(-1)[0]), Math.min(...values), Math.max(...values)];
-  const points = validation.map(([step, value]) => `${(width * step) / last},${height * (1 - (value - low) / (high - low || 1))}`).join(" ");
-  const told = `validation ${distilled ? "KL" : "loss"} ${values[0].toFixed(4)} → ${low.toFixed(4)} in ${last} steps`;
+  const told = `validation ${distilled ? "KL" : "loss"} ${values[0].toFixed(4)} → ${Math.min(...values).toFixed(4)} in ${validation.at(-1)[0]} steps`;
+  return drawn(validation, told);
+}
+
+/** What was right of a file of items on the way; null where nobody asked. */
+function overSteps({ name, before, between }) {
+  if (!between.length) return null;
+  const points = [[0, before.acc], ...between];
+  return drawn(points, `${name}, acc by step: ${points.map(([step, acc]) => `${step}: ${acc.toFixed(3)}`).join(", ")}`);
+}
+
+/** Values by step as a line, and in words. */
+function drawn(steps, told) {
+  const [width, height] = [320, 60];
+  const values = steps.map(([, value]) => value);
+  const [last, low, high] = [Math.max(1, steps.at(-1)[0]), Math.min(...values), Math.max(...values)];
+  const points = steps.map(([step, value]) => `${(width * step) / last},${height * (1 - (value - low) / (high - low || 1))}`).join(" ");
   return el("figure", {}, el("svg:svg", { viewBox: `-2 -2 ${width + 4} ${height + 4}`, class: "curve", role: "img", "aria-label": told },
     el("svg:polyline", { points })), el("figcaption", { class: "muted" }, told));
 }

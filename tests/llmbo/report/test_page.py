@@ -543,7 +543,7 @@ def test_what_was_healed_is_told_with_its_items_and_curve(
     }  # fmt: skip
     folder = tmp_path / "runs" / report["run"]["name"]
     folder.mkdir(parents=True)
-    whole = made | {"items": [items | {"before": scores[0], "after": scores[1]}]}
+    whole = made | {"items": [items | {"before": scores[0], "after": scores[1], "between": [[2, 0.47], [4, 0.5]]}]}
     former = made | {"trial": report["front"][1]["trial"]}  # as the first versions wrote it
     (folder / "recovered.json").write_text(json.dumps([whole, former]))
     monkeypatch.chdir(tmp_path)
@@ -553,6 +553,8 @@ def test_what_was_healed_is_told_with_its_items_and_curve(
         assert rows[1:3] == ["KL from the dense model 0.2500 0.1250", "loss, nats per token 3.1000 2.9000"]
         assert rows[3].endswith("acc of 300 items 0.440 ± 0.028 0.500 ± 0.029") and "<img" in rows[3]
         assert tab.page.evaluate("window.broken") is None and "0.2500 → 0.1250 in 4 steps" in tab.text(".recovered")
+        assert "acc by step: 0: 0.440, 2: 0.470, 4: 0.500" in tab.text(".recovered")
+        assert tab.page.locator(".recovered svg").count() == 2
         tab.page.evaluate(f"STATE.selected = '0:{former['trial']}'; drawTrial(STATE)")
         assert tab.page.locator(".recovered tr").count() == 3
 

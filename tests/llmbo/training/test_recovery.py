@@ -70,6 +70,7 @@ def run(folder: Path, windows: tuple[torch.Tensor, torch.Tensor], work: Path, pl
     if teacher is not None:
         whole = Architecture((2,) * 4, (24,) * 4)
         lesson = replace(lesson, dense=dense_distribution(teacher, windows[1]), refitter=Refitter.of(teacher, whole))
+    lesson = replace(lesson, examine=lambda model: {"loss": quality(model, windows[1]).loss}, examined=2)
     return train(model, lesson, plan, work, **options)
 
 
@@ -133,6 +134,9 @@ def test_an_interrupted_training_ends_where_it_would_have_ended(
     steps: list[int] = []
     resumed, again = run(model_folder, windows, tmp_path / "parts", plan, teacher=teacher, on_step=steps.append)
     assert again.history == progress.history and steps[0] == (stop - 1) // 4 * 4 + 1
+    assert again.scores == progress.scores and [step for step, _ in again.scores] == [8, 16][: PLAN.steps // 8]
+    if not plan.distil:  # validated by the very loss
+        assert [found["loss"] for _, found in again.scores] == [again.history[step // 4][1] for step, _ in again.scores]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     with pytest.raises(StorageError, match="other settings"):
         run(model_folder, windows, tmp_path / "parts", replace(plan, seed=1), teacher=teacher)
@@ -496,6 +500,8 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
         items,
         "--limit",
         6,
+        "--items-every",
+        2,
         "--text",
         text,
     )
@@ -522,6 +528,10 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
     assert json.dumps(made["folder"]) in (beside.parent / "report.html").read_text()
     (judged,) = made["items"]
     assert (judged["name"], judged["count"], judged["kind"]) == ("words", 6, "multiple_choice")
+    [(step, right)] = judged["between"]
+    assert step == 2 and f"step 2: validation {made['validation'][2][1]:.4f}" in result.stderr
+    assert f"words {right:.3f}\n" in result.stderr
+    assert f"words, acc by step: 2: {right:.3f}." in (out / "README.md").read_text()
     (file,) = read_item_files([str(items)], 6)
     written = load_checkpoint(str(out), "float32", "cpu")
     assert Exam.of(file, written.model, written.tokenizer).taken_by(written.model) == judged["after"]
@@ -619,6 +629,7 @@ def test_checkpoints_take_no_more_disk_than_is_checked(
         (("{model}", "--max-shard-size", "1MB"), "--max-shard-size 1MB needs --trial"),
         (("{model}", "--refit", "table"), "--refit table needs --trial"),
         (("{model}", "--items", "{tmp}/none.jsonl"), "none.jsonl"),
+        (("{model}", "--items-every", "2"), "--items-every 2 needs --items"),
         (("{model}", "--limit", -1), "--limit must be at least 0"),
         *((("{model}", "--lr", lr), "--lr must be") for lr in ("nan", "inf", -1)),
         *((("{model}", flag, 0), f"{flag} must be at least 1") for flag in ("--steps", "--heldout", "--tokens")),

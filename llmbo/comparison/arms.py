@@ -1,5 +1,6 @@
 """What has to be known of an arm while its problem is open: checkpoints, gains and the union front."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,7 +11,6 @@ from llmbo.comparison.config import CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import Judgement, Outcome, judged_numbers
 from llmbo.comparison.schema import HELDOUT, SIZES, ArmPart, CheckpointPart, TrialPart, UnionPoint
-from llmbo.problem.interpolation import interpolated
 from llmbo.problem.objectives import Objective
 from llmbo.problem.proxy import known_values
 from llmbo.report import front_of
@@ -152,13 +152,13 @@ def _checkpoint(
 
 
 def log_kl_by_size(points: Iterable[tuple[float, float | None]]) -> list[float | None]:
-    """A front's log KL at each of `SIZES`; empty where KL is not known of two sizes below the dense model's."""
-    known = dict(sorted((size, kl) for size, kl in points if kl is not None and kl > 0))
-    if len(known) < 2:
-        return []
-    sizes, kl = (torch.tensor(list(column), dtype=torch.float64) for column in (known, known.values()))
-    at = interpolated(sizes, kl.log()[:, None], torch.tensor(SIZES, dtype=torch.float64)).squeeze(-1).tolist()
-    return [round(value, 6) if sizes[0] <= size <= sizes[-1] else None for size, value in zip(SIZES, at, strict=True)]
+    """Log KL of the best model that fits each of `SIZES`, None where none does; empty where KL is not known.
+
+    Nothing is interpolated: between far points a line through logs would promise models that nobody has, the more so near the dense one.
+    """
+    known = [(size, kl) for size, kl in points if kl is not None and kl > 0]
+    fitting = ([kl for own, kl in known if own <= size] for size in SIZES)
+    return [round(math.log(min(kls)), 6) if kls else None for kls in fitting] if known else []
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

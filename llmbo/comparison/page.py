@@ -54,8 +54,8 @@ def page(result: Comparison) -> str:
         '<p class="note">Mean difference with the interval of the paired differences, seeds won, and the two-sided Wilcoxon '
         f"signed-rank p (not below {2 ** (1 - len(result.seeds)):.2g} with {seeds}). "
         f"With fewer than {FEWEST_SEEDS} seeds nothing is called ahead or behind. KL at equal size: how much less or more of it, from the "
-        f"dense model, {html.escape(result.method)} has than the other, geometric mean over the sizes that both fronts reach; below 0 is "
-        "in its favour.</p>",
+        f"dense model, {html.escape(result.method)} has than the other, geometric mean over sizes of the best "
+        "model that fits; below 0 is in its favour.</p>",
         _test_table(result),
         "<h2>Evaluations needed to reach each other's final hypervolume</h2>",
         '<p class="note">Row: who searches. Column: whose mean hypervolume at the end is to be reached. – : not within the budget.</p>',

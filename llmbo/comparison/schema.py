@@ -28,9 +28,9 @@ class CheckpointPart(_Part):
     by accuracy on held-out items in place of loss, null where accuracy is not searched. `gain` is the mean, over `points`, of the
     threshold family's quality at the same size minus the point's own (nats, on the proxy windows), size being the parameter share,
     or the mean of other costs that are searched, each as a part of the dense model's; `heldout_gain` the same in held-out loss.
-    `survival` is the share of the proxy's gain that held-out text confirms. `log_kl` is the log of the KL from the dense model at each of
-    `SIZES`, linear between the front's points, null beyond them, and empty where KL is not known; `heldout_log_kl` the same for `points`
-    on held-out windows.
+    `survival` is the share of the proxy's gain that held-out text confirms. `log_kl` is the log of the KL from the dense model that the
+    front's best model has which fits each of `SIZES`: null where none fits, empty where KL is not known; `heldout_log_kl` the same for
+    `points` on held-out windows.
     """
 
     evaluations: int
@@ -83,8 +83,8 @@ class SummaryPart(_Part):
 class TestPart(_Part):
     """The method against another strategy, seed by seed; positive differences are in its favour.
 
-    Metrics are hypervolumes, and `log_kl` and `heldout_log_kl`: by how much the method's are lower, mean over those of `SIZES` that both
-    fronts reach.
+    Metrics are hypervolumes, and `log_kl` and `heldout_log_kl`: by how much the method's are lower, mean over those of `SIZES` that models
+    of both fit.
     `verdict` calls it ahead or behind where the interval is without zero, and never with three seeds or fewer.
     """
 

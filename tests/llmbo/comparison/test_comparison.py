@@ -184,21 +184,18 @@ def test_means_and_tests_follow_from_the_arms(compared: Compare) -> None:
 
 
 def test_kl_at_equal_size_follows_from_the_fronts(compared: Compare) -> None:
-    """As numpy interpolates them, by nothing but the trials' own values; what is told on the page is percent of KL."""
+    """By nothing but the trials' own values; what is told on the page is percent of KL."""
     result = compared.result()
 
     def curve(arm: dict[str, Any]) -> np.ndarray:
-        points: list[tuple[float, float]] = []
-        for size, kl in sorted((t["values"]["params_share"], t["values"]["kl"]) for t in arm["trials"]):
-            if kl < min((least for _, least in points), default=math.inf):
-                points.append((size, kl))
-        sizes, kls = np.array(points).T
-        return np.interp(SIZES, sizes, np.log(kls), left=np.nan, right=np.nan)
+        sizes, kls = np.array([(t["values"]["params_share"], t["values"]["kl"]) for t in arm["trials"]]).T
+        return np.array([np.log(kls[sizes <= size].min()) if (sizes <= size).any() else np.nan for size in SIZES])
 
     def of(label: str) -> list[np.ndarray]:
         return [curve(arm) for arm in result["arms"] if arm["label"] == label]
 
-    differences = [np.nanmean(other - ours) for ours, other in zip(of("threshold"), of("random"), strict=True)]
+    pairs = zip(of("threshold"), of("random"), strict=True)
+    differences = [np.nanmean(other - ours) for ours, other in pairs]
     tests = {(t["label"], t["metric"], t["evaluations"]): t["difference"] for t in result["tests"]}
     found = tests["random", "log_kl", 16]
     assert found["mean"] == pytest.approx(np.mean(differences), abs=1e-5) and found["low"] < found["mean"]
@@ -207,12 +204,14 @@ def test_kl_at_equal_size_follows_from_the_fronts(compared: Compare) -> None:
     assert ("random", "heldout_log_kl", 16) in tests
 
 
-def test_kl_by_size_is_known_between_points_and_nowhere_else() -> None:
-    points = [(0.81, math.exp(-8.1)), (0.5, math.exp(-5)), (1.0, 0.0), (0.9, None), (0.66, math.exp(-6.6))]
+def test_kl_by_size_is_that_of_the_best_model_that_fits() -> None:
+    points = [(0.8, 0.1), (0.5, 0.7), (1.0, 0.0), (0.9, None), (0.66, 0.3), (0.7, 0.5)]
     found = dict(zip(SIZES, log_kl_by_size(points), strict=True))
-    for size, value in found.items():
-        assert value == (pytest.approx(-10 * size, abs=1e-5) if 0.5 <= size <= 0.81 else None)
-    assert log_kl_by_size(points[:1]) == log_kl_by_size([(1.0, 0.0), (0.5, None), (0.4, 1.0)]) == []
+    assert found[0.48] is None and found[0.02] is None
+    assert {size: math.exp(found[size] or 0) for size in (0.5, 0.64, 0.66, 0.78, 0.8, 0.98)} == pytest.approx(
+        {0.5: 0.7, 0.64: 0.7, 0.66: 0.3, 0.78: 0.3, 0.8: 0.1, 0.98: 0.1}, abs=1e-5
+    )
+    assert log_kl_by_size([(1.0, 0.0), (0.5, None)]) == []
 
 
 def test_nobody_dominates_the_union_front(compared: Compare) -> None:

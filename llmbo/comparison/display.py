@@ -91,7 +91,7 @@ def table(result: Comparison) -> Table:
     }
     compared = _kl_compared(result)
     shown.add_column("strategy")
-    kl = [f"KL, by {result.method}'s"] if compared else []
+    kl = [f"KL against {result.method}"] if compared else []
     for heading in (*map(str, result.checkpoints), *others, *kl, "s/batch"):
         shown.add_column(heading, justify="right", overflow="fold")
     for summary in sorted(result.summaries, key=lambda s: -(s.trace[-1].mean if s.comparable else 0.0)):

@@ -1,6 +1,6 @@
 """Held-out loss of the threshold families at fixed shares: how widths are best allocated without any search.
 
-    python -m experiments.allocation experiments/configs/problem_r_kl.toml --text text:path/to/wikitext2-valid.txt
+    python -m experiments.allocation experiments/configs/peers.toml --text text:path/to/wikitext2-valid.txt
 
 The families are those of `llmbo.problem.preparation.Problem`: the default one, the same before width exchanges between blocks, Fisher
 scores, and Taylor scores as in LLM-Pruner (arXiv:2305.11627); with and without compensation, on the config's held-out windows.
@@ -32,7 +32,8 @@ def main() -> None:
     print("family          compensation  " + "".join(f"{share:>8.2f}" for share in SHARES))
     with EvaluationStore.open(arguments.cache) as store:
         for compensation in (True, False):
-            wanted = replace(base, run=replace(base.run, compensation=compensation))
+            anchors = base.run.refit_anchors if compensation else 0  # they are refits
+            wanted = replace(base, run=replace(base.run, compensation=compensation, refit_anchors=anchors))
             with opened(wanted, [wanted], config.margin, wanted.run.objectives, store, Quiet()) as problem:
                 assert problem.judge is not None
                 for name in FAMILIES:

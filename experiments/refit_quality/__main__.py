@@ -100,11 +100,18 @@ def main() -> None:
     parser.add_argument("--bases", action="store_true", help="what a search could begin with, in place of the steps")
     parser.add_argument("--picture", type=Path, help="draw the curve here, as SVG")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"{OUT.name} beside this, of the steps")
     parser.add_argument("--show", action="store_true", help="print what is stored, measure nothing")
     options = parser.parse_args()
     if options.curve and options.bases:
         parser.error("--curve and --bases take the place of the steps: give one of them")
+    if (options.curve or options.bases) and not options.out:
+        parser.error(f"{OUT.name} holds figures of the steps: give --out")
+    if options.bases and options.text == "builtin":
+        parser.error("--bases puts built-in text among the calibration tokens: give another --text to judge by")
+    if options.picture and not options.curve:
+        parser.error("--picture draws a --curve: give one")
+    options.out = options.out or OUT
     if options.curve or options.bases:
         steps = curve(map(int, options.curve.split(","))) if options.curve else bases()
         STEPS.clear()

@@ -11,6 +11,7 @@ from llmbo.comparison.config import CompareConfig
 from llmbo.comparison.problems import OpenProblem
 from llmbo.comparison.runner import Judgement, Outcome, judged_numbers
 from llmbo.comparison.schema import HELDOUT, SIZES, ArmPart, CheckpointPart, TrialPart, UnionPoint
+from llmbo.config.objectives import priced_by
 from llmbo.problem.objectives import Objective
 from llmbo.problem.proxy import known_values
 from llmbo.report import front_of
@@ -58,9 +59,7 @@ def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
     rows = [problem.measure(x, "threshold").values for x in members]
     whole = known_values(problem.space, problem.space.max_levels)
 
-    def size(values: Mapping[str, float]) -> float:
-        return fmean(values[name] / whole[name] for name in problem.space.priced_by)
-
+    size = size_by(problem.space.priced_by, whole)
     at = torch.tensor([size(row) for row in rows], dtype=torch.float64)
     excess = [quality.sign * (dense - row[quality.name]) for row in rows]
     proxy = FamilyCurve.through(at, torch.tensor(excess, dtype=torch.float64))
@@ -70,6 +69,11 @@ def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
     losses = [problem.judge(x, "threshold").values["loss"] - heldout_dense for x in members]
     heldout = FamilyCurve.through(at, torch.tensor(losses, dtype=torch.float64))
     return Curves(proxy, heldout, size, float(at.min()), quality, dense, heldout_dense)
+
+
+def size_by(names: Sequence[str], whole: Mapping[str, float]) -> Callable[[Mapping[str, float]], float]:
+    """The mean of known costs, each as a part of the dense model's (`whole`)."""
+    return lambda values: fmean(values[name] / whole[name] for name in names)
 
 
 def arm_part(outcome: Outcome, problem: OpenProblem, curves: Curves, config: CompareConfig) -> ArmPart:
@@ -135,6 +139,7 @@ def _checkpoint(
     numbers = list(judgement.points) or [trial.number for trial in judged_numbers(front, max(2, config.judged_points))]
     gains = {number: curves.gain(trials[number].values) for number in numbers}
     heldout = list[Mapping[str, float]]()
+    judged_size = size_by(priced_by(config.judged_by), known_values(problem.space, problem.space.max_levels))
     if problem.judge is not None:
         heldout = [problem.judge(trials[number].x, trials[number].origin).values for number in numbers]
     gain, heldout_gain = _mean(gains.values()), _mean(map(curves.heldout_gain, heldout))
@@ -147,7 +152,7 @@ def _checkpoint(
         survival=heldout_gain / gain if heldout_gain is not None and gain is not None and gain > 1e-3 else None,
         points=numbers,
         log_kl=log_kl_by_size([(curves.size(trial.values), trial.values.get("kl")) for trial in front]),
-        heldout_log_kl=log_kl_by_size([(curves.size(values), values.get("kl")) for values in heldout]),
+        heldout_log_kl=log_kl_by_size([(judged_size(values), values.get("kl")) for values in heldout]),
     )
 
 

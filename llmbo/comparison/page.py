@@ -135,7 +135,7 @@ def _difference(test: TestPart) -> tuple[str, str]:
 
 def kl_change(difference: float | None) -> str:
     """How much less or more KL, in percent, a difference of log KL in someone's favour is; empty for None."""
-    return "" if difference is None else f"{100 * math.expm1(-difference):+.1f} %"
+    return "" if difference is None else f"{100 * math.expm1(-difference) + 0.0:+.1f} %"
 
 
 def _reach_table(result: Comparison) -> str:

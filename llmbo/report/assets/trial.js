@@ -35,7 +35,7 @@ function recoveries(entry) {
     rows.push(...made.items.map(({ name, count, before, after }) => [`${name}, acc of ${count} items`, right(before), right(after)]));
     return el("section", { class: "recovered" }, el("h4", {}, "Recovered"),
       el("p", { class: "muted" }, `In ${made.folder}: ${made.what}, ${made.tokens} tokens.`),
-      table(["held-out", "before", "after"], rows, "Recovered"), curve(made), ...made.items.map((file) => overSteps(file) ?? ""),
+      table(["held-out", "before", "after"], rows, "Recovered"), curve(made), ...made.items.map(overSteps),
       el("div", { class: "command" }, el("code", {}, made.command)));
   });
 }

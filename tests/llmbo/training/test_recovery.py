@@ -114,6 +114,7 @@ def test_a_harmful_plan_returns_the_untrained_model(
     [
         (5, PLAN),
         (8, PLAN),
+        (9, PLAN),
         (8, replace(PLAN, train="lora", rank=4)),
         (5, replace(PLAN, distil=True, train="refit-lora")),
     ],

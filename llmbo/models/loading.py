@@ -36,7 +36,7 @@ from llmbo.models.mapping import is_mapped, mapped_copy
 from llmbo.models.placement import DTYPES, MAPPED, OFFLOADS, cards_for, choose_device, choose_dtype, leave_layers
 from pruning.anatomy import anatomy_of, family_of, sizes_of
 from pruning.errors import UnsupportedModel
-from pruning.export.rebuild import local_class
+from pruning.export.rebuild import cast, local_class
 from pruning.likelihood import DenseDistribution
 
 
@@ -259,6 +259,8 @@ def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Che
         dtype = choose_dtype(dtype, device, found.config.get_text_config())
         model = _read(found, DTYPES[dtype], device if offload == "none" else "cpu")
     check_values(found.name, model)
+    if getattr(found.config, "quantization_config", None) is not None:
+        cast(model, DTYPES[dtype])  # what was not quantised comes as it is stored, whatever was asked for
     if offload == "gpu":
         leave_layers(model, device, cards=cards_for(found.name, model, device))
     elif offload != "none":

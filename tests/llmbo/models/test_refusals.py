@@ -363,7 +363,9 @@ def test_fp8_is_dequantised_and_says_so(
 ) -> None:
     folder = damaged(in_fp8)
     loaded, dense = (load_model(str(place), "float32", "cpu") for place in (folder, model_folder))
-    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    half = load_model(str(folder), "bfloat16", "cpu")
+    for found, dtype in ((loaded, torch.float32), (half, torch.bfloat16)):
+        assert {weight.dtype for weight in found.model.parameters()} == {dtype}
     for name, weight in dense.model.named_parameters():
         torch.testing.assert_close(loaded.model.get_parameter(name), weight, rtol=0.07, atol=0.01)
     assert re.search(r"stored in fp8 and dequantised", *loaded.notes)
@@ -371,7 +373,8 @@ def test_fp8_is_dequantised_and_says_so(
     with pytest.raises(ModelError, match=rf"'{folder}' are dequantised .* cannot be mapped: use --offload cpu"):
         load_model(str(folder), "float32", "cpu", "disk")
     assert "dequantised" in invoke(tmp_path, *commands["evaluate"], folder).output
-    result = invoke(tmp_path, *(word for word in commands["optimize"] if word != "--quiet"), folder)
+    told = [word for word in commands["optimize"] if word != "--quiet"]
+    result = invoke(tmp_path, *told, folder, "--dtype", "bfloat16")
     assert result.exit_code == 0 and "dequantised" in result.output
 
 

@@ -162,6 +162,7 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     text = Text(text.source, undo_spacing(text.content))
     facts = {"model": loaded.fingerprint, "text": text.sha256, "judged": options.judged, "torch": torch.__version__}
     most = max(step.own for step in STEPS.values())
+    most_builtin = max(step.builtin for step in STEPS.values())
     if most != 4 * TOKENS:  # windows are dealt out for the most demanding step
         facts["calibration"] = most
     if stored.setdefault("facts", facts) != facts:
@@ -179,15 +180,16 @@ def measure(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     for seed in range(options.seeds):
         counts = {"calibration": most // WINDOW, "proxy": 0, "heldout": options.judged}
         windows = cut_windows(text, loaded.tokenizer, counts, WINDOW, seed)
-        most_other = max(step.builtin for step in STEPS.values()) // WINDOW
-        counts = {"calibration": most_other, "proxy": 0, "heldout": 0}
-        other = cut_windows(read_text("builtin"), loaded.tokenizer, counts, WINDOW, seed).calibration
+        builtin = windows.calibration[:0]
+        if most_builtin:
+            counts = {"calibration": most_builtin // WINDOW, "proxy": 0, "heldout": 0}
+            builtin = cut_windows(read_text("builtin"), loaded.tokenizer, counts, WINDOW, seed).calibration
         for step in options.steps.split(","):
             missing = {s: architectures[s] for s in options.shares.split(",") if f"{seed}/{s}/{step}" not in figures}
             if not missing or time.monotonic() - start > 60 * options.minutes:
                 continue
             folder = cache_dir() / "refit_quality" / f"{loaded.fingerprint}-{text.sha256[:8]}-{seed}"
-            calibration = calibration_of(STEPS[step], windows.calibration, other)
+            calibration = calibration_of(STEPS[step], windows.calibration, builtin)
             with opened(STEPS[step], loaded, calibration, architectures, folder) as supernet:
                 dense = supernet.distribution(windows.heldout)
                 for share, architecture in missing.items():

@@ -25,11 +25,13 @@ class Curves:
 
     Args:
         size: From values to what the path's steps are priced by, 1 for the dense model (`SearchSpace.weight`).
+        judged_size: The same by the costs that all problems are judged by.
     """
 
     proxy: FamilyCurve
     heldout: FamilyCurve | None
     size: Callable[[Mapping[str, float]], float]
+    judged_size: Callable[[Mapping[str, float]], float]
     smallest: float
     quality: Objective
     dense: float
@@ -59,19 +61,19 @@ def measured_curves(problem: OpenProblem, config: CompareConfig) -> Curves:
     rows = [problem.measure(x, "threshold").values for x in members]
     whole = known_values(problem.space, problem.space.max_levels)
 
-    size = size_by(problem.space.priced_by, whole)
+    size, judged_size = (_size_by(names, whole) for names in (problem.space.priced_by, priced_by(config.judged_by)))
     at = torch.tensor([size(row) for row in rows], dtype=torch.float64)
     excess = [quality.sign * (dense - row[quality.name]) for row in rows]
     proxy = FamilyCurve.through(at, torch.tensor(excess, dtype=torch.float64))
     if problem.judge is None:
-        return Curves(proxy, None, size, float(at.min()), quality, dense, 0.0)
+        return Curves(proxy, None, size, judged_size, float(at.min()), quality, dense, 0.0)
     heldout_dense = problem.judge(problem.space.max_levels, "dense").values["loss"]
     losses = [problem.judge(x, "threshold").values["loss"] - heldout_dense for x in members]
     heldout = FamilyCurve.through(at, torch.tensor(losses, dtype=torch.float64))
-    return Curves(proxy, heldout, size, float(at.min()), quality, dense, heldout_dense)
+    return Curves(proxy, heldout, size, judged_size, float(at.min()), quality, dense, heldout_dense)
 
 
-def size_by(names: Sequence[str], whole: Mapping[str, float]) -> Callable[[Mapping[str, float]], float]:
+def _size_by(names: Sequence[str], whole: Mapping[str, float]) -> Callable[[Mapping[str, float]], float]:
     """The mean of known costs, each as a part of the dense model's (`whole`)."""
     return lambda values: fmean(values[name] / whole[name] for name in names)
 
@@ -139,7 +141,6 @@ def _checkpoint(
     numbers = list(judgement.points) or [trial.number for trial in judged_numbers(front, max(2, config.judged_points))]
     gains = {number: curves.gain(trials[number].values) for number in numbers}
     heldout = list[Mapping[str, float]]()
-    judged_size = size_by(priced_by(config.judged_by), known_values(problem.space, problem.space.max_levels))
     if problem.judge is not None:
         heldout = [problem.judge(trials[number].x, trials[number].origin).values for number in numbers]
     gain, heldout_gain = _mean(gains.values()), _mean(map(curves.heldout_gain, heldout))
@@ -152,7 +153,7 @@ def _checkpoint(
         survival=heldout_gain / gain if heldout_gain is not None and gain is not None and gain > 1e-3 else None,
         points=numbers,
         log_kl=log_kl_by_size([(curves.size(trial.values), trial.values.get("kl")) for trial in front]),
-        heldout_log_kl=log_kl_by_size([(judged_size(values), values.get("kl")) for values in heldout]),
+        heldout_log_kl=log_kl_by_size([(curves.judged_size(values), values.get("kl")) for values in heldout]),
     )
 
 

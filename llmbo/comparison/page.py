@@ -4,6 +4,7 @@ import html
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,16 +127,17 @@ def _test_table(result: Comparison) -> str:
 
 def _difference(test: TestPart) -> tuple[str, str]:
     """Its mean and its interval; of log KL as a change of KL."""
-    difference = test.difference
+    band = test.difference
     if test.metric in COLUMNS:
-        return decimals(difference.mean, "+"), _interval(difference, " … ", "+")
-    mean, *ends = (kl_change(end) for end in (difference.mean, difference.high, difference.low))
-    return mean, f" <small>{ends[0]} … {ends[1]}</small>" if all(ends) and ends[0] != ends[1] else ""
+        signed = partial(decimals, sign="+")
+        return signed(band.mean), _interval(band, " … ", signed)
+    turned = BandPart(mean=band.mean, low=band.high, high=band.low)  # the more it is in favour, the less KL
+    return kl_change(turned.mean), _interval(turned, " … ", kl_change)
 
 
-def kl_change(difference: float | None) -> str:
-    """How much less or more KL, in percent, a difference of log KL in someone's favour is; empty for None."""
-    return "" if difference is None else f"{100 * math.expm1(-difference) + 0.0:+.1f} %"
+def kl_change(difference: float) -> str:
+    """How much less or more KL, in percent, a difference of log KL in someone's favour is."""
+    return f"{100 * math.expm1(-difference) + 0.0:+.1f} %"
 
 
 def _reach_table(result: Comparison) -> str:
@@ -183,11 +185,11 @@ def _band(band: BandPart | None) -> str:
     return f"{decimals(band.mean)}{_interval(band, '…')}"
 
 
-def _interval(band: BandPart, between: str, sign: str = "") -> str:
+def _interval(band: BandPart, between: str, told: Callable[[float], str] = decimals) -> str:
     """Nothing where there is none, or it has no width."""
     if band.low is None or band.high is None or band.low == band.high:
         return ""
-    return f" <small>{decimals(band.low, sign)}{between}{decimals(band.high, sign)}</small>"
+    return f" <small>{told(band.low)}{between}{told(band.high)}</small>"
 
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:

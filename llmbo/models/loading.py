@@ -97,6 +97,11 @@ class Found:
     trust_remote_code: bool
     notes: tuple[str, ...]
 
+    @property
+    def quantised(self) -> bool:
+        """Whether its weights are dequantised while they are loaded."""
+        return getattr(self.config, "quantization_config", None) is not None
+
 
 def find_checkpoint(name: str, trust_remote_code: bool = False) -> Found:
     """Look at the config alone, and refuse what it tells; code from the folder runs only on request.
@@ -259,7 +264,7 @@ def _loaded(found: Found, dtype: str, device: str, offload: str = "none") -> Che
         dtype = choose_dtype(dtype, device, found.config.get_text_config())
         model = _read(found, DTYPES[dtype], device if offload == "none" else "cpu")
     check_values(found.name, model)
-    if getattr(found.config, "quantization_config", None) is not None:
+    if found.quantised:
         cast(model, DTYPES[dtype])  # what was not quantised comes as it is stored, whatever was asked for
     if offload == "gpu":
         leave_layers(model, device, cards=cards_for(found.name, model, device))
@@ -281,7 +286,7 @@ def _read(found: Found, dtype: torch.dtype | str, device: str, folder: Path | No
             device_map=None if device == "cpu" else {"": device},
         )
     check_weights(found.name, model, info)
-    if getattr(found.config, "quantization_config", None) is None:
+    if not found.quantised:
         check_stored(found.name, found.source, model)
     return model
 
@@ -290,7 +295,7 @@ def _mapped(
     found: Found, dtype: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, str, tuple[str, ...]]:
     """The model in files, its dtype, and what was done for it. Without another wish, the dtype is the one that it is stored in."""
-    if getattr(found.config, "quantization_config", None) is not None:
+    if found.quantised:
         raise ModelError(
             f"The weights of '{found.name}' are dequantised while they are loaded, so they cannot be mapped: use --offload cpu."
         )

@@ -226,12 +226,14 @@ def _trained(
         trained, progress = train(student.model, lesson, plan, work, advance, watch, phases.note)
     after = quality(trained, windows.heldout, course.dense)
     scores = zip(task.items, first, _taken(exams, trained, phases), strict=True)
-    between = {  # a stopped training may have been asked for other items
-        file.name: [(step, found[file.name]) for step, found in progress.scores if file.name in found]
-        for file in task.items
-    }
     items = (
-        ItemsJudged(**items_part(file).model_dump(), before=one, after=two, between=between[file.name])
+        ItemsJudged(
+            **items_part(file).model_dump(),
+            before=one,
+            after=two,
+            # a stopped training may have been asked for other items
+            between=[(step, found[file.name]) for step, found in progress.scores if file.name in found],
+        )
         for file, one, two in scores
     )
     tokens = progress.best[0] * plan.batch * task.window

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -36,6 +37,7 @@ from pruning.sequential import sequential_refit
 
 RATES = Rates(matmul=3e14, single=5e13, passes=1e12, link=2e10)
 CARD = Machine("cuda", 24 * 10**9, 10**12)
+DISK = 10**11  # free wherever a plan looks
 SHAPES: dict[str, Any] = {
     "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
     "70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672},
@@ -50,7 +52,7 @@ def anatomies() -> dict[str, Any]:
 
 @pytest.fixture
 def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
-    """(Llama-3.1's size, settings) -> its plan on a card of 24 GB; there is a config, and no weights."""
+    """(Llama-3.1's size, settings) -> its plan on a card of 24 GB and a disk of 100; there is a config, and no weights."""
 
     def read_once(found: Any) -> Any:
         name = Path(found.name).name
@@ -65,6 +67,7 @@ def planned(tmp_path: Path, anatomies: dict[str, Any], monkeypatch: pytest.Monke
         return plan_of(RunConfig(str(tmp_path / size), **settings), RATES, machine, devices)
 
     monkeypatch.setattr("llmbo.run.plan.anatomy_of_config", read_once)
+    monkeypatch.setattr("llmbo.run.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=DISK))
     return make
 
 
@@ -86,7 +89,7 @@ def test_what_does_not_fit_says_what_would(planned: Callable[..., Plan]) -> None
     plan = planned("70B", offload="none")
     assert not plan.fits and plan.chosen is None and "--offload auto fits" in plan.refused
     assert planned("70B", memory="10GB").refused.endswith("MB fits.")
-    assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit no disk here
+    assert not (crowded := planned("70B", neuron_step=64)).fits  # refits of so many widths fit neither disk nor host
     assert "--neuron-step" in crowded.refused and crowded.chosen is not None
     assert "--racing runs the model as a whole" in planned("70B", racing=True).refused
 

@@ -2,11 +2,11 @@
 
     python -m experiments.elastic --out elastic.json --text python --judge builtin
 
-Cuts to five shares along the allocation path. Four arms at each: `none` (cut and refitted in sequence), `elastic` (one adapter for all
-sizes, trained with --tokens before the cut), `one` (each size healed with all of --tokens, as if no other was wanted) and `each` (--tokens
-divided among the sizes). A token counts whenever it passes a model that learns, so the sandwich of two or three members sees fewer of the
-text. A table is printed at the end. Finished entries are in --out and are not done again by the same command, which goes on with a training
-that was stopped. See README.md.
+Cuts to five shares along the allocation path. Four arms: `none` (cut and refitted in sequence), `elastic` (one adapter for all sizes,
+trained with --tokens before the cut), `one` (the size of --healed is healed with all of --tokens, the others stay as they are) and `each`
+(--tokens divided among the sizes). A token counts whenever it passes a model that learns, so the sandwich of two or three members sees
+fewer of the text. A table is printed at the end. Finished entries are in --out and are not done again by the same command, which goes on
+with a training that was stopped. See README.md.
 """
 
 import argparse
@@ -60,12 +60,13 @@ SHARES = ("0.9", "0.8", "0.65", "0.5", "0.4")
 def main() -> None:
     silence_libraries()
     options = _options()
-    settings = settings_of(options, "seeds", "arms")
+    settings = settings_of(options, "seeds", "arms", "healed")
     results, work = Results(options.out, settings), work_of(options.out, settings)
     for seed in options.seeds:
         study = None
         for arm in options.arms:
-            pending = [share for share in options.shares if f"{seed} {share} {arm}" not in results.entries]
+            shares = options.healed if arm == "one" else options.shares
+            pending = [share for share in shares if f"{seed} {share} {arm}" not in results.entries]
             if not pending:
                 continue
             study = study or Study(options, seed, work / f"seed-{seed}")
@@ -175,7 +176,11 @@ def _options() -> argparse.Namespace:
     parser = parser_of(__doc__, shares=list(SHARES), tokens=200_000, out=Path("elastic.json"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    return parsed(parser)
+    parser.add_argument("--healed", nargs="+", default=["0.65"], help="shares that `one` heals, each with all tokens")
+    options = parsed(parser)
+    if strange := set(options.healed) - set(options.shares):
+        parser.error(f"--healed {' '.join(sorted(strange))}: not among --shares {' '.join(options.shares)}.")
+    return options
 
 
 if __name__ == "__main__":

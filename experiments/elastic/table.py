@@ -10,7 +10,7 @@ from llmbo.search.pareto import hypervolume
 
 
 def table(entries: Mapping[str, Any], shares: Sequence[str]) -> str:
-    """A row for each text and arm, over the seeds that have it at all shares.
+    """A row for each text and arm, over the seeds that have it at all shares; `one` is beside the others as they were.
 
     Args:
         entries: By `SEED SHARE ARM`, as the result file has them.
@@ -23,6 +23,8 @@ def table(entries: Mapping[str, Any], shares: Sequence[str]) -> str:
     titles = ["text", "arm", "seeds", *(f"KL at {share}" for share in shares), "hypervolume"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for (text, arm), seeds in sorted(found.items()):
+        if arm == "one":
+            seeds = {seed: {**found.get((text, "none"), {}).get(seed, {}), **healed} for seed, healed in seeds.items()}
         whole = [by_share for by_share in seeds.values() if set(shares) <= by_share.keys()]
         if not whole:
             continue

@@ -4,9 +4,10 @@
 
 At each share some candidates of equal size are scored, cut, healed alike and measured on held-out text: the allocation path's member, and
 others with more and more widths exchanged at random. Scores are KL from the dense model, correlation of gradients with the dense model's
-in the space of low-rank changes (after TraceNAS, arXiv:2602.02891), the norm of these gradients, and the number of parameters. Printed is
-Kendall's tau of every score with the order after healing, within sizes, with a bootstrapped 95 % interval. Finished candidates are in
---out and are not done again by the same command. See README.md.
+in the space of low-rank changes (after TraceNAS, arXiv:2602.02891), the norm of these gradients, and the number of parameters; beside them
+KL on the held-out text before healing. Printed is Kendall's tau of each with the order after healing, within sizes, with a bootstrapped
+95 % interval, and how much worse than the best healed one its favourites are. Finished candidates are in --out and are not done again by
+the same command. See README.md.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from pruning.supernet import Supernet
 EQUAL = 0.004  # of the blocks' parameters; sizes closer than that are one
 DRAWS = 2000  # of the bootstrap
 RANK = 8  # of the space that gradients are compared in
-BETTER = {"kl": -1, "trace": 1, "norm": -1, "params": 1}  # sign of a score that promises more
+BETTER = {"kl": -1, "trace": 1, "norm": -1, "params": 1, "unhealed": -1}  # sign of a score that promises more
 Scores = dict[str, float]
 
 
@@ -64,8 +65,8 @@ def main() -> None:
                 print(f"{key:8} {entry['seconds']:6.1f} s  {told}  healed {entry['healed']:.4f}", flush=True)
                 if time.perf_counter() - start > 60 * options.minutes:
                     break
-    for name, (tau, low, high) in taus(results.entries, options.shares).items():
-        print(f"{name:8} tau {tau:+.2f}, 95 % {low:+.2f} to {high:+.2f}")
+    for name, (tau, low, high, loss) in forecasts(results.entries, options.shares).items():
+        print(f"{name:8} tau {tau:+.2f}, 95 % {low:+.2f} to {high:+.2f}; its favourites {loss:.1%} worse than the best")
 
 
 def _measured(options: argparse.Namespace, keys: Sequence[str], work: Path) -> Any:
@@ -178,18 +179,22 @@ def trace(whole: Sequence[Tensor], own: Sequence[Tensor]) -> float:
     return total / len(own)
 
 
-def taus(entries: Mapping[str, Any], shares: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Kendall's tau of each score with the order after healing, a mean over sizes, with its interval; 1 is a perfect forecast."""
+def forecasts(entries: Mapping[str, Any], shares: Sequence[str]) -> dict[str, tuple[float, float, float, float]]:
+    """Of each score: Kendall's tau with the order after healing, a mean over sizes (1 is a perfect forecast), the ends of its interval, and
+    how much more KL the candidate that it likes best has than the best one, after healing."""
     groups = [[entry for key, entry in entries.items() if key.split()[0] == share] for share in shares]
     groups = [group for group in groups if len(group) > 2]
     rng, found = np.random.default_rng(0), {}
     if not groups:
         return {}
     for name, sign in BETTER.items():
-        pairs = [np.array([[sign * e["scores"][name], -e["healed"]] for e in group]) for group in groups]
+        promised = [[sign * (e["scores"] | {"unhealed": e["unhealed"]})[name] for e in group] for group in groups]
+        healed = [[e["healed"] for e in group] for group in groups]
+        pairs = [np.stack([own, np.negative(kl)], -1) for own, kl in zip(promised, healed, strict=True)]
         drawn = [_tau(p[rng.integers(len(p), size=(DRAWS, len(p)))]) for p in pairs]
         low, high = np.nanquantile(np.mean(drawn, axis=0), [0.025, 0.975])
-        found[name] = float(np.mean([_tau(p) for p in pairs])), float(low), float(high)
+        losses = [kl[int(np.argmax(own))] / min(kl) - 1 for own, kl in zip(promised, healed, strict=True)]
+        found[name] = float(np.mean([_tau(p) for p in pairs])), float(low), float(high), fmean(losses)
     return found
 
 

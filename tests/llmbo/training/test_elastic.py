@@ -209,6 +209,8 @@ def test_the_experiment_trains_every_arm_once(
             0.6,
         ]
         given += [
+            "--healed",
+            0.6,
             "--seeds",
             0,
             "--tokens",
@@ -232,7 +234,7 @@ def test_the_experiment_trains_every_arm_once(
     monkeypatch.setattr("sys.argv", words(whole))
     experiment.main()
     expected = entries(whole)
-    assert set(expected) == {f"0 {share} {arm}" for share in ("0.8", "0.6") for arm in experiment.ARMS}
+    assert set(expected) == {f"0 {s} {arm}" for s in ("0.8", "0.6") for arm in experiment.ARMS} - {"0 0.8 one"}
     steps = {arm: expected[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
     assert not steps["none"] and [steps[arm][0][0] for arm in ("one", "each", "elastic")] == [
         16,
@@ -250,22 +252,22 @@ def test_the_experiment_trains_every_arm_once(
 
     train, trained = experiment.train, list[int]()
 
-    def second_is_stopped(*args: Any, **options: Any) -> Any:
+    def stopped(*args: Any, **options: Any) -> Any:
         def step(done: int) -> None:
             trained.append(done)
-            if len(trained) == 16 + 9:
+            if len(trained) == 9:
                 raise KeyboardInterrupt
 
         return train(*args, step, **options)
 
-    monkeypatch.setattr(experiment, "train", second_is_stopped)
+    monkeypatch.setattr(experiment, "train", stopped)
     monkeypatch.setattr("sys.argv", words(parts, "--arms", "one", "elastic"))
     with pytest.raises(KeyboardInterrupt):
         experiment.main()
-    assert set(entries(parts)) == {"0 0.8 one"}
+    assert not parts.exists()
     experiment.main()
-    assert trained[16 + 9] == 9  # 16 steps, validated at every second: it went on behind the eighth
-    assert len(trained) == 16 + 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert trained[9] == 9  # 16 steps, validated at every second: it went on behind the eighth
+    assert len(trained) == 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     for key, entry in entries(parts).items():
         assert {**entry, "seconds": 0} == {**expected[key], "seconds": 0}
 
@@ -279,11 +281,12 @@ def test_hypervolume_is_of_what_models_of_all_shares_dominate() -> None:
         return {"texts": {"t": {"kl": kl}}}
 
     found = {f"{seed} {share} none": entry(kl) for seed in (0, 1) for share, kl in (("0.5", 1.0), ("0.8", 0.5))}
-    found |= {"0 0.5 one": entry(0.5), "0 0.8 one": entry(0.25), "1 0.5 one": entry(0.5)}
+    found |= {"0 0.5 each": entry(0.5), "0 0.8 each": entry(0.25), "1 0.5 each": entry(0.5), "1 0.5 one": entry(0.25)}
     lines = table(found, ("0.8", "0.5")).splitlines()
     assert lines[2:] == [
+        "| t | each | 1 | 0.2500 | 0.5000 | 0.3000 |",
         "| t | none | 2 | 0.5000 ± 0.0000 | 1.0000 ± 0.0000 | 0.1000 ± 0.0000 |",
-        "| t | one | 1 | 0.2500 | 0.5000 | 0.3000 |",
+        "| t | one | 1 | 0.5000 | 0.2500 | 0.3750 |",  # the other size as it was
     ]
     assert "No arm" in table({"1 0.5 one": entry(0.5)}, ("0.8", "0.5"))
 
@@ -307,9 +310,10 @@ def test_scores_forecast_the_order_after_healing(
         whole, [-part for part in whole]
     ) == pytest.approx(-1)
     assert order.trace(whole, [whole[0], *map(torch.zeros_like, whole[1:])]) == pytest.approx(1 / 3)
-    forecast = {f"0.6 {n}": {"scores": dict.fromkeys(order.BETTER, n), "healed": n} for n in range(5)}
+    scores = {f"0.6 {n}": dict.fromkeys(order.BETTER, n) for n in range(5)}
+    forecast = {key: {"scores": own, "unhealed": n, "healed": 1 + n} for n, (key, own) in enumerate(scores.items())}
     drawn = torch.randint(4, (3, 6, 2), generator=torch.Generator().manual_seed(0)).numpy()
     assert order._tau(drawn) == pytest.approx([kendalltau(*pairs.T).statistic for pairs in drawn])
-    assert {name: found[0] for name, found in order.taus(forecast, ["0.6"]).items()} == pytest.approx(
-        {name: -sign for name, sign in order.BETTER.items()}
-    )
+    found = order.forecasts(forecast, ["0.6"])
+    assert {name: own[0] for name, own in found.items()} == {name: -sign for name, sign in order.BETTER.items()}
+    assert {name: own[3] for name, own in found.items()} == {name: 2 + 2 * sign for name, sign in order.BETTER.items()}

@@ -176,8 +176,11 @@ def _options() -> argparse.Namespace:
     parser = parser_of(__doc__, shares=list(SHARES), tokens=200_000, out=Path("elastic.json"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--healed", nargs="+", default=["0.65"], help="shares that `one` heals, each with all tokens")
+    parser.add_argument(
+        "--healed", nargs="+", help="shares that `one` heals, each with all tokens; by default the middle one"
+    )
     options = parsed(parser)
+    options.healed = options.healed or [options.shares[len(options.shares) // 2]]
     if strange := set(options.healed) - set(options.shares):
         parser.error(f"--healed {' '.join(sorted(strange))}: not among --shares {' '.join(options.shares)}.")
     return options

@@ -48,13 +48,15 @@ class Quiet:
 
 
 class Telling:
-    """Proposes what the seed says, and says what it was shown."""
+    """Proposes what the seed says, and says what it was shown; `ahead` is set once trials were pending."""
 
-    def __init__(self, toy: Any) -> None:
-        self._toy = toy
+    def __init__(self, toy: Any, ahead: Any = None) -> None:
+        self._toy, self._ahead = toy, ahead or threading.Event()
 
     def propose(self, trials: Sequence[Trial], q: int, seed: int) -> list[Proposal]:
         pending = [trial.number for trial in trials if trial.state is TrialState.RUNNING]
+        if pending:
+            self._ahead.set()
         return [Proposal(x, f"{len(trials)} {pending}") for x in self._toy.random_points(q, seed)]
 
 
@@ -88,7 +90,7 @@ def test_every_trial_of_a_shared_run_is_measured_once_whoever_is_killed_or_falls
     """The owner is killed, a worker too, another is stopped until its trial is another's; one of the rest finishes the run."""
     context = get_context("fork")
     inside = {who: context.Event() for who in ("owner", "killed", "stopped")}
-    late = context.Queue()
+    late, ahead = context.Queue(), context.Event()
 
     class Slow:
         """Holds on within the trial that is to be its last, or spoils it after a sleep of which it does not know."""
@@ -105,6 +107,8 @@ def test_every_trial_of_a_shared_run_is_measured_once_whoever_is_killed_or_falls
             others = inside["killed"].is_set() and inside["stopped"].is_set()
             if self.who == "good" or (self.who == "owner" and not others) or (self.who == "stopped" and self.calls > 1):
                 return found
+            # Whatever holds the storage up: a round was proposed while this trial was under way.
+            assert ahead.wait(TIMEOUT)
             lease_module.BEAT = FOREVER  # stopped within a beat, it would hold the storage's lock as long as it sleeps
             time.sleep(0.2)
             inside[self.who].set()
@@ -122,14 +126,14 @@ def test_every_trial_of_a_shared_run_is_measured_once_whoever_is_killed_or_falls
             store = own(storage, lease)
             while store.size() < 3:  # before both workers are there
                 time.sleep(0.02)
-            loop.run_search(Telling(toy), Slow("owner"), store, BUDGET, 2, 0, Quiet())
+            loop.run_search(Telling(toy, ahead), Slow("owner"), store, BUDGET, 2, 0, Quiet())
 
     def help_out(who: str) -> None:
         evaluator, storage = Slow(who), open_storage(url)
         while True:
             try:
                 with joined(storage, "run", tmp_path / who, {"device": who}) as team:
-                    loop.run_search(Telling(toy), evaluator, worker(toy, storage, team), BUDGET, 2, 0, Quiet())
+                    loop.run_search(Telling(toy, ahead), evaluator, worker(toy, storage, team), BUDGET, 2, 0, Quiet())
                     return
             except TakenOver as error:
                 late.put((who, str(error)))

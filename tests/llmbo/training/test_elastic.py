@@ -186,6 +186,10 @@ def test_a_study_of_a_text_that_it_cannot_use_ends_in_one_line(
             study.main()
         line = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and line.startswith("error: ") and "of the mix" in line
+    monkeypatch.setattr("sys.argv", ["study", *map(str, words), "--healed", "0.7"])
+    with pytest.raises(SystemExit) as ended:
+        experiment.main()
+    assert ended.value.code == 2 and "--healed 0.7: not among --shares 0.6" in capsys.readouterr().err
 
 
 def test_the_experiment_trains_every_arm_once(

@@ -213,8 +213,6 @@ def test_the_experiment_trains_every_arm_once(
             0.6,
         ]
         given += [
-            "--healed",
-            0.6,
             "--seeds",
             0,
             "--tokens",
@@ -238,7 +236,8 @@ def test_the_experiment_trains_every_arm_once(
     monkeypatch.setattr("sys.argv", words(whole))
     experiment.main()
     expected = entries(whole)
-    assert set(expected) == {f"0 {s} {arm}" for s in ("0.8", "0.6") for arm in experiment.ARMS} - {"0 0.8 one"}
+    everything = {f"0 {share} {arm}" for share in ("0.8", "0.6") for arm in experiment.ARMS}
+    assert set(expected) == everything - {"0 0.8 one"}
     steps = {arm: expected[f"0 0.6 {arm}"]["history"][-1:] for arm in experiment.ARMS}
     assert not steps["none"] and [steps[arm][0][0] for arm in ("one", "each", "elastic")] == [
         16,
@@ -250,28 +249,33 @@ def test_the_experiment_trains_every_arm_once(
         (row,) = [line for line in shown.splitlines() if line.startswith(f"| text:{text_file} | {arm} | 1 |")]
         assert f" {expected[f'0 0.6 {arm}']['texts'][f'text:{text_file}']['kl']:.4f} |" in row
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
-    monkeypatch.setattr(experiment, "Study", None)  # nothing is done again
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "Study", None)  # nothing is done again
+        experiment.main()
+    both = ("--healed", 0.8, 0.6)
+    monkeypatch.setattr("sys.argv", words(whole, *both))
     experiment.main()
-    monkeypatch.undo()
+    expected = entries(whole)
+    assert set(expected) == everything
 
     train, trained = experiment.train, list[int]()
 
-    def stopped(*args: Any, **options: Any) -> Any:
+    def second_is_stopped(*args: Any, **options: Any) -> Any:
         def step(done: int) -> None:
             trained.append(done)
-            if len(trained) == 9:
+            if len(trained) == 16 + 9:
                 raise KeyboardInterrupt
 
         return train(*args, step, **options)
 
-    monkeypatch.setattr(experiment, "train", stopped)
-    monkeypatch.setattr("sys.argv", words(parts, "--arms", "one", "elastic"))
+    monkeypatch.setattr(experiment, "train", second_is_stopped)
+    monkeypatch.setattr("sys.argv", words(parts, *both, "--arms", "one", "elastic"))
     with pytest.raises(KeyboardInterrupt):
         experiment.main()
-    assert not parts.exists()
+    assert set(entries(parts)) == {"0 0.8 one"}
     experiment.main()
-    assert trained[9] == 9  # 16 steps, validated at every second: it went on behind the eighth
-    assert len(trained) == 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert trained[16 + 9] == 9  # 16 steps, validated at every second: it went on behind the eighth
+    assert len(trained) == 16 + 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     for key, entry in entries(parts).items():
         assert {**entry, "seconds": 0} == {**expected[key], "seconds": 0}
 

@@ -5,8 +5,8 @@
 Cuts to five shares along the allocation path. Four arms: `none` (cut and refitted in sequence), `elastic` (one adapter for all sizes,
 trained with --tokens before the cut), `one` (the size of --healed is healed with all of --tokens, the others stay as they are) and `each`
 (--tokens divided among the sizes). A token counts whenever it passes a model that learns, so the sandwich of two or three members sees
-fewer of the text. A table is printed at the end. Finished entries are in --out and are not done again by the same command, which goes on
-with a training that was stopped. See README.md.
+fewer of the text. `elastic-small` and `elastic-random` draw other members (`draws.py`), where they are asked for. A table is printed at the
+end. Finished entries are in --out and are not done again by the same command, which goes on with a training that was stopped. See README.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from experiments.elastic.draws import DRAWS
 from experiments.elastic.table import table
 from experiments.quiet import Quiet
 from experiments.studies import (
@@ -96,16 +97,15 @@ class Study:
         self._work = work
         work.mkdir(parents=True, exist_ok=True)
         self._task = Task(
-            options.model, self._work / "adapter", options.text, options.window, options.validation,
+            options.model, self._work, options.text, options.window, options.validation,
             calibration_tokens=options.calibration, seed=seed, dtype=self._dtype, device=device,
         )  # fmt: skip
         self._config = self._task.config
         windows = load_windows(self._config, self._loaded)
         self._judges = Judges(options.judge, self._loaded, options.judged, self._config, windows, options.window)
 
-    def _cut(self, config: RunConfig, loaded: LoadedModel, share: str) -> Cut:
+    def _cut(self, config: RunConfig, loaded: LoadedModel, share: str, kind: str = "plain") -> Cut:
         """A share's member of the path, refitted in sequence, in float32 on the CPU. All are cut at once, and kept."""
-        kind = "elastic" if config.elastic else "plain"
         files = {own: self._work / f"{kind}-{own}.pt" for own in self._options.shares}
         if not all(file.is_file() for file in files.values()):
             windows = load_windows(config, loaded)
@@ -121,8 +121,8 @@ class Study:
     def arm(self, arm: str, shares: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The entry of one share after the other."""
         options = self._options
-        if arm == "elastic":
-            yield from self._elastic(shares)
+        if arm in DRAWS:
+            yield from self._elastic(arm, shares)
             return
         tokens = {"none": 0, "one": options.tokens, "each": options.tokens // len(options.shares)}[arm]
         for share in shares:
@@ -136,17 +136,18 @@ class Study:
         options = self._options
         return Plan(0, options.batch, "lora", options.rank, options.lr, True, 0, 10**6, self._seed)
 
-    def _elastic(self, shares: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        start, out = time.perf_counter(), self._task.out
+    def _elastic(self, arm: str, shares: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        start, out = time.perf_counter(), self._work / arm
         if not out.exists():
             length = Length(tokens=round(self._options.tokens / PASSES))
-            train_elastic(self._task, self._plan(), length, "python -m experiments.elastic", Quiet())
+            task, command = replace(self._task, out=out), "python -m experiments.elastic"
+            train_elastic(task, self._plan(), length, command, Quiet(), draw=DRAWS[arm])
         history = json.loads((out / ABOUT).read_text(encoding="utf-8"))["validation"]
         seconds = time.perf_counter() - start
         config = replace(self._config, elastic=str(out))
         loaded = adapted(adapter_of(config), load_model(config.model, "float32", config.device))
         for share in shares:
-            yield share, {"seconds": seconds, "history": history, **self._judge(self._cut(config, loaded, share))}
+            yield share, {"seconds": seconds, "history": history, **self._judge(self._cut(config, loaded, share, arm))}
 
     def _healed(self, share: str, tokens: int) -> dict[str, Any]:
         model, architecture = self._cut(self._config, self._loaded, share)
@@ -175,7 +176,7 @@ class Study:
 def _options() -> argparse.Namespace:
     parser = parser_of(__doc__, shares=list(SHARES), tokens=200_000, out=Path("elastic.json"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(dict.fromkeys([*ARMS, *DRAWS])), default=list(ARMS))
     parser.add_argument(
         "--healed", nargs="+", help="shares that `one` heals, each with all tokens; by default the middle one"
     )

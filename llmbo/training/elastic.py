@@ -51,6 +51,8 @@ WHOLE = 4  # steps from one with the dense model to the next
 JUDGED = (0.0, 0.5, 1.0)  # members that validate, as parts of the way from the smallest to the dense model
 LEFT = 0.5  # of the text, to searches
 
+Draw = Callable[[Problem, torch.Generator], tuple[int, ...]]  # the levels of the member between a sandwich's outer ones
+
 
 @dataclass(frozen=True)
 class Task:
@@ -115,17 +117,25 @@ class Outcome:
     progress: Progress
 
 
+def on_path(problem: Problem, generator: torch.Generator) -> tuple[int, ...]:
+    """A member of the allocation path. Sizes are uniform in share, as parameter-calibrated sampling has them (arXiv:2410.06479)."""
+    smallest, drawn = float(problem.family.shares[0]), torch.rand((), generator=generator, dtype=torch.float64)
+    return problem.family.at(smallest + (1 - smallest) * float(drawn))
+
+
 @dataclass(frozen=True)
 class Sandwich(Lesson):
     """A lesson for the members of an open problem's path, the dense model among them.
 
     Args:
         seed: Of the members that are drawn.
+        draw: Takes an open problem and a generator.
         made: Takes what was merged, by name of the projection.
     """
 
     problem: Problem | None = None
     seed: int = 0
+    draw: Draw = on_path
     made: dict[str, tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -150,13 +160,9 @@ class Sandwich(Lesson):
         return model.requires_grad_(False)
 
     def forms(self, step: int) -> Sequence[Callable[[], AbstractContextManager[object]]]:
-        """The smallest member, one that is drawn uniformly in share, and in turns the dense model."""
-        family = self._open.family
-        drawn = torch.rand(
-            (), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step), dtype=torch.float64
-        )
-        smallest = float(family.shares[0])
-        members = [family.at(smallest), family.at(smallest + (1 - smallest) * float(drawn))]
+        """The smallest member, one that is drawn, and in turns the dense model."""
+        family, generator = self._open.family, torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        members = [family.at(float(family.shares[0])), self.draw(self._open, generator)]
         if step % WHOLE == 0:
             members.append(self._open.space.max_levels)
         return [partial(self._open.supernet.active, self._open.space.decode(x)) for x in members]
@@ -179,12 +185,19 @@ class Sandwich(Lesson):
 
 
 def train_elastic(
-    task: Task, plan: Plan, length: Length, command: str, phases: Phases, watch: Watcher = lambda progress: None
+    task: Task,
+    plan: Plan,
+    length: Length,
+    command: str,
+    phases: Phases,
+    watch: Watcher = lambda progress: None,
+    draw: Draw = on_path,
 ) -> Outcome:
     """Train an adapter and write it. An interrupted training goes on from `OUT.training`, which is removed at the end.
 
     Args:
         plan: Zeros follow from `length` and the device.
+        draw: As for `Sandwich`. An interrupted training goes on with the same one.
 
     Raises:
         LlmboError, PruningError: One line for the user.
@@ -212,7 +225,7 @@ def train_elastic(
     with prepared(config, loaded, run_windows, phases) as problem:
         family = problem.family
         about = {"members": digest(family.path.int().tolist()), "heldout": digest(windows.proxy.tolist())}
-        lesson_of = partial(Sandwich, problem=problem, seed=task.seed, made=made)
+        lesson_of = partial(Sandwich, problem=problem, seed=task.seed, draw=draw, made=made)
         try:
             course = course_for(student, windows, plan, length, work, phases, lesson_of=lesson_of, about=about)
             lesson, plan, dense = course.lesson, course.plan, course.dense

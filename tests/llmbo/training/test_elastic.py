@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from experiments.elastic import __main__ as experiment
+from experiments.elastic.draws import DRAWS
 from experiments.elastic.table import table, volume
 from experiments.healing_order import __main__ as order
 from llmbo.cli import app
 from llmbo.config import RunConfig
 from llmbo.models.adapter import Adapter
 from llmbo.models.loading import fingerprint, load_checkpoint
+from llmbo.problem.preparation import Problem
 from llmbo.problem.texts import load_windows
-from llmbo.training.elastic import Sandwich
+from llmbo.training.elastic import Sandwich, on_path
 from pruning.likelihood import quality
 
 STEPS = 12
@@ -278,6 +280,40 @@ def test_the_experiment_trains_every_arm_once(
     assert len(trained) == 16 + 9 + 8 and [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     for key, entry in entries(parts).items():
         assert {**entry, "seconds": 0} == {**expected[key], "seconds": 0}
+
+
+def test_members_are_drawn_as_the_arm_says(
+    model_folder: Path, story: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[tuple[tuple[int, ...], bool, bool]]] = {}  # levels, on the path, smaller than by default
+
+    def watched(arm: str) -> Any:
+        draw = DRAWS[arm]
+
+        def told(problem: Problem, generator: torch.Generator) -> tuple[int, ...]:
+            state = generator.get_state()
+            x = draw(problem, generator)
+            ordinary = on_path(problem, generator.set_state(state))
+            assert bool(problem.space.legal(torch.tensor([x], dtype=torch.float64)))
+            path = {tuple(row) for row in problem.family.path.int().tolist()}
+            smaller = problem.space.share(torch.tensor([x, ordinary], dtype=torch.float64)).diff() > 0
+            seen.setdefault(arm, []).append((x, x in path, bool(smaller)))
+            return x
+
+        return told
+
+    out = tmp_path / "arms.json"
+    words = ["--model", model_folder, "--text", f"text:{story}", "--judge", f"text:{text_file}", "--shares", 0.6]
+    words += ["--seeds", 0, "--tokens", 1024, "--window", 16, "--calibration", 128, "--judged", 64, "--validation", 2]
+    words += ["--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", out, "--arms", *DRAWS]
+    monkeypatch.setattr("sys.argv", ["elastic", *map(str, words)])
+    monkeypatch.setattr(experiment, "DRAWS", {arm: watched(arm) for arm in DRAWS})
+    experiment.main()
+    assert len({str(entry["texts"]) for entry in json.loads(out.read_text())["entries"].values()}) == len(DRAWS)
+    told = {arm: [[step[1] for step in steps], [step[2] for step in steps]] for arm, steps in seen.items()}
+    assert all(told["elastic"][0]) and not any(told["elastic"][1])
+    assert all(told["elastic-small"][0]) and sum(told["elastic-small"][1]) > len(told["elastic-small"][1]) / 2
+    assert not all(told["elastic-random"][0]) and len({step[0] for step in seen["elastic-random"]}) > 1
 
 
 def test_hypervolume_is_of_what_models_of_all_shares_dominate() -> None:

@@ -1,6 +1,7 @@
-"""Which arm is better, as a Markdown table: KL at each share and hypervolume over all of them, means over seeds with 95 % intervals."""
+"""Which arm is better, as Markdown tables: KL at each share and hypervolume over all of them, and what changes against `none`."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,33 +9,67 @@ import torch
 from llmbo.comparison.statistics import band
 from llmbo.search.pareto import hypervolume
 
+Seeds = dict[str, list[float]]  # by seed: KL at each share, and hypervolume
+
 
 def table(entries: Mapping[str, Any], shares: Sequence[str]) -> str:
-    """A row for each text and arm, over the seeds that have it at all shares; `one` is beside the others as they were.
+    """A row for each text and arm: means over the seeds that have it at all shares, 95 % intervals; then changes against `none`, paired
+    by seed. `one` is beside the others as they were.
 
     Args:
         entries: By `SEED SHARE ARM`, as the result file has them.
     """
-    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # text and arm: seed: KL by share
+    found = _found(entries, shares)
+    if not found:
+        return "No arm is finished at all shares yet."
+    titles = [*(f"KL at {share}" for share in shares), "hypervolume"]
+    lines = _lines(titles, found, _mean)
+    changes: dict[tuple[str, str], Seeds] = {}
+    for (text, arm), own in found.items():
+        plain = found.get((text, "none"), {})
+        pairs = {
+            seed: [
+                after / before - 1 if before else math.nan for after, before in zip(own[seed], plain[seed], strict=True)
+            ]
+            for seed in own.keys() & plain.keys()
+        }
+        if arm != "none" and pairs:
+            changes[text, arm] = pairs
+    if changes:
+        lines += ["", "Against `none`, paired by seed:", "", *_lines(titles, changes, _percent)]
+    return "\n".join(lines)
+
+
+def _found(entries: Mapping[str, Any], shares: Sequence[str]) -> dict[tuple[str, str], Seeds]:
+    """By text and arm, of the seeds that have all shares."""
+    kl: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # text and arm: seed: KL by share
     for key, entry in entries.items():
         seed, share, arm = key.split()
         for text, judged in entry["texts"].items():
-            found.setdefault((text, arm), {}).setdefault(seed, {})[share] = judged["kl"]
-    titles = ["text", "arm", "seeds", *(f"KL at {share}" for share in shares), "hypervolume"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for (text, arm), seeds in sorted(found.items()):
+            kl.setdefault((text, arm), {}).setdefault(seed, {})[share] = judged["kl"]
+    found: dict[tuple[str, str], Seeds] = {}
+    for (text, arm), seeds in sorted(kl.items()):
         if arm == "one":
-            seeds = {seed: {**found.get((text, "none"), {}).get(seed, {}), **healed} for seed, healed in seeds.items()}
-        whole = [by_share for by_share in seeds.values() if set(shares) <= by_share.keys()]
-        if not whole:
-            continue
+            seeds = {seed: {**kl.get((text, "none"), {}).get(seed, {}), **healed} for seed, healed in seeds.items()}
         worst = max(
-            kl for (other, _), own in found.items() if other == text for one in own.values() for kl in one.values()
+            one for (other, _), own in kl.items() if other == text for by in own.values() for one in by.values()
         )
-        volumes = [volume({share: one[share] for share in shares}, worst) for one in whole]
-        cells = [_mean([one[share] for one in whole]) for share in shares]
-        lines.append(f"| {' | '.join([text, arm, str(len(whole)), *cells, _mean(volumes)])} |")
-    return "\n".join(lines) if len(lines) > 2 else "No arm is finished at all shares yet."
+        for seed, by_share in seeds.items():
+            if set(shares) <= by_share.keys():
+                own = {share: by_share[share] for share in shares}
+                found.setdefault((text, arm), {})[seed] = [*own.values(), volume(own, worst)]
+    return found
+
+
+def _lines(
+    titles: Sequence[str], rows: Mapping[tuple[str, str], Seeds], told: Callable[[Sequence[float]], str]
+) -> list[str]:
+    head = ["text", "arm", "seeds", *titles]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (text, arm), seeds in rows.items():
+        cells = map(told, zip(*seeds.values(), strict=True))
+        lines.append(f"| {' | '.join([text, arm, str(len(seeds)), *cells])} |")
+    return lines
 
 
 def volume(kl: Mapping[str, float], worst: float) -> float:
@@ -46,3 +81,10 @@ def volume(kl: Mapping[str, float], worst: float) -> float:
 def _mean(values: Sequence[float]) -> str:
     own = band(values)
     return f"{own.mean:.4f}" if own.high is None else f"{own.mean:.4f} ± {own.high - own.mean:.4f}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return "–"
+    own = band(values)
+    return f"{own.mean:+.1%}" + ("" if own.high is None else f" ± {own.high - own.mean:.1%}")

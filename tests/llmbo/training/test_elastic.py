@@ -327,11 +327,19 @@ def test_hypervolume_is_of_what_models_of_all_shares_dominate() -> None:
     found = {f"{seed} {share} none": entry(kl) for seed in (0, 1) for share, kl in (("0.5", 1.0), ("0.8", 0.5))}
     found |= {"0 0.5 each": entry(0.5), "0 0.8 each": entry(0.25), "1 0.5 each": entry(0.5), "1 0.5 one": entry(0.25)}
     lines = table(found, ("0.8", "0.5")).splitlines()
-    assert lines[2:] == [
+    assert lines[2:5] == [
         "| t | each | 1 | 0.2500 | 0.5000 | 0.3000 |",
         "| t | none | 2 | 0.5000 ± 0.0000 | 1.0000 ± 0.0000 | 0.1000 ± 0.0000 |",
         "| t | one | 1 | 0.5000 | 0.2500 | 0.3750 |",  # the other size as it was
     ]
+    assert lines[5:] == [
+        *("", "Against `none`, paired by seed:", "", *lines[:2]),
+        "| t | each | 1 | -50.0% | -50.0% | +200.0% |",
+        "| t | one | 1 | +0.0% | -75.0% | +275.0% |",
+    ]
+    found |= {f"{seed} {share} elastic": entry(kl) for seed, kl in ((0, 0.8), (1, 0.6)) for share in ("0.5", "0.8")}
+    row = table(found, ("0.5",)).splitlines()[-2]  # a mean of -20 and -40 %
+    assert row.startswith("| t | elastic | 2 | -30.0% ± 127.1% |")
     assert "No arm" in table({"1 0.5 one": entry(0.5)}, ("0.8", "0.5"))
 
 

@@ -64,6 +64,7 @@ NOT_RUN = {
     "llmbo optimize --model llama --budget 60 --advisor mail:": "ends for a reply; tests/llmbo/advisor/test_advisor_cli.py gives some",
     "llmbo optimize --model llama --budget 60 --advisor replay:": "needs a recording; tests/llmbo/advisor/test_advisors.py makes one",
     "llmbo recover llama --trial 38 --out exports/llama-60-q4": "tests/llmbo/deploy/test_export_formats.py does that",
+    "python -m experiments.elastic": "trains for hours; tests/llmbo/training/test_elastic.py trains tiny ones",
     "python -m experiments.healing": "downloads packages, or trains on a GPU; tests/llmbo/training/test_healing.py trains tiny ones",
     "llmbo elastic --model llama": "tests/llmbo/training/test_elastic.py does that",
     "llmbo optimize --model llama --elastic": "tests/llmbo/training/test_elastic.py does that",

@@ -1,7 +1,7 @@
 """Token windows from the dense model itself: the text source `self`."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +16,20 @@ def sample_windows(
     length: int,
     seed: int,
     batch_size: int = 32,
+    advance: Callable[[int], None] = lambda tokens: None,
+    enough: Callable[[int], bool] = lambda windows: False,
 ) -> TokenWindows:
-    """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start."""
+    """Windows sampled from the dense model itself at temperature 1 (text source `self`), each from its own start.
+
+    Memory: keys and values of `batch_size` windows.
+
+    Args:
+        counts: Windows by split.
+        length: Tokens of a window.
+        advance: Is told behind every step how many tokens there are, of all windows.
+        enough: Is asked behind every batch, with the number of windows so far, whether to leave it at these: `calibration` then has what
+            is over.
+    """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     wanted = [counts[split] for split in SPLITS]
     chunks = []
@@ -27,12 +39,17 @@ def sample_windows(
         for first in range(0, sum(wanted), batch_size):
             window, cache = torch.full((min(batch_size, sum(wanted) - first), 1), start, device=model.device), None
             while window.shape[1] < length:
+                advance(first * length + window.numel())
                 out = model(window[:, -1:], past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 window = torch.cat([window, out.logits[:, -1].float().softmax(-1).multinomial(1, generator=rng)], dim=1)
             chunks.append(window.cpu())
+            advance(first * length + window.numel())
+            if enough(first + len(window)):
+                break
     windows = torch.cat(chunks)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    wanted[0] = len(windows) - sum(wanted[1:])
     calibration, proxy, heldout = (windows[hand] for hand in dealing_order(len(windows), seed).split(wanted))
     source = "self (sampled from the dense model)"
     return TokenWindows(calibration, proxy, heldout, source, digest, windows.numel(), bos=True)

@@ -157,8 +157,9 @@ class Study:
             loaded, plan, start = self._loaded, self._plan(), time.perf_counter()
             student = Student(model, loaded.tokenizer, loaded.device, self._dtype, self._teacher, architecture)
             work = self._training(share, tokens)
-            windows, _ = dealt_windows(student, self._config, plan, self._options.validation, work)
-            course = course_for(student, windows, plan, Length(tokens=tokens), work, Quiet(), self._work / "teacher")
+            length = Length(tokens=tokens)
+            windows, _ = dealt_windows(student, self._config, plan, self._options.validation, work, length, Quiet())
+            course = course_for(student, windows, plan, length, work, Quiet(), self._work / "teacher")
             model, progress = train(model, course.lesson, course.plan, work, tell=print)
             seconds, history = time.perf_counter() - start, progress.history
         return {"seconds": seconds, "history": history, **self._judge((model, architecture))}

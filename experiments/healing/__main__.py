@@ -185,14 +185,16 @@ class Study:
             0, options.batch, key.method, options.rank, options.lr, True, every=0, seed=self._seed, patience=10**6
         )
         work = self.work(key)
-        windows = windows_for(student, options.text, options.window, plan, options.validation, self._work)
+        length = Length(tokens=options.tokens) if options.tokens else Length(minutes=options.minutes)
+        windows = windows_for(
+            student, options.text, options.window, plan, options.validation, self._work, length, Quiet()
+        )
         learns = sum(
             parameter.numel() for parameter in Learner.of(copy.deepcopy(model), plan, student.refitter).trained.values()
         )
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        length = Length(tokens=options.tokens) if options.tokens else Length(minutes=options.minutes)
         course = course_for(student, windows, plan, length, work, Quiet())
         trained, progress = train(model, course.lesson, course.plan, work, tell=print)
         seconds = time.perf_counter() - start
@@ -222,7 +224,7 @@ def _options() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=20.0,
-        help="of each training, the dense model's predictions included, unless --tokens are given",
+        help="of each training, the dense model's predictions included and the writing of its text (`self`) not, unless --tokens are given",
     )
     parser.add_argument("--within", type=float, default=1e6, help="minutes after which nothing new is begun")
     return parsed(parser)

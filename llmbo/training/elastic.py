@@ -6,6 +6,7 @@ refits, which a search fits anew to the adapted model.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -220,14 +221,16 @@ def train_elastic(
     with phases.phase("text"):
         check_disk(task.out, checkpoint_bytes(loaded.model, plan))
         run_windows = load_windows(config, loaded)
-        windows, reserved = dealt_windows(student, config, plan, task.heldout, work)
+    start = time.perf_counter()
+    windows, reserved = dealt_windows(student, config, plan, task.heldout, work, length, phases)
+    spent = time.perf_counter() - start
     made: dict[str, tuple[Tensor, Tensor]] = {}
     with prepared(config, loaded, run_windows, phases) as problem:
         family = problem.family
         about = {"members": digest(family.path.int().tolist()), "heldout": digest(windows.proxy.tolist())}
         lesson_of = partial(Sandwich, problem=problem, seed=task.seed, draw=draw, made=made)
         try:
-            course = course_for(student, windows, plan, length, work, phases, lesson_of=lesson_of, about=about)
+            course = course_for(student, windows, plan, length, work, phases, None, lesson_of, about, spent)
             lesson, plan, dense = course.lesson, course.plan, course.dense
             assert isinstance(lesson, Sandwich) and dense is not None
             first = lesson.qualities(windows.heldout, dense)
@@ -267,11 +270,11 @@ def _norms(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def dealt_windows(
-    student: Student, config: RunConfig, plan: Plan, heldout: int, work: Path
+    student: Student, config: RunConfig, plan: Plan, heldout: int, work: Path, length: Length, phases: Phases
 ) -> tuple[TokenWindows, dict[str, int]]:
     """To train on, to validate by and to compare on; and how many windows of each text are left to searches."""
     if config.text == "self":
-        return windows_for(student, "self", config.window, plan, heldout, work), {}
+        return windows_for(student, "self", config.window, plan, heldout, work, length, phases), {}
     text, tokenizer = read_mix(config.text), student.tokenizer
     everything = unseen_windows(text, tokenizer, config.window, config.seed, heldout, plan.batch)
     whole = len(everything.calibration) + 2 * heldout

@@ -34,7 +34,10 @@ from pruning.text import read_mix
 
 ASKED = "asked.json"
 TIMED = 2  # steps, behind one to warm up
-SELF_TOKENS = 1 << 16  # sampled of the dense model to train on; it writes them one by one
+SELF_TOKENS = 1 << 16  # sampled of the dense model to train on, at most; it writes them one by one
+SELF_SHARE = (
+    1 / 3
+)  # of the minutes of a training goes to that: on a CPU what is written then passes `PASSES` times in the rest
 SELF_SEED = 1 << 40  # apart from those of runs, so that nothing is sampled that a search has seen
 
 
@@ -87,40 +90,65 @@ class Course:
     dense: DenseDistribution | None
 
 
-def windows_for(student: Student, text: str, window: int, plan: Plan, heldout: int, work: Path) -> TokenWindows:
+def windows_for(
+    student: Student, text: str, window: int, plan: Plan, heldout: int, work: Path, length: Length, phases: Phases
+) -> TokenWindows:
     """To train on (`calibration`), to validate by (`proxy`) and to compare on (`heldout`). The search has seen none of the latter, and
     was judged by none of them all.
 
     Args:
-        text: As `read_mix` takes it, or `self`: sampled from the dense model, and kept in `work`.
+        text: As `read_mix` takes it, or `self`: sampled from the dense model, as many as the training will see, and kept in `work`.
     """
     if text == "self":
+        _settled(work / ASKED, {"plan": asdict(plan), "length": asdict(length)})  # not only behind minutes of writing
         with in_turn():
-            windows = _sampled(student, window, plan, heldout, TensorFiles(work))
+            windows = _sampled(student, window, plan, heldout, TensorFiles(work), length, phases)
+        windows = agreed(windows)  # should the disk have taken none of them
     else:
-        mix = read_mix(text)
-        windows = unseen_windows(
-            mix, student.tokenizer, window, plan.seed, heldout, plan.batch, student.seen, student.chat, student.judged
-        )
+        with phases.phase("text"):
+            mix, past = read_mix(text), (student.seen, student.chat, student.judged)
+            windows = unseen_windows(mix, student.tokenizer, window, plan.seed, heldout, plan.batch, *past)
     check_tokens(student.model, student.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     return windows
 
 
-def _sampled(student: Student, window: int, plan: Plan, heldout: int, files: TensorFiles) -> TokenWindows:
+def _sampled(
+    student: Student, window: int, plan: Plan, heldout: int, files: TensorFiles, length: Length, phases: Phases
+) -> TokenWindows:
     dense = student.dense
     assert dense is not None  # whoever asks for its text has loaded it
-    counts = {"calibration": max(plan.batch, SELF_TOKENS // window), "proxy": heldout, "heldout": heldout}
+    counts = {"calibration": _to_sample(student, window, plan, length), "proxy": heldout, "heldout": heldout}
+    total, least = sum(counts.values()), 2 * heldout + plan.batch
+    timed = length.known_steps(plan.batch * window) is None
 
     def sample() -> dict[str, Tensor]:
-        made = sample_windows(dense, student.tokenizer, counts, window, plan.seed + SELF_SEED)
+        start = time.perf_counter()
+
+        def enough(windows: int) -> bool:
+            return timed and windows >= least and time.perf_counter() - start > SELF_SHARE * length.seconds
+
+        with phases.phase("dense model writes", total * window) as advance:
+            made = sample_windows(
+                dense, student.tokenizer, counts, window, plan.seed + SELF_SEED, advance=advance, enough=enough
+            )
         return {name: getattr(made, name) for name in counts}
 
-    like = {name: torch.empty(count, window, dtype=torch.long, device="meta") for name, count in counts.items()}
-    found = files.once(f"self_{fingerprint(dense)}_{plan.seed}", sample, like)
+    asked = json.dumps([counts, window, asdict(length) if timed else {}])
+    name = f"self_{fingerprint(dense)}_{plan.seed}_{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    found = files.once(name, sample)
     digest = hashlib.sha256(torch.cat([found[name] for name in counts]).numpy().tobytes()).hexdigest()
-    tokens = window * sum(counts.values())
+    tokens = sum(part.numel() for part in found.values())
     parts = found["calibration"], found["proxy"], found["heldout"]
     return TokenWindows(*parts, "self (sampled from the dense model)", digest, tokens, bos=True)
+
+
+def _to_sample(student: Student, window: int, plan: Plan, length: Length) -> int:
+    """Windows to train on, at most, that the dense model is asked to write."""
+    most, steps = SELF_TOKENS // window, length.known_steps(plan.batch * window)
+    if steps:
+        passes = PASSES if student.device == "cpu" and _may_be_kept(plan) else 1
+        most = min(most, -(-steps * plan.batch // passes))
+    return max(plan.batch, most)
 
 
 def course_for(
@@ -133,6 +161,7 @@ def course_for(
     kept: Path | None = None,
     lesson_of: Callable[..., Lesson] = Lesson,
     about: Mapping[str, Any] | None = None,
+    spent: float = 0.0,
 ) -> Course:
     """Settle how many steps there will be, and have the dense model tell what it predicts.
 
@@ -142,6 +171,7 @@ def course_for(
         plan: 0 stands for steps and steps between validations that follow from `length`.
         kept: Where the dense model's predictions go; by default below `work`.
         about: What else a training must have been settled for.
+        spent: Seconds of the minutes that are over.
 
     Raises:
         StorageError: `work` holds the training of another model, or one with other settings.
@@ -174,7 +204,7 @@ def course_for(
         steps = length.known_steps(plan.batch * windows.length) or 0
         if not steps:
             with phases.phase("timing"):
-                steps = agreed(_affordable(student, lesson, plan, length))
+                steps = agreed(_affordable(student, lesson, plan, length, spent))
         work.mkdir(parents=True, exist_ok=True)
         settled = agreed((steps, _may_be_kept(plan) and _is_kept(student, lesson, steps * plan.batch, work)))
         if not place():
@@ -246,7 +276,7 @@ def _is_kept(student: Student, lesson: Lesson, trained: int, work: Path) -> bool
     return again and needed < shutil.disk_usage(work).free // 2
 
 
-def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) -> int:
+def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length, spent: float) -> int:
     """Steps that the minutes leave room for, by the time that the first take here."""
     model, places = student.model, batch_of(len(lesson.training), plan, 0)
     kept = student.device == "cpu" and _may_be_kept(plan)
@@ -268,7 +298,7 @@ def _affordable(student: Student, lesson: Lesson, plan: Plan, length: Length) ->
 
         teacher = _seconds(ask) / plan.batch
     refits = REFITS * 3 * REFIT_TOKENS / lesson.validation.numel() if plan.train == "refit-lora" else 0.0
-    apart = judged * (VALIDATIONS + 1 + refits)
+    apart = spent + judged * (VALIDATIONS + 1 + refits)
     return length.steps_of(step, teacher, len(lesson.training), plan.batch, apart)
 
 

@@ -104,6 +104,11 @@ class Length:
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} both say how long to train: give one of them.")
 
+    @property
+    def seconds(self) -> float:
+        """There are, where neither steps nor tokens are given."""
+        return 60 * (self.minutes or MINUTES)
+
     def known_steps(self, batch_tokens: int) -> int | None:
         """Steps of so many tokens each; None where they follow from minutes."""
         return self.steps or (self.tokens and -(-self.tokens // batch_tokens))
@@ -116,9 +121,9 @@ class Length:
             teacher: Seconds that the dense model takes for a window.
             windows: There are to train on; each passes the dense model once, and the small one `PASSES` times at least.
             batch: Windows in a step.
-            apart: Seconds of all validations together.
+            apart: Seconds of all that is done but once, and of all validations together.
         """
-        left = 60 * (self.minutes or MINUTES) - apart
+        left = self.seconds - apart
         steps = left / (step + batch * teacher / PASSES)
         if steps * batch > PASSES * windows:
             steps = (left - windows * teacher) / step

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,10 +209,10 @@ def _trained(
     work = _work(task)
     plan = replace(plan, batch=plan.batch or (BATCH if student.device == "cpu" else DEVICE_BATCH))
     check_batch(plan.batch)
-    with phases.phase("text"):
-        check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
-        windows = windows_for(student, task.text or student.text, task.window, plan, task.heldout, work)
-    course = course_for(student, windows, plan, length, work, phases)
+    check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
+    start, text = time.perf_counter(), task.text or student.text
+    windows = windows_for(student, text, task.window, plan, task.heldout, work, length, phases)
+    course = course_for(student, windows, plan, length, work, phases, spent=time.perf_counter() - start)
     plan = course.plan
     before = quality(student.model, windows.heldout, course.dense)
     check_finite(task.source, "float32", before.loss)

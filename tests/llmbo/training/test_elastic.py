@@ -25,7 +25,9 @@ from llmbo.models.adapter import Adapter
 from llmbo.models.loading import fingerprint, load_checkpoint
 from llmbo.problem.preparation import Problem
 from llmbo.problem.texts import load_windows
+from llmbo.training import lessons
 from llmbo.training.elastic import Sandwich, on_path
+from llmbo.training.plan import PASSES
 from pruning.likelihood import quality
 
 STEPS = 12
@@ -77,6 +79,24 @@ def test_members_get_better_and_peft_reads_the_adapter(model_folder: Path, adapt
         kind = name.split(".")[-2]
         changed = not torch.equal(weight, plain.get_parameter(name))
         assert changed == (kind not in ("o_proj", "down_proj", "embed_tokens", "lm_head")), name
+
+
+def test_the_dense_model_writes_what_is_trained_on(
+    model_folder: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    sample = lessons.sample_windows
+
+    def counted(model: Any, tokenizer: Any, counts: Any, *given: Any, **named: Any) -> Any:
+        asked.append(counts["calibration"])
+        return sample(model, tokenizer, counts, *given, **named)
+
+    monkeypatch.setattr(lessons, "sample_windows", counted)
+    trained = train(model_folder, tmp_path / "adapter", story, "--steps", 5, "--text", "self")
+    assert trained.exit_code == 0, trained.output
+    told = json.loads((tmp_path / "adapter" / "elastic.json").read_text())
+    assert told["text"]["source"].startswith("self") and not told["text"]["reserved"]
+    assert asked == [-(-5 * told["plan"]["batch"] // PASSES)]
 
 
 def test_a_stopped_training_ends_with_the_same_adapter(

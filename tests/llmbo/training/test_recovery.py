@@ -510,7 +510,9 @@ def test_a_trial_of_a_run_is_exported_and_recovered(
     courses: list[Any] = []
     course_for = recovery.course_for
     with chdir(home), monkeypatch.context() as patch:
-        patch.setattr(recovery, "course_for", lambda *given: courses.append(given) or course_for(*given))
+        patch.setattr(
+            recovery, "course_for", lambda *given, **named: courses.append(given) or course_for(*given, **named)
+        )
         patch.setattr(recovery.RebuildInputs, "cut", in_bfloat16)
         beside.write_text("[{}]")
         refused = recover("tiny", *words)

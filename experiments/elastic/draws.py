@@ -10,8 +10,7 @@ from llmbo.training.elastic import Draw, on_path
 def smaller(problem: Problem, generator: torch.Generator) -> tuple[int, ...]:
     """A member of the allocation path, the square of a uniform number's part of the way to the dense model: half of them are in its first
     quarter."""
-    smallest, drawn = float(problem.family.shares[0]), float(torch.rand((), generator=generator, dtype=torch.float64))
-    return problem.family.at(smallest + (1 - smallest) * drawn**2)
+    return problem.family.part_way(float(torch.rand((), generator=generator, dtype=torch.float64)) ** 2)
 
 
 def anything(problem: Problem, generator: torch.Generator) -> tuple[int, ...]:

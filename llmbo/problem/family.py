@@ -105,6 +105,11 @@ class ThresholdFamily:
         """The member whose parameter share is nearest."""
         return tuple(self.path[int((self.shares - share).abs().argmin())].int().tolist())
 
+    def part_way(self, part: float) -> tuple[int, ...]:
+        """The member a part of the way in share from the smallest, 0, to the whole model, 1."""
+        smallest = float(self.shares[0])
+        return self.at(smallest + (1 - smallest) * part)
+
     def profile(self, share: Tensor) -> Tensor:
         """Levels of the family at any share, interpolated between members: `n` -> `n x d`, not rounded."""
         return interpolated(self.shares, self.path, share)

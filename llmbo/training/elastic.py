@@ -120,8 +120,7 @@ class Outcome:
 
 def on_path(problem: Problem, generator: torch.Generator) -> tuple[int, ...]:
     """A member of the allocation path. Sizes are uniform in share, as parameter-calibrated sampling has them (arXiv:2410.06479)."""
-    smallest, drawn = float(problem.family.shares[0]), torch.rand((), generator=generator, dtype=torch.float64)
-    return problem.family.at(smallest + (1 - smallest) * float(drawn))
+    return problem.family.part_way(float(torch.rand((), generator=generator, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Sandwich(Lesson):
     def forms(self, step: int) -> Sequence[Callable[[], AbstractContextManager[object]]]:
         """The smallest member, one that is drawn, and in turns the dense model."""
         family, generator = self._open.family, torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        members = [family.at(float(family.shares[0])), self.draw(self._open, generator)]
+        members = [family.part_way(0), self.draw(self._open, generator)]
         if step % WHOLE == 0:
             members.append(self._open.space.max_levels)
         return [partial(self._open.supernet.active, self._open.space.decode(x)) for x in members]
@@ -181,8 +180,7 @@ class Sandwich(Lesson):
     @property
     def judged(self) -> list[Architecture]:
         """The members that validate, smallest first."""
-        family, smallest = self._open.family, float(self._open.family.shares[0])
-        return [self._open.space.decode(family.at(smallest + (1 - smallest) * part)) for part in JUDGED]
+        return [self._open.space.decode(self._open.family.part_way(part)) for part in JUDGED]
 
 
 def train_elastic(

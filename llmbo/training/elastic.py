@@ -228,7 +228,9 @@ def train_elastic(
         about = {"members": digest(family.path.int().tolist()), "heldout": digest(windows.proxy.tolist())}
         lesson_of = partial(Sandwich, problem=problem, seed=task.seed, draw=draw, made=made)
         try:
-            course = course_for(student, windows, plan, length, work, phases, None, lesson_of, about, spent)
+            course = course_for(
+                student, windows, plan, length, work, phases, lesson_of=lesson_of, about=about, spent=spent
+            )
             lesson, plan, dense = course.lesson, course.plan, course.dense
             assert isinstance(lesson, Sandwich) and dense is not None
             first = lesson.qualities(windows.heldout, dense)

@@ -266,6 +266,7 @@ class Observer(Protocol):
 
 
 FITTING = "importance and refits"  # the phase that reads the calibration text
+WRITING = "dense model writes"  # that which samples it (`self`)
 
 
 class Phases(Protocol):

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.calibration import SPLITS, TokenWindows, dealing_order
@@ -48,8 +49,17 @@ def sample_windows(
             if enough(first + len(window)):
                 break
     windows = torch.cat(chunks)
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     wanted[0] = len(windows) - sum(wanted[1:])
-    calibration, proxy, heldout = (windows[hand] for hand in dealing_order(len(windows), seed).split(wanted))
+    hands = dealing_order(len(windows), seed).split(wanted)
+    return sampled_windows({split: windows[hand] for split, hand in zip(SPLITS, hands, strict=True)}, seed)
+
+
+def sampled_windows(parts: Mapping[str, Tensor], seed: int) -> TokenWindows:
+    """What `sample_windows` gave, from its windows by split and its seed."""
+    dealt = torch.cat([parts[split] for split in SPLITS])
+    windows = torch.empty_like(dealt)
+    windows[dealing_order(len(dealt), seed)] = dealt  # as they were written
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    calibration, proxy, heldout = (parts[split] for split in SPLITS)
     source = "self (sampled from the dense model)"
     return TokenWindows(calibration, proxy, heldout, source, digest, windows.numel(), bos=True)

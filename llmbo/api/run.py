@@ -191,7 +191,7 @@ class Run:
     def _rebuilt(self) -> RebuildInputs:
         if self._inputs is None:
             with libraries_silenced(), build_display(self._show, 0, self.name) as display:
-                loaded, windows = load_base(self.report, display, self._base)
+                loaded, windows = load_base(self.report, self.folder, display, self._base)
                 self._inputs = RebuildInputs.of(self.report, self.folder, loaded, windows, display)
         return self._inputs
 

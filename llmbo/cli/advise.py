@@ -42,7 +42,7 @@ def advise(
             check_advisor(config)
         with (
             Display(Console(stderr=True), 1) as display,
-            reopened(config, facts, url, display) as (session, trials, think),
+            reopened(run, config, facts, url, display) as (session, trials, think),
         ):
             thinks = None if hook == "warm_start" else think  # the first design is made before it does
             question = session.question(hook, trials, COUNT, config.seed, outlook=thinks)

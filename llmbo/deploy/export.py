@@ -53,7 +53,7 @@ def base_of(
     Raises:
         ModelError, StorageError, PruningError: One line for the user.
     """
-    loaded, windows = load_base(request.report, phases, model, device)
+    loaded, windows = load_base(request.report, request.folder, phases, model, device)
     resolve_name(request.format.check_model)(loaded.model, loaded.tokenizer, request.architecture)
     return loaded, windows
 

@@ -1,25 +1,51 @@
 """A run's settings -> its token windows: those of its own text, and those of another domain that judge the finished front."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from llmbo.config import RunConfig
 from llmbo.models.checks import check_tokens
 from llmbo.models.loading import Checkpoint
+from llmbo.types import WRITING, Phases
 from pruning.calibration import Dealt, TokenWindows, apportioned, cut_windows, fresh_windows
-from pruning.sampling import sample_windows
+from pruning.sampling import sample_windows, sampled_windows
+from pruning.tensor_files import TensorFiles
 from pruning.text import read_mix, read_text
 
+WRITTEN = "written"  # windows, of a run whose text is `self`
 
-def load_windows(config: RunConfig, loaded: Checkpoint) -> TokenWindows:
-    """The run's three sets of windows."""
+
+def load_windows(
+    config: RunConfig, loaded: Checkpoint, own: TensorFiles | None = None, phases: Phases | None = None
+) -> TokenWindows:
+    """The run's three sets of windows.
+
+    Args:
+        own: What the run has kept, for windows that the dense model wrote: another device would write others.
+        phases: Are told while it writes.
+    """
     if config.text == "self":
-        return sample_windows(loaded.model, loaded.tokenizer, config.windows, config.window, config.seed)
+        counts, length = config.windows, config.window
+        like = {name: torch.empty(count, length, dtype=torch.long, device="meta") for name, count in counts.items()}
+        if own and (found := own.get(WRITTEN, like, finite=True)):
+            return sampled_windows(found, config.seed)
+        told = phases.phase(WRITING, length * sum(counts.values())) if phases else nullcontext(lambda done: None)
+        with told as advance:
+            return sample_windows(loaded.model, loaded.tokenizer, counts, length, config.seed, advance=advance)
     text = read_mix(config.text)
     windows = cut_windows(text, loaded.tokenizer, config.windows, config.window, config.seed, config.chat)
     check_tokens(loaded.model, loaded.tokenizer, windows.calibration, windows.proxy, windows.heldout)
     return windows
+
+
+def keep_written(config: RunConfig, windows: TokenWindows, own: TensorFiles) -> None:
+    """Leave windows that the dense model wrote for whoever goes on with the run or exports of it."""
+    if config.text == "self":
+        own.put(WRITTEN, {name: getattr(windows, name) for name in config.windows})
 
 
 def load_elsewhere(config: RunConfig, loaded: Checkpoint, data: Mapping[str, Any]) -> TokenWindows | None:

@@ -20,7 +20,7 @@ from llmbo.models.stored import anatomy_of_config, model_of_config
 from llmbo.problem.elastic import adapted, adapter_of, check_unseen, heard
 from llmbo.problem.engines import check_engines
 from llmbo.problem.family import ThresholdFamily
-from llmbo.problem.kept import forget
+from llmbo.problem.kept import forget, own_files
 from llmbo.problem.method import DEFAULT, Method
 from llmbo.problem.objectives import Objective, build_objectives
 from llmbo.problem.preparation import Problem, prepared
@@ -28,7 +28,7 @@ from llmbo.problem.recipe import RECIPES, AllocationRecipe
 from llmbo.problem.residence import placed
 from llmbo.problem.sequence import check_refits, least_tokens
 from llmbo.problem.shared import Shared, check_artifacts
-from llmbo.problem.texts import load_elsewhere, load_windows
+from llmbo.problem.texts import keep_written, load_elsewhere, load_windows
 from llmbo.report.files import RUNS, read_report
 from llmbo.run.database import delete_run, find_storage, network_of, open_storage, url_of
 from llmbo.run.facts import changed_facts, differences, facts_of, importance_parts, items_digest
@@ -48,6 +48,7 @@ from pruning.anatomy import Anatomy, anatomy_of
 from pruning.calibration import TokenWindows
 from pruning.errors import NotEnoughText
 from pruning.items import ItemFile
+from pruning.tensor_files import TensorFiles
 from pruning.text import check_chat, read_mix, read_text
 
 
@@ -190,7 +191,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 phases.note(note)
             judged_by = () if "accuracy" in config.objectives else items
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
-            config, windows = _windows(config, loaded, open_ended)
+            config, windows = _windows(config, loaded, open_ended, own_files(folder) if stored else None, phases)
             if anchors_open and config.calibration_tokens < least_tokens(anatomy):  # of a short text there may be fewer
                 config = replace(config, refit_anchors=0)
             check_refits(config, anatomy)
@@ -235,6 +236,7 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                     )
                 if not stored:  # what another run of this name has kept is not its own
                     forget(folder)
+                keep_written(config, windows, own_files(folder, phases.note))
                 store = TrialStore.create(
                     pulse.storage, config.name, problem.space, objectives, config.settings(), facts, lease,
                     Patience(url, phases.note),
@@ -271,11 +273,13 @@ def _settled(config: RunConfig, base: Found | LoadedModel, anatomy: Anatomy) -> 
     return settled(config, anatomy, dtype, device)
 
 
-def _windows(config: RunConfig, loaded: LoadedModel, open_ended: bool) -> tuple[RunConfig, TokenWindows]:
+def _windows(
+    config: RunConfig, loaded: LoadedModel, open_ended: bool, own: TensorFiles | None, phases: Phases
+) -> tuple[RunConfig, TokenWindows]:
     """The run's windows, with fewer calibration tokens where the text is short and nobody asked for so many."""
     while True:
         try:
-            return config, load_windows(config, loaded)
+            return config, load_windows(config, loaded, own, phases)
         except NotEnoughText:
             if not open_ended or config.calibration_tokens < 2 * config.window:
                 raise

@@ -16,6 +16,7 @@ from llmbo.config import TOLD, RunConfig
 from llmbo.errors import StorageError
 from llmbo.models.loading import find_prunable, load_model
 from llmbo.problem.elastic import adapted, adapter_of
+from llmbo.problem.kept import own_files
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import prepared
@@ -51,12 +52,12 @@ def stored_config(folder: Path, storage: str | None, advisor: str | None) -> tup
 
 @contextmanager
 def reopened(
-    config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
+    folder: Path, config: RunConfig, facts: dict[str, Any], url: str, phases: Phases
 ) -> Iterator[tuple[AdvisorSession, list[Trial], Callable[[], Outlook | None]]]:
     """The run's advisor, which keeps its notes to itself, the trials, and what the optimiser thinks of them."""
     base = find_prunable(config.model)
     loaded = load_model(config.model, *placed(config, base, facts["dtype"], facts["device"]))
-    windows = load_windows(config, loaded)
+    windows = load_windows(config, loaded, own_files(folder), phases)
     loaded = adapted(adapter_of(config), loaded, windows.proxy)
     with prepared(config, loaded, windows, phases, facts.get("profiles"), Method.of(facts.get("recipe"))) as problem:
         objectives = build_objectives(

@@ -114,11 +114,12 @@ def config_of(report: Report) -> RunConfig:
 
 
 def load_base(
-    report: Report, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
+    report: Report, folder: Path, phases: Phases, model: str | LoadedModel | None = None, device: str | None = None
 ) -> tuple[LoadedModel, TokenWindows]:
     """The run's base model and windows.
 
     Args:
+        folder: The run's.
         model: The base model, or where it is now; by default where the run had it.
         device: Where to load it; by default where the run did. A model that is loaded stays where it is.
 
@@ -139,7 +140,7 @@ def load_base(
                 f"The run '{report.run.name}' had its model in {report.run.dtype}, the given one is in {loaded.dtype}: "
                 f"load it in {report.run.dtype}."
             )
-        windows = load_windows(config, loaded)
+        windows = load_windows(config, loaded, own_files(folder, phases.note), phases)
         loaded = adapted(adapter_of(config), loaded, windows.proxy)
     stored = {"model": report.model.model_dump(), "data": report.data.model_dump()}
     found = facts_of(loaded, windows)

@@ -22,6 +22,7 @@ from llmbo.errors import ConfigError, ModelError, TakenOver
 from llmbo.evaluation.items import Exam
 from llmbo.models.loading import find_prunable, load_model
 from llmbo.problem.elastic import adapted, adapter_of, heard
+from llmbo.problem.kept import own_files
 from llmbo.problem.method import Method
 from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import Problem, prepared
@@ -98,7 +99,7 @@ def work(
     with display.phase("model"):
         base = find_prunable(model or config.model)
         loaded = load_model(base.name, *placed(config, base, facts["dtype"], device))
-        windows = load_windows(config, loaded)
+        windows = load_windows(config, loaded, own_files(RUNS / name), display)
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         loaded = adapted(adapter_of(config), loaded, *heard(windows, elsewhere))
     items = item_files(config)

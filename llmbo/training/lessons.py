@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,11 +23,11 @@ from llmbo.training.plan import PASSES, REFITS, VALIDATIONS, Length, Plan
 from llmbo.training.processes import agreed, in_turn, place
 from llmbo.training.teacher import TOP_K, Kept, Live, NextTokens, Streams, kept_bytes
 from llmbo.training.trainer import Lesson, batch_of, epoch_order, gradients
-from llmbo.types import Phases
+from llmbo.types import WRITING, Phases
 from pruning.architecture import Architecture
 from pruning.calibration import Dealt, TokenWindows, unseen_windows
 from pruning.likelihood import DenseDistribution, dense_distribution
-from pruning.sampling import sample_windows
+from pruning.sampling import sample_windows, sampled_windows
 from pruning.tensor_files import TensorFiles
 from pruning.text import read_mix
 
@@ -118,6 +117,7 @@ def _sampled(
     dense = student.dense
     assert dense is not None  # whoever asks for its text has loaded it
     counts = {"calibration": _to_sample(student, window, plan, length), "proxy": heldout, "heldout": heldout}
+    seed = plan.seed + SELF_SEED
     total, least = sum(counts.values()), 2 * heldout + plan.batch
     timed = length.known_steps(plan.batch * window) is None
 
@@ -127,19 +127,14 @@ def _sampled(
         def enough(windows: int) -> bool:
             return timed and windows >= least and time.perf_counter() - start > SELF_SHARE * length.seconds
 
-        with phases.phase("dense model writes", total * window) as advance:
-            made = sample_windows(
-                dense, student.tokenizer, counts, window, plan.seed + SELF_SEED, advance=advance, enough=enough
-            )
+        with phases.phase(WRITING, total * window) as advance:
+            made = sample_windows(dense, student.tokenizer, counts, window, seed, advance=advance, enough=enough)
         return {name: getattr(made, name) for name in counts}
 
     asked = json.dumps([counts, window, asdict(length) if timed else {}])
     name = f"self_{fingerprint(dense)}_{plan.seed}_{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
     found = files.once(name, sample)
-    digest = hashlib.sha256(torch.cat([found[name] for name in counts]).numpy().tobytes()).hexdigest()
-    tokens = sum(part.numel() for part in found.values())
-    parts = found["calibration"], found["proxy"], found["heldout"]
-    return TokenWindows(*parts, "self (sampled from the dense model)", digest, tokens, bos=True)
+    return sampled_windows(found, seed)
 
 
 def _to_sample(student: Student, window: int, plan: Plan, length: Length) -> int:

@@ -190,7 +190,7 @@ def rerank(
         settings |= {"halving": [trial.number for trial in chosen]}  # who leaves depends on all
     done = _stored(folder / FILE, settings)
     if _pending(chosen, done, rungs):
-        loaded, windows = load_base(report, phases, model, device)
+        loaded, windows = load_base(report, folder, phases, model, device)
         data, elsewhere = report.data.model_dump(), report.elsewhere.model_dump() if report.elsewhere else None
         past = searched(config, data), config.chat, judged_by(config, data, elsewhere)
         held = unseen_windows(read_mix(text), loaded.tokenizer, config.window, plan.seed, heldout, plan.batch, *past)

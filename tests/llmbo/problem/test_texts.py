@@ -26,14 +26,17 @@ from llmbo.config import RunConfig
 from llmbo.display.console import Console
 from llmbo.display.results import summary
 from llmbo.models.loading import load_checkpoint
-from llmbo.problem.texts import judged_by, load_elsewhere, load_windows
+from llmbo.problem.kept import OWN
+from llmbo.problem.texts import WRITTEN, judged_by, load_elsewhere, load_windows
 from llmbo.report import Report
 from llmbo.report.table import text_name
 from llmbo.run import execute
 from llmbo.run.store import TrialStore
 from llmbo.training import recovery
 from llmbo.training.lessons import course_for
+from llmbo.types import WRITING
 from pruning.calibration import SPLITS, Dealt, unseen_windows
+from pruning.sampling import sample_windows
 from pruning.text import read_mix, read_text
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -226,6 +229,39 @@ def test_what_a_front_was_judged_by_is_told_to_the_token(
     assert missing[first] | missing[second] == away and bool(missing[first]) == mixed
 
 
+def test_what_a_model_wrote_for_a_run_is_read_by_all_who_come_later(
+    llmbo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device, or other libraries, would write something else; a run that begins anew has its own written."""
+    begun = llmbo(text="self", budget=5)
+    assert begun.exit_code == 0 and WRITING in begun.stderr
+    told, written = llmbo.report()["data"], tmp_path / "runs" / "tiny" / OWN / f"{WRITTEN}.safetensors"
+    first = written.read_bytes()
+
+    def otherwise(model: Any, tokenizer: Any, counts: Any, length: int, seed: int, **options: Any) -> Any:
+        return sample_windows(model, tokenizer, counts, length, seed + 1, **options)
+
+    monkeypatch.setattr("llmbo.problem.texts.sample_windows", otherwise)
+    continued = llmbo(text="self", budget=6)
+    assert continued.exit_code == 0 and WRITING not in continued.stderr and llmbo.report()["data"] == told
+    for words in (
+        ("export", "tiny", "--trial", 1, "--format", "hf", "--out", "one"),
+        ("rerank", "tiny", "--top", 2, "--steps", 1, "--text", "python", "--heldout", 1),
+        ("advise", "runs/tiny", "--hook", "propose", "--dry-run"),
+    ):
+        result = invoke(tmp_path, *map(str, words))
+        assert result.exit_code == 0, result.output
+    export = ("export", "tiny", "--trial", 1, "--format", "hf", "--out", "two")
+    written.write_bytes(first[:-1] + bytes([first[-1] ^ 1]))
+    assert "written.safetensors' is damaged: remove it" in invoke(tmp_path, *export).stderr
+    written.unlink()  # written again, which here is something else
+    refused = invoke(tmp_path, *export)
+    assert refused.exit_code == 2 and "another model or text" in refused.stderr
+    again = llmbo(text="self", budget=5, fresh=True)
+    assert again.exit_code == 0, again.output
+    assert llmbo.report()["data"]["sha256"] != told["sha256"] and written.read_bytes() != first
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -262,7 +298,9 @@ def test_a_chat_is_a_setting_of_the_run_and_of_its_recovery(
     assert changed.exit_code == 2 and "chat: True -> False" in changed.stderr
     small = cut_by(report, exported, chatting)
     courses: list[Any] = []
-    monkeypatch.setattr(recovery, "course_for", lambda *given: courses.append(given) or course_for(*given))
+    monkeypatch.setattr(
+        recovery, "course_for", lambda *given, **named: courses.append(given) or course_for(*given, **named)
+    )
     recovered = invoke(small.parent, "recover", small, "--text", f"text:{text_file}", "--heldout", 4, *BRIEFLY)
     assert recovered.exit_code == 0, recovered.output
     assert json.loads((small.parent / "out" / "llmbo.json").read_text(encoding="utf-8"))["recovery"]["text"]["chat"]

@@ -34,9 +34,7 @@ from pruning.text import read_mix
 ASKED = "asked.json"
 TIMED = 2  # steps, behind one to warm up
 SELF_TOKENS = 1 << 16  # sampled of the dense model to train on, at most; it writes them one by one
-SELF_SHARE = (
-    1 / 3
-)  # of the minutes of a training goes to that: on a CPU what is written then passes `PASSES` times in the rest
+SELF_SHARE = 1 / 3  # of a training's minutes: on a CPU, what is written in them passes `PASSES` times in the rest
 SELF_SEED = 1 << 40  # apart from those of runs, so that nothing is sampled that a search has seen
 
 

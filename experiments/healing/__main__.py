@@ -88,7 +88,7 @@ def _keys(seed: int, options: argparse.Namespace) -> list[Key]:
     dense = Key(str(seed), "1", "none")
     kinds = [(method, cut) for method in ("none", *options.methods) for cut in options.cuts]
     cut = [Key(str(seed), share, method, cut) for method, cut in kinds for share in options.shares]
-    return [dense, *cut, dense._replace(method=options.methods[0])]
+    return [dense, *cut, *(dense._replace(method=method) for method in options.methods[:1])]
 
 
 def _told(entry: dict[str, Any]) -> str:
@@ -213,7 +213,13 @@ class Study:
 def _options() -> argparse.Namespace:
     parser = parser_of(__doc__, text="self", tokens=0, validation=24, out=Path("healing.json"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=METHODS,
+        default=list(METHODS),
+        help="what is trained; nothing where none is named",
+    )
     parser.add_argument("--cuts", nargs="+", choices=(OURS, *PEERS), default=[OURS], help="what chooses what is kept")
     parser.add_argument("--cut-text", default="python", help="to cut and refit by")
     parser.add_argument(

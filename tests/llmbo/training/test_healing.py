@@ -184,6 +184,9 @@ def test_peers_are_healed_alike(
     words += ["--judge", f"text:{text_file}", "--shares", 0.5, "--seeds", 0, "--methods", "lora", "refit-lora"]
     words += ["--tokens", 128, "--window", 16, "--calibration", 256, "--judged", 256, "--validation", 2, "--rank", 2]
     words += ["--dtype", "bfloat16", "--device", "cpu", "--out", out]
+    monkeypatch.setattr("sys.argv", ["healing", *map(str, words), "--methods"])
+    experiment.main()  # cut alone
+    assert set(json.loads(out.read_text())["entries"]) == {"0 1 none", "0 0.5 none"}
     monkeypatch.setattr("sys.argv", ["healing", *map(str, words)])
     experiment.main()  # ours alone, as it was
     ours = {f"0 0.5 {method}" for method in ("none", "lora", "refit-lora")} | {"0 1 none", "0 1 lora"}

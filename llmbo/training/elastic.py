@@ -218,10 +218,10 @@ def train_elastic(
     del teacher
     with phases.phase("text"):
         check_disk(task.out, checkpoint_bytes(loaded.model, plan))
-        run_windows = load_windows(config, loaded)
-    start = time.perf_counter()
-    windows, reserved = dealt_windows(student, config, plan, task.heldout, work, length, phases)
-    spent = time.perf_counter() - start
+        run_windows = load_windows(config, loaded, phases=phases)
+        start = time.perf_counter()
+        windows, reserved = dealt_windows(student, config, plan, task.heldout, work, length, phases)
+        spent = time.perf_counter() - start
     made: dict[str, tuple[Tensor, Tensor]] = {}
     with prepared(config, loaded, run_windows, phases) as problem:
         family = problem.family

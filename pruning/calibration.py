@@ -63,6 +63,11 @@ class TokenWindows:
     def length(self) -> int:
         return self.calibration.shape[1]
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The sets by the name of their split, in the order in which they are dealt."""
+        return {split: getattr(self, split) for split in SPLITS}
+
 
 @dataclass(frozen=True)
 class Dealt:

@@ -131,7 +131,7 @@ def opened(
             "device": loaded.device,
             "text": windows.source,
             "text_sha256": windows.sha256,
-            "tokens": {split: int(getattr(windows, split).numel()) for split in SPLITS},
+            "tokens": {split: part.numel() for split, part in windows.parts.items()},
         }
         identity = _key(proxy_key, device_name(torch.device(loaded.device)))
         yield OpenProblem(problem, objectives, measure, judge, judged, facts, identity, (proxy_key, heldout_key))
@@ -186,7 +186,8 @@ def windows_of(
     else:
         text = read_mix(run.text).edited(undo_spacing)
         windows = cut_windows(text, loaded.tokenizer, most, run.window, 0, run.chat)
-    return replace(windows, **{split: getattr(windows, split)[: run.windows[split]] for split in SPLITS})
+    own: dict[str, Any] = {split: part[: run.windows[split]] for split, part in windows.parts.items()}
+    return replace(windows, **own)
 
 
 def undo_spacing(text: str) -> str:

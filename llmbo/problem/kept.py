@@ -103,9 +103,13 @@ def _checksum(model: PreTrainedModel) -> str:
     return f"{total:08x}"
 
 
-def own_files(run: Path, tell: Callable[[str], None] = lambda line: None) -> TensorFiles:
-    """What a run has kept of its preparation. Nothing is measured of what is cut from it, so it is read with care."""
-    return TensorFiles(run / OWN, tell, checked=True)
+def own_files(run: Path, tell: Callable[[str], None] = lambda line: None, shared: Shared | None = None) -> TensorFiles:
+    """What a run has kept of its preparation. Nothing is measured of what is cut from it, so it is read with care.
+
+    Args:
+        shared: Where the run has put it for other machines; what is not here is taken from there.
+    """
+    return TensorFiles(run / OWN, tell, checked=True, fetch=shared.fetch if shared else None)
 
 
 def hand_on(files: TensorFiles, run: Path, names: Iterable[str], tell: Callable[[str], None]) -> None:

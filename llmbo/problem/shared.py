@@ -170,12 +170,15 @@ def check_artifacts(address: str) -> None:
             raise _unusable(address, PermissionError(0, f"'{there}' is no folder that can be written"))
 
 
-def share(files: TensorFiles, made_from: Mapping[str, Any], address: str, phases: Phases) -> dict[str, str] | None:
+def share(
+    files: TensorFiles, made_from: Mapping[str, Any], beside: Mapping[str, Path], address: str, phases: Phases
+) -> dict[str, str] | None:
     """Put a preparation into an artifact store, as far as it is not there yet; what the run keeps of it.
 
     Args:
         files: Of the preparation, as it has read or written them; None comes back where the disk did not take them.
         made_from: As in `llmbo.problem.kept`.
+        beside: Other files of sets that workers need, by name.
 
     Raises:
         StorageError: The store cannot be used.
@@ -183,13 +186,13 @@ def share(files: TensorFiles, made_from: Mapping[str, Any], address: str, phases
     if files.folder is None:
         phases.note("The preparation is not on disk, so it is not shared: workers prepare for themselves.")
         return None
-    artifacts, names = Artifacts.at(address), files.read
+    artifacts, paths = Artifacts.at(address), {name: files.path(name) for name in files.read} | dict(beside)
     artifacts.make()
     kept: dict[str, _File] = {}
     moved, new = 0, 0
-    with phases.phase(PHASE, len(names)) as advance:
-        for done, name in enumerate(names, 1):
-            with open(files.path(name), "rb") as file:
+    with phases.phase(PHASE, len(paths)) as advance:
+        for done, (name, path) in enumerate(paths.items(), 1):
+            with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 kept[name] = _File(sha256=digest, bytes=file.tell())
                 if not artifacts.has(digest + SUFFIX):
@@ -202,7 +205,7 @@ def share(files: TensorFiles, made_from: Mapping[str, Any], address: str, phases
         if not artifacts.has(f"{manifest}.json"):
             artifacts.write(f"{manifest}.json", io.BytesIO(content))
     phases.note(
-        f"The preparation is in {artifacts.address}: {len(names)} files, {new} of them new ({readable(moved)})."
+        f"The preparation is in {artifacts.address}: {len(paths)} files, {new} of them new ({readable(moved)})."
     )
     return Fact(address=artifacts.address, manifest=manifest).model_dump()
 

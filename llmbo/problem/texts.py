@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +44,15 @@ def load_windows(
 
 
 def keep_written(config: RunConfig, windows: TokenWindows, own: TensorFiles) -> None:
-    """Leave windows that the dense model wrote for whoever goes on with the run or exports of it."""
+    """Leave windows that the dense model wrote for whoever goes on with the run, works for it or exports of it."""
     if config.text == "self":
-        own.put(WRITTEN, {name: getattr(windows, name) for name in config.windows})
+        own.once(WRITTEN, lambda: windows.parts, windows.parts)
+
+
+def written_files(config: RunConfig, own: TensorFiles) -> dict[str, Path]:
+    """The file of such windows by its name, where the disk has taken it."""
+    there = config.text == "self" and own.get(WRITTEN) is not None
+    return {WRITTEN: own.path(WRITTEN)} if there else {}
 
 
 def load_elsewhere(config: RunConfig, loaded: Checkpoint, data: Mapping[str, Any]) -> TokenWindows | None:

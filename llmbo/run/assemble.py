@@ -191,7 +191,11 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
                 phases.note(note)
             judged_by = () if "accuracy" in config.objectives else items
             exams = [Exam.of(file, loaded.model, loaded.tokenizer) for file in judged_by]
-            config, windows = _windows(config, loaded, open_ended, own_files(folder) if stored else None, phases)
+            shared = (
+                Shared.of((stored or {}).get("shared"), phases.note, config.artifacts) if config.artifacts else None
+            )
+            own = own_files(folder, shared=shared) if stored else None
+            config, windows = _windows(config, loaded, open_ended, own, phases)
             if anchors_open and config.calibration_tokens < least_tokens(anatomy):  # of a short text there may be fewer
                 config = replace(config, refit_anchors=0)
             check_refits(config, anatomy)
@@ -206,7 +210,6 @@ def assemble(config: RunConfig, fresh: bool, phases: Phases, given: LoadedModel 
             if changes := changed_facts(stored, facts) + differences(*digests):
                 raise StorageError(_refusal(config, changes))
         method = Method.of(stored.get("recipe")) if stored else _new_method(config, named)
-        shared = Shared.of((stored or {}).get("shared"), phases.note, config.artifacts) if config.artifacts else None
         with prepared(config, loaded, windows, phases, (stored or {}).get("profiles"), method, shared) as problem:
             if problem.family.at(0.0) == problem.space.max_levels:
                 raise ConfigError(

@@ -8,9 +8,10 @@ from llmbo.config import TOLD
 from llmbo.display.progress import Display
 from llmbo.errors import ReplyAwaited
 from llmbo.evaluation.items import items_part
-from llmbo.problem.kept import hand_on, made_from
+from llmbo.problem.kept import hand_on, made_from, own_files
 from llmbo.problem.proxy import ProxyEvaluator
 from llmbo.problem.shared import share
+from llmbo.problem.texts import written_files
 from llmbo.report import build_report, environment, front_of, write_report
 from llmbo.report.recipes import recipe_parts
 from llmbo.run.assemble import RunParts
@@ -37,8 +38,8 @@ def execute(run: RunParts, display: Display, command: str) -> None:
     config, status = run.config, "failed"
     display.objectives, display.dense = run.objectives, run.problem.dense
     if config.artifacts:
-        files = run.problem.files
-        run.store.set_fact("shared", share(files, made_from(files), config.artifacts, display))
+        files, beside = run.problem.files, written_files(config, own_files(run.folder))
+        run.store.set_fact("shared", share(files, made_from(files), beside, config.artifacts, display))
     run.store.set_fact("budget", config.budget)  # so that `llmbo watch` knows how far it is
     run.store.set_fact("versions", environment()["versions"])  # workers are to have the same, and go on with the rest
     run.store.set_fact("free", config.handed_on())

@@ -28,7 +28,7 @@ from llmbo.problem.objectives import build_objectives
 from llmbo.problem.preparation import Problem, prepared
 from llmbo.problem.residence import placed
 from llmbo.problem.shared import Shared
-from llmbo.problem.texts import load_elsewhere, load_windows
+from llmbo.problem.texts import keep_written, load_elsewhere, load_windows
 from llmbo.report import environment
 from llmbo.report.files import RUNS
 from llmbo.run.assemble import RunParts, evaluator_of, item_files, proposer_of
@@ -99,7 +99,9 @@ def work(
     with display.phase("model"):
         base = find_prunable(model or config.model)
         loaded = load_model(base.name, *placed(config, base, facts["dtype"], device))
-        windows = load_windows(config, loaded, own_files(RUNS / name), display)
+        shared = Shared.of(facts.get("shared"), display.note, artifacts)
+        kept = own_files(RUNS / name, display.note, shared)
+        windows = load_windows(config, loaded, kept, display)
         elsewhere = load_elsewhere(config, loaded, facts["data"])
         loaded = adapted(adapter_of(config), loaded, *heard(windows, elsewhere))
     items = item_files(config)
@@ -112,8 +114,8 @@ def work(
         raise ModelError(
             f"The run '{name}' has another model, text or dtype than this worker ({'; '.join(changes)}): give it the same."
         )
+    keep_written(config, windows, kept)
     method = Method.of(facts.get("recipe"))
-    shared = Shared.of(facts.get("shared"), display.note, artifacts)
     with prepared(config, loaded, windows, display, facts.get("profiles"), method, shared) as problem:
         own = problem.proxy.evaluate_dense()
         check_agrees("the dense model", facts["dense"], own, f"{loaded.device} on {socket.gethostname()}")

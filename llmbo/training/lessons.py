@@ -126,8 +126,7 @@ def _sampled(
             return timed and windows >= least and time.perf_counter() - start > SELF_SHARE * length.seconds
 
         with phases.phase(WRITING, total * window) as advance:
-            made = sample_windows(dense, student.tokenizer, counts, window, seed, advance=advance, enough=enough)
-        return {name: getattr(made, name) for name in counts}
+            return sample_windows(dense, student.tokenizer, counts, window, seed, advance=advance, enough=enough).parts
 
     asked = json.dumps([counts, window, asdict(length) if timed else {}])
     name = f"self_{fingerprint(dense)}_{plan.seed}_{hashlib.sha256(asked.encode()).hexdigest()[:16]}"

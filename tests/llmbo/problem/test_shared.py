@@ -17,7 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from llmbo.cli import app
+from llmbo.problem.kept import OWN
 from llmbo.problem.shared import Artifacts, check_artifacts
+from llmbo.problem.texts import WRITTEN
+from pruning.sampling import sample_windows
+from pruning.tensor_files import SUFFIX
 
 MEASURED = (
     "pruning.refits.collect_statistics",
@@ -104,6 +108,37 @@ def test_a_worker_with_a_cache_of_its_own_takes_what_the_owner_has_prepared(
     cache("owner")
     again = llmbo(budget=11, **flags)
     assert f"{len(kept)} files, 0 of them new (0.0 MB)" in again.output + again.stderr
+
+
+def test_what_a_model_wrote_for_a_run_comes_with_the_preparation(
+    llmbo: Any, cache: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To whoever has it not, and would have something else written; and stays there."""
+    flags = {"artifacts": tmp_path / "artifacts", "text": "self"}
+    assert llmbo(budget=3, **flags).exit_code == 0
+
+    def otherwise(model: Any, tokenizer: Any, counts: Any, length: int, seed: int, **options: Any) -> Any:
+        return sample_windows(model, tokenizer, counts, length, seed + 1, **options)
+
+    monkeypatch.setattr("llmbo.problem.texts.sample_windows", otherwise)
+    here, there = (tmp_path / run / OWN / f"{WRITTEN}{SUFFIX}" for run in ("away/runs/tiny", "runs/tiny"))
+    first = there.read_bytes()
+    there.unlink()
+    assert llmbo(budget=4, **flags).exit_code == 0 and there.read_bytes() == first
+    (tmp_path / "away").mkdir()
+
+    def joins(budget: int, **facts: Any) -> Any:
+        extended(llmbo, budget, **facts)
+        with contextlib.chdir(tmp_path / "away"):
+            return CliRunner().invoke(app, ["worker", f"sqlite:///{llmbo.folder}/runs/tiny/study.db", "--name", "tiny"])
+
+    cache("worker")
+    joined = joins(5)
+    assert joined.exit_code == 0 and here.read_bytes() == first, joined.output
+    assert joins(6, shared=None).exit_code == 0  # by what it has
+    here.unlink()
+    refused = joins(7, shared=None)
+    assert refused.exit_code == 2 and "has another model, text or dtype" in refused.output
 
 
 def test_what_was_damaged_changed_or_made_from_something_else_is_refused(

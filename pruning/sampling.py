@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruning.calibration import SPLITS, TokenWindows, dealing_order
 
+BATCH = 32  # windows that are written at once
+
 
 def sample_windows(
     model: PreTrainedModel,
@@ -16,7 +18,7 @@ def sample_windows(
     counts: Mapping[str, int],
     length: int,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     advance: Callable[[int], None] = lambda tokens: None,
     enough: Callable[[int], bool] = lambda windows: False,
 ) -> TokenWindows:

@@ -21,8 +21,9 @@ from llmbo.problem.method import DEFAULT
 from llmbo.problem.sequence import PHASE
 from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
-from llmbo.types import FITTING
+from llmbo.types import FITTING, WRITING
 from pruning.anatomy import Anatomy, Sizes
+from pruning.sampling import BATCH
 from pruning.surgeon import AT_ONCE
 
 MOST_MEASURED = 4096  # rows of a matrix whose product is timed
@@ -32,7 +33,8 @@ REPEATS = 6
 PASSES = {"hidden": 16, "heads": 6, "neurons": 4}  # by a token in a layer
 GRAPH = 3  # times as many backward
 SUMMED, SCORED = 8, 15  # for the sums over z, and for scores from its gradient
-QUALITY, DENSE, GRADIENT, DIVERGENCE = 5, 9, 12, 19  # over the vocabulary
+QUALITY, DENSE, GRADIENT, DIVERGENCE, DRAWN = 5, 9, 12, 19, 48  # over the vocabulary
+CACHED = 4  # over keys and values so far, for every token that is written
 CHANGED = 6  # over the residual stream, for the change that another width makes
 COPIED = 3  # times over a layer's weights that are brought
 RECOMPUTED = 1  # forward passes for each backward one: a layer runs again from its stored input
@@ -232,6 +234,13 @@ def seconds_by_phase(
         "search": measured * (config.budget + probed / proxy) + on.walk(rounds),
         "held-out windows": last * judged + on.forward(heldout) + on.head(heldout, 1, DENSE) + on.walk(2),
     }
+    if config.text == "self":
+        tokens = sum(counts.values()) * config.window
+        cache = a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * config.window / 2
+        weights = a.num_hidden_layers * a.layer_parameters + a.hidden_size * a.vocab_size  # read for every step
+        written = on.forward(tokens) + on.head(tokens, 1, DRAWN)
+        written += Work(passes=CACHED * cache + weights / BATCH) * tokens
+        works = {WRITING: written + on.walk(tokens / BATCH), **works}
     if config.refit_anchors:
         fitting = on.forward(calibration, WHOLE_BLOCKS)
         for kind, width in columns.items():

@@ -9,11 +9,12 @@ from llmbo.problem.residence import workload_of
 from llmbo.problem.sequence import least_tokens
 from llmbo.problem.space import space_of
 from llmbo.run.duration import Rates, seconds_by_phase
-from llmbo.types import FITTING
+from llmbo.types import FITTING, WRITING
 from pruning.anatomy import Anatomy
 
 CHOICES = (65536, 32768, 16384, 8192)  # beyond the first little is gained, below the last refits fit noise
 SECONDS = 60.0  # that ranking and refits may take
+WRITING_SECONDS = 120.0  # that the model may write them for, of a run on what it writes
 ANCHORS, ANCHOR_SECONDS = (3, 2, 1), 120.0  # and those at pruned members: worth more than twice the evaluations
 
 
@@ -38,7 +39,11 @@ def settled(config: RunConfig, anatomy: Anatomy, dtype: str, device: str, rates:
     def seconds(one: RunConfig) -> dict[str, float]:
         return seconds_by_phase(one, space, itemsize, False, rates)
 
-    config = next((one for one in tried if seconds(one)[FITTING] <= SECONDS), tried[-1])
+    def fast_enough(one: RunConfig) -> bool:
+        needed = seconds(one)
+        return needed[FITTING] <= SECONDS and needed.get(WRITING, 0.0) <= WRITING_SECONDS
+
+    config = next(filter(fast_enough, tried), tried[-1])
     if config.refit_anchors is not None:
         return config
     if config.calibration_tokens >= least_tokens(anatomy):

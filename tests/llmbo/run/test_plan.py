@@ -27,10 +27,11 @@ from llmbo.models.stored import anatomy_of_config, stored_weights
 from llmbo.problem.preparation import prepared
 from llmbo.problem.residence import Machine, placed, residence_of
 from llmbo.problem.sequence import PHASE
-from llmbo.problem.space import SearchSpace
+from llmbo.problem.space import SearchSpace, space_of
 from llmbo.problem.texts import load_windows
 from llmbo.run.duration import Rates, Work, seconds_by_phase
 from llmbo.run.plan import Plan, plan_of
+from llmbo.types import WRITING
 from pruning.anatomy import anatomy_of
 from pruning.compensation import solved_values
 from pruning.sequential import sequential_refit
@@ -292,6 +293,17 @@ def test_operations_are_those_that_torch_counts(model_folder: Path, text_file: P
     found = {name: counting.found.pop(name) for name in later} | {"importance and refits": sum(counting.found.values())}
     ratios = {name: expected[name] / count for name, count in found.items()}
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+
+
+def test_writing_a_text_counts_where_the_model_writes_it(model_folder: Path) -> None:
+    config = RunConfig(str(model_folder), text="self", window=8, calibration_tokens=128)
+    loaded = load_model(config.model, "float32", "cpu")
+    with Counting() as counting:
+        load_windows(config, loaded, phases=counting)
+    one = Rates(matmul=1.0, single=1.0, passes=float("inf"))
+    space = space_of(config, anatomy_of(loaded.model))
+    assert 0.5 < seconds_by_phase(config, space, 4, False, one)[WRITING] / counting.found[WRITING] < 2
+    assert WRITING not in seconds_by_phase(replace(config, text="builtin"), space, 4, False, one)
 
 
 def test_seconds_follow_settings_and_rates(planned: Callable[..., Plan]) -> None:

@@ -27,6 +27,20 @@ def test_a_faster_machine_takes_more_tokens_and_what_was_said_stays(model_folder
     assert settled(said, anatomy, "float32", "cpu", SLOW) is said
 
 
+def test_what_a_model_must_write_first_is_less(model_folder: Path) -> None:
+    """As much as it writes in two minutes; products alone would let it have more."""
+    anatomy = anatomy_of_config(find_prunable(str(model_folder)))
+
+    def tokens(text: str, passes: float) -> int:
+        config = RunConfig(str(model_folder), text=text, refit_anchors=0)
+        return settled(config, anatomy, "float32", "cpu", Rates(1e12, 1e12, passes)).calibration_tokens
+
+    speeds = [10**power for power in range(4, 12)]
+    own, others = ([tokens(text, speed) for speed in speeds] for text in ("self", "builtin"))
+    assert own == sorted(own) and {own[0], own[-1]} == {CHOICES[0], CHOICES[-1]}
+    assert all(a <= b for a, b in zip(own, others, strict=True)) and own != others
+
+
 @pytest.mark.parametrize(("speed", "number"), [(1e6, 0), (1.5e7, 1), (2.5e7, 2), (1e12, 3)])
 def test_a_faster_machine_fits_refits_at_more_pruned_members(model_folder: Path, speed: float, number: int) -> None:
     config = RunConfig(str(model_folder), calibration_tokens=4096)

@@ -93,7 +93,8 @@ def optimize(
     text: Annotated[
         str,
         typer.Option(
-            help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:SOURCE=WEIGHT,SOURCE=WEIGHT,… or self."
+            help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:SOURCE=WEIGHT,SOURCE=WEIGHT,… or self (what "
+            "the model writes itself, the better choice without a text of your own)."
         ),
     ] = "builtin",
     chat: Annotated[
@@ -249,6 +250,8 @@ def optimize(
                 say(f"warning: {text}", err=True)
         if not (quiet or json_logs):
             _print_front(run)
+            if text == RunConfig.text:
+                say("Cut by Python's documentation: for another use name a --text, or --text self.")
     say(f"Report: {run.folder / 'report.json'}   Page: {run.page}")
     if nothing:
         raise typer.Exit(EXIT_NOTHING_COUNTS)

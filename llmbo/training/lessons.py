@@ -49,7 +49,7 @@ class Student:
         seen: Windows that the search took of its text.
         judged: Windows of any text that the search's front was judged by.
         chat: Whether texts are put through the chat template.
-        text: Of the search, "builtin" where there was none.
+        text: Of the search; the default of searches where there was none.
     """
 
     model: PreTrainedModel
@@ -61,12 +61,18 @@ class Student:
     seen: tuple[Dealt, ...] = ()
     judged: tuple[Dealt, ...] = ()
     chat: bool = False
-    text: str = "builtin"
+    text: str = RunConfig.text
 
     def searched_by(self, config: RunConfig, data: Mapping[str, Any], elsewhere: Mapping[str, Any] | None) -> None:
         """Take over what is known of its search; the latter two as for `judged_by`."""
         self.seen, self.judged = searched(config, data), judged_by(config, data, elsewhere)
         self.chat, self.text = config.chat, config.text
+
+    @property
+    def healing_text(self) -> str:
+        """What to train on where nobody says: the search's text; where that was not chosen either, what the dense model writes."""
+        chosen = self.text != RunConfig.text or self.chat
+        return self.text if chosen or self.dense is None else "self"
 
     @property
     def refitter(self) -> Refitter | None:

@@ -49,8 +49,8 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:… or self; empty takes that of the run behind the model,
-            builtin where there is none. As a chat where the run had it so.
+        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:… or self; empty takes `Student.healing_text`. As a chat
+            where the run had it so.
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
         teacher: Dense model; empty takes the one the folder names.
@@ -210,7 +210,7 @@ def _trained(
     plan = replace(plan, batch=plan.batch or (BATCH if student.device == "cpu" else DEVICE_BATCH))
     check_batch(plan.batch)
     check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
-    start, text = time.perf_counter(), task.text or student.text
+    start, text = time.perf_counter(), task.text or student.healing_text
     windows = windows_for(student, text, task.window, plan, task.heldout, work, length, phases)
     course = course_for(student, windows, plan, length, work, phases, spent=time.perf_counter() - start)
     plan = course.plan

@@ -1,5 +1,6 @@
 """The text `self`: the dense model writes as much as the training will see, in a part of its time, once."""
 
+import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,3 +127,25 @@ def test_a_stopped_training_goes_on_with_its_text_and_others_are_refused_before_
         refused = recover(*words)
         assert refused.exit_code == 2 and f"other settings ({other})" in refused.stderr, refused.output
     assert recover("--minutes", 0.02).exit_code == 0
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_who_names_no_text_trains_on_what_the_dense_model_writes(
+    exported: Path, model_folder: Path, tmp_path: Path, stands: bool
+) -> None:
+    """Where it teaches, and where the search had none of its own."""
+    words = ("--window", 16, "--heldout", 2, "--steps", 1, "--device", "cpu", "--compute-dtype", "float32")
+    teacher = ("--teacher", model_folder) if stands else ("--no-distil",)
+    done = CliRunner().invoke(app, ["recover", *map(str, (exported, "--out", tmp_path / "out", *teacher, *words))])
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "out" / "llmbo.json").read_text())["recovery"]["text"]["source"]
+    assert told.startswith("self" if stands else "builtin"), told
+
+
+def test_a_text_that_was_chosen_stays_the_one_to_train_on(student: Student) -> None:
+    def text(**known: Any) -> str:
+        return replace(student, **known).healing_text
+
+    assert [text(text="python"), text(text="self"), text(text="text:book.txt")] == ["python", "self", "text:book.txt"]
+    assert text(chat=True) == "builtin"  # put as a chat, as the search had it
+    assert (text(), text(dense=None)) == ("self", "builtin")

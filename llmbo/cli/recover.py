@@ -66,7 +66,7 @@ def recover(
         str,
         typer.Option(
             help="builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:SOURCE=WEIGHT,… or self (sampled from the dense "
-            "model); by default the run's, and self where that was builtin."
+            "model); by default the run's, and self where that was builtin and the dense model teaches."
         ),
     ] = "",
     items: Annotated[

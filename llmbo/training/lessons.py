@@ -68,11 +68,11 @@ class Student:
         self.seen, self.judged = searched(config, data), judged_by(config, data, elsewhere)
         self.chat, self.text = config.chat, config.text
 
-    @property
-    def healing_text(self) -> str:
-        """What to train on where nobody says: the search's text; where that was not chosen either, what the dense model writes."""
+    def text_for(self, plan: Plan) -> str:
+        """What to train on where nobody says: the search's text; where that was not chosen either, what the dense model writes, if it
+        teaches."""
         chosen = self.text != RunConfig.text or self.chat
-        return self.text if chosen or self.dense is None else "self"
+        return "self" if plan.distil and not chosen else self.text
 
     @property
     def refitter(self) -> Refitter | None:

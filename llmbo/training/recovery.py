@@ -49,7 +49,7 @@ class Task:
     Args:
         source: A folder written by `llmbo export`, or any other small model; with `trial`, a run.
         out: Folder to make.
-        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:… or self; empty takes `Student.healing_text`. As a chat
+        text: builtin, python, text:PATH, hf:DATASET:CONFIG:SPLIT[:COLUMN], mix:… or self; empty takes `Student.text_for`. As a chat
             where the run had it so.
         window: Tokens per window.
         heldout: Windows each for validation and for the final comparison; neither is trained on.
@@ -210,7 +210,7 @@ def _trained(
     plan = replace(plan, batch=plan.batch or (BATCH if student.device == "cpu" else DEVICE_BATCH))
     check_batch(plan.batch)
     check_disk(task.out, 4 * student.model.num_parameters() + checkpoint_bytes(student.model, plan))
-    start, text = time.perf_counter(), task.text or student.healing_text
+    start, text = time.perf_counter(), task.text or student.text_for(plan)
     windows = windows_for(student, text, task.window, plan, task.heldout, work, length, phases)
     course = course_for(student, windows, plan, length, work, phases, spent=time.perf_counter() - start)
     plan = course.plan

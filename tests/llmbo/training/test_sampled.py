@@ -143,9 +143,9 @@ def test_who_names_no_text_trains_on_what_the_dense_model_writes(
 
 
 def test_a_text_that_was_chosen_stays_the_one_to_train_on(student: Student) -> None:
-    def text(**known: Any) -> str:
-        return replace(student, **known).healing_text
+    def text(plan: Plan = PLAN, **known: Any) -> str:
+        return replace(student, **known).text_for(plan)
 
     assert [text(text="python"), text(text="self"), text(text="text:book.txt")] == ["python", "self", "text:book.txt"]
     assert text(chat=True) == "builtin"  # put as a chat, as the search had it
-    assert (text(), text(dense=None)) == ("self", "builtin")
+    assert (text(), text(replace(PLAN, distil=False))) == ("self", "builtin")

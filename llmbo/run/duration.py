@@ -23,6 +23,7 @@ from llmbo.problem.space import SearchSpace
 from llmbo.search.baselines.designs import NUM_INITIAL
 from llmbo.types import FITTING, WRITING
 from pruning.anatomy import Anatomy, Sizes
+from pruning.cost import dense_block_parameters
 from pruning.sampling import BATCH
 from pruning.surgeon import AT_ONCE
 
@@ -160,7 +161,7 @@ class Counted:
 
     def walk(self, times: float = 1) -> Work:
         """All layers, as often as they are brought and sorted."""
-        values = self.anatomy.num_hidden_layers * self.anatomy.layer_parameters
+        values = dense_block_parameters(self.anatomy)
         return Work(moved=values * self.itemsize, passes=COPIED * values) * (times * self.brought)
 
     def updates(self, tokens: float, columns: float, widths: float) -> Work:
@@ -237,7 +238,7 @@ def seconds_by_phase(
     if config.text == "self":
         tokens = sum(counts.values()) * config.window
         cache = a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * config.window / 2
-        weights = a.num_hidden_layers * a.layer_parameters + a.hidden_size * a.vocab_size  # read for every step
+        weights = dense_block_parameters(a) + a.hidden_size * a.vocab_size  # read for every step
         written = on.forward(tokens) + on.head(tokens, 1, DRAWN)
         written += Work(passes=CACHED * cache + weights / BATCH) * tokens
         works = {WRITING: written + on.walk(tokens / BATCH), **works}

@@ -53,6 +53,7 @@ from pruning.architecture import Architecture
 from pruning.export.hf import Pruned, save_hf
 from pruning.importance import Importance
 from pruning.masks import PruningMask, Ranking
+from pruning.sampling import sample_windows
 from pruning.shrinking import shrink
 from pruning.text import MODULES
 
@@ -333,6 +334,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def write_otherwise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on, models write another text for runs on `self`, as on another device."""
+
+    def otherwise(model: Any, tokenizer: Any, counts: Any, length: int, seed: int, **options: Any) -> Any:
+        return sample_windows(model, tokenizer, counts, length, seed + 1, **options)
+
+    return lambda: monkeypatch.setattr("llmbo.problem.texts.sample_windows", otherwise)
 
 
 @pytest.fixture(scope="session")

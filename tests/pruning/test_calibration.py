@@ -45,7 +45,7 @@ def words(count: int) -> Text:
 
 
 def splits(windows: TokenWindows) -> list[Tensor]:
-    return [getattr(windows, split) for split in SPLITS]
+    return [*windows.parts.values()]
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -20,7 +20,6 @@ from llmbo.cli import app
 from llmbo.problem.kept import OWN
 from llmbo.problem.shared import Artifacts, check_artifacts
 from llmbo.problem.texts import WRITTEN
-from pruning.sampling import sample_windows
 from pruning.tensor_files import SUFFIX
 
 MEASURED = (
@@ -111,16 +110,13 @@ def test_a_worker_with_a_cache_of_its_own_takes_what_the_owner_has_prepared(
 
 
 def test_what_a_model_wrote_for_a_run_comes_with_the_preparation(
-    llmbo: Any, cache: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llmbo: Any, cache: Callable[[str], Path], tmp_path: Path, write_otherwise: Callable[[], None]
 ) -> None:
     """To whoever has it not, and would have something else written; and stays there."""
     flags = {"artifacts": tmp_path / "artifacts", "text": "self"}
     assert llmbo(budget=3, **flags).exit_code == 0
 
-    def otherwise(model: Any, tokenizer: Any, counts: Any, length: int, seed: int, **options: Any) -> Any:
-        return sample_windows(model, tokenizer, counts, length, seed + 1, **options)
-
-    monkeypatch.setattr("llmbo.problem.texts.sample_windows", otherwise)
+    write_otherwise()
     here, there = (tmp_path / run / OWN / f"{WRITTEN}{SUFFIX}" for run in ("away/runs/tiny", "runs/tiny"))
     first = there.read_bytes()
     there.unlink()

@@ -35,8 +35,7 @@ from llmbo.run.store import TrialStore
 from llmbo.training import recovery
 from llmbo.training.lessons import course_for
 from llmbo.types import WRITING
-from pruning.calibration import SPLITS, Dealt, unseen_windows
-from pruning.sampling import sample_windows
+from pruning.calibration import Dealt, unseen_windows
 from pruning.text import read_mix, read_text
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -133,7 +132,7 @@ def test_a_run_on_a_mix_is_judged_on_another_text_whatever_stops_it(
     own, other = load_windows(config, loaded), load_elsewhere(config, loaded, report.data.model_dump())
     assert other is not None
     assert hashlib.sha256(other.heldout.numpy().tobytes()).hexdigest() == report.elsewhere.digest
-    used = digests(torch.cat([getattr(own, split) for split in SPLITS]))
+    used = digests(torch.cat([*own.parts.values()]))
     assert len(used) == 16 and len(digests(other.heldout)) == 4 and not used & digests(other.heldout)
 
     # Neither search nor judgement is done twice; another text behind the same name is judged on anew.
@@ -223,14 +222,14 @@ def test_what_a_front_was_judged_by_is_told_to_the_token(
 
     def dealt(text: str, past: tuple[Dealt, ...]) -> set[tuple[int, ...]]:
         found = unseen_windows(read_mix(text), loaded.tokenizer, 16, 0, 1, judged=past)
-        return {tuple(row.tolist()) for split in SPLITS for row in getattr(found, split)}
+        return {tuple(row.tolist()) for part in found.parts.values() for row in part}
 
     missing = {text: dealt(text, ()) - dealt(text, judged) for text in (first, second)}
     assert missing[first] | missing[second] == away and bool(missing[first]) == mixed
 
 
 def test_what_a_model_wrote_for_a_run_is_read_by_all_who_come_later(
-    llmbo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llmbo: Any, tmp_path: Path, write_otherwise: Callable[[], None]
 ) -> None:
     """Another device, or other libraries, would write something else; a run that begins anew has its own written."""
     begun = llmbo(text="self", budget=5)
@@ -238,10 +237,7 @@ def test_what_a_model_wrote_for_a_run_is_read_by_all_who_come_later(
     told, written = llmbo.report()["data"], tmp_path / "runs" / "tiny" / OWN / f"{WRITTEN}.safetensors"
     first = written.read_bytes()
 
-    def otherwise(model: Any, tokenizer: Any, counts: Any, length: int, seed: int, **options: Any) -> Any:
-        return sample_windows(model, tokenizer, counts, length, seed + 1, **options)
-
-    monkeypatch.setattr("llmbo.problem.texts.sample_windows", otherwise)
+    write_otherwise()
     continued = llmbo(text="self", budget=6)
     assert continued.exit_code == 0 and WRITING not in continued.stderr and llmbo.report()["data"] == told
     for words in (
